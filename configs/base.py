@@ -1,0 +1,83 @@
+"""Every knob once, with its default. Other configs start from `get_config()` and change a few.
+
+    python -m moe_ablm.train --config=configs/base.py --workdir=runs/base \
+        --config.data.path=data/pairs --config.train.steps=1000
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The ESM-2 8M encoder, dense, on a prepared dataset."""
+    c = ConfigDict()
+    c.seed = 0  # decides initial weights, order of the data and masks
+
+    c.data = data = ConfigDict()
+    data.path = placeholder(str)  # dataset directory; None: simulate one and cache it
+    data.simulated_pairs = 20_000  # size of that simulated dataset
+    data.fraction = "full"  # quarter, half, full: nested subsets of the training split
+    data.regime = "paired"
+    data.layout = "esm"  # esm: <cls>H<cls><cls>L<eos>; balm: <cls>H<eos>L<eos>; sep: one separator
+    data.length = 256  # tokens a row; longer antibodies are left out and counted
+    data.mask = "uniform"  # which residues are masked
+    data.mask_rate = 0.15
+
+    c.model = model = ConfigDict()
+    model.size = "8m"  # 8m, 35m, 150m, 350m, 650m; or any name with the four sizes below given
+    model.layers = placeholder(int)
+    model.d_model = placeholder(int)
+    model.ffn = placeholder(int)
+    model.heads = placeholder(int)
+    model.token_dropout = True  # ESM-2: zero <mask> embeddings and rescale the rest
+
+    model.moe = moe = ConfigDict()
+    moe.router = "none"  # none (dense), topk
+    moe.experts = 8
+    moe.k = 2  # experts a token
+    moe.capacity = placeholder(float)  # None: dropless
+    moe.group = "sequence"  # sequence, batch: tokens that compete for capacity
+    moe.placement = "alternate"  # every, alternate, last_N, or layer numbers such as "1,3,5"
+    moe.first_dense = 1  # the first n layers stay dense
+    moe.load_balance = 0.01  # weights of the router losses
+    moe.z_loss = 0.001
+
+    c.train = train = ConfigDict()
+    train.steps = 10_000
+    train.batch = 32  # antibodies an update, over all devices
+    train.accumulate = 1  # micro-batches an update
+    train.lr = 4e-4  # peak
+    train.warmup = 500  # steps
+    train.schedule = "linear"  # linear, cosine, wsd (warm-up, stable, decay)
+    train.decay_share = 0.2  # wsd: share of the steps that decay
+    train.beta1 = 0.9
+    train.beta2 = 0.98
+    train.eps = 1e-6
+    train.weight_decay = 0.01
+    train.clip = 1.0  # global norm; 0: off
+    train.ema = 0.0  # decay of an average of the weights, which is then evaluated; 0: off
+    train.patience = 0  # stop after n evaluations without improvement; 0: off
+
+    c.eval = evaluation = ConfigDict()
+    evaluation.every = 500  # steps
+    evaluation.pairs = 1024  # antibodies of the validation split, always the same with same masks
+
+    c.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 500  # steps
+    checkpoint.keep = 2  # newest ones, beside the best one
+
+    c.log = log = ConfigDict()
+    log.every = 10  # steps
+
+    # below: how a run is computed; outside its identity
+    c.mesh = mesh = ConfigDict()
+    mesh.data = -1  # -1: all devices the other axes leave
+    mesh.expert = 1
+    mesh.fsdp = 1
+
+    c.compute = compute = ConfigDict()
+    compute.precision = "auto"  # float32, bfloat16, bfloat16_operands (CPUs with AMX), auto
+    compute.scan = placeholder(bool)  # layers under lax.scan; None: on accelerators only
+    compute.remat = False  # recompute layers in the backward pass
+    compute.loader_threads = 2
+    return c

@@ -1,0 +1,40 @@
+"""The ESM-2 size ladder on antibody pairs, dense or with experts.
+
+    python -m moe_ablm prepare --input pairs.parquet --out data/pairs
+    python -m moe_ablm.train --config=configs/ladder.py:size=8m --workdir=runs/8m
+    python -m moe_ablm.train --config=configs/ladder.py:size=35m,data=half,router=top2,experts=8 \
+        --workdir=runs/35m-half-top2
+
+Arguments: size (8m, 35m, 150m, 350m, 650m), data (quarter, half, full), router (none, topK with a
+number K), experts. Schedule and batch are those of the AbLM scaling study (500k steps of 128).
+"""
+
+from configs.base import get_config as base
+from moe_ablm.config import parse_argument
+from moe_ablm.errors import UserError
+
+
+def get_config(arg: str | None = None):
+    """A rung of the ladder."""
+    a = parse_argument(arg, {"size": "8m", "data": "full", "router": "none", "experts": "8"})
+    c = base()
+    c.data.path = "data/pairs"
+    c.data.fraction = a["data"]
+    c.model.size = a["size"]
+    if a["router"] != "none":
+        k = a["router"].removeprefix("top")
+        if not k.isdecimal() or not a["experts"].isdecimal():
+            raise UserError(
+                f"--config=...:{arg}: router={a['router']!r}, experts={a['experts']!r}: expected "
+                "router none or topK such as top2, experts a number"
+            )
+        c.model.moe.router = "topk"
+        c.model.moe.k = int(k)
+        c.model.moe.experts = int(a["experts"])
+    c.train.steps = 500_000
+    c.train.batch = 128
+    c.train.lr = 1e-4
+    c.train.warmup = 30_000
+    c.eval.every = 5_000
+    c.checkpoint.every = 5_000
+    return c

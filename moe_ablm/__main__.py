@@ -1,0 +1,48 @@
+"""The verbs beside training: `python -m moe_ablm VERB --help`.
+
+Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+
+from moe_ablm.errors import UserError
+
+# one module of moe_ablm.verbs each, imported only when it is asked for
+VERBS = {
+    "simulate": "antibody pairs from human germlines, with exact truth for every residue",
+    "annotate": "regions, genes and germline of amino-acid chains",
+    "prepare": "sequence files -> a dataset directory",
+    "describe": "what a dataset holds, in words and pictures",
+    "report": "tables and figures of a run",
+    "fit": "a table of runs -> a scaling law",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs a verb; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    parser = argparse.ArgumentParser(prog="python -m moe_ablm", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    named = argv[1] if len(argv) > 1 else None
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        if name == named:
+            module = importlib.import_module(f"moe_ablm.verbs.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv[1:])
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"moe_ablm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

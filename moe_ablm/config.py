@@ -1,0 +1,300 @@
+"""User's ConfigDict -> frozen, checked dataclasses; and the fingerprint that identifies a run.
+
+All validation of what a user can set lives here. Keys are documented in configs/base.py.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_ablm.data.dataset import FRACTIONS
+from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
+from moe_ablm.model.spec import GROUPS, PRECISIONS, ROUTERS, SIZES, EncoderSpec, MoESpec
+from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
+
+REGIMES = ("paired",)
+MASKS = ("uniform",)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None
+    simulated_pairs: int
+    fraction: str
+    regime: str
+    layout: str
+    length: int
+    mask: str
+    mask_rate: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: str
+    layers: int | None
+    d_model: int | None
+    ffn: int | None
+    heads: int | None
+    token_dropout: bool
+    moe: MoESpec
+
+    def spec(self) -> EncoderSpec:
+        """The encoder that this section describes."""
+        layers, d_model, ffn, heads = (
+            given if given is not None else named
+            for given, named in zip(
+                (self.layers, self.d_model, self.ffn, self.heads),
+                SIZES.get(self.size, (None,) * 4),
+                strict=True,
+            )
+        )
+        return EncoderSpec(
+            layers=layers,
+            d_model=d_model,
+            ffn=ffn,
+            heads=heads,
+            token_dropout=self.token_dropout,
+            moe=self.moe,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimizerSpec):
+    batch: int
+    accumulate: int
+    ema: float
+    patience: int
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    expert: int
+    fsdp: int
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    precision: str
+    scan: bool | None
+    remat: bool
+    loader_threads: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Everything but `OUTSIDE_IDENTITY` decides its result."""
+
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+
+# hardware, and what is only seen of a run; the dataset counts by its content, not by its path
+OUTSIDE_IDENTITY = ("mesh", "compute", "checkpoint", "log", "data.path", "data.simulated_pairs")
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """Checks a ConfigDict (or any nested mapping) and freezes it.
+
+    Raises:
+      UserError: a key is unknown or missing, a value has the wrong type or lies out of range.
+    """
+    config = _build(Config, tree, "config")
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Nested plain dict of a config, as written to `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> `{"a.b": value}`."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def identity(config: Config, dataset: str) -> dict[str, Any]:
+    """The part of a config that decides the result, flat, with the dataset's content hash."""
+    kept = {
+        key: value
+        for key, value in flatten(to_dict(config)).items()
+        if not any(key == out or key.startswith(f"{out}.") for out in OUTSIDE_IDENTITY)
+    }
+    return kept | {"dataset": dataset}
+
+
+def fingerprint(config: Config, dataset: str) -> str:
+    """Identity of a run, 16 hexadecimal digits: equal for runs that must end with equal results."""
+    text = json.dumps(identity(config, dataset), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_argument(arg: str | None, defaults: dict[str, str]) -> dict[str, str]:
+    """`size=35m,data=half` of `--config=file.py:size=35m,data=half` over `defaults`.
+
+    Raises:
+      UserError: a part is not `name=value`, or its name is not among the defaults.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in defaults:
+            raise UserError(
+                f"--config=...:{arg}: {part!r} is not understood{suggestion(name, defaults)}; "
+                f"expected name=value with name one of {', '.join(defaults)}"
+            )
+        values[name] = value
+    return values
+
+
+def suggestion(name: str, known) -> str:
+    """ " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, Mapping) and not hasattr(tree, "items"):
+        raise UserError(f"{where}: found {tree!r}, expected a section with keys")
+    tree = dict(tree.items())
+    fields = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            near = suggestion(key, fields) or f"; known keys: {', '.join(fields)}"
+            raise UserError(f"{where}.{key} is not a config key{near}")
+    values = {}
+    for name, kind in fields.items():
+        if name not in tree:
+            raise UserError(f"{where}.{name} is missing: start from configs/base.py")
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, tree[name], f"{where}.{name}")
+        else:
+            values[name] = _typed(tree[name], kind, f"{where}.{name}")
+    return cls(**values)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    for each in kinds:
+        if each is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is each:
+            return value
+    names = " or ".join(k.__name__ for k in kinds if k is not type(None))
+    raise UserError(f"{where}={value!r}: expected {names}")
+
+
+def _choice(where: str, value: str, choices) -> None:
+    if value not in choices:
+        raise UserError(
+            f"config.{where}={value!r}{suggestion(value, choices)}: expected one of "
+            f"{', '.join(choices)}"
+        )
+
+
+def _require(holds: bool, where: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise UserError(f"config.{where}={value!r}: expected {expected}")
+
+
+def _check(c: Config) -> None:
+    _choice("data.fraction", c.data.fraction, FRACTIONS)
+    _choice("data.regime", c.data.regime, REGIMES)
+    _choice("data.layout", c.data.layout, LAYOUTS)
+    _choice("data.mask", c.data.mask, MASKS)
+    _choice("train.schedule", c.train.schedule, SCHEDULES)
+    _choice("compute.precision", c.compute.precision, ("auto", *PRECISIONS))
+    _require(0 <= c.seed < 2**32, "seed", c.seed, "0 to 2^32 - 1")
+    _require(0 < c.data.mask_rate < 1, "data.mask_rate", c.data.mask_rate, "between 0 and 1")
+    for name in ("data.length", "data.simulated_pairs", "train.steps", "train.batch",
+                 "train.accumulate", "eval.every", "eval.pairs", "checkpoint.every",
+                 "checkpoint.keep", "log.every", "mesh.expert", "mesh.fsdp",
+                 "compute.loader_threads"):  # fmt: skip
+        section, key = name.split(".")
+        value = getattr(getattr(c, section), key)
+        _require(value > 0, name, value, "a positive number")
+    _require(c.mesh.data > 0 or c.mesh.data == -1, "mesh.data", c.mesh.data, "-1 or positive")
+    _require(c.train.lr > 0, "train.lr", c.train.lr, "a positive number")
+    _require(0 <= c.train.ema < 1, "train.ema", c.train.ema, "0 (off) to below 1")
+    _require(0 <= c.train.warmup <= c.train.steps, "train.warmup", c.train.warmup,
+             f"0 to train.steps ({c.train.steps})")  # fmt: skip
+    _require(0 < c.train.decay_share <= 1, "train.decay_share", c.train.decay_share, "in (0, 1]")
+    _require(c.train.patience >= 0, "train.patience", c.train.patience, "0 (off) or more")
+    _require(c.train.clip >= 0, "train.clip", c.train.clip, "0 (off) or more")
+    _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
+             f"a divisor of train.batch ({c.train.batch})")  # fmt: skip
+    _check_model(c.model)
+
+
+def _check_model(m: ModelConfig) -> None:
+    given = (m.layers, m.d_model, m.ffn, m.heads)
+    if m.size not in SIZES and None in given:
+        raise UserError(
+            f"config.model.size={m.size!r}{suggestion(m.size, SIZES)}: expected one of "
+            f"{', '.join(SIZES)}, or another name with model.layers, d_model, ffn and heads given"
+        )
+    _choice("model.moe.router", m.moe.router, ROUTERS)
+    _choice("model.moe.group", m.moe.group, GROUPS)
+    spec = m.spec()
+    for name in ("layers", "d_model", "ffn", "heads"):
+        _require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
+    if spec.d_model % spec.heads:
+        raise UserError(
+            f"config.model.heads={spec.heads} does not divide model.d_model={spec.d_model}"
+        )
+    _require(spec.head_dim % 2 == 0, "model.heads", spec.heads,
+             f"an even head width, not d_model / heads = {spec.head_dim}")  # fmt: skip
+    if m.moe.router == "none":
+        return
+    _require(m.moe.experts > 0, "model.moe.experts", m.moe.experts, "a positive number")
+    _require(0 < m.moe.k <= m.moe.experts, "model.moe.k", m.moe.k,
+             f"1 to model.moe.experts ({m.moe.experts})")  # fmt: skip
+    _require(m.moe.first_dense >= 0, "model.moe.first_dense", m.moe.first_dense, "0 or more")
+    _require(m.moe.capacity is None, "model.moe.capacity", m.moe.capacity, "None (dropless)")
+    try:
+        layers = spec.moe_layers
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    if not layers:
+        raise UserError(
+            f"config.model.moe: placement={m.moe.placement!r} with first_dense={m.moe.first_dense} "
+            f"leaves none of the {spec.layers} layers to experts; use router='none' or change them"
+        )

@@ -1,0 +1,367 @@
+"""A dataset on disk: memory-mapped Arrow IPC shards and `dataset.json`.
+
+One row is an antibody. Residues, germline residues, region codes, mutation mask and gene segments
+of a chain are lists of equal length, so that one vectorised gather serves all of them. A dataset
+appears under its name only when it is whole: it is written beside it and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.data import tokenizer
+from moe_ablm.data.regions import CHAINS, regions_from_cdr_mask, segments_from_mask
+from moe_ablm.errors import UserError
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "valid", "test")
+FRACTIONS = {"quarter": 1 << 30, "half": 1 << 31, "full": 1 << 32}
+ROWS_PER_BATCH = 65_536
+BATCHES_PER_SHARD = 8
+RESIDUE_COLUMNS = ("tokens", "germline", "region", "mutated", "segment")
+
+_RESIDUES = pa.large_list(pa.uint8())
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("key", pa.uint64())]
+    + [(f"{c}_{column}", _RESIDUES) for c in CHAINS for column in RESIDUE_COLUMNS]
+    + [(f"{c}_{gene}_gene", pa.string()) for c in CHAINS for gene in "vj"]
+    + [
+        ("cluster", pa.int64()),
+        ("split", pa.uint8()),
+        ("fraction_key", pa.uint32()),
+        ("source", pa.string()),
+        ("donor", pa.string()),
+        ("label", pa.string()),
+    ]
+)
+
+
+def flat(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """A string array as ASCII codes end to end (uint8 `[n]`) and offsets (int64 `[rows + 1]`)."""
+    if isinstance(strings, pa.ChunkedArray):
+        strings = strings.combine_chunks()
+    strings = strings.cast(pa.large_string()).fill_null("")
+    _, offsets, values = strings.buffers()
+    offsets = np.frombuffer(offsets, np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    values = np.frombuffer(values, np.uint8) if values is not None else np.zeros(0, np.uint8)
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _encode_chain(batch: pa.RecordBatch, chain: str) -> dict[str, pa.Array]:
+    letters, offsets = flat(batch[f"sequence_aa_{chain}"])
+    if tokenizer.invalid(letters).any():
+        raise ValueError("sequences must be checked before they are encoded")
+
+    def residues(column: str, default: np.ndarray) -> np.ndarray:
+        name = f"{column}_{chain}"
+        if name not in batch.schema.names:
+            return default
+        values, its_offsets = flat(batch[name])
+        if not np.array_equal(offsets, its_offsets):
+            raise ValueError(f"{name} must be as long as sequence_aa_{chain} in every row")
+        return values
+
+    none = np.full(len(letters), ord("0"), np.uint8)
+    codes = {
+        "tokens": tokenizer.encode(letters),
+        "germline": tokenizer.encode(residues("germline_aa", letters)),
+        "region": regions_from_cdr_mask(residues("cdr_mask_aa", none), offsets),
+        "mutated": residues("nongermline_mask_aa", none) - np.uint8(ord("0")),
+        "segment": segments_from_mask(residues("gene_segment_mask_aa", none)),
+    }
+    return {f"{chain}_{name}": _lists(values, offsets) for name, values in codes.items()}
+
+
+def encode_batch(
+    batch: pa.RecordBatch,
+    *,
+    key: np.ndarray,
+    cluster: np.ndarray,
+    split: np.ndarray,
+    fraction_key: np.ndarray,
+) -> pa.RecordBatch:
+    """Annotated rows (columns of the study, sequences already checked) as stored rows.
+
+    Args:
+      batch: `sequence_aa_{heavy,light}` and, where known, the other columns of the study.
+      key: uint64 `[rows]`, the identity of each record (masks and epochs are drawn from it).
+      cluster, split, fraction_key: `[rows]`, see `SCHEMA`; `split` indexes `SPLITS`, a record is
+        in a fraction when `fraction_key < FRACTIONS[name]`.
+    """
+    names = batch.schema.names
+
+    def text(name: str) -> pa.Array:
+        if name in names:
+            return batch[name].cast(pa.string()).fill_null("")
+        return pa.array([""] * batch.num_rows, pa.string())
+
+    columns = {"id": text("sequence_id"), "key": pa.array(key, pa.uint64())}
+    for chain in CHAINS:
+        columns |= _encode_chain(batch, chain)
+        columns |= {f"{chain}_{gene}_gene": text(f"{gene}_gene_{chain}") for gene in "vj"}
+    columns |= {
+        "cluster": pa.array(cluster, pa.int64()),
+        "split": pa.array(split, pa.uint8()),
+        "fraction_key": pa.array(fraction_key, pa.uint32()),
+        "source": text("source"),
+        "donor": text("donor"),
+        "label": text("label"),
+    }
+    return pa.RecordBatch.from_arrays([columns[n] for n in SCHEMA.names], schema=SCHEMA)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class DatasetWriter:
+    """Writes a dataset under a temporary name; `finish` renames it when it is whole.
+
+    Use as a context manager: an exception inside leaves nothing behind.
+    """
+
+    def __init__(self, out: Path):
+        self.out = Path(out)
+        if self.out.exists():
+            raise UserError(f"--out {self.out} exists already: choose another name or remove it")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._dir = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
+        self._dir.chmod(0o755)
+        self._pending: list[pa.RecordBatch] = []
+        self._rows_pending = 0
+        self._file = None
+        self._shards: list[dict] = []
+        self._counts = dict.fromkeys(SPLITS, 0)
+        self._fractions = {s: dict.fromkeys(FRACTIONS, 0) for s in SPLITS}
+        self._residues = dict.fromkeys(CHAINS, 0)
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Appends stored rows (schema `SCHEMA`, any number)."""
+        split, fraction_key = np.asarray(batch["split"]), np.asarray(batch["fraction_key"])
+        for code, name in enumerate(SPLITS):
+            self._counts[name] += int((split == code).sum())
+            for fraction, bound in FRACTIONS.items():
+                self._fractions[name][fraction] += int(
+                    ((split == code) & (fraction_key < bound)).sum()
+                )
+        for chain in CHAINS:
+            self._residues[chain] += len(batch[f"{chain}_tokens"].flatten())
+        while batch.num_rows:
+            head = batch.slice(0, ROWS_PER_BATCH - self._rows_pending)
+            self._pending.append(head)
+            self._rows_pending += head.num_rows
+            batch = batch.slice(head.num_rows)
+            if self._rows_pending == ROWS_PER_BATCH:
+                self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows_pending:
+            return
+        if self._file is None:
+            name = f"shard-{len(self._shards):05d}.arrow"
+            self._shards.append({"file": name, "rows": 0, "batches": 0})
+            self._file = pa.ipc.new_file(self._dir / name, SCHEMA)
+        table = pa.Table.from_batches(self._pending, SCHEMA).combine_chunks()
+        self._file.write_table(table)
+        shard = self._shards[-1]
+        shard["rows"] += table.num_rows
+        shard["batches"] += 1
+        self._pending, self._rows_pending = [], 0
+        if shard["batches"] == BATCHES_PER_SHARD:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        shard = self._shards[-1]
+        path = self._dir / shard["file"]
+        del shard["batches"]
+        shard |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def finish(self, card: dict) -> dict:
+        """Writes `dataset.json` (counts and `card`: sources, split rule, licence) and renames.
+
+        Returns the content of `dataset.json`.
+        """
+        self._flush()
+        self._close_shard()
+        rows = sum(s["rows"] for s in self._shards)
+        if rows == 0:
+            raise UserError(f"no antibody is left to write to {self.out}")
+        identity = hashlib.sha256("".join(s["sha256"] for s in self._shards).encode()).hexdigest()
+        content = {
+            "schema": SCHEMA_VERSION,
+            "sha256": identity,
+            "rows": rows,
+            "residues": self._residues,
+            "splits": self._counts,
+            "fractions": self._fractions,
+            **card,
+            "shards": self._shards,
+        }
+        (self._dir / "dataset.json").write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            self._dir.rename(self.out)
+        except OSError as error:
+            raise UserError(f"--out {self.out} appeared meanwhile: {error.strerror}") from error
+        return content
+
+
+class Dataset:
+    """A dataset opened for reading; `gather` takes rows from the memory map.
+
+    Attributes:
+      card: the content of `dataset.json`.
+      key (uint64), split (uint8), fraction_key (uint32), cluster (int64): arrays `[rows]`.
+      lengths: residues of each chain, `{chain: int64 [rows]}`.
+    """
+
+    def __init__(self, path: str | Path):
+        """Opens and checks `path`; a UserError names what is missing, altered or unknown."""
+        self.path = Path(path)
+        self.card = _read_card(self.path)
+        _check_shards(self.path, self.card["shards"])
+        batches = [b for s in self.card["shards"] for b in _map_shard(self.path / s["file"])]
+        self._batches = batches
+        lists = [name for name in SCHEMA.names if SCHEMA.field(name).type == _RESIDUES]
+        self._lists = [{name: _list_arrays(b[name]) for name in lists} for b in batches]
+        self._starts = np.cumsum([0] + [b.num_rows for b in batches])
+        for name in ("key", "split", "fraction_key", "cluster"):
+            setattr(self, name, np.concatenate([np.asarray(b[name]) for b in batches]))
+        self.lengths = {
+            chain: np.concatenate([np.diff(c[f"{chain}_tokens"][1]) for c in self._lists])
+            for chain in CHAINS
+        }
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the shards: equal for datasets of equal rows in equal order."""
+        return self.card["sha256"]
+
+    def rows(self, split: str, fraction: str = "full") -> np.ndarray:
+        """Row numbers (int64) of a split, restricted to a nested fraction of it."""
+        inside = self.fraction_key < np.uint64(FRACTIONS[fraction])
+        return np.flatnonzero((self.split == SPLITS.index(split)) & inside)
+
+    def gather(self, rows: np.ndarray, chain: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """Residue columns of some rows, end to end.
+
+        Args:
+          rows: int64 `[n]` row numbers, in any order.
+          chain: "heavy" or "light".
+          columns: names out of `RESIDUE_COLUMNS`.
+
+        Returns:
+          `{column: uint8 [sum of lengths]}`, the rows' residues in the order of `rows`; their
+          lengths are `self.lengths[chain][rows]`.
+        """
+        lengths = self.lengths[chain][rows]
+        ends = np.cumsum(lengths)
+        out = {c: np.empty(ends[-1] if len(rows) else 0, np.uint8) for c in columns}
+        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
+        first = ends - lengths
+        for number in np.unique(chunk_of):
+            mine = np.flatnonzero(chunk_of == number)
+            lists = self._lists[number]
+            offsets = lists[f"{chain}_tokens"][1]
+            start = offsets[rows[mine] - self._starts[number]]
+            size = lengths[mine]
+            total = np.cumsum(size)
+            within = np.arange(total[-1]) - np.repeat(total - size, size)
+            source = within + np.repeat(start, size)
+            if len(mine) == len(rows):
+                for c in columns:
+                    np.take(lists[f"{chain}_{c}"][0], source, out=out[c])
+            else:
+                target = within + np.repeat(first[mine], size)
+                for c in columns:
+                    out[c][target] = lists[f"{chain}_{c}"][0][source]
+        return out
+
+    def column(self, name: str, rows: np.ndarray) -> list:
+        """Values of a text or number column for some rows (slow: for reports, not for training)."""
+        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
+        return [
+            self._batches[c][name][int(r - self._starts[c])].as_py()
+            for r, c in zip(rows, chunk_of, strict=True)
+        ]
+
+
+def _read_card(path: Path) -> dict:
+    file = path / "dataset.json"
+    if not file.is_file():
+        what = "is not there" if not path.exists() else "has no dataset.json"
+        raise UserError(
+            f"dataset {path} {what}; make one with "
+            f"`python -m moe_ablm prepare --input FILE --out {path}`"
+        )
+    try:
+        card = json.loads(file.read_text())
+        version = card["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): prepare the dataset again") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{file}: schema version {version!r}, this moe_ablm reads {SCHEMA_VERSION}: "
+            "prepare the dataset again or use the version that wrote it"
+        )
+    return card
+
+
+def _check_shards(path: Path, shards: list[dict]) -> None:
+    """Compares sizes, then SHA-256, in parallel (hashing releases the GIL)."""
+    for shard in shards:
+        file = path / shard["file"]
+        found = file.stat().st_size if file.is_file() else None
+        if found != shard["bytes"]:
+            raise UserError(
+                f"{file}: {'missing' if found is None else f'{found} bytes'}, dataset.json says "
+                f"{shard['bytes']} bytes: the shard is truncated or altered, prepare it again"
+            )
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = pool.map(lambda s: sha256_file(path / s["file"]), shards)
+        for shard, found in zip(shards, sums, strict=True):
+            if found != shard["sha256"]:
+                raise UserError(
+                    f"{path / shard['file']}: SHA-256 {found[:12]}..., dataset.json says "
+                    f"{shard['sha256'][:12]}...: the shard is altered, prepare it again"
+                )
+
+
+def _map_shard(file: Path) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    if reader.schema != SCHEMA:
+        raise UserError(f"{file}: its columns are not those of schema version {SCHEMA_VERSION}")
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def _list_arrays(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values = column.values.to_numpy(zero_copy_only=True)
+    return values, column.offsets.to_numpy(zero_copy_only=True)

@@ -1,0 +1,25 @@
+"""The embedded dataset: simulated antibodies, made on first use and kept in the user's cache."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from moe_ablm.data.dataset import SCHEMA_VERSION
+from moe_ablm.data.prepare import prepare_batches
+from moe_ablm.data.simulate import SimulationParams, simulate
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/moe_ablm`, by default `~/.cache/moe_ablm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_ablm"
+
+
+def simulated_dataset(pairs: int, seed: int = 0) -> Path:
+    """Path of the dataset of `pairs` simulated antibodies; made when it is not in the cache."""
+    settings = hashlib.sha256(repr(SimulationParams()).encode()).hexdigest()[:8]
+    path = cache_directory() / f"simulated-{pairs}-seed{seed}-{settings}-v{SCHEMA_VERSION}"
+    if not path.exists():
+        prepare_batches(
+            simulate(pairs, seed), path, source="simulated", licence="none (simulated sequences)"
+        )
+    return path

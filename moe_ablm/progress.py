@@ -1,0 +1,57 @@
+"""A progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY = 10.0  # seconds between plain lines
+
+
+class Progress:
+    """Context manager around training; `update` after each step, `note` for what should stay."""
+
+    def __init__(self, steps: int, start: int):
+        self._steps, self._start = steps, start
+        self._console = Console(file=sys.stdout)
+        self._bar = None
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._steps, completed=self._start, state="")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows that `step` updates are done."""
+        state = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, state=state)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY or step == self._steps:
+            self._last_line = now
+            left = (now - self._began) / (step - self._start) * (self._steps - step)
+            print(f"step {step}/{self._steps}  {state}  {left:,.0f} s left", flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)

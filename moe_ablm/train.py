@@ -1,0 +1,378 @@
+"""Trains an antibody language model: `python -m moe_ablm.train --config=FILE.py --workdir=DIR`.
+
+    --config=FILE.py[:ARGUMENTS]   a config file (configs/), with arguments if it takes any
+    --config.a.b=VALUE             override of one key (configs/base.py explains them all)
+    --workdir=DIR                  where the run lives; the same command again resumes it
+
+Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anything else.
+"""
+
+import json
+import logging
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+from rich.console import Console
+
+from moe_ablm import config as configs
+from moe_ablm.config import Config
+from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.regions import region_names
+from moe_ablm.data.simulated import simulated_dataset
+from moe_ablm.errors import UserError
+from moe_ablm.evaluation.perplexity import evaluate
+from moe_ablm.evaluation.tables import region_table
+from moe_ablm.feed import Feed
+from moe_ablm.model import flops
+from moe_ablm.model.spec import PRECISIONS, Execution
+from moe_ablm.parallel.mesh import global_batch, make_mesh
+from moe_ablm.progress import Progress
+from moe_ablm.training import state as states
+from moe_ablm.training.checkpoint import Checkpoints
+from moe_ablm.training.metrics import Results, loss_metrics, router_metrics, write_atomically
+from moe_ablm.training.optimizer import make_optimizer, make_schedule
+from moe_ablm.training.step import make_eval_step, make_train_step
+from moe_ablm.training.throughput import Clock, default_precision, matmul_peak
+from moe_ablm.workdir import finished_run, work_directory
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Diverged(Exception):
+    """A metric is no longer finite."""
+
+
+@dataclass
+class Record:
+    """What must survive a restart beside the arrays; saved with every checkpoint."""
+
+    tokens_seen: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale_evaluations: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict)  # of the newest, with its "step"
+
+
+def run(config: Config, workdir: Path) -> dict:
+    """Trains, or resumes, until the last step or a stop signal.
+
+    Returns:
+      The content of `run.json`.
+
+    Raises:
+      UserError: the config, the dataset or the work directory does not fit; nothing is written.
+      Diverged: the loss or a norm is not finite; the last good checkpoint is kept.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
+    _check_divides(config, mesh)
+    dataset = Dataset(config.data.path or simulated_dataset(config.data.simulated_pairs))
+    feed = Feed(config, dataset)
+    with work_directory(workdir, config, dataset.identity), jax.set_mesh(mesh):
+        finished = finished_run(workdir)
+        if finished:
+            print(f"{workdir} is complete: {finished['step']} steps")
+            Console().print(region_table(finished["evaluation"]))
+            return finished
+        return Trainer(config, workdir, mesh, feed).train()
+
+
+def make_execution(config: Config) -> Execution:
+    """How this machine computes: `compute.*`, with what is left open decided by the backend."""
+    c = config.compute
+    precision = default_precision() if c.precision == "auto" else c.precision
+    activations, operands = PRECISIONS[precision]
+    scan = jax.default_backend() != "cpu" if c.scan is None else c.scan
+    return Execution(activations, operands, scan, c.remat)
+
+
+def _check_divides(config: Config, mesh: Mesh) -> None:
+    rows = config.train.batch // config.train.accumulate
+    if rows % mesh.size:
+        raise UserError(
+            f"config.train.batch={config.train.batch} in {config.train.accumulate} micro-batch(es) "
+            f"of {rows} rows cannot be split over {mesh.size} devices: use a multiple of "
+            f"{mesh.size * config.train.accumulate}"
+        )
+
+
+class Trainer:
+    """One run, told from top to bottom in `train`."""
+
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh, feed: Feed):
+        self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
+        self.spec = config.model.spec()
+        self.execution = make_execution(config)
+        self.optimizer = make_optimizer(config.train)
+        self.schedule = make_schedule(config.train)
+        definition = states.make_definition(self.spec, self.execution)
+        train_step = make_train_step(
+            definition,
+            self.optimizer,
+            config.model.moe,
+            config.train.accumulate,
+            config.train.ema,
+        )
+        self.train_step = jax.jit(train_step, donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(definition, config.model.moe.experts))
+        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        self.record = Record()
+        self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
+
+    def train(self) -> dict:
+        """The whole story of a run."""
+        steps = self.config.train.steps
+        state = self._restore_or_init()
+        start = int(state.step)
+        self.results = Results(self.workdir, start)
+        self.peak = matmul_peak(self.execution.operands)
+        batches = self.feed.train_batches(start)
+        self._announce(state, start)
+        self.clock = Clock()
+        done = start == steps or self._patience_is_over()
+        with stop_flag() as stop, Progress(steps, start) as self.progress:
+            while not done:
+                step = self.step + 1
+                state, metrics = self.train_step(state, global_batch(next(batches), self.mesh))
+                # the device works on this step while the host reads the one before
+                self._read_pending()
+                self.step, self.pending = step, (step, metrics)
+                last = step == steps
+                improved = False
+                if step % self.config.eval.every == 0 or last:
+                    improved = self._evaluate(step, state)
+                done = last or self._patience_is_over()
+                if step % self.config.checkpoint.every == 0 or improved or done or stop:
+                    self._save(step, state)
+                if stop and not done:
+                    return self._finish(state, "stopped")
+        return self._finish(state, "complete")
+
+    # restoring and saving
+
+    def _restore_or_init(self) -> states.TrainState:
+        ema = self.config.train.ema > 0
+        target = states.abstract_state(self.spec, self.optimizer, ema, self.mesh)
+        restored = self.checkpoints.restore(target)
+        if restored:
+            self.record = Record(**restored.record)
+            self.step = int(restored.state.step)
+            return restored.state
+        self.step = 0
+        return states.init_state(self.spec, self.optimizer, self.config.seed, ema, self.mesh)
+
+    def _save(self, step: int, state: states.TrainState) -> None:
+        self._read_pending()  # raises if this state is not finite: it must not be saved
+        evaluated = self.record.evaluation.get("step") == step
+        loss = self.record.evaluation["loss"] if evaluated else None
+        self.checkpoints.save(step, state, vars(self.record), loss)
+
+    # measuring
+
+    def _read_pending(self) -> None:
+        """Waits for the newest update's metrics, checks them and logs them when it is time."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        metrics = jax.tree.map(np.asarray, metrics)
+        norms = {k: float(getattr(metrics, k)) for k in ("grad_norm", "update_norm", "param_norm")}
+        losses = loss_metrics(metrics.sums, region_names())
+        for name, value in {
+            "loss": losses["loss"],
+            "objective": metrics.objective,
+            **norms,
+        }.items():
+            if not math.isfinite(value):
+                raise Diverged(f"step {step}: {name} is {float(value)}")
+        tokens = int(metrics.tokens)
+        self.record.tokens_seen += tokens
+        speed = self.clock.tick(tokens)
+        self.progress.update(step, losses["loss"], speed)
+        if step % self.config.log.every and step != self.config.train.steps:
+            return
+        flop_rate = speed * self._flops_per_token(tokens)
+        values = losses | norms | {
+            "learning_rate": float(self.schedule(step - 1)),
+            "tokens_seen": self.record.tokens_seen,
+            "epochs": step * self.config.train.batch / len(self.feed.train_rows),
+            "tokens_per_second": speed,
+            "model_flops_per_second": flop_rate,
+            "matmul_peak_share": flop_rate / self.peak,
+        }  # fmt: skip
+        if metrics.router is not None:
+            values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
+        self.results.write("train", step, values, time.time())
+
+    def _evaluate(self, step: int, state: states.TrainState) -> bool:
+        """Evaluates on the validation set; True when it is the best so far."""
+        self._read_pending()
+        params = state.params if state.ema is None else state.ema
+        start = time.perf_counter()
+        found = evaluate(self.eval_step, params, self.feed.valid_batches(), self.mesh)
+        self.clock.pause(time.perf_counter() - start)
+        values = loss_metrics(found.sums, region_names())
+        if not math.isfinite(values["loss"]):
+            raise Diverged(f"step {step}: validation loss is {values['loss']}")
+        values["tokens_seen"] = self.record.tokens_seen
+        if found.routed is not None:
+            values["routed"] = {
+                str(layer): table.tolist()
+                for layer, table in zip(self.spec.moe_layers, found.routed, strict=True)
+            }
+        self.results.write("eval", step, values, time.time())
+        self.progress.note(
+            f"step {step}: validation loss {values['loss']:.4f}, "
+            f"CDRH3 {values['loss_by_region'].get('CDRH3', math.nan):.4f}, "
+            f"accuracy {values['accuracy']:.3f}"
+        )
+        record = self.record
+        record.evaluation = {"step": step, **values}
+        improved = record.best_loss is None or values["loss"] < record.best_loss
+        record.stale_evaluations = 0 if improved else record.stale_evaluations + 1
+        if improved:
+            record.best_loss, record.best_step = values["loss"], step
+        return improved
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.train.patience
+        return bool(patience) and self.record.stale_evaluations >= patience
+
+    def _flops_per_token(self, tokens: int) -> float:
+        return flops.train_flops_per_token(self.spec, tokens / self.config.train.batch)
+
+    # telling
+
+    def _announce(self, state: states.TrainState, start: int) -> None:
+        rows, left_out = len(self.feed.train_rows), self.feed.left_out
+        print(
+            f"{self.config.model.size}: {flops.params_total(self.spec):,} parameters"
+            f" ({flops.params_active(self.spec):,} active), {rows:,} antibodies"
+            f" ({self.feed.unique_tokens:,} tokens), {self.mesh.size} device(s),"
+            f" {self.execution.operands} matmuls at {self.peak / 1e9:,.0f} GFLOP/s peak"
+        )
+        if left_out:
+            print(f"{left_out:,} antibodies are longer than data.length and left out")
+        if start:
+            print(f"resuming at step {start}")
+
+    def _finish(self, state: states.TrainState, status: str) -> dict:
+        """Waits for the last checkpoint, then writes `run.json`."""
+        self.checkpoints.wait()
+        summary = self._summary(state, status)
+        write_atomically(self.workdir / "run.json", json.dumps(summary, indent=1) + "\n")
+        self.results.close()
+        self.checkpoints.close()
+        if status == "stopped":
+            print(f"saved at step {summary['step']}; the same command resumes it:\n  {_command()}")
+        else:
+            Console().print(region_table(summary["evaluation"]))
+            print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")
+        return summary
+
+    def _summary(self, state: states.TrainState, status: str) -> dict:
+        config, record = self.config, self.record
+        flops_spent = record.tokens_seen * flops.train_flops_per_token(
+            self.spec, self.feed.unique_tokens / len(self.feed.train_rows)
+        )
+        moe = config.model.moe
+        return {
+            "fingerprint": configs.fingerprint(config, self.feed.dataset.identity),
+            "status": status,
+            "step": int(state.step),
+            "params_sha256": states.params_sha256(state.params),
+            "params_total": flops.params_total(self.spec),
+            "params_active": flops.params_active(self.spec),
+            "unique_tokens": self.feed.unique_tokens,
+            "tokens_seen": record.tokens_seen,
+            "flops": flops_spent,
+            "seed": config.seed,
+            "size": config.model.size,
+            "data_fraction": config.data.fraction,
+            "router": moe.router,
+            "experts": moe.experts if moe.router != "none" else 1,
+            "valid_loss_final": record.evaluation.get("loss"),
+            "valid_loss_best": record.best_loss,
+            "valid_step_best": record.best_step,
+            "valid_loss_by_region": record.evaluation.get("loss_by_region"),
+            "stability": None,
+            "evaluation": record.evaluation,
+            "tokens_per_second": self.clock.mean,
+        }
+
+
+@contextmanager
+def stop_flag() -> Iterator[list]:
+    """A list that is empty until a stop signal arrives; it then holds the signal's name."""
+    received: list[str] = []
+    handlers = {
+        s: signal.signal(s, lambda number, _: received.append(signal.Signals(number).name))
+        for s in STOP_SIGNALS
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _command() -> str:
+    return "python -m moe_ablm.train " + " ".join(map(shlex.quote, sys.argv[1:]))
+
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")
+flags.DEFINE_string("workdir", None, "Directory of the run.")
+
+
+def parse(argv: list[str]) -> tuple[Config, Path]:
+    """Command line -> checked config and work directory; UserError where it is wrong."""
+    try:
+        rest = FLAGS(argv)
+    except UserError:
+        raise
+    except Exception as error:  # flags, the config file itself, and ml_collections raise many kinds
+        raise UserError(_first_line(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
+    if FLAGS.config is None or not FLAGS.workdir:
+        missing = "--config" if FLAGS.config is None else "--workdir"
+        raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
+    return configs.from_mapping(FLAGS.config), Path(FLAGS.workdir)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    if {"-h", "--help"} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        run(*parse(argv))
+    except UserError as error:
+        print(f"moe_ablm: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"moe_ablm: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,146 @@
+"""Checkpoints: the only file that imports orbax.
+
+A checkpoint holds the training state and a small JSON record with a checksum of every array, so
+that a file altered on disk is noticed at restore and the one before it is taken.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from moe_ablm.errors import UserError
+from moe_ablm.training.state import TrainState
+
+log = logging.getLogger(__name__)
+METRIC = "valid_loss"
+
+
+class Restored(NamedTuple):
+    """A state and the record (plain JSON) saved with it."""
+
+    state: TrainState
+    record: dict
+
+
+@jax.jit
+def checksums(state: TrainState) -> jax.Array:
+    """One uint32 an array, over its bits and their places.
+
+    Sums of integers are exact in any order, so the result does not depend on how the array is
+    sharded over devices or hosts.
+    """
+    return jnp.stack([_checksum(x) for x in jax.tree.leaves(state)])
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    place = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+    return (bits * place).sum(dtype=jnp.uint32)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` and the best by validation loss.
+
+    Saving is asynchronous and atomic: a checkpoint appears under its name when it is whole.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self.directory = directory.resolve()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, record: dict, valid_loss: float | None) -> None:
+        """Starts to save; an error of the save before this one is raised here."""
+        record = record | {"checksums": np.asarray(checksums(state)).tolist()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record)
+            ),
+            metrics=None if valid_loss is None else {METRIC: valid_loss},
+        )
+
+    def restore(self, target: TrainState) -> Restored | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        Damaged ones are moved to `damaged/` beside the checkpoints, with a warning.
+
+        Args:
+          target: shapes and shardings to restore to (`state.abstract_state`).
+
+        Raises:
+          UserError: there are checkpoints, but all of them are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self.restore_step(step, target)
+            except Exception as error:  # orbax raises many kinds for a damaged file
+                reason = str(error).strip().splitlines()
+                self._set_aside(step, reason[0] if reason else type(error).__name__)
+        if steps:
+            raise UserError(
+                f"{self.directory}: none of its {len(steps)} checkpoints can be restored (moved to "
+                f"{self._damaged}): start again with another --workdir"
+            )
+        return None
+
+    def restore_step(self, step: int, target: TrainState) -> Restored:
+        """One checkpoint; ValueError when its arrays are not those that were saved."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target._asdict()), record=ocp.args.JsonRestore()
+            ),
+        )
+        state, record = TrainState(**restored["state"]), dict(restored["record"])
+        found = np.asarray(checksums(state))
+        if not np.array_equal(found, np.asarray(record.pop("checksums"), np.uint32)):
+            raise ValueError("the arrays differ from their checksums")
+        return Restored(state, record)
+
+    @property
+    def _damaged(self) -> Path:
+        return self.directory.parent / "damaged"
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        log.warning("checkpoint %d is damaged, trying the one before it: %s", step, reason[:300])
+        self._damaged.mkdir(exist_ok=True)
+        target = self._damaged / str(step)
+        number = 0
+        while target.exists():
+            number += 1
+            target = self._damaged / f"{step}.{number}"
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss."""
+        return self._manager.best_step()
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk; raises what went wrong meanwhile."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the manager's threads."""
+        self._manager.close()

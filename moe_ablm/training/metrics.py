@@ -1,0 +1,115 @@
+"""What a run reports: names of the metrics, `results.jsonl` and TensorBoard events."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from moe_ablm.model.routers import RouterStats
+from moe_ablm.training.losses import REGIONS, RegionSums
+
+
+def loss_metrics(sums: RegionSums, names: tuple[str, ...]) -> dict[str, Any]:
+    """Loss, perplexity and accuracy, overall and by region.
+
+    Args:
+      sums: arrays `[CELLS]`.
+      names: of the 14 regions of a pair in the order of the cells, without the cells of special
+        tokens (`data.regions.region_names`).
+    """
+    loss, correct, count = (np.asarray(s, np.float64) for s in sums)
+    total = max(count.sum(), 1)
+    cell = [c for c in range(len(count)) if c % REGIONS]
+    seen = {name: c for name, c in zip(names, cell, strict=True) if count[c]}
+    mean = float(loss.sum() / total)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "accuracy": float(correct.sum() / total),
+        "loss_by_region": {n: float(loss[c] / count[c]) for n, c in seen.items()},
+        "accuracy_by_region": {n: float(correct[c] / count[c]) for n, c in seen.items()},
+        "masked_by_region": {n: int(count[c]) for n, c in seen.items()},
+    }
+
+
+def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Load, entropy, dropped share and losses of each MoE layer, by layer number."""
+    arrays = {k: np.asarray(v, np.float64) for k, v in stats._asdict().items()}
+    return {
+        str(layer): {k: a[i].tolist() for k, a in arrays.items()} for i, layer in enumerate(layers)
+    }
+
+
+class Results:
+    """`results.jsonl` and TensorBoard events of a work directory.
+
+    Opened at a step, it forgets what was reported after it: the run that continues from there will
+    report it again.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self.path = workdir / "results.jsonl"
+        keep_until(self.path, step)
+        self._file = self.path.open("a")
+        self._events = EventFileWriter(str(workdir / "tensorboard"))
+        self._events.add_event(
+            Event(wall_time=0, step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
+
+    def write(self, kind: str, step: int, values: dict[str, Any], wall_time: float) -> None:
+        """Appends one line, and its scalars to TensorBoard under `kind/name`."""
+        line = {"kind": kind, "step": step, **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in _scalars(values, f"{kind}/")]
+        self._events.add_event(
+            Event(wall_time=wall_time, step=step, summary=Summary(value=scalars))
+        )
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._events.close()
+
+
+def _scalars(values: dict, prefix: str):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value
+
+
+def read_results(path: Path) -> list[dict]:
+    """The whole lines of a `results.jsonl`; a line cut off by a crash at its end is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").split("\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`, atomically."""
+    kept = [json.dumps(r) for r in read_results(path) if r["step"] <= step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)

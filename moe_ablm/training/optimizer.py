@@ -1,0 +1,52 @@
+"""AdamW with the schedules of the published studies."""
+
+import jax
+import optax
+from flax import nnx
+
+from moe_ablm.training.spec import OptimizerSpec
+
+DECAYED = ("kernel", "embedding", "router", "up", "down")  # not biases and layer norms
+
+
+def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the named decay.
+
+    "linear" and "cosine" fall to 0 at the last step; "wsd" (warm-up, stable, decay; Hu et al. 2024)
+    stays at the peak and falls linearly to 0 over the last `decay_share` of the steps.
+    """
+    rest = max(spec.steps - spec.warmup, 1)
+    if spec.schedule == "linear":
+        after = optax.linear_schedule(spec.lr, 0.0, rest)
+    elif spec.schedule == "cosine":
+        after = optax.cosine_decay_schedule(spec.lr, rest)
+    else:
+        decay = max(round(spec.decay_share * spec.steps), 1)
+        after = optax.linear_schedule(spec.lr, 0.0, decay, transition_begin=max(rest - decay, 0))
+    warmup = optax.linear_schedule(0.0, spec.lr, max(spec.warmup, 1))
+    return optax.join_schedules([warmup, after], [spec.warmup])
+
+
+def decay_mask(params: nnx.State) -> nnx.State:
+    """True for the parameters that weight decay acts on: weights, not biases or layer norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
+
+
+def _name(path: tuple) -> str:
+    keys = [getattr(p, "key", None) for p in path]
+    return [k for k in keys if isinstance(k, str)][-1]
+
+
+def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decoupled weight decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity(),
+        optax.adamw(
+            make_schedule(spec),
+            b1=spec.beta1,
+            b2=spec.beta2,
+            eps=spec.eps,
+            weight_decay=spec.weight_decay,
+            mask=decay_mask,
+        ),
+    )

@@ -1,0 +1,21 @@
+"""What the optimizer does, as a frozen dataclass."""
+
+from dataclasses import dataclass
+
+SCHEDULES = ("linear", "cosine", "wsd")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW with clipping and a schedule; keys are explained in configs/base.py."""
+
+    steps: int
+    lr: float
+    warmup: int
+    schedule: str
+    decay_share: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float

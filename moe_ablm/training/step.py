@@ -1,0 +1,131 @@
+"""One update and one evaluation of a batch, as pure functions to be jitted."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_ablm.model.encoder import Routing
+from moe_ablm.model.routers import RouterStats
+from moe_ablm.model.spec import MoESpec
+from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
+from moe_ablm.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+class StepMetrics(NamedTuple):
+    """What an update reports; `router` statistics are `[M, ...]`, None for a dense encoder."""
+
+    sums: RegionSums
+    tokens: jax.Array  # not padding
+    objective: jax.Array
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    param_norm: jax.Array
+    router: RouterStats | None
+
+
+def auxiliary_loss(stats: RouterStats, moe: MoESpec) -> jax.Array:
+    """Weighted router losses, summed over the MoE layers (statistics `[M, ...]`)."""
+    return moe.load_balance * stats.load_balance.sum() + moe.z_loss * stats.z_loss.sum()
+
+
+def make_train_step(
+    definition: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    moe: MoESpec,
+    accumulate: int,
+    ema: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The update of a batch.
+
+    Gradients of `accumulate` micro-batches add up to those of the whole batch: every token weighs
+    the same, whichever micro-batch it is in. (Router losses are means over micro-batches.)
+    """
+
+    def objective(params, batch, masked):
+        output = nnx.merge(definition, params)(batch["tokens"], batch["segment"] > 0)
+        sums = region_sums(output.logits, batch)
+        loss = sums.loss.sum() / masked
+        router = None
+        if output.routing is not None:
+            router = output.routing.stats
+            loss = loss + auxiliary_loss(router, moe) / accumulate
+        return loss, (sums, router)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def micro_batches(batch: Batch) -> Batch:
+        # row i goes to micro-batch i % accumulate: each holds rows of every device
+        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def accumulated(params, batch, masked):
+        if accumulate == 1:
+            (loss, (sums, router)), grads = gradient(params, batch, masked)
+            return loss, sums, router, grads
+
+        def body(carry, part):
+            (loss, (sums, router)), grads = gradient(params, part, masked)
+            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), router
+
+        zero = jnp.zeros(()), RegionSums(*[jnp.zeros(CELLS)] * 3)
+        carry = (*zero, jax.tree.map(jnp.zeros_like, params))
+        (loss, sums, grads), router = jax.lax.scan(body, carry, micro_batches(batch))
+        return loss, sums, jax.tree.map(lambda x: x.mean(0), router), grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        masked = jnp.maximum(batch["loss_mask"].sum(), 1)
+        loss, sums, router, grads = accumulated(state.params, batch, masked)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if average is not None:
+            average = optax.incremental_update(params, average, 1 - ema)
+        metrics = StepMetrics(
+            sums=sums,
+            tokens=(batch["segment"] > 0).sum(),
+            objective=loss,
+            grad_norm=optax.global_norm(grads),
+            update_norm=optax.global_norm(updates),
+            param_norm=optax.global_norm(params),
+            router=router,
+        )
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return train_step
+
+
+class EvalSums(NamedTuple):
+    """What an evaluation batch adds: sums by region, router statistics weighted by tokens.
+
+    `routed [M, E, CELLS]` counts the assignments of each expert by region of the token.
+    """
+
+    sums: RegionSums
+    routed: jax.Array | None
+
+
+def make_eval_step(
+    definition: nnx.GraphDef, experts: int
+) -> Callable[[nnx.State, Batch], EvalSums]:
+    """Sums of a batch under fixed parameters."""
+
+    def eval_step(params: nnx.State, batch: Batch) -> EvalSums:
+        output = nnx.merge(definition, params)(batch["tokens"], batch["segment"] > 0)
+        sums = region_sums(output.logits, batch)
+        return EvalSums(sums, routed_by_region(output.routing, batch, experts))
+
+    return eval_step
+
+
+def routed_by_region(routing: Routing | None, batch: Batch, experts: int) -> jax.Array | None:
+    """Assignments by layer, expert and region cell, float32 `[M, E, CELLS]`."""
+    if routing is None:
+        return None
+    where = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
+    chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32).sum(-2)
+    return jnp.einsum("mble,blc->mec", chosen, where, precision=jax.lax.Precision.HIGHEST)

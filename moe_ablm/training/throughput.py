@@ -1,0 +1,73 @@
+"""How fast this device multiplies matrices: the yardstick for model FLOPs utilisation."""
+
+import time
+from pathlib import Path
+
+import jax
+
+from moe_ablm.model.linear import dot
+
+SIZE = {"cpu": 1024}  # elsewhere 8192: large enough to fill an accelerator
+
+
+def matmul_peak(operands: str, rounds: int = 5) -> float:
+    """Best FLOP/s of all devices over a few square matmuls of `operands`-typed factors."""
+    n = SIZE.get(jax.default_backend(), 8192)
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(operands)
+    multiply = jax.jit(lambda a: dot(a, a, operands).astype(a.dtype))
+    multiply(a).block_until_ready()
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # fake CPU devices share the same cores
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    return 2 * n**3 / best * devices
+
+
+def default_precision() -> str:
+    """bfloat16 on accelerators; bfloat16 operands on CPUs with AMX; float32 on other CPUs."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    return "bfloat16_operands" if _has_amx() else "float32"
+
+
+def _has_amx() -> bool:
+    try:
+        with Path("/proc/cpuinfo").open() as f:
+            return any("amx_bf16" in line for line in f if line.startswith("flags"))
+    except OSError:
+        return False
+
+
+class Clock:
+    """Tokens a second of training: evaluations and the first update, which compiles, left out."""
+
+    def __init__(self):
+        self.tokens, self.seconds = 0, 0.0
+        self._last: float | None = None
+        self._recent: float | None = None
+
+    def tick(self, tokens: int) -> float:
+        """Counts an update of `tokens`; returns the smoothed tokens a second, 0 at the first."""
+        now = time.perf_counter()
+        last, self._last = self._last, now
+        if last is None:
+            return 0.0
+        seconds = now - last
+        self.tokens += tokens
+        self.seconds += seconds
+        rate = tokens / seconds
+        self._recent = rate if self._recent is None else 0.9 * self._recent + 0.1 * rate
+        return self._recent
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was not spent training."""
+        if self._last is not None:
+            self._last += seconds
+
+    @property
+    def mean(self) -> float | None:
+        """Tokens a second since the second update."""
+        return self.tokens / self.seconds if self.seconds else None

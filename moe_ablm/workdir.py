@@ -1,0 +1,85 @@
+"""A run on disk: who owns a work directory and what it holds."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_ablm import config as configs
+from moe_ablm.config import Config
+from moe_ablm.errors import UserError
+from moe_ablm.training.metrics import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def work_directory(workdir: Path, config: Config, dataset: str) -> Iterator[None]:
+    """Takes a work directory for one process; makes it, with `config.json`, when it is new.
+
+    Raises:
+      UserError: it holds a different run (the differing keys are named), is in use, or is no
+        place to write.
+    """
+    _check_same_run(workdir, config, dataset)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} is in use by another process") from error
+        content = {
+            "fingerprint": configs.fingerprint(config, dataset),
+            "dataset": dataset,
+            "config": configs.to_dict(config),
+        }
+        write_atomically(workdir / "config.json", json.dumps(content, indent=1) + "\n")
+        yield
+
+
+def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    try:
+        content = json.loads(file.read_text())
+        before = configs.identity(configs.from_mapping(content["config"]), content["dataset"])
+    except (ValueError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{file} cannot be read ({error}): use another --workdir") from error
+    now = configs.identity(config, dataset)
+    differing = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"--workdir {workdir} holds a different run ({'; '.join(differing)}): "
+            "use another --workdir"
+        )
+
+
+def finished_run(workdir: Path) -> dict | None:
+    """The content of `run.json` if the run is complete, None if there is more to do.
+
+    A damaged `run.json` counts as none, with a warning: the checkpoints tell the rest.
+    """
+    file = workdir / "run.json"
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        complete = content["status"] == "complete"
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): writing it again", file, error)
+        complete = False
+    if not complete:
+        file.unlink()
+        return None
+    return content

@@ -1,0 +1,41 @@
+"""Packaging of moe_ablm; pyproject.toml holds only the settings of ruff and pytest."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moe_ablm",
+    version="0.1.0",
+    description="Train, scale and dissect mixture-of-experts antibody language models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moe_ablm", "moe_ablm.*"]),
+    package_data={"moe_ablm.data": ["germlines/human/*"]},
+    install_requires=[
+        "jax>=0.10.1,<0.12",
+        "flax>=0.12.5,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.11.30,<0.13",
+        "grain>=0.2.15,<0.3",
+        "ml_collections>=1.1,<2",
+        "absl-py>=2.1,<3",
+        "tensorboard>=2.19,<3",
+        "numpy>=2.0,<3",
+        "scipy>=1.14,<2",
+        "pyarrow>=18,<27",
+        "safetensors>=0.5,<1",
+        "parasail>=1.3.4,<2",
+        "matplotlib>=3.9,<4",
+        "rich>=13.9,<16",
+    ],
+    extras_require={
+        "test": ["pytest>=8.3,<10", "hypothesis>=6.120,<7", "ruff>=0.14,<1"],
+        "eval": ["scikit-learn>=1.6,<2", "umap-learn>=0.5.7,<1", "seaborn>=0.13.2,<1"],
+        "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],
+        "slurm": [],
+        "olga": ["olga>=1.2.4,<2"],
+    },
+)
