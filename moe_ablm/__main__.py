@@ -32,10 +32,10 @@ def main(argv: list[str]) -> int:
         if name == named:
             module = importlib.import_module(f"moe_ablm.verbs.{name}")
             module.add_arguments(verb)
-            verb.set_defaults(run=module.run)
+            verb.set_defaults(carry_out=module.run)
     arguments = parser.parse_args(argv[1:])
     try:
-        arguments.run(arguments)
+        arguments.carry_out(arguments)
     except UserError as error:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,8 @@ class Progress:
         self._steps, self._start = steps, start
         self._console = Console(file=sys.stdout)
         self._bar = None
-        self._began = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._began: tuple[float, int] | None = None  # after the first update, which compiles
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -44,10 +45,14 @@ class Progress:
             self._bar.update(self._task, completed=step, state=state)
             return
         now = time.monotonic()
+        if self._began is None:
+            self._began = (now, step)
         if now - self._last_line >= LINE_EVERY or step == self._steps:
             self._last_line = now
-            left = (now - self._began) / (step - self._start) * (self._steps - step)
-            print(f"step {step}/{self._steps}  {state}  {left:,.0f} s left", flush=True)
+            began, first = self._began
+            left = (now - began) / max(step - first, 1) * (self._steps - step)
+            eta = f"  {left:,.0f} s left" if step > first else ""
+            print(f"step {step}/{self._steps}  {state}{eta}", flush=True)
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""

@@ -7,6 +7,7 @@
 Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anything else.
 """
 
+import errno
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from moe_ablm import config as configs
+from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
@@ -40,15 +42,16 @@ from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.progress import Progress
+from moe_ablm.results import write_atomically
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
-from moe_ablm.training.metrics import Results, loss_metrics, router_metrics, write_atomically
+from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.step import make_eval_step, make_train_step
 from moe_ablm.training.throughput import Clock, default_precision, matmul_peak
 from moe_ablm.workdir import finished_run, work_directory
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Diverged(Exception):
@@ -78,7 +81,7 @@ def run(config: Config, workdir: Path) -> dict:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
-    dataset = Dataset(config.data.path or simulated_dataset(config.data.simulated_pairs))
+    dataset = open_dataset(config)
     feed = Feed(config, dataset)
     with work_directory(workdir, config, dataset.identity), jax.set_mesh(mesh):
         finished = finished_run(workdir)
@@ -86,7 +89,18 @@ def run(config: Config, workdir: Path) -> dict:
             print(f"{workdir} is complete: {finished['step']} steps")
             Console().print(region_table(finished["evaluation"]))
             return finished
-        return Trainer(config, workdir, mesh, feed).train()
+        trainer = Trainer(config, workdir, mesh, feed)
+        try:
+            with stop_flag() as stop:
+                return trainer.train(stop)
+        except Diverged as error:
+            good = trainer.give_up(str(error))
+            raise Diverged(f"{error}; the last good checkpoint is of step {good}") from error
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The dataset of `data.path`, or the simulated one, which is made on first use."""
+    return Dataset(config.data.path or simulated_dataset(config.data.simulated_pairs))
 
 
 def make_execution(config: Config) -> Execution:
@@ -129,33 +143,34 @@ class Trainer:
         self.eval_step = jax.jit(make_eval_step(definition, config.model.moe.experts))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
+        self.clock = Clock()
+        self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
 
-    def train(self) -> dict:
-        """The whole story of a run."""
+    def train(self, stop: list[str]) -> dict:
+        """The whole story of a run; it ends early, saved, once `stop` holds something."""
         steps = self.config.train.steps
         state = self._restore_or_init()
-        start = int(state.step)
-        self.results = Results(self.workdir, start)
+        self.results = Results(self.workdir, self.step)
         self.peak = matmul_peak(self.execution.operands)
-        batches = self.feed.train_batches(start)
-        self._announce(state, start)
-        self.clock = Clock()
-        done = start == steps or self._patience_is_over()
-        with stop_flag() as stop, Progress(steps, start) as self.progress:
+        self._announce()
+        batches = self.feed.train_batches(self.step)
+        done = self.step == steps or self._patience_is_over()
+        with Progress(steps, self.step) as self.progress:
             while not done:
-                step = self.step + 1
-                state, metrics = self.train_step(state, global_batch(next(batches), self.mesh))
+                batch = global_batch(next(batches), self.mesh)
+                state, metrics = self.train_step(state, batch)
                 # the device works on this step while the host reads the one before
                 self._read_pending()
-                self.step, self.pending = step, (step, metrics)
-                last = step == steps
+                self.step += 1
+                self.pending = (self.step, metrics)
                 improved = False
-                if step % self.config.eval.every == 0 or last:
-                    improved = self._evaluate(step, state)
-                done = last or self._patience_is_over()
-                if step % self.config.checkpoint.every == 0 or improved or done or stop:
-                    self._save(step, state)
+                if self.step % self.config.eval.every == 0 or self.step == steps:
+                    improved = self._evaluate(state)
+                done = self.step == steps or self._patience_is_over()
+                due = self.step % self.config.checkpoint.every == 0
+                if due or improved or done or stop:
+                    self._save(state)
                 if stop and not done:
                     return self._finish(state, "stopped")
         return self._finish(state, "complete")
@@ -170,14 +185,13 @@ class Trainer:
             self.record = Record(**restored.record)
             self.step = int(restored.state.step)
             return restored.state
-        self.step = 0
         return states.init_state(self.spec, self.optimizer, self.config.seed, ema, self.mesh)
 
-    def _save(self, step: int, state: states.TrainState) -> None:
+    def _save(self, state: states.TrainState) -> None:
         self._read_pending()  # raises if this state is not finite: it must not be saved
-        evaluated = self.record.evaluation.get("step") == step
+        evaluated = self.record.evaluation.get("step") == self.step
         loss = self.record.evaluation["loss"] if evaluated else None
-        self.checkpoints.save(step, state, vars(self.record), loss)
+        self.checkpoints.save(self.step, state, vars(self.record), loss)
 
     # measuring
 
@@ -215,9 +229,10 @@ class Trainer:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
         self.results.write("train", step, values, time.time())
 
-    def _evaluate(self, step: int, state: states.TrainState) -> bool:
+    def _evaluate(self, state: states.TrainState) -> bool:
         """Evaluates on the validation set; True when it is the best so far."""
         self._read_pending()
+        step = self.step
         params = state.params if state.ema is None else state.ema
         start = time.perf_counter()
         found = evaluate(self.eval_step, params, self.feed.valid_batches(), self.mesh)
@@ -254,7 +269,7 @@ class Trainer:
 
     # telling
 
-    def _announce(self, state: states.TrainState, start: int) -> None:
+    def _announce(self) -> None:
         rows, left_out = len(self.feed.train_rows), self.feed.left_out
         print(
             f"{self.config.model.size}: {flops.params_total(self.spec):,} parameters"
@@ -264,22 +279,34 @@ class Trainer:
         )
         if left_out:
             print(f"{left_out:,} antibodies are longer than data.length and left out")
-        if start:
-            print(f"resuming at step {start}")
+        if self.step:
+            print(f"resuming at step {self.step}")
 
     def _finish(self, state: states.TrainState, status: str) -> dict:
         """Waits for the last checkpoint, then writes `run.json`."""
         self.checkpoints.wait()
         summary = self._summary(state, status)
-        write_atomically(self.workdir / "run.json", json.dumps(summary, indent=1) + "\n")
-        self.results.close()
-        self.checkpoints.close()
+        self._write_run(summary)
         if status == "stopped":
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {_command()}")
         else:
             Console().print(region_table(summary["evaluation"]))
             print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")
         return summary
+
+    def give_up(self, reason: str) -> int | None:
+        """Writes a `run.json` that says why; returns the step of the last good checkpoint."""
+        self.checkpoints.wait()
+        good = self.checkpoints.newest_step()
+        fingerprint = configs.fingerprint(self.config, self.feed.dataset.identity)
+        content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
+        self._write_run(content)
+        return good
+
+    def _write_run(self, content: dict) -> None:
+        write_atomically(self.workdir / "run.json", json.dumps(content, indent=1) + "\n")
+        self.results.close()
+        self.checkpoints.close()
 
     def _summary(self, state: states.TrainState, status: str) -> dict:
         config, record = self.config, self.record
@@ -316,10 +343,13 @@ class Trainer:
 def stop_flag() -> Iterator[list]:
     """A list that is empty until a stop signal arrives; it then holds the signal's name."""
     received: list[str] = []
-    handlers = {
-        s: signal.signal(s, lambda number, _: received.append(signal.Signals(number).name))
-        for s in STOP_SIGNALS
-    }
+
+    def receive(number, _):
+        received.append(signal.Signals(number).name)
+        if number == signal.SIGINT:  # Ctrl-C again does not wait
+            signal.signal(number, signal.default_int_handler)
+
+    handlers = {s: signal.signal(s, receive) for s in STOP_SIGNALS}
     try:
         yield received
     finally:
@@ -338,23 +368,43 @@ flags.DEFINE_string("workdir", None, "Directory of the run.")
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
     """Command line -> checked config and work directory; UserError where it is wrong."""
+    _let_configs_import_each_other(argv)
     try:
         rest = FLAGS(argv)
+        config = FLAGS.config and configs.from_mapping(FLAGS.config)
     except UserError:
         raise
     except Exception as error:  # flags, the config file itself, and ml_collections raise many kinds
-        raise UserError(_first_line(error)) from error
+        raise UserError(f"config or flag: {_one_line(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    if FLAGS.config is None or not FLAGS.workdir:
-        missing = "--config" if FLAGS.config is None else "--workdir"
+    if not config or not FLAGS.workdir:
+        missing = "--workdir" if config else "--config"
         raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
-    return configs.from_mapping(FLAGS.config), Path(FLAGS.workdir)
+    return config, Path(FLAGS.workdir)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+def _let_configs_import_each_other(argv: list[str]) -> None:
+    """`from configs.base import ...` in a config file works from any current directory."""
+    for argument in argv:
+        if argument.lstrip("-").startswith("config="):
+            file = Path(argument.partition("=")[2].partition(":")[0]).resolve()
+            sys.path.insert(0, str(file.parent.parent))
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an exception, or one behind it, says that there is no space left on the device."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error of absl or ml_collections, which like to quote and to wrap."""
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.replace("\\n", " ").replace("\\'", "'").split()).strip("'\" ")
 
 
 def main(argv: list[str]) -> int:
@@ -371,8 +421,18 @@ def main(argv: list[str]) -> int:
     except Diverged as error:
         print(f"moe_ablm: stopped: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        print(
+            f"moe_ablm: no space left while writing {FLAGS.workdir}: free some, then run the same "
+            "command again; it resumes from the last whole checkpoint",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main(sys.argv))

@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-from moe_ablm.training.metrics import write_atomically
+from moe_ablm.results import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,47 @@
 """Fixtures shared by all tests."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+# overrides that make configs/base.py a run of seconds; also as a command line in `tiny_flags`
+TINY = {
+    "data.simulated_pairs": 400,
+    "model.size": "tiny",
+    "model.layers": 2,
+    "model.d_model": 16,
+    "model.ffn": 32,
+    "model.heads": 2,
+    "model.moe.router": "topk",
+    "model.moe.experts": 4,
+    "train.steps": 12,
+    "train.batch": 8,
+    "train.warmup": 3,
+    "train.lr": 3e-3,
+    "eval.every": 6,
+    "eval.pairs": 16,
+    "checkpoint.every": 4,
+    "log.every": 1,
+}
+
+sys.path.insert(0, str(REPO))  # configs/ is no part of the installed package
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +51,63 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path} (set MOE_ABLM_DATA)")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """A user's cache of its own, so that tests neither use nor fill the real one."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(path)
+    return path
+
+
+def tiny_config(**changes):
+    """The checked config of a run of seconds; changes by dotted key with "." as "__"."""
+    from configs.base import get_config
+    from moe_ablm.config import from_mapping
+
+    c = get_config()
+    c.update_from_flattened_dict(
+        TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    return from_mapping(c)
+
+
+def tiny_flags(**changes) -> list[str]:
+    """`tiny_config` as flags of `python -m moe_ablm.train`."""
+    values = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    return ["--config=configs/base.py", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def command(*arguments: str, **environment: str) -> tuple[list[str], dict]:
+    """Argument list and environment of `python -m ARGUMENTS` in the checkout."""
+    # set, so that a training process does not start itself a second time
+    env = os.environ | {"GLIBC_TUNABLES": "", "COLUMNS": "120"} | environment
+    return [sys.executable, "-m", *map(str, arguments)], {"env": env, "cwd": REPO, "text": True}
+
+
+@pytest.fixture(scope="session")
+def run_quickly(cache):
+    """`run_command` for command lines that end in an error message: no new interpreter each."""
+    options = {"env": os.environ | {"COLUMNS": "120"}, "cwd": REPO, "text": True}
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("command_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        **options,
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        server.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+        server.stdin.flush()
+        return subprocess.CompletedProcess(arguments, *json.loads(server.stdout.readline()))
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m ARGUMENTS` in the checkout to its end."""
+    argv, options = command(*arguments, **environment)
+    return subprocess.run(argv, capture_output=True, check=False, timeout=300, **options)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -269,6 +269,10 @@ class Dataset:
         """Row numbers (int64) of a split, restricted to a nested fraction of it."""
         inside = self.fraction_key < np.uint64(FRACTIONS[fraction])
         return np.flatnonzero((self.split == SPLITS.index(split)) & inside)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The stored rows in order, at most `ROWS_PER_BATCH` at once, from the memory map."""
+        yield from self._batches
 
     def gather(self, rows: np.ndarray, chain: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
         """Residue columns of some rows, end to end.

@@ -19,6 +19,7 @@ def simulated_dataset(pairs: int, seed: int = 0) -> Path:
     settings = hashlib.sha256(repr(SimulationParams()).encode()).hexdigest()[:8]
     path = cache_directory() / f"simulated-{pairs}-seed{seed}-{settings}-v{SCHEMA_VERSION}"
     if not path.exists():
+        print(f"simulating {pairs:,} antibodies, once, into {path}")
         prepare_batches(
             simulate(pairs, seed), path, source="simulated", licence="none (simulated sequences)"
         )

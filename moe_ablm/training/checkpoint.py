@@ -137,6 +137,10 @@ class Checkpoints:
         """Step of the checkpoint with the lowest validation loss."""
         return self._manager.best_step()
 
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint on disk."""
+        return self._manager.latest_step()
+
     def wait(self) -> None:
         """Blocks until everything is on disk; raises what went wrong meanwhile."""
         self._manager.wait_until_finished()

@@ -1,8 +1,7 @@
-"""What a run reports: names of the metrics, `results.jsonl` and TensorBoard events."""
+"""What a run reports: its metrics by name, `results.jsonl` and TensorBoard events."""
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from moe_ablm.model.routers import RouterStats
+from moe_ablm.results import keep_until
 from moe_ablm.training.losses import REGIONS, RegionSums
 
 
@@ -84,32 +84,3 @@ def _scalars(values: dict, prefix: str):
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", value
-
-
-def read_results(path: Path) -> list[dict]:
-    """The whole lines of a `results.jsonl`; a line cut off by a crash at its end is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").split("\n")[:-1]:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines after `step`, atomically."""
-    kept = [json.dumps(r) for r in read_results(path) if r["step"] <= step]
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)

@@ -1,0 +1,38 @@
+# Each target makes .venv if there is none and installs what it needs, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint bench
+
+quickstart: .venv/.run
+	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
+	$(BIN)/python -m moe_ablm report --run runs/quickstart
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.test .venv/.hf
+	$(BIN)/python -m pytest --slow
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.hf
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loader.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/.test: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ .venv/.run
+
+.venv/.hf: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[hf]'
+	touch $@ .venv/.run

@@ -1,0 +1,34 @@
+"""Files of a run that others read: whole lines in, whole files out."""
+
+import json
+import os
+from pathlib import Path
+
+
+def read_results(path: Path) -> list[dict]:
+    """The whole lines of a `results.jsonl`; a line cut off by a crash at its end is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").split("\n")[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`, atomically."""
+    kept = [json.dumps(r) for r in read_results(path) if r["step"] <= step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)

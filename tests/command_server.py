@@ -1,0 +1,47 @@
+"""Runs command lines of the package in forked children of one process that has imported it.
+
+Importing jax takes seconds; dozens of command lines that end in an error message should not pay for
+it each. Reads a JSON list `[module, argument, ...]` a line, answers `[code, stdout, stderr]`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+import moe_ablm.__main__
+import moe_ablm.train
+
+MAINS = {"moe_ablm": moe_ablm.__main__.main, "moe_ablm.train": moe_ablm.train.main}
+
+
+def run(module: str, arguments: list[str]) -> list:
+    """Exit code, stdout and stderr of `python -m module arguments`, from a forked child."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [module, *arguments]
+            code = 1
+            try:
+                code = MAINS[module](sys.argv)
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return [os.waitstatus_to_exitcode(status), out.read(), err.read()]
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        module, *arguments = json.loads(line)
+        print(json.dumps(run(module, arguments)), flush=True)

@@ -1,0 +1,178 @@
+"""The encoder against Hugging Face's `EsmForMaskedLM`, and its invariances."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_ablm.interop.esm2 import params_from_huggingface
+from moe_ablm.model import flops
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# numel of `EsmForMaskedLM(config)` of transformers 5.23.0, and of its contact head, which is no
+# part of the language model
+HUGGINGFACE_PARAMS = {
+    "8m": (7_512_474, 121),
+    "35m": (33_501_394, 241),
+    "150m": (148_140_154, 601),
+    "350m": (355_252_514, 641),
+    "650m": (651_043_254, 661),
+}
+
+
+def tiny_spec(**changes) -> EncoderSpec:
+    return EncoderSpec(**({"layers": 2, "d_model": 24, "ffn": 48, "heads": 4} | changes))
+
+
+def encode(spec, execution, params=None):
+    """A jitted `(tokens, valid) -> Output` under given or fresh parameters."""
+    definition, fresh = nnx.split(Encoder(spec, execution, nnx.Rngs(0)))
+    params = fresh if params is None else params
+    run = jax.jit(lambda tokens, valid: nnx.merge(definition, params)(tokens, valid))
+    return lambda tokens, valid: run(jnp.asarray(tokens), jnp.asarray(valid))
+
+
+@pytest.fixture(scope="module")
+def huggingface():
+    return np.load(FIXTURES / "esm2_tiny.npz", allow_pickle=False)
+
+
+def imported(huggingface, spec):
+    tensors = {k[2:]: huggingface[k] for k in huggingface.files if k.startswith("w/")}
+    _, params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))
+    return params_from_huggingface(params, tensors)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("token_dropout", [True, False])
+def test_logits_equal_those_of_huggingface(huggingface, token_dropout, scan):
+    spec = tiny_spec(token_dropout=token_dropout)
+    params = imported(huggingface, spec)
+    valid = huggingface["valid"]
+    found = encode(spec, Execution(scan=scan), params)(huggingface["tokens"], valid).logits
+    expected = huggingface[f"logits_dropout_{token_dropout}".lower()]
+    np.testing.assert_allclose(found[valid], expected[valid], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_equal_those_of_huggingface(size):
+    layers, d_model, ffn, heads = SIZES[size]
+    spec = EncoderSpec(layers, d_model, ffn, heads)
+    module = nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0)))
+    counted = sum(x.size for x in jax.tree.leaves(nnx.state(module)))
+    total, contact_head = HUGGINGFACE_PARAMS[size]
+    assert counted == flops.params_total(spec) == total - contact_head
+
+
+SPECS = {
+    "dense": tiny_spec(),
+    "top1": tiny_spec(moe=MoESpec("topk", experts=4, k=1)),
+    "top2": tiny_spec(moe=MoESpec("topk", experts=4, k=2, placement="every", first_dense=0)),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def model(request):
+    return encode(SPECS[request.param], Execution())
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(4, 24, (4, 24))
+    tokens[:, 3] = 32
+    return tokens, np.arange(24) < np.array([24, 17, 9, 12])[:, None]
+
+
+def test_padding_never_changes_a_logit(model, rows):
+    tokens, valid = rows
+    before = model(tokens, valid).logits
+    after = model(np.where(valid, tokens, 7), valid).logits
+    np.testing.assert_array_equal(before[valid], after[valid])
+
+
+def test_longer_padding_never_changes_a_logit(model, rows):
+    tokens, valid = rows
+    before = model(tokens, valid).logits
+    wide = model(np.pad(tokens, ((0, 0), (0, 8))), np.pad(valid, ((0, 0), (0, 8)))).logits[:, :24]
+    np.testing.assert_allclose(before[valid], wide[valid], atol=2e-6, rtol=0)
+
+
+def test_batch_neighbours_never_change_a_logit(model, rows):
+    tokens, valid = rows
+    before = model(tokens, valid).logits
+    others = np.where(np.arange(4)[:, None] == 1, tokens, tokens[::-1])
+    others_valid = np.where(np.arange(4)[:, None] == 1, valid, valid[::-1])
+    after = model(others, others_valid).logits
+    np.testing.assert_allclose(before[1][valid[1]], after[1][valid[1]], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("execution", [Execution(scan=True), Execution(remat=True)], ids=str)
+def test_scan_and_remat_change_neither_loss_nor_gradient(name, execution, rows):
+    spec = EncoderSpec(6, 24, 48, 4, moe=SPECS[name].moe)
+    tokens, valid = (jnp.asarray(a) for a in rows)
+    params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))[1]
+
+    def gradient(execution):
+        definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[0]
+
+        def loss(params):
+            logits = nnx.merge(definition, params)(tokens, valid).logits
+            return jnp.square(logits * valid[..., None]).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    for found, expected in zip(
+        jax.tree.leaves(gradient(execution)), jax.tree.leaves(gradient(Execution())), strict=True
+    ):
+        scale = float(jnp.abs(expected).max()) + 1e-30
+        np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
+
+
+def test_bfloat16_stays_near_float32(rows):
+    tokens, valid = rows
+    params = nnx.split(Encoder(SPECS["top2"], Execution(), nnx.Rngs(0)))[1]
+    exact = encode(SPECS["top2"], Execution(), params)(tokens, valid).logits
+    for activations in ("bfloat16", "float32"):
+        near = encode(SPECS["top2"], Execution(activations, "bfloat16"), params)(tokens, valid)
+        assert near.logits.dtype == jnp.float32
+        np.testing.assert_allclose(near.logits[valid], exact[valid], atol=0.02)
+
+
+def test_attention_weights_are_those_of_the_forward_pass(rows):
+    tokens, valid = (jnp.asarray(a) for a in rows)
+    encoder = Encoder(tiny_spec(), Execution(), nnx.Rngs(0))
+    weights = encoder.attention_weights(tokens, valid)
+    assert [w.shape for w in weights] == [(4, 4, 24, 24)] * 2
+    np.testing.assert_allclose(weights[1].sum(-1), 1.0, atol=1e-5)
+    assert float(jnp.where(valid[:, None, None], 0.0, weights[1]).max()) == 0.0
+    # the values weighted by hand give the block's attention output
+    layer, x = encoder.layers[0], encoder.layers[0].attention_norm(encoder.embed(tokens, valid))
+    _, _, v = layer.attention._project(x)
+    by_hand = jnp.einsum("bhqk,bkhd->bqhd", weights[0], v).reshape(x.shape)
+    np.testing.assert_allclose(layer.attention.out(by_hand), layer.attention(x, valid), atol=1e-5)
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("token_dropout", [True, False])
+def test_live_against_transformers(token_dropout):
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    torch = pytest.importorskip("torch", reason="needs the extra `hf`")
+    from fixtures.make_esm2_tiny import inputs, tiny
+
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
+    model = tiny(token_dropout, **sizes)
+    tokens, valid = inputs()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(valid).long())
+    spec = EncoderSpec(3, 64, 128, 4, token_dropout=token_dropout)
+    tensors = {k: v.numpy() for k, v in model.state_dict().items()}
+    params = params_from_huggingface(nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))[1], tensors)
+    found = encode(spec, Execution(), params)(tokens, valid).logits
+    np.testing.assert_allclose(found[valid], expected.logits.numpy()[valid], atol=1e-5, rtol=0)

@@ -1,0 +1,185 @@
+"""The trainer in one process: what a run leaves on disk, and when it stops."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from moe_ablm import train
+from moe_ablm.errors import UserError
+from moe_ablm.results import read_results
+from moe_ablm.verbs import report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Work directory and `run.json` of one complete tiny run."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    return workdir, train.run(tiny_config(), workdir)
+
+
+def test_run_json_holds_what_scaling_needs(finished):
+    workdir, summary = finished
+    on_disk = json.loads((workdir / "run.json").read_text())
+    assert on_disk == json.loads(json.dumps(summary))
+    assert on_disk["status"] == "complete"
+    assert on_disk["step"] == 12
+    assert len(on_disk["params_sha256"]) == 64
+    assert on_disk["params_total"] > on_disk["params_active"] > 0
+    assert on_disk["router"] == "topk"
+    assert on_disk["experts"] == 4
+    assert on_disk["size"] == "tiny"
+    assert on_disk["data_fraction"] == "full"
+    assert on_disk["valid_loss_best"] <= on_disk["valid_loss_final"]
+    assert "CDRH3" in on_disk["valid_loss_by_region"]
+    for key in ("fingerprint", "unique_tokens", "tokens_seen", "flops", "seed", "stability"):
+        assert key in on_disk
+
+
+def test_results_and_events_tell_the_same(finished):
+    workdir, summary = finished
+    records = read_results(workdir / "results.jsonl")
+    train_lines = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in train_lines] == list(range(1, 13))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [6, 12]
+    last = train_lines[-1]
+    assert last["tokens_seen"] == summary["tokens_seen"]
+    assert last["perplexity"] == pytest.approx(np.exp(last["loss"]))
+    assert set(last["router"]) == {"1"}
+    assert sum(last["router"]["1"]["load"]) == pytest.approx(1)
+    assert 0 < last["router"]["1"]["entropy"] <= 1
+    (file,) = (workdir / "tensorboard").iterdir()
+    events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+    values = {(e.step, v.tag): v.tensor.float_val[0] for e in events for v in e.summary.value}
+    assert values[12, "train/loss"] == pytest.approx(last["loss"])
+    assert values[12, "eval/loss_by_region/CDRH3"] == pytest.approx(
+        summary["valid_loss_by_region"]["CDRH3"]
+    )
+
+
+def test_training_lowers_the_loss(finished):
+    workdir, _ = finished
+    losses = [r["loss"] for r in read_results(workdir / "results.jsonl") if r["kind"] == "train"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
+
+
+def test_routed_counts_are_those_of_the_residues(finished):
+    workdir, summary = finished
+    table = np.asarray(summary["evaluation"]["routed"]["1"])
+    assert table.shape == (4, 16)
+    # two experts for every token of the 16 validation antibodies, none for padding
+    assert table.sum() % 2 == 0
+    assert 16 * 2 * 200 < table.sum() < 16 * 2 * 256
+
+
+def test_a_complete_run_says_so(finished, capsys):
+    workdir, summary = finished
+    again = train.run(tiny_config(), workdir)
+    assert "is complete: 12 steps" in capsys.readouterr().out
+    assert again["params_sha256"] == summary["params_sha256"]
+
+
+def test_report_draws_figures(finished, capsys):
+    workdir, _ = finished
+    parser = __import__("argparse").ArgumentParser()
+    report.add_arguments(parser)
+    report.run(parser.parse_args(["--run", str(workdir)]))
+    out = capsys.readouterr().out
+    for name in ("loss.png", "routing.png"):
+        assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
+        assert name in out
+    assert "CDR3" in out
+
+
+def test_a_run_json_that_is_damaged_is_made_again(finished, tmp_path):
+    workdir, summary = finished
+    copy = tmp_path / "copy"
+    __import__("shutil").copytree(workdir, copy)
+    (copy / "run.json").write_text('{"status": "comp')
+    again = train.run(tiny_config(), copy)
+    assert again["params_sha256"] == summary["params_sha256"]
+    assert again["valid_loss_final"] == summary["valid_loss_final"]
+    assert len(read_results(copy / "results.jsonl")) == len(read_results(workdir / "results.jsonl"))
+
+
+def test_a_different_run_is_refused_and_its_keys_shown(finished):
+    workdir, _ = finished
+    before = sorted(p.name for p in workdir.iterdir())
+    with pytest.raises(UserError, match=r"train\.lr: 0\.003 there, 0\.001 now") as error:
+        train.run(tiny_config(train__lr=1e-3), workdir)
+    assert "seed" not in str(error.value)
+    assert sorted(p.name for p in workdir.iterdir()) == before
+
+
+def test_the_same_seed_gives_the_same_run(finished, tmp_path):
+    _, summary = finished
+    again = train.run(tiny_config(checkpoint__every=100, log__every=5), tmp_path / "again")
+    assert again["params_sha256"] == summary["params_sha256"]
+    assert again["fingerprint"] == summary["fingerprint"]
+    other = train.run(tiny_config(seed=1, train__steps=3), tmp_path / "other")
+    assert other["params_sha256"] != summary["params_sha256"]
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(finished, tmp_path):
+    # without router losses, which are means over micro-batches
+    changes = {"model__moe__router": "none", "train__steps": 3, "compute__precision": "float32"}
+    whole = train.run(tiny_config(**changes), tmp_path / "whole")
+    parts = train.run(tiny_config(**changes, train__accumulate=4), tmp_path / "parts")
+    assert parts["valid_loss_final"] == pytest.approx(whole["valid_loss_final"], abs=1e-5)
+
+
+def test_a_signal_saves_and_the_next_run_resumes(finished, tmp_path, monkeypatch, capsys):
+    _, summary = finished
+    evaluate = train.evaluate
+
+    def evaluate_and_signal(*args):
+        signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    stopped = train.run(tiny_config(), tmp_path / "w")
+    assert (stopped["status"], stopped["step"]) == ("stopped", 6)
+    assert "saved at step 6; the same command resumes it" in capsys.readouterr().out
+    monkeypatch.undo()
+    resumed = train.run(tiny_config(), tmp_path / "w")
+    assert resumed["params_sha256"] == summary["params_sha256"]
+    assert resumed["tokens_seen"] == summary["tokens_seen"]
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+    # an infinite learning rate from step 5 on: warm-up ends in 1e38 * step
+    config = tiny_config(train__lr=3e38, train__clip=0.0, train__warmup=12, train__steps=12)
+    with pytest.raises(train.Diverged, match=r"step \d+: \w+ is (nan|inf|-inf)") as error:
+        train.run(config, tmp_path / "w")
+    content = json.loads((tmp_path / "w" / "run.json").read_text())
+    assert content["status"] == "diverged"
+    assert content["error"] in str(error.value)
+
+
+def test_patience_ends_a_run_early(tmp_path):
+    config = tiny_config(train__lr=1e-30, train__patience=2, eval__every=1, train__steps=9)
+    summary = train.run(config, tmp_path / "w")
+    # the first evaluation is the best; the two after it do not improve on it
+    assert (summary["status"], summary["step"], summary["valid_step_best"]) == ("complete", 3, 1)
+
+
+def test_ema_is_evaluated_in_place_of_the_parameters(tmp_path, finished):
+    _, summary = finished
+    averaged = train.run(tiny_config(train__ema=0.999), tmp_path / "w")
+    assert averaged["params_sha256"] == summary["params_sha256"]
+    assert averaged["valid_loss_final"] > summary["valid_loss_final"] + 0.05
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path, monkeypatch):
+    class EightDevices:
+        size = 8
+
+    monkeypatch.setattr(train, "make_mesh", lambda *_: EightDevices())
+    with pytest.raises(UserError, match=r"batch=12 .* over 8 devices: use a multiple of 8"):
+        train.run(tiny_config(train__batch=12), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    assert jax.device_count() == 1
