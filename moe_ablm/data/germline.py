@@ -1,0 +1,188 @@
+"""Human germline V, D and J genes with their IMGT numbering.
+
+The tables are OGRDB's; see `germlines/human/PROVENANCE.md`.
+
+IMGT unique numbering of a V domain (Lefranc et al. 2003, Dev. Comp. Immunol. 27:55): framework 1 is
+positions 1-26, CDR1 27-38, framework 2 39-55, CDR2 56-65, framework 3 66-104, CDR3 105-117,
+framework 4 118-129; C23, W41, C104 and W/F118 are conserved.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+
+import numpy as np
+
+# First IMGT position of CDR1, framework 2, CDR2, framework 3, CDR3.
+REGION_STARTS = (27, 39, 56, 66, 105)
+LOCI = ("IGH", "IGK", "IGL")
+LOCI_OF_CHAIN = {"heavy": ("IGH",), "light": ("IGK", "IGL")}
+
+# Amino acid of codon 16 a + 4 b + c, with A, C, G, T = 0, 1, 2, 3; "*" is a stop.
+CODON_TABLE = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"
+NUCLEOTIDES = "ACGT"
+_NUCLEOTIDE_CODE = np.full(128, -1, np.int8)
+_NUCLEOTIDE_CODE[[ord(letter) for letter in NUCLEOTIDES]] = np.arange(4)
+_AMINO_ACID_OF_CODON = np.frombuffer(CODON_TABLE.encode(), np.uint8)
+_J_MOTIF = re.compile("[FW]G.G")
+
+
+def encode_nucleotides(sequence: str) -> np.ndarray:
+    """Codes 0-3 of A, C, G, T, as int8 `[len(sequence)]`; -1 where the letter is another one."""
+    return _NUCLEOTIDE_CODE[np.frombuffer(sequence.encode("ascii"), np.uint8)]
+
+
+def translate_codes(codes: np.ndarray) -> np.ndarray:
+    """Amino-acid letters (ASCII, uint8) of nucleotide codes `[..., 3 n]` in frame: `[..., n]`."""
+    codes = codes.astype(np.uint8)
+    return _AMINO_ACID_OF_CODON[codes[..., 0::3] * 16 + codes[..., 1::3] * 4 + codes[..., 2::3]]
+
+
+def translate(sequence: str) -> str:
+    """Amino acids of the whole codons of an ungapped nucleotide sequence; "*" is a stop."""
+    codes = encode_nucleotides(sequence[: len(sequence) // 3 * 3])
+    return translate_codes(codes).tobytes().decode()
+
+
+@dataclass(frozen=True, eq=False)
+class VAllele:
+    """A functional V allele: C23, W41 and C104 are there, and no stop codon up to C104."""
+
+    name: str  # e.g. IGHV3-23*01
+    nucleotides: str  # ungapped, from the first codon of the V domain to the recombination signal
+    amino_acids: str  # of the whole codons; the residues after C104 begin the CDR3
+    imgt: np.ndarray  # [len(amino_acids)] int16: the IMGT position of each residue
+    c104: int  # index of C104 in `amino_acids`
+
+    @property
+    def gene(self) -> str:
+        return self.name.split("*")[0]
+
+    @property
+    def locus(self) -> str:
+        return self.name[:3]
+
+    def region_starts(self) -> tuple[int, int, int, int, int]:
+        """Index in `amino_acids` where CDR1, FR2, CDR2, FR3 and CDR3 begin."""
+        return tuple(int(start) for start in np.searchsorted(self.imgt, REGION_STARTS))
+
+
+@dataclass(frozen=True, eq=False)
+class JAllele:
+    """A J allele with its reading frame and the conserved W118 (heavy) or F118 (light)."""
+
+    name: str
+    nucleotides: str
+    frame: int  # nucleotides before the first whole codon
+    amino_acids: str  # of the whole codons from `frame` on
+    motif: int  # index of W/F118 in `amino_acids`
+
+    @property
+    def gene(self) -> str:
+        return self.name.split("*")[0]
+
+    @property
+    def locus(self) -> str:
+        return self.name[:3]
+
+    @property
+    def motif_nucleotide(self) -> int:
+        """Index in `nucleotides` of the first nucleotide of W/F118."""
+        return self.frame + 3 * self.motif
+
+
+@dataclass(frozen=True, eq=False)
+class DAllele:
+    """A D allele (heavy chain only); any of its three reading frames may be used."""
+
+    name: str
+    nucleotides: str
+
+    @property
+    def gene(self) -> str:
+        return self.name.split("*")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Germlines:
+    """All usable alleles of one species, in the order of their names."""
+
+    v: tuple[VAllele, ...]
+    d: tuple[DAllele, ...]
+    j: tuple[JAllele, ...]
+
+    def v_of(self, *loci: str) -> tuple[VAllele, ...]:
+        """V alleles of the given loci ("IGH", "IGK", "IGL")."""
+        return tuple(allele for allele in self.v if allele.locus in loci)
+
+    def j_of(self, *loci: str) -> tuple[JAllele, ...]:
+        """J alleles of the given loci ("IGH", "IGK", "IGL")."""
+        return tuple(allele for allele in self.j if allele.locus in loci)
+
+    def alleles_by_protein(self, *loci: str) -> dict[str, tuple[VAllele, ...]]:
+        """V alleles of the loci grouped by protein up to and including C104.
+
+        Alleles in one group cannot be told apart from amino acids before the CDR3.
+        """
+        groups: dict[str, list[VAllele]] = {}
+        for allele in self.v_of(*loci):
+            groups.setdefault(allele.amino_acids[: allele.c104 + 1], []).append(allele)
+        return {protein: tuple(alleles) for protein, alleles in groups.items()}
+
+
+def parse_fasta(text: str) -> dict[str, str]:
+    """Allele name -> upper-case sequence of a germline FASTA (`>NAME__species`)."""
+    records: dict[str, str] = {}
+    name = None
+    for line in text.splitlines():
+        if line.startswith(">"):
+            name = line[1:].split("__")[0].strip()
+            records[name] = ""
+        elif name is not None:
+            records[name] += line.strip().upper()
+    return records
+
+
+def parse_v_allele(name: str, gapped: str) -> VAllele | None:
+    """A V allele from its IMGT-gapped nucleotides; None where it is not functional."""
+    codons = [gapped[i : i + 3] for i in range(0, len(gapped) - 2, 3)]
+    imgt = np.array([k for k, codon in enumerate(codons, 1) if codon != "..."], np.int16)
+    nucleotides = gapped.replace(".", "")
+    if set(nucleotides) - set(NUCLEOTIDES):
+        return None
+    amino_acids = translate(nucleotides)
+    residue_at = dict(zip(imgt.tolist(), amino_acids, strict=True))
+    if (residue_at.get(23), residue_at.get(41), residue_at.get(104)) != ("C", "W", "C"):
+        return None
+    c104 = int(np.searchsorted(imgt, 104))
+    if "*" in amino_acids[:c104]:
+        return None
+    return VAllele(name, nucleotides, amino_acids, imgt, c104)
+
+
+def parse_j_allele(name: str, nucleotides: str) -> JAllele | None:
+    """A J allele in the reading frame that has the [FW]GxG motif and no stop; None without one."""
+    for frame in range(3):
+        amino_acids = translate(nucleotides[frame:])
+        motif = _J_MOTIF.search(amino_acids)
+        if motif and "*" not in amino_acids:
+            return JAllele(name, nucleotides, frame, amino_acids, motif.start())
+    return None
+
+
+@lru_cache(maxsize=1)
+def load_germlines() -> Germlines:
+    """The packaged human germline genes (functional alleles only), sorted by name."""
+    folder = resources.files("moe_ablm.data").joinpath("germlines", "human")
+    records = {
+        segment: sorted(parse_fasta(folder.joinpath(f"{segment}.fasta").read_text()).items())
+        for segment in "vdj"
+    }
+    v = (parse_v_allele(name, gapped) for name, gapped in records["v"])
+    j = (parse_j_allele(name, sequence) for name, sequence in records["j"])
+    return Germlines(
+        v=tuple(allele for allele in v if allele is not None),
+        d=tuple(DAllele(name, sequence) for name, sequence in records["d"]),
+        j=tuple(allele for allele in j if allele is not None),
+    )
