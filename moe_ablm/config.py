@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -213,6 +214,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in kinds:
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: expected a finite number")
     for each in kinds:
         if each is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)

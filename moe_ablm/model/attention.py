@@ -1,6 +1,7 @@
 """Bidirectional self-attention with rotary positions; padding takes no part in it."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,42 @@ from moe_ablm.model.spec import EncoderSpec, Execution
 MASKED = -1e30
 
 
-def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+class Packing(NamedTuple):
+    """Where each token of rows that hold several antibodies belongs.
+
+    Attributes:
+      antibody: integers `[B, L]`, the number of the antibody within its row, 0 at padding.
+      position: integers `[B, L]`, position within the antibody.
+    """
+
+    antibody: jax.Array
+    position: jax.Array
+
+    def same(self) -> jax.Array:
+        """bool `[B, L, L]`: whether two tokens belong to one antibody."""
+        antibody = self.antibody
+        return (antibody[:, :, None] == antibody[:, None, :]) & (antibody > 0)[:, None, :]
+
+
+def rotary(x: jax.Array, position: jax.Array | None = None, base: float = 10_000.0) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, eq. 34; halves rotated as in ESM-2).
 
     Args:
       x: queries or keys `[B, L, H, D/H]`.
+      position: integers `[B, L]`; None: 0 to L - 1 in every row.
       base: of the geometric series of wavelengths.
 
     Returns:
-      An array like `x`; position i of L is rotated by i times the frequencies.
+      An array like `x`; a token at position p is rotated by p times the frequencies.
     """
     length, dim = x.shape[1], x.shape[-1]
     frequency = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     angle = np.outer(np.arange(length), np.concatenate([frequency, frequency]))[:, None, :]
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    if position is not None:
+        cos, sin = jnp.asarray(cos)[position], jnp.asarray(sin)[position]
     left, right = jnp.split(x, 2, axis=-1)
-    rotated = jnp.concatenate([-right, left], axis=-1)
-    return x * np.cos(angle).astype(x.dtype) + rotated * np.sin(angle).astype(x.dtype)
+    return x * cos + jnp.concatenate([-right, left], axis=-1) * sin
 
 
 def _heads_first(x: jax.Array, dtype: str) -> jax.Array:
@@ -76,18 +97,27 @@ def _attend_backward(operands, residuals, gradient):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, operands: str) -> jax.Array:
-    """Attention of every position to the valid ones of its row.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    operands: str,
+    packing: Packing | None = None,
+) -> jax.Array:
+    """Attention of every position to the valid ones of its row, or of its antibody when packed.
 
     Args:
       q, k, v: `[B, L, H, D/H]`; `q` is scaled already.
       valid: bool `[B, L]`, False at padding, which stands at the end of each row.
       operands: dtype of matmul factors.
+      packing: given when rows hold several antibodies.
 
     Returns:
       `[B, L, H, D/H]`, in the dtype of `q`; rows of padding hold no meaning.
     """
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0:
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and packing is None and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0:
         lengths = valid.sum(-1, dtype=jnp.int32)
         return jax.nn.dot_product_attention(
             q,
@@ -98,12 +128,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, operands:
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-    return _attend(q, k, v, padding_bias(valid), operands)
+    return _attend(q, k, v, attention_bias(valid, packing), operands)
 
 
-def padding_bias(valid: jax.Array) -> jax.Array:
-    """`[B, 1, 1, L]` float32: 0 where a key may be attended to, `MASKED` where it is padding."""
-    return jnp.where(valid, 0.0, MASKED)[:, None, None, :].astype(jnp.float32)
+def attention_bias(valid: jax.Array, packing: Packing | None = None) -> jax.Array:
+    """float32 `[B, 1, 1, L]`, or `[B, 1, L, L]` packed: 0 where a key counts, else `MASKED`."""
+    allowed = valid[:, None, None, :] if packing is None else packing.same()[:, None]
+    return jnp.where(allowed, 0.0, MASKED).astype(jnp.float32)
 
 
 class SelfAttention(nnx.Module):
@@ -115,19 +146,22 @@ class SelfAttention(nnx.Module):
         self.qkv = Linear(d, 3 * d, "DF", execution, rngs)
         self.out = Linear(d, d, "FD", execution, rngs)
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(
+        self, x: jax.Array, packing: Packing | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         b, length, _ = x.shape
         qkv = self.qkv(x).reshape(b, length, 3, self.heads, self.head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        return rotary(q * self.head_dim**-0.5), rotary(k), v
+        position = None if packing is None else packing.position
+        return rotary(q * self.head_dim**-0.5, position), rotary(k, position), v
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array, packing: Packing | None = None) -> jax.Array:
         """`x [B, L, D]`, `valid` bool `[B, L]` -> `[B, L, D]`."""
-        out = attend(*self._project(x), valid, self.operands)
+        out = attend(*self._project(x, packing), valid, self.operands, packing)
         return self.out(out.reshape(x.shape))
 
     def weights(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """Attention weights of `__call__`, float32 `[B, H, L, L]`; 0 for keys of padding."""
         q, k, _ = self._project(x)
         q, k = (_heads_first(a, self.operands) for a in (q, k))
-        return attention_weights(q, k, padding_bias(valid), self.operands)
+        return attention_weights(q, k, attention_bias(valid), self.operands)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_ablm.model.attention import SelfAttention
+from moe_ablm.model.attention import Packing, SelfAttention
 from moe_ablm.model.ffn import FeedForward, gelu
 from moe_ablm.model.layers import LayerNorm, Linear, constant, normal
 from moe_ablm.model.moe import MoE
@@ -45,9 +45,11 @@ class Block(nnx.Module):
         self.ffn_norm = LayerNorm(spec.d_model)
         self.ffn = (MoE if sparse else FeedForward)(spec, execution, rngs)
 
-    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, Routing | None]:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, packing: Packing | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         """`x [B, L, D]`, `valid` bool `[B, L]` -> `[B, L, D]` and this layer's routing."""
-        x = x + self.attention(self.attention_norm(x), valid)
+        x = x + self.attention(self.attention_norm(x), valid, packing)
         y = self.ffn_norm(x)
         if not self.sparse:
             return x + self.ffn(y), None
@@ -82,28 +84,37 @@ class Encoder(nnx.Module):
         self.final_norm = LayerNorm(spec.d_model)
         self.head = LMHead(spec, execution, rngs)
 
-    def embed(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
+    ) -> jax.Array:
         """Token embeddings `[B, L, D]` of `tokens [B, L]`, in the dtype of activations.
 
         With token_dropout (ESM-2) the embeddings of <mask> are zeroed and the rest rescaled by
-        (1 - 0.15 * 0.8) / (1 - observed mask ratio), row by row. Padding embeds to 0.
+        (1 - 0.15 * 0.8) / (1 - observed mask ratio), antibody by antibody. Padding embeds to 0.
         """
         x = self.embedding[...][tokens]
         if self.spec.token_dropout:
             masked = (tokens == MASK_TOKEN) & valid
-            ratio = masked.sum(-1) / jnp.maximum(valid.sum(-1), 1)
+            if packing is None:
+                counts = [a.sum(-1, keepdims=True) for a in (masked, valid)]
+            else:
+                counts = [(packing.same() & a[:, None, :]).sum(-1) for a in (masked, valid)]
+            ratio = counts[0] / jnp.maximum(counts[1], 1)
             scale = (1 - TRAINED_MASK_RATIO) / (1 - ratio)
-            x = jnp.where(masked[..., None], 0.0, x) * scale[:, None, None]
+            x = jnp.where(masked[..., None], 0.0, x) * scale[..., None]
         return (x * valid[..., None]).astype(self.execution.activations)
 
-    def __call__(self, tokens: jax.Array, valid: jax.Array) -> Output:
+    def __call__(
+        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
+    ) -> Output:
         """Logits of every position.
 
         Args:
           tokens: integers `[B, L]`.
           valid: bool `[B, L]`, False at padding, which stands at the end of each row.
+          packing: given when rows hold several antibodies, which then do not see each other.
         """
-        x, routing = self._run_layers(self.embed(tokens, valid), valid)
+        x, routing = self._run_layers(self.embed(tokens, valid, packing), valid, packing)
         return Output(self.head(self.final_norm(x), self.embedding[...]), routing)
 
     def hidden_states(self, tokens: jax.Array, valid: jax.Array) -> list[jax.Array]:
@@ -123,7 +134,9 @@ class Encoder(nnx.Module):
             x, _ = layer(x, valid)
         return weights
 
-    def _run_layers(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, Routing | None]:
+    def _run_layers(
+        self, x: jax.Array, valid: jax.Array, packing: Packing | None
+    ) -> tuple[jax.Array, Routing | None]:
         routings = []
         for start, period, repeats in self._runs():
             groups = [self.layers[start + i : start + i + period] for i in _steps(period, repeats)]
@@ -133,7 +146,7 @@ class Encoder(nnx.Module):
             def body(x, states, definitions=definitions):
                 found = []
                 for definition, state in zip(definitions, states, strict=True):
-                    x, routing = nnx.merge(definition, state)(x, valid)
+                    x, routing = nnx.merge(definition, state)(x, valid, packing)
                     found += [] if routing is None else [routing]
                 return x, _stack(found)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_ablm.model.encoder import Routing
+from moe_ablm.model.attention import Packing
+from moe_ablm.model.encoder import Encoder, Output, Routing
 from moe_ablm.model.routers import RouterStats
 from moe_ablm.model.spec import MoESpec
 from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
@@ -27,6 +28,14 @@ class StepMetrics(NamedTuple):
     update_norm: jax.Array
     param_norm: jax.Array
     router: RouterStats | None
+
+
+def forward(model: Encoder, batch: Batch) -> Output:
+    """The encoder's output for a batch, packed when the batch says where its antibodies are."""
+    packing = None
+    if "position" in batch:
+        packing = Packing(batch["antibody"], batch["position"])
+    return model(batch["tokens"], batch["segment"] > 0, packing)
 
 
 def auxiliary_loss(stats: RouterStats, moe: MoESpec) -> jax.Array:
@@ -48,7 +57,7 @@ def make_train_step(
     """
 
     def objective(params, batch, masked):
-        output = nnx.merge(definition, params)(batch["tokens"], batch["segment"] > 0)
+        output = forward(nnx.merge(definition, params), batch)
         sums = region_sums(output.logits, batch)
         loss = sums.loss.sum() / masked
         router = None
@@ -115,7 +124,7 @@ def make_eval_step(
     """Sums of a batch under fixed parameters."""
 
     def eval_step(params: nnx.State, batch: Batch) -> EvalSums:
-        output = nnx.merge(definition, params)(batch["tokens"], batch["segment"] > 0)
+        output = forward(nnx.merge(definition, params), batch)
         sums = region_sums(output.logits, batch)
         return EvalSums(sums, routed_by_region(output.routing, batch, experts))
 

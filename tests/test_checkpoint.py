@@ -1,0 +1,86 @@
+"""Checkpoints: what is kept, and that they do not depend on the mesh."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from test_optimizer import spec as optimizer_spec
+
+from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.parallel.mesh import make_mesh
+from moe_ablm.training import state as states
+from moe_ablm.training.checkpoint import Checkpoints, checksums
+from moe_ablm.training.optimizer import make_optimizer
+
+SPEC = EncoderSpec(2, 8, 16, 2, moe=MoESpec("topk", experts=4))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return make_optimizer(optimizer_spec())
+
+
+@pytest.fixture(scope="module")
+def state(mesh, optimizer):
+    with jax.set_mesh(mesh):
+        return states.init_state(SPEC, optimizer, seed=0, ema=True, mesh=mesh)
+
+
+def names(directory):
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def test_newest_and_best_are_kept(tmp_path, state, mesh, optimizer):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step, loss in [(1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)]:
+        checkpoints.save(step, state, {"step": step}, loss)
+    checkpoints.wait()
+    assert names(tmp_path / "c") == [2, 4, 5]
+    assert checkpoints.best_step() == 2
+    target = states.abstract_state(SPEC, optimizer, ema=True, mesh=mesh)
+    with jax.set_mesh(mesh):
+        restored = checkpoints.restore(target)
+    assert restored.record == {"step": 5}
+    for a, b in zip(jax.tree.leaves(restored.state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoints.close()
+
+
+def test_no_checkpoint_is_none(tmp_path, mesh, optimizer):
+    target = states.abstract_state(SPEC, optimizer, ema=False, mesh=mesh)
+    assert Checkpoints(tmp_path / "c", keep=1).restore(target) is None
+
+
+def test_checksums_notice_any_change(state):
+    before = np.asarray(checksums(state))
+    flat = [(p, v) for p, v in nnx.to_flat_state(state.params)]
+    path, variable = flat[3]
+    value = np.array(variable.get_value())
+    swapped = value.copy().reshape(-1)
+    swapped[[0, 1]] = swapped[[1, 0]] + [0, 1]
+    flat[3] = (path, variable.replace(jax.numpy.asarray(swapped.reshape(value.shape))))
+    after = np.asarray(checksums(state._replace(params=nnx.from_flat_state(flat))))
+    assert (before != after).sum() == 1
+
+
+def test_a_state_is_restored_on_another_mesh(tmp_path):
+    program = Path(__file__).parent / "programs" / "restore_elsewhere.py"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    result = subprocess.run(
+        [sys.executable, program, tmp_path / "c"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    assert result.stdout.strip() == "equal", result.stderr

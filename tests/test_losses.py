@@ -1,0 +1,52 @@
+"""Sums by region against a loop in float64."""
+
+import numpy as np
+
+from moe_ablm.data.regions import region_names
+from moe_ablm.training.losses import CELLS, REGIONS, region_sums
+from moe_ablm.training.metrics import loss_metrics
+
+
+def example():
+    rng = np.random.default_rng(0)
+    shape = (3, 11)
+    segment = rng.integers(0, 3, shape)
+    batch = {
+        "targets": rng.integers(4, 24, shape).astype(np.uint8),
+        "loss_mask": (rng.random(shape) < 0.5) & (segment > 0),
+        "segment": segment.astype(np.uint8),
+        "region": rng.integers(1, 8, shape).astype(np.uint8),
+    }
+    return rng.normal(size=(*shape, 33)).astype(np.float32), batch
+
+
+def test_sums_by_region():
+    logits, batch = example()
+    found = region_sums(logits, batch)
+    expected = np.zeros((3, CELLS))
+    for b, i in np.argwhere(batch["loss_mask"]):
+        row, target = logits[b, i].astype(np.float64), batch["targets"][b, i]
+        cell = (int(batch["segment"][b, i]) - 1) * REGIONS + batch["region"][b, i]
+        loss = np.log(np.exp(row).sum()) - row[target]
+        expected[:, cell] += [loss, row.argmax() == target, 1]
+    np.testing.assert_allclose(np.stack(found), expected, atol=1e-5)
+
+
+def test_metrics_are_named_by_chain_and_region():
+    logits, batch = example()
+    sums = region_sums(logits, batch)
+    metrics = loss_metrics(sums, region_names())
+    assert metrics["loss"] == np.float64(
+        np.sum(sums.loss, dtype=np.float64) / batch["loss_mask"].sum()
+    )
+    heavy_cdr3 = (batch["segment"] == 1) & (batch["region"] == 6) & batch["loss_mask"]
+    assert metrics["masked_by_region"].get("CDRH3", 0) == heavy_cdr3.sum()
+    assert sum(metrics["masked_by_region"].values()) == batch["loss_mask"].sum()
+    light_fr1 = np.asarray(sums.loss)[REGIONS + 1] / np.asarray(sums.count)[REGIONS + 1]
+    assert metrics["loss_by_region"]["FRL1"] == light_fr1
+
+
+def test_a_region_without_masked_tokens_is_left_out():
+    logits, batch = example()
+    batch["loss_mask"][batch["region"] == 6] = False
+    assert "CDRH3" not in loss_metrics(region_sums(logits, batch), region_names())["loss_by_region"]

@@ -1,0 +1,60 @@
+"""Schedules by hand, and which parameters decay."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.training.optimizer import decay_mask, make_optimizer, make_schedule
+from moe_ablm.training.spec import OptimizerSpec
+
+
+def spec(**changes):
+    values = {
+        "steps": 100, "lr": 1.0, "warmup": 10, "schedule": "linear", "decay_share": 0.2,
+        "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.01, "clip": 1.0,
+    }  # fmt: skip
+    return OptimizerSpec(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", {0: 0, 5: 0.5, 10: 1, 55: 0.5, 100: 0}),
+        ("cosine", {0: 0, 5: 0.5, 10: 1, 55: 0.5, 100: 0, 40: (1 + np.cos(np.pi / 3)) / 2}),
+        ("wsd", {0: 0, 5: 0.5, 10: 1, 50: 1, 80: 1, 90: 0.5, 100: 0}),
+    ],
+)
+def test_schedule(schedule, expected):
+    rate = make_schedule(spec(schedule=schedule))
+    for step, value in expected.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6)
+
+
+def test_no_warmup():
+    assert float(make_schedule(spec(warmup=0))(0)) == 1.0
+
+
+def test_weights_decay_and_biases_and_norms_do_not():
+    moe = MoESpec("topk", experts=2, k=1)
+    encoder = Encoder(EncoderSpec(2, 8, 16, 2, moe=moe), Execution(), nnx.Rngs(0))
+    params = nnx.split(encoder)[1]
+    decayed, kept = set(), set()
+    for path, value in nnx.to_flat_state(decay_mask(params)):
+        (decayed if value.get_value() else kept).add(path[-1])
+    assert decayed == {"embedding", "kernel", "router", "up", "down"}
+    assert kept == {"bias", "scale", "up_bias", "down_bias"}
+
+
+def test_one_update_by_hand():
+    """AdamW's first step is lr * (sign(g) + wd * w), up to eps, after clipping."""
+    optimizer = make_optimizer(spec(warmup=0, clip=0.5))
+    params = {"kernel": np.array([[2.0, -1.0]], np.float32)}
+    grads = {"kernel": np.array([[3.0, 4.0]], np.float32)}  # norm 5, clipped to 0.5
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    clipped = np.array([[0.3, 0.4]])
+    expected = -(clipped / (clipped + 1e-6) + 0.01 * params["kernel"])
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
