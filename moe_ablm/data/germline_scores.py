@@ -1,0 +1,273 @@
+"""Germline V and J proteins as tables of log-odds scores, for placing amino-acid V domains.
+
+A score says how much better a residue is explained by a germline codon than by chance:
+
+    log( P(residue | codon) / background(residue) ),   in units of 1 / SCORE_SCALE nat, rounded.
+
+P follows somatic hypermutation: the codon is kept with probability 1 - m, m depending on the
+region; otherwise a single-nucleotide neighbour is drawn (a transition twice as likely as each
+transversion), or, in one replacement out of five, any residue. Whole numbers make sums exact, so
+that a tie between alleles is a tie on every machine and in every batch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import parasail
+
+from moe_ablm.data.germline import (
+    CODON_TABLE,
+    LOCI,
+    LOCI_OF_CHAIN,
+    JAllele,
+    VAllele,
+    load_germlines,
+)
+
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+OTHER = len(AMINO_ACIDS)  # code of every other letter, and of no residue at all
+CODES = OTHER + 1
+K = 3  # length of the words that find a domain
+WORDS = CODES**K
+
+SCORE_SCALE = 16
+# Expected share of replaced residues in framework and in CDR1/2 of a typical repertoire.
+FRAMEWORK_MUTATION_RATE = 0.03
+CDR_MUTATION_RATE = 0.08
+MULTIPLE_HIT_SHARE = 0.2
+# Probability that a residue of the germline V after C104 survives trimming, by its distance from
+# the V's last whole codon (0 is that codon).
+CDR3_KEPT = (0.4, 0.7, 0.85, 0.9, 0.95)
+# Share of the J genes of a locus in human repertoires, roughly. Without their trimmed 5' ends and
+# with mutations some J cannot be told apart by protein (IGHJ1, 4 and 5); then usage decides which
+# one is named first.
+J_USAGE = {
+    "IGH": {"IGHJ4": 48, "IGHJ6": 20, "IGHJ3": 13, "IGHJ5": 13, "IGHJ2": 3, "IGHJ1": 2},
+    "IGK": {"IGKJ1": 29, "IGKJ2": 26, "IGKJ4": 25, "IGKJ5": 11, "IGKJ3": 9},
+    "IGL": {
+        **{"IGLJ2": 45, "IGLJ3": 33, "IGLJ1": 19, "IGLJ7": 1.5},
+        **{"IGLJ6": 0.2, "IGLJ5": 0.1, "IGLJ4": 0.05},
+    },
+}
+# V alleles whose nucleotides are also an allele of a second gene that the germline set leaves out.
+GENE_OF_SAME_SEQUENCE = {
+    "IGKV1D-13*02": "IGKV1-13",
+    "IGKV1D-33*01": "IGKV1-33",
+    "IGKV2D-40*01": "IGKV2-40",
+    "IGKV6D-21*01": "IGKV6-21",
+}
+# Residues of FR1 whose words vote for the start of a domain: IMGT 1-26 without the usual gap.
+FR1_WORDS = 23
+
+CODE_OF_BYTE = np.full(256, OTHER, np.uint8)
+for _code, _letter in enumerate(AMINO_ACIDS):
+    CODE_OF_BYTE[[ord(_letter), ord(_letter.lower())]] = _code
+LETTER_OF_CODE = np.frombuffer((AMINO_ACIDS + "-").encode(), np.uint8)
+
+# Frequencies of residues in UniProtKB/Swiss-Prot proteins (release notes 2023, per cent).
+_BACKGROUND = np.array(
+    [8.25, 1.38, 5.46, 6.71, 3.86, 7.07, 2.27, 5.91, 5.79, 9.64]
+    + [2.41, 4.06, 4.74, 3.93, 5.52, 6.65, 5.36, 6.86, 1.10, 2.92]
+)
+BACKGROUND = _BACKGROUND / _BACKGROUND.sum()
+
+_BLOSUM_ORDER = "ARNDCQEGHILKMFPSTWYVBZX*"
+_ROWS = [_BLOSUM_ORDER.index(letter) for letter in AMINO_ACIDS + "X"]
+SUBSTITUTION = parasail.blosum62  # in half bits; parasail's gaps cost GAP_OPEN + GAP_EXTEND (n - 1)
+BLOSUM62 = SUBSTITUTION.matrix[np.ix_(_ROWS, _ROWS)].astype(np.int32)
+GAP_OPEN, GAP_EXTEND = 11, 1
+
+
+@lru_cache(maxsize=1)
+def replacement_probabilities() -> np.ndarray:
+    """P(residue | a replacement happened in the codon): float64 `[64, 20]`, rows sum to one."""
+    table = np.zeros((64, OTHER))
+    for codon in range(64):
+        for place in (16, 4, 1):
+            base = codon // place % 4
+            for other in set(range(4)) - {base}:
+                residue = CODON_TABLE[codon + (other - base) * place]
+                if residue not in (CODON_TABLE[codon], "*"):
+                    is_transition = (base ^ other) == 2  # A-G and C-T in the order A, C, G, T
+                    table[codon, AMINO_ACIDS.index(residue)] += 2.0 if is_transition else 1.0
+        any_residue = np.ones(OTHER)
+        if CODON_TABLE[codon] != "*":
+            any_residue[AMINO_ACIDS.index(CODON_TABLE[codon])] = 0.0
+        table[codon] /= max(table[codon].sum(), 1.0)
+        table[codon] *= 1.0 - MULTIPLE_HIT_SHARE
+        table[codon] += MULTIPLE_HIT_SHARE * any_residue / any_residue.sum()
+    return table / table.sum(axis=1, keepdims=True)
+
+
+def log_odds(codons: np.ndarray, kept: np.ndarray, otherwise: np.ndarray | None) -> np.ndarray:
+    """Scores of every residue code at germline codons: int16 `[n, 21]`; code 20 scores 0.
+
+    Args:
+      codons: codes 0-63 `[n]` of codons that are no stop.
+      kept: `[n]` probability that the germline residue is seen.
+      otherwise: `[20]` distribution of what is seen else; None is a replacement by hypermutation.
+    """
+    other = replacement_probabilities()[codons] if otherwise is None else otherwise[None]
+    probability = (1.0 - kept[:, None]) * np.broadcast_to(other, (len(codons), OTHER))
+    germline = [AMINO_ACIDS.index(CODON_TABLE[codon]) for codon in codons]
+    probability[np.arange(len(codons)), germline] += kept
+    scores = np.zeros((len(codons), CODES), np.int16)
+    scores[:, :OTHER] = np.rint(SCORE_SCALE * np.log(probability / BACKGROUND))
+    return scores
+
+
+def encode(sequence: str) -> np.ndarray:
+    """Residue codes of a sequence, case ignored; what is no amino acid is `OTHER`."""
+    return CODE_OF_BYTE[np.frombuffer(sequence.encode(), np.uint8)]
+
+
+def words(codes: np.ndarray) -> np.ndarray:
+    """Numbers of the overlapping K-letter words along the last axis: `[..., n - K + 1]` int64."""
+    codes = codes.astype(np.int64)
+    return (codes[..., :-2] * CODES + codes[..., 1:-1]) * CODES + codes[..., 2:]
+
+
+def _codon_codes(nucleotides: str) -> np.ndarray:
+    base = np.array(["ACGT".index(letter) for letter in nucleotides[: len(nucleotides) // 3 * 3]])
+    return base[0::3] * 16 + base[1::3] * 4 + base[2::3]
+
+
+def _natural_order(gene: str) -> tuple:
+    """Natural order of gene names: IGHV3-9 before IGHV3-23 before IGHV3-23D."""
+    parts = "".join(c if c.isdigit() else f" {c} " for c in gene).split()
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class VTable:
+    """The distinct germline V proteins (`G`) of a chain, `W` residues wide, CDR3 start included.
+
+    They stand in the order in which tied genes are named: the natural order of the genes.
+    """
+
+    genes: tuple[tuple[str, ...], ...]  # [G] genes whose alleles have this protein
+    locus: np.ndarray  # [G] uint8, index into LOCI
+    residues: np.ndarray  # [G, W] uint8 codes, OTHER beyond the end
+    imgt: np.ndarray  # [G, W] int16, 0 beyond the end
+    c104: np.ndarray  # [G] index of C104
+    layout: np.ndarray  # [G] equal where proteins have their gaps at the same IMGT positions
+    scores: np.ndarray  # [W, 21, G] int16
+    has_word: np.ndarray  # [WORDS, G] uint8: 1 where the word occurs up to C104
+    fr1_words: np.ndarray  # [WORDS] uint32: bit i is set if a protein has the word at index i
+    profiles: tuple  # [G] parasail profiles of the proteins up to C104
+
+
+@dataclass(frozen=True, eq=False)
+class JTable:
+    """The J alleles of a chain (`J`), split at W/F118, the most used gene first."""
+
+    genes: tuple[tuple[str, ...], ...]  # [J] of one gene each
+    locus: np.ndarray  # [J] uint8, index into LOCI
+    prior: np.ndarray  # [J] int32: score of a gene's usage in its locus
+    fr4: np.ndarray  # [J, 11] uint8 codes from 118 on, OTHER beyond the end
+    fr4_length: np.ndarray  # [J]
+    fr4_scores: np.ndarray  # [11, 21, J] int16
+    cdr3_scores: np.ndarray  # [9, 21, J] int16; index i is i + 1 residues before 118
+
+
+def _v_scores(alleles: list[VAllele], n: int) -> np.ndarray:
+    """Mean scores `[n, 21]` of alleles with one protein, over its first `n` residues."""
+    total = np.zeros((n, CODES))
+    for allele in alleles:
+        codons = _codon_codes(allele.nucleotides)[:n]
+        cdr1, fr2, cdr2, fr3, _ = allele.region_starts()
+        index = np.arange(n)
+        in_cdr = ((index >= cdr1) & (index < fr2)) | ((index >= cdr2) & (index < fr3))
+        kept = 1.0 - np.where(in_cdr, CDR_MUTATION_RATE, FRAMEWORK_MUTATION_RATE)
+        scores = log_odds(codons, kept, None)
+        first = allele.c104 + 1
+        from_end = np.minimum(n - 1 - index[first:], len(CDR3_KEPT) - 1)
+        survives = np.array(CDR3_KEPT)[from_end]
+        scores[first:] = log_odds(codons[first:], survives, BACKGROUND)
+        total += scores
+    return np.rint(total / len(alleles)).astype(np.int16)
+
+
+def _loci(alleles: list[VAllele] | list[JAllele]) -> np.ndarray:
+    return np.array([LOCI.index(allele.locus) for allele in alleles], np.uint8)
+
+
+def _genes(alleles: list[VAllele]) -> tuple[str, ...]:
+    same = (GENE_OF_SAME_SEQUENCE.get(allele.name) for allele in alleles)
+    return tuple(dict.fromkeys([a.gene for a in alleles] + [gene for gene in same if gene]))
+
+
+@lru_cache(maxsize=2)
+def v_table(chain: str) -> VTable:
+    """The V table of a chain ("heavy" or "light"), built once a process."""
+    by_protein: dict[str, list[VAllele]] = {}
+    alleles = load_germlines().v_of(*LOCI_OF_CHAIN[chain])
+    for allele in sorted(alleles, key=lambda allele: _natural_order(allele.name)):
+        by_protein.setdefault(allele.amino_acids.split("*")[0], []).append(allele)
+    proteins = list(by_protein)
+    n, width = len(proteins), max(map(len, proteins))
+    residues = np.full((n, width), OTHER, np.uint8)
+    imgt = np.zeros((n, width), np.int16)
+    scores = np.zeros((width, CODES, n), np.int16)
+    has_word = np.zeros((WORDS, n), np.uint8)
+    fr1_words = np.zeros(WORDS, np.uint32)
+    for g, (protein, group) in enumerate(by_protein.items()):
+        residues[g, : len(protein)] = encode(protein)
+        imgt[g, : len(protein)] = group[0].imgt[: len(protein)]
+        scores[: len(protein), :, g] = _v_scores(group, len(protein))
+        found = words(encode(protein[: group[0].c104 + 1]))
+        has_word[found, g] = 1
+        fr1_words[found[:FR1_WORDS]] |= np.uint32(1) << np.arange(FR1_WORDS, dtype=np.uint32)
+    c104 = np.array([group[0].c104 for group in by_protein.values()])
+    to_c104 = np.arange(width) <= c104[:, None]
+    _, layout = np.unique(np.where(to_c104, imgt, 0), axis=0, return_inverse=True)
+    return VTable(
+        genes=tuple(_genes(group) for group in by_protein.values()),
+        locus=_loci([group[0] for group in by_protein.values()]),
+        residues=residues,
+        imgt=imgt,
+        c104=c104,
+        layout=layout,
+        scores=scores,
+        has_word=has_word,
+        fr1_words=fr1_words,
+        profiles=tuple(
+            parasail.profile_create_16(protein[: c + 1], SUBSTITUTION)
+            for protein, c in zip(proteins, c104.tolist(), strict=True)
+        ),
+    )
+
+
+def _j_prior(allele: JAllele) -> int:
+    usage = J_USAGE[allele.locus]
+    return round(SCORE_SCALE * float(np.log(usage[allele.gene] / sum(usage.values()))))
+
+
+@lru_cache(maxsize=2)
+def j_table(chain: str) -> JTable:
+    """The J table of a chain ("heavy" or "light"), built once a process."""
+    alleles = load_germlines().j_of(*LOCI_OF_CHAIN[chain])
+    prior = {j.name: _j_prior(j) for j in alleles}
+    alleles = sorted(alleles, key=lambda j: -prior[j.name])
+    lengths = np.array([len(j.amino_acids) - j.motif for j in alleles])
+    before = max(j.motif for j in alleles)
+    fr4 = np.full((len(alleles), lengths.max()), OTHER, np.uint8)
+    fr4_scores = np.zeros((lengths.max(), CODES, len(alleles)), np.int16)
+    cdr3_scores = np.zeros((before, CODES, len(alleles)), np.int16)
+    for i, j in enumerate(alleles):
+        codons = _codon_codes(j.nucleotides[j.frame :])
+        kept = np.full(len(codons), 1.0 - FRAMEWORK_MUTATION_RATE)
+        scores = log_odds(codons, kept, None)
+        fr4[i, : lengths[i]] = encode(j.amino_acids[j.motif :])
+        fr4_scores[: lengths[i], :, i] = scores[j.motif :]
+        cdr3_scores[: j.motif, :, i] = scores[: j.motif][::-1]
+    return JTable(
+        genes=tuple((j.gene,) for j in alleles),
+        locus=_loci(alleles),
+        prior=np.array([prior[j.name] for j in alleles], np.int32),
+        fr4=fr4,
+        fr4_length=lengths,
+        fr4_scores=fr4_scores,
+        cdr3_scores=cdr3_scores,
+    )

@@ -1,0 +1,173 @@
+"""`python -m moe_ablm annotate`: sequence files in, one annotated parquet table out."""
+
+import argparse
+import contextlib
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moe_ablm.data.annotate import annotate_batch
+from moe_ablm.data.complete import annotated
+from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers.check import place_of
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.errors import UserError
+
+HELP = "regions, genes and germline of amino-acid chains"
+COLUMNS = (
+    *("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa"),
+    *("v_gene", "j_gene", "v_call", "j_call", "cdr3_aa", "v_identity_aa"),
+)
+# Written where a source has them.
+OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
+    *("cluster", "donor", "source", "label"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
+    parser.add_argument(
+        "--columns",
+        metavar="heavy=A,light=B",
+        help="columns of the chains, and of id, donor, label, cluster",
+    )
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="stop at a malformed row (default), or count it and leave it out",
+    )
+    parser.add_argument(
+        "--reannotate", action="store_true", help="replace annotation that is there"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".parquet":
+        raise UserError(f"--out {args.out}: expected a name that ends in .parquet")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a directory: name a file in it")
+    sources = open_sources(
+        args.input,
+        format=args.format,
+        columns=parse_columns(args.columns),
+        on_bad_row=args.on_bad_row,
+    )
+    for source in sources:
+        if source.is_protein:
+            raise UserError(f"--input {source.report.source}: general proteins, no antibody chains")
+    started = time.monotonic()
+    with _progress(sources):
+        streams = [_stream(source, args.reannotate, args.workers) for source in sources]
+        _write(streams, args.out)
+    _print_summary(sources, args.out, time.monotonic() - started)
+
+
+def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.RecordBatch]:
+    report = source.report
+    for batch in annotated(source.batches(), report, reannotate=reannotate, workers=workers):
+        # Batches that were complete have been passed through: check them, give them all columns.
+        done, rejected = annotate_batch(batch)
+        for reason, rows in rejected.items():
+            report.reject(f"annotation: {reason}", f"from {place_of(batch, 0)} on", rows)
+        report.kept += done.num_rows
+        yield done
+
+
+def _write(streams: list[Iterator[pa.RecordBatch]], out: Path) -> None:
+    """Writes all streams to one file, under a temporary name until it is whole."""
+    firsts = [next(stream, None) for stream in streams]
+    found = {name for first in firsts if first is not None for name in first.schema.names}
+    names = ["sequence_id", *(f"{name}_{chain}" for chain in CHAINS for name in COLUMNS)]
+    names += [name for name in OPTIONAL if name in found]
+    if not found:
+        raise UserError(f"no antibody is left to write to {out}")
+    schema = pa.schema(
+        [(n, pa.float64() if n.startswith("v_identity") else pa.string()) for n in names]
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
+    os.close(descriptor)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for first, stream in zip(firsts, streams, strict=True):
+                for batch in itertools.chain([first] if first is not None else [], stream):
+                    writer.write_batch(_in_schema(batch, schema))
+        Path(partial).chmod(0o644)
+        Path(partial).replace(out)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(partial).unlink()
+        raise
+
+
+def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    empty = pa.array([""] * batch.num_rows, pa.string())
+    arrays = [
+        batch[field.name].cast(field.type) if field.name in batch.schema.names else empty
+        for field in schema
+    ]
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _progress(sources: list[Source]) -> Progress:
+    """A bar over the bytes of all files, which the sources report to; silent without a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("annotate {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]} rows/s"),
+    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    sizes = [sum(path.stat().st_size for path in source.paths) for source in sources]
+    task = bar.add_task("", total=sum(sizes), rate="")
+    for source, before in zip(sources, itertools.accumulate(sizes, initial=0), strict=False):
+
+        def show(consumed: int, source: Source = source, before: int = before) -> None:
+            rows = sum(s.report.read for s in sources) / (bar.tasks[task].elapsed or 1.0)
+            bar.update(
+                task,
+                completed=before + consumed,
+                description=source.report.origin,
+                rate=f"{rows:,.0f}",
+            )
+
+        source.report.progress = show
+    return bar
+
+
+def _print_summary(sources: list[Source], out: Path, seconds: float) -> None:
+    table = Table(title=f"{out}: {seconds:.1f} s", title_justify="left", highlight=True)
+    for name in ("source", "", "rows", "first"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for report in (source.report for source in sources):
+        table.add_row(f"{report.origin} ({report.format})", "read", f"{report.read:,}")
+        table.add_row("", "annotated", f"{report.kept:,}")
+        for kind, counts in (("rejected", report.rejected), ("note", report.notes)):
+            for reason, rows in counts.most_common():
+                table.add_row("", f"{kind}: {reason}", f"{rows:,}", report.first[reason])
+        table.add_section()
+    Console().print(table)
