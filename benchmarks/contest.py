@@ -22,11 +22,11 @@ def serve(work: Callable[[], None]) -> None:
         print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 
 
-def contest(commands: dict[str, list[str]], rounds: int, env=None) -> dict[str, list[tuple]]:
+def contest(commands: dict[str, list[str]], rounds: int) -> dict[str, list[tuple]]:
     """Runs `rounds` turns of every contender; `{name: [(wall, cpu), ...]}` in seconds."""
     workers = {
         name: subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=env
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
         for name, command in commands.items()
     }

@@ -2,7 +2,8 @@
 
     pip install -e .[hf] && python benchmarks/train_step.py --sizes 8m 35m
 
-Prints tokens/s of each contender, the ratio to torch float32 round by round, and CPU seconds.
+Prints tokens/s of each contender, the ratio to torch round by round, and CPU seconds. Ours runs
+with huge pages, as the trainer does by itself; torch as it comes, and again with huge pages.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import sys
 import numpy as np
 from contest import contest, ratio, serve
 
+from moe_ablm.allocator import TUNABLES
 from moe_ablm.model.spec import PRECISIONS, SIZES
 
 BATCH, LENGTH = 8, 256
 OURS = ("auto", "float32")
-TORCH = ("torch float32", "torch bfloat16")
+TORCH = ("torch float32", "torch float32 huge", "torch bfloat16")
+PLAIN = ("torch float32", "torch bfloat16")
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -120,22 +123,25 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         size, name = arguments.worker
-        kind, _, dtype = name.partition(" ")
+        kind, dtype, *_ = (*name.split(), "")
         serve(work_in_torch(size, dtype) if kind == "torch" else work_in_jax(size, name))
         return
     tokens = BATCH * LENGTH
     for size in arguments.sizes:
         commands = {
-            name: [sys.executable, __file__, "--worker", size, name] for name in (*OURS, *TORCH)
+            name: ["env", f"GLIBC_TUNABLES={'' if name in PLAIN else TUNABLES}"]
+            + [sys.executable, __file__, "--worker", size, name]
+            for name in (*OURS, *TORCH)
         }
         times = contest(commands, arguments.rounds)
         print(f"\n{size}, {BATCH} x {LENGTH} tokens, {arguments.rounds} rounds")
-        print(f"{'':16}{'tokens/s':>10}{'CPU s':>8}{'x torch float32':>17}{'x torch bfloat16':>18}")
+        print(f"{'':20}{'tokens/s':>10}{'CPU s':>8}" + "".join(f"{'x ' + t:>24}" for t in TORCH))
         for name in times:
             wall = statistics.median(w for w, _ in times[name])
             cpu = statistics.median(c for _, c in times[name])
             ratios = [ratio(times, name, other) for other in TORCH]
-            print(f"{name:16}{tokens / wall:10,.0f}{cpu:8.2f}{ratios[0]:17.2f}{ratios[1]:18.2f}")
+            cells = "".join(f"{r:24.2f}" for r in ratios)
+            print(f"{name:20}{tokens / wall:10,.0f}{cpu:8.2f}{cells}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ def get_config():
     c.model.layers = 4
     c.model.d_model = 128
     c.model.ffn = 512
-    c.model.heads = 8
+    c.model.heads = 4
     c.model.moe.router = "topk"
-    c.train.steps = 400
-    c.train.batch = 32
-    c.train.lr = 2e-3
-    c.train.warmup = 40
+    c.train.steps = 500
+    c.train.batch = 16
+    c.train.lr = 3e-3
+    c.train.warmup = 50
     c.eval.every = 100
     c.eval.pairs = 512
     c.checkpoint.every = 100

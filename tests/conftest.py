@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ TINY = {
 }
 
 sys.path.insert(0, str(REPO))  # configs/ is no part of the installed package
+# many tests compile the same tiny step, in this process and in others
+COMPILED = tempfile.TemporaryDirectory(prefix="moe_ablm-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def pytest_addoption(parser):

@@ -133,10 +133,6 @@ class Checkpoints:
         (self.directory / str(step)).rename(target)
         self._manager.reload()
 
-    def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss."""
-        return self._manager.best_step()
-
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint on disk."""
         return self._manager.latest_step()
