@@ -14,14 +14,19 @@ def get_config() -> ConfigDict:
     c.seed = 0  # decides initial weights, order of the data and masks
 
     c.data = data = ConfigDict()
-    data.path = placeholder(str)  # dataset directory; None: simulate one and cache it
+    data.path = placeholder(object)  # dataset directory or several; None: simulate and cache one
+    data.weights = placeholder(tuple)  # share of each of several datasets; None: by their sizes
     data.simulated_pairs = 20_000  # size of that simulated dataset
     data.fraction = "full"  # quarter, half, full: nested subsets of the training split
-    data.regime = "paired"
+    data.regime = "paired"  # shuffled, unpaired, unpaired:doubled, mixed:P, curriculum:sigmoid
     data.layout = "esm"  # esm: <cls>H<cls><cls>L<eos>; balm: <cls>H<eos>L<eos>; sep: one separator
-    data.length = 256  # tokens a row; longer antibodies are left out and counted
-    data.mask = "uniform"  # which residues are masked
-    data.mask_rate = 0.15
+    data.length = 256  # tokens a row; longer antibodies are left out and counted, proteins cropped
+    data.batching = (
+        "padded"  # bucketed: a batch has one of several lengths; packed: rows are shared
+    )
+    data.buckets = (144, 240, 256)  # bucketed: the lengths, the last one data.length
+    data.mask = "uniform"  # span, cdr3:RATE, nongermline:RATE
+    data.mask_rate = 0.15  # mean share of the residues, whatever the policy
 
     c.model = model = ConfigDict()
     model.size = "8m"  # 8m, 35m, 150m, 350m, 650m; or any name with the four sizes below given

@@ -10,28 +10,30 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moe_ablm.data.dataset import FRACTIONS
+from moe_ablm.data.masking import MASKS, parse_policy
+from moe_ablm.data.mixture import BATCHINGS, REGIMES, parse_regime
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import GROUPS, PRECISIONS, ROUTERS, SIZES, EncoderSpec, MoESpec
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
 
-REGIMES = ("paired",)
-MASKS = ("uniform",)
-
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str | None
+    path: str | tuple[str, ...] | None
+    weights: tuple[float, ...] | None
     simulated_pairs: int
     fraction: str
     regime: str
     layout: str
     length: int
+    batching: str
+    buckets: tuple[int, ...]
     mask: str
     mask_rate: float
 
@@ -221,8 +223,17 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
             return float(value)
         if type(value) is each:
             return value
-    names = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        if typing.get_origin(each) is tuple and isinstance(value, (tuple, list)):  # list: from JSON
+            element = typing.get_args(each)[0]
+            return tuple(_typed(v, element, f"{where}[{i}]") for i, v in enumerate(value))
+    names = " or ".join(_name(k) for k in kinds if k is not type(None))
     raise UserError(f"{where}={value!r}: expected {names}")
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"several ({typing.get_args(kind)[0].__name__}, ...)"
+    return kind.__name__
 
 
 def _choice(where: str, value: str, choices) -> None:
@@ -240,9 +251,11 @@ def _require(holds: bool, where: str, value: Any, expected: str) -> None:
 
 def _check(c: Config) -> None:
     _choice("data.fraction", c.data.fraction, FRACTIONS)
-    _choice("data.regime", c.data.regime, REGIMES)
     _choice("data.layout", c.data.layout, LAYOUTS)
-    _choice("data.mask", c.data.mask, MASKS)
+    _choice("data.batching", c.data.batching, BATCHINGS)
+    _parse("data.regime", c.data.regime, REGIMES, parse_regime)
+    _parse("data.mask", c.data.mask, MASKS, parse_policy)
+    _check_data(c.data)
     _choice("train.schedule", c.train.schedule, SCHEDULES)
     _choice("compute.precision", c.compute.precision, ("auto", *PRECISIONS))
     _require(0 <= c.seed < 2**32, "seed", c.seed, "0 to 2^32 - 1")
@@ -265,6 +278,29 @@ def _check(c: Config) -> None:
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
              f"a divisor of train.batch ({c.train.batch})")  # fmt: skip
     _check_model(c.model)
+
+
+def _parse(where: str, value: str, forms: tuple[str, ...], parse: Callable[[str], object]) -> None:
+    try:
+        parse(value)
+    except ValueError as error:
+        raise UserError(f"config.{where}={value!r}{suggestion(value, forms)}: {error}") from error
+
+
+def _check_data(d: DataConfig) -> None:
+    paths = d.path if isinstance(d.path, tuple) else (d.path,)
+    _require(bool(paths) and "" not in paths and len(set(paths)) == len(paths), "data.path", d.path,
+             "one dataset or several different ones")  # fmt: skip
+    if d.weights is not None:
+        _require(len(d.weights) == len(paths), "data.weights", d.weights,
+                 f"one number for each dataset of data.path ({len(paths)})")  # fmt: skip
+        _require(min(d.weights) >= 0 and max(d.weights) > 0, "data.weights", d.weights,
+                 "numbers of 0 or more, at least one above 0")  # fmt: skip
+    _require(d.length < 2**16, "data.length", d.length, "less than 65,536 tokens")
+    if d.batching == "bucketed":
+        rising = sorted(set(d.buckets)) == list(d.buckets) and min(d.buckets, default=0) > 0
+        _require(rising and d.buckets[-1] == d.length, "data.buckets", d.buckets,
+                 f"rising lengths, the last one data.length ({d.length})")  # fmt: skip
 
 
 def _check_model(m: ModelConfig) -> None:

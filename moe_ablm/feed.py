@@ -1,56 +1,136 @@
-"""The rows of a dataset that a run sees, and their batches for training and validation."""
+"""The sequences that a run sees, and their batches for training and validation."""
 
+import hashlib
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from moe_ablm.config import Config
 from moe_ablm.data import pipeline
+from moe_ablm.data import sequences as forms
+from moe_ablm.data.assemble import Batch, Masking
 from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.masking import UNIFORM, MaskPolicy, parse_policy
+from moe_ablm.data.mixture import (
+    Batching,
+    Mixture,
+    Regime,
+    dataset_weights,
+    parse_regime,
+    require_some,
+)
+from moe_ablm.data.sequences import Sequences
+from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
 
 EVALUATION_SEED = 20_240_601  # of the validation masks: the same for every run, whatever its seed
 EVALUATION_MASK_RATE = 0.15
+_MULTIPLE = 32  # of tokens, for the length of validation rows beside packed training rows
 
 
 class Feed:
     """Training and validation batches of one run.
 
     Attributes:
-      train_rows, valid_rows: row numbers in the dataset.
-      left_out: antibodies of the training fraction that are longer than `data.length`.
-      unique_tokens: tokens of all training rows, special tokens included.
+      train_rows: row numbers of the training records, dataset after dataset.
+      mixture: the rows of each step; its `notes` are worth telling.
+      left_out: training sequences that are longer than `data.length`.
+      unique_tokens: tokens of all training sequences, special tokens included.
     """
 
-    def __init__(self, config: Config, dataset: Dataset):
+    def __init__(self, config: Config, *datasets: Dataset):
         d = config.data
-        self.dataset, self._config = dataset, config
-        self._spec = pipeline.BatchSpec(
-            config.train.batch, d.length, d.layout, d.mask_rate, config.seed
+        self._datasets, self._config = datasets, config
+        regime, policy = parse_regime(d.regime), parse_policy(d.mask)
+        rows = [dataset.rows("train", d.fraction) for dataset in datasets]
+        batch = config.train.batch * (2 if regime.doubled else 1)
+        batching = Batching(d.batching, batch, d.length, d.layout, d.buckets)
+        self.mixture = Mixture(
+            datasets,
+            rows,
+            regime,
+            batching,
+            seed=config.seed,
+            steps=config.train.steps,
+            weights=d.weights,
         )
-        self.train_rows = pipeline.fitting_rows(dataset, "train", d.fraction, self._spec)
-        valid_rows = pipeline.fitting_rows(dataset, "valid", "full", self._spec)
-        self.valid_rows = pipeline.evaluation_rows(dataset, valid_rows, config.eval.pairs)
-        self.left_out = len(dataset.rows("train", d.fraction)) - len(self.train_rows)
-        self.unique_tokens = int(pipeline.row_tokens(dataset, self.train_rows, d.layout).sum())
+        _require_annotation(policy, d.mask, self.mixture)
+        self._masking = Masking(policy, d.mask_rate, config.seed)
+        self.train_rows = np.concatenate(rows)
+        self.left_out = self.mixture.left_out
+        self.unique_tokens = self.mixture.unique_tokens
+        self._valid = self._valid_samples(regime)
 
-    def train_batches(self, first_step: int) -> Iterator[pipeline.Batch]:
-        """This process's rows of the batches of `first_step` and later."""
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the content of the datasets, in their order."""
+        names = [dataset.identity for dataset in self._datasets]
+        return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
+
+    def train_batches(self, first_step: int) -> Iterator[Batch]:
+        """This process's rows of the batches of `first_step` and later.
+
+        `antibody` and `position` are there when rows are shared (packed), and only then: without
+        them the encoder takes the faster way of one sequence a row.
+        """
         process = (jax.process_index(), jax.process_count())
-        source = pipeline.TrainBatches(
-            self.dataset, self.train_rows, self._spec, self._config.train.steps, process
-        )
-        return pipeline.train_iterator(source, first_step, self._config.compute.loader_threads)
+        source = pipeline.TrainBatches(self.mixture, self._masking, process)
+        threads = self._config.compute.loader_threads
+        batches = pipeline.train_iterator(source, first_step, threads)
+        return batches if self.mixture.batching.kind == "packed" else map(_one_a_row, batches)
 
-    def valid_batches(self) -> Iterator[pipeline.Batch]:
-        """This process's rows of the validation batches: the same rows and masks every time."""
-        spec = pipeline.BatchSpec(
-            self._spec.batch,
-            self._spec.length,
-            self._spec.layout,
-            EVALUATION_MASK_RATE,
-            EVALUATION_SEED,
-        )
-        part = spec.batch // jax.process_count()
+    def valid_batches(self) -> Iterator[Batch]:
+        """This process's rows of the validation batches: the same rows and masks every time.
+
+        One sequence a row, masked uniformly, whatever the training regime does.
+        """
+        b = self.mixture.batching
+        shape = b.rows, b.length
+        if b.kind == "packed":
+            layout = LAYOUTS[b.layout]
+            longest = max(int(s.tokens(d, layout).max()) for d, s in self._valid if len(s))
+            length = min(-(-longest // _MULTIPLE) * _MULTIPLE, b.length)
+            shape = b.rows * (b.length // length), length
+        part = shape[0] // jax.process_count()
         mine = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
-        for batch in pipeline.evaluation_batches(self.dataset, self.valid_rows, spec):
-            yield {name: array[mine] for name, array in batch.items()}
+        masking = Masking(UNIFORM, EVALUATION_MASK_RATE, EVALUATION_SEED)
+        for batch in pipeline.evaluation_batches(self._valid, shape, b.layout, masking):
+            yield {name: array[mine] for name, array in _one_a_row(batch).items()}
+
+    def _valid_samples(self, regime: Regime) -> list[tuple[Dataset, Sequences]]:
+        """`eval.pairs` validation sequences, shared out among the datasets as in training."""
+        d = self._config.data
+        form = {"stored": forms.stored, "pairs": forms.pairs, "chains": forms.chains}
+        found = [
+            forms.fitting(
+                dataset,
+                form[regime.evaluated](dataset, dataset.rows("valid")),
+                LAYOUTS[d.layout],
+                d.length,
+            )[0]
+            for dataset in self._datasets
+        ]
+        require_some(self._datasets, "valid", regime.evaluated, found, d.length)
+        shares = dataset_weights(d.weights, [len(s) for s in found])
+        counts = np.diff(np.rint(np.cumsum(shares) * self._config.eval.pairs), prepend=0)
+        return [
+            (dataset, pipeline.evaluation_sample(sequences, int(count)))
+            for dataset, sequences, count in zip(self._datasets, found, counts, strict=True)
+        ]
+
+
+def _one_a_row(batch: Batch) -> Batch:
+    return {name: array for name, array in batch.items() if name not in ("antibody", "position")}
+
+
+def _require_annotation(policy: MaskPolicy, name: str, mixture: Mixture) -> None:
+    """UserError when the policy prefers residues that the datasets do not mark."""
+    marked = {"cdr3": forms.has_cdr3, "nongermline": forms.has_mutations}.get(policy.kind)
+    if marked and not any(marked(s.dataset, s.sequences) for s in mixture.streams):
+        what = "CDR3" if policy.kind == "cdr3" else "mutated residue"
+        paths = ", ".join(sorted({str(s.dataset.path) for s in mixture.streams}))
+        raise UserError(
+            f"config.data.mask={name!r}: dataset {paths} has no annotated {what}; "
+            "prepare it with annotation or use data.mask='uniform'"
+        )

@@ -7,11 +7,9 @@
 Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anything else.
 """
 
-import errno
 import json
 import logging
 import math
-import shlex
 import signal
 import sys
 import time
@@ -23,13 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 from rich.console import Console
 
 from moe_ablm import config as configs
 from moe_ablm.allocator import restart_with_huge_pages
+from moe_ablm.command_line import again, is_full_disk, parse
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
@@ -81,9 +78,8 @@ def run(config: Config, workdir: Path) -> dict:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
-    dataset = open_dataset(config)
-    feed = Feed(config, dataset)
-    with work_directory(workdir, config, dataset.identity), jax.set_mesh(mesh):
+    feed = Feed(config, *open_datasets(config))
+    with work_directory(workdir, config, feed.identity), jax.set_mesh(mesh):
         finished = finished_run(workdir)
         if finished:
             print(f"{workdir} is complete: {finished['step']} steps")
@@ -98,9 +94,10 @@ def run(config: Config, workdir: Path) -> dict:
             raise Diverged(f"{error}; the last good checkpoint is of step {good}") from error
 
 
-def open_dataset(config: Config) -> Dataset:
-    """The dataset of `data.path`, or the simulated one, which is made on first use."""
-    return Dataset(config.data.path or simulated_dataset(config.data.simulated_pairs))
+def open_datasets(config: Config) -> list[Dataset]:
+    """The datasets of `data.path`, or the simulated one, which is made on first use."""
+    paths = config.data.path or simulated_dataset(config.data.simulated_pairs)
+    return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
 
 
 def make_execution(config: Config) -> Execution:
@@ -129,6 +126,8 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec = config.model.spec()
         self.execution = make_execution(config)
+        length = feed.unique_tokens / feed.mixture.sequences
+        self.flops_per_token = flops.train_flops_per_token(self.spec, length)
         self.optimizer = make_optimizer(config.train)
         self.schedule = make_schedule(config.train)
         definition = states.make_definition(self.spec, self.execution)
@@ -216,11 +215,11 @@ class Trainer:
         self.progress.update(step, losses["loss"], speed)
         if step % self.config.log.every and step != self.config.train.steps:
             return
-        flop_rate = speed * self._flops_per_token(tokens)
+        flop_rate = speed * self.flops_per_token
         values = losses | norms | {
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_seen": self.record.tokens_seen,
-            "epochs": step * self.config.train.batch / len(self.feed.train_rows),
+            "epochs": self.record.tokens_seen / self.feed.unique_tokens,
             "tokens_per_second": speed,
             "model_flops_per_second": flop_rate,
             "matmul_peak_share": flop_rate / self.peak,
@@ -264,9 +263,6 @@ class Trainer:
         patience = self.config.train.patience
         return bool(patience) and self.record.stale_evaluations >= patience
 
-    def _flops_per_token(self, tokens: int) -> float:
-        return flops.train_flops_per_token(self.spec, tokens / self.config.train.batch)
-
     # telling
 
     def _announce(self) -> None:
@@ -278,7 +274,9 @@ class Trainer:
             f" {self.execution.operands} matmuls at {self.peak / 1e9:,.0f} GFLOP/s peak"
         )
         if left_out:
-            print(f"{left_out:,} antibodies are longer than data.length and left out")
+            print(f"{left_out:,} sequences are longer than data.length and left out")
+        for note in self.feed.mixture.notes:
+            print(note)
         if self.step:
             print(f"resuming at step {self.step}")
 
@@ -288,7 +286,7 @@ class Trainer:
         summary = self._summary(state, status)
         self._write_run(summary)
         if status == "stopped":
-            print(f"saved at step {summary['step']}; the same command resumes it:\n  {_command()}")
+            print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
         else:
             Console().print(region_table(summary["evaluation"]))
             print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")
@@ -298,7 +296,7 @@ class Trainer:
         """Writes a `run.json` that says why; returns the step of the last good checkpoint."""
         self.checkpoints.wait()
         good = self.checkpoints.newest_step()
-        fingerprint = configs.fingerprint(self.config, self.feed.dataset.identity)
+        fingerprint = configs.fingerprint(self.config, self.feed.identity)
         content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
         self._write_run(content)
         return good
@@ -310,12 +308,9 @@ class Trainer:
 
     def _summary(self, state: states.TrainState, status: str) -> dict:
         config, record = self.config, self.record
-        flops_spent = record.tokens_seen * flops.train_flops_per_token(
-            self.spec, self.feed.unique_tokens / len(self.feed.train_rows)
-        )
         moe = config.model.moe
         return {
-            "fingerprint": configs.fingerprint(config, self.feed.dataset.identity),
+            "fingerprint": configs.fingerprint(config, self.feed.identity),
             "status": status,
             "step": int(state.step),
             "params_sha256": states.params_sha256(state.params),
@@ -323,7 +318,7 @@ class Trainer:
             "params_active": flops.params_active(self.spec),
             "unique_tokens": self.feed.unique_tokens,
             "tokens_seen": record.tokens_seen,
-            "flops": flops_spent,
+            "flops": record.tokens_seen * self.flops_per_token,
             "seed": config.seed,
             "size": config.model.size,
             "data_fraction": config.data.fraction,
@@ -357,56 +352,6 @@ def stop_flag() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def _command() -> str:
-    return "python -m moe_ablm.train " + " ".join(map(shlex.quote, sys.argv[1:]))
-
-
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")
-flags.DEFINE_string("workdir", None, "Directory of the run.")
-
-
-def parse(argv: list[str]) -> tuple[Config, Path]:
-    """Command line -> checked config and work directory; UserError where it is wrong."""
-    _let_configs_import_each_other(argv)
-    try:
-        rest = FLAGS(argv)
-        config = FLAGS.config and configs.from_mapping(FLAGS.config)
-    except UserError:
-        raise
-    except Exception as error:  # flags, the config file itself, and ml_collections raise many kinds
-        raise UserError(f"config or flag: {_one_line(error)}") from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    if not config or not FLAGS.workdir:
-        missing = "--workdir" if config else "--config"
-        raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
-    return config, Path(FLAGS.workdir)
-
-
-def _let_configs_import_each_other(argv: list[str]) -> None:
-    """`from configs.base import ...` in a config file works from any current directory."""
-    for argument in argv:
-        if argument.lstrip("-").startswith("config="):
-            file = Path(argument.partition("=")[2].partition(":")[0]).resolve()
-            sys.path.insert(0, str(file.parent.parent))
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an exception, or one behind it, says that there is no space left on the device."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error of absl or ml_collections, which like to quote and to wrap."""
-    text = str(error.args[0]) if error.args else type(error).__name__
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").split()).strip("'\" ")
-
-
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     if {"-h", "--help"} & set(argv[1:]):
@@ -425,8 +370,8 @@ def main(argv: list[str]) -> int:
         if not is_full_disk(error):
             raise
         print(
-            f"moe_ablm: no space left while writing {FLAGS.workdir}: free some, then run the same "
-            "command again; it resumes from the last whole checkpoint",
+            "moe_ablm: no space left for the work directory: free some, then run the same command "
+            "again; it resumes from the last whole checkpoint",
             file=sys.stderr,
         )
         return 2

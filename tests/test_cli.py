@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
         changes = {"model__d_model": 64, "model__ffn": 128, "checkpoint__keep": 9}
         flags = [*tiny_flags(**changes), f"--workdir={disk / 'w'}"]
         result = run_command("moe_ablm.train", *flags)
-        refused(result, "no space left", str(disk))
+        refused(result, "no space left")
         steps = [p.name for p in (disk / "w" / "checkpoints").iterdir() if p.name.isdigit()]
         assert steps
         subprocess.run([*mount[:4], "remount,size=64m", *mount[5:]], check=True)

@@ -1,130 +1,21 @@
-"""Batches out of a dataset, through grain; the batch of a step is a pure function of (seed, step).
+"""Batches through grain; the batch of a step is a pure function of (seed, step).
 
 The element of the grain dataset is a whole batch: a random-access source whose item t is the batch
 of step t, gathered from the memory map and masked in a handful of numpy calls. The iterator's
 state is then the step alone, so resuming is exact and does not depend on the number of hosts.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
-from moe_ablm.data import masking
+from moe_ablm.data.assemble import Batch, Masking, Placed, assemble
 from moe_ablm.data.dataset import Dataset
-from moe_ablm.data.regions import CHAINS
-from moe_ablm.data.tokenizer import LAYOUTS, PAD, Layout, is_amino_acid
-from moe_ablm.errors import UserError
-
-Batch = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class BatchSpec:
-    """What a batch looks like: `batch` rows of `length` tokens in a named layout."""
-
-    batch: int
-    length: int
-    layout: str
-    mask_rate: float
-    seed: int
-
-
-def row_tokens(dataset: Dataset, rows: np.ndarray, layout: str) -> np.ndarray:
-    """Tokens that each of `rows` takes in a layout, special tokens included, int64 `[n]`."""
-    ids = LAYOUTS[layout]
-    lengths = [dataset.lengths[chain][rows] for chain in CHAINS]
-    pair = (lengths[0] > 0) & (lengths[1] > 0)
-    return sum(lengths) + len(ids.before) + len(ids.after) + pair * len(ids.between)
-
-
-def fitting_rows(dataset: Dataset, split: str, fraction: str, spec: BatchSpec) -> np.ndarray:
-    """Row numbers of a split and fraction that fit in `spec.length`; never empty."""
-    rows = dataset.rows(split, fraction)
-    kept = rows[row_tokens(dataset, rows, spec.layout) <= spec.length]
-    if len(kept) == 0:
-        raise UserError(
-            f"dataset {dataset.path}: split {split!r}, fraction {fraction!r} has {len(rows)} "
-            f"antibodies, none of which fits in data.length={spec.length}: raise it or prepare "
-            "more data"
-        )
-    return kept
-
-
-def assemble(dataset: Dataset, rows: np.ndarray, length: int, layout: Layout) -> Batch:
-    """Rows as padded arrays, before masking.
-
-    Args:
-      dataset: where the rows live.
-      rows: int64 `[B]` row numbers; each fits in `length` (see `fitting_rows`).
-      length: L.
-      layout: special tokens around the chains.
-
-    Returns:
-      `tokens`, `segment` (0 pad, 1 heavy, 2 light; a special token belongs to the chain before it,
-      `<cls>` to the first) and `region` (codes of `data.regions`, 0 for special tokens), uint8
-      `[B, L]`.
-    """
-    b = len(rows)
-    tokens = np.full((b, length), PAD, np.uint8)
-    segment = np.zeros((b, length), np.uint8)
-    region = np.zeros((b, length), np.uint8)
-    row = np.arange(b)
-    has = {chain: dataset.lengths[chain][rows] > 0 for chain in CHAINS}
-    at = np.zeros(b, np.int64)
-
-    def special(ids: tuple[int, ...], where: np.ndarray, chain: np.ndarray) -> None:
-        nonlocal at
-        for token in ids:
-            tokens[row[where], at[where]] = token
-            segment[row[where], at[where]] = chain[where]
-            at = at + where
-
-    first = np.where(has["heavy"], 1, 2)
-    last = np.where(has["light"], 2, 1)
-    special(layout.before, np.ones(b, bool), first)
-    for code, chain in enumerate(CHAINS, start=1):
-        size = dataset.lengths[chain][rows]
-        values = dataset.gather(rows, chain, ("tokens", "region"))
-        ends = np.cumsum(size)
-        target = np.arange(ends[-1]) + np.repeat(row * length + at - (ends - size), size)
-        tokens.reshape(-1)[target] = values["tokens"]
-        segment.reshape(-1)[target] = code
-        region.reshape(-1)[target] = values["region"]
-        at = at + size
-        if chain == "heavy":
-            special(layout.between, has["heavy"] & has["light"], np.ones(b, np.uint8))
-    special(layout.after, np.ones(b, bool), last)
-    return {"tokens": tokens, "segment": segment, "region": region}
-
-
-def masked_batch(dataset: Dataset, rows: np.ndarray, epoch: np.ndarray, spec: BatchSpec) -> Batch:
-    """The batch of some rows as the model takes it.
-
-    Args:
-      dataset: where the rows live.
-      rows: int64 `[B]`.
-      epoch: int64 `[B]`, how often each record was drawn before.
-      spec: its `seed` selects the masks.
-
-    Returns:
-      `tokens` (corrupted), `targets`, `segment`, `region` uint8 and `loss_mask` bool, all `[B, L]`.
-    """
-    layout = LAYOUTS[spec.layout]
-    batch = assemble(dataset, rows, spec.length, layout)
-    targets = batch["tokens"]
-    residue = is_amino_acid(targets)
-    rate = np.where(residue, np.float32(spec.mask_rate), np.float32(0))
-    bits = masking.draw(spec.seed, dataset.key[rows], epoch, spec.length)
-    tokens, loss_mask = masking.mask_tokens(targets, rate, bits)
-    return batch | {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
-
-
-@lru_cache(maxsize=3)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(n)
+from moe_ablm.data.masking import extents, mix
+from moe_ablm.data.mixture import Mixture
+from moe_ablm.data.sequences import Sequences
+from moe_ablm.data.tokenizer import LAYOUTS, PAD
 
 
 class TrainBatches(grain.sources.RandomAccessDataSource):
@@ -134,35 +25,61 @@ class TrainBatches(grain.sources.RandomAccessDataSource):
     next, so no record is left out, whatever the batch size.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        rows: np.ndarray,
-        spec: BatchSpec,
-        steps: int,
-        process: tuple[int, int] = (0, 1),
-    ):
-        """Args: rows to draw from; steps of the run; process (index, count), which divides B."""
-        self._dataset, self._rows, self._spec, self._steps = dataset, rows, spec, steps
+    def __init__(self, mixture: Mixture, masking: Masking, process: tuple[int, int] = (0, 1)):
+        """Args: the rows of each step; who is masked; process (index, count), which divides B."""
+        self._mixture, self._masking = mixture, masking
+        self._layout = LAYOUTS[mixture.batching.layout]
+        self._datasets = list({id(s.dataset): s.dataset for s in mixture.streams}.values())
+        self._number = [
+            next(i for i, d in enumerate(self._datasets) if d is s.dataset) for s in mixture.streams
+        ]
         index, count = process
-        part = spec.batch // count
-        self._slice = np.arange(index * part, (index + 1) * part)
+        part = mixture.batching.rows // count
+        self._mine = slice(index * part, (index + 1) * part)
 
     def __len__(self) -> int:
-        return self._steps
+        return len(self._mixture)
 
     def __getitem__(self, step: int) -> Batch:
-        position = step * self._spec.batch + self._slice
-        epoch, within = np.divmod(position, len(self._rows))
-        rows = np.empty_like(position)
-        for e in np.unique(epoch):
-            here = epoch == e
-            order = _permutation(self._spec.seed, int(e), len(self._rows))
-            rows[here] = self._rows[order[within[here]]]
-        return masked_batch(self._dataset, rows, epoch, self._spec)
+        stream, position = (x[self._mine] for x in self._mixture.rows(step))
+        numbers = np.unique(stream)
+        length = self._mixture.streams[numbers[0]].length  # the same for all streams of a step
+        parts = [
+            self._place(number, np.flatnonzero(stream == number), position, length)
+            for number in numbers
+        ]
+        placed = parts[0]
+        if len(parts) > 1:
+            placed = Placed(*map(np.concatenate, zip(*parts, strict=True)))
+            placed = Placed(*(x[np.argsort(placed.start)] for x in placed))
+        shape = len(stream), length
+        return assemble(self._datasets, placed, shape, self._layout, self._masking)
+
+    def _place(self, number: int, rows: np.ndarray, position: np.ndarray, length: int) -> Placed:
+        """The sequences of one stream that go to some rows of the batch."""
+        stream = self._mixture.streams[number]
+        drawn = stream.draw(position[rows])
+        sequences = stream.sequences
+        return Placed(
+            dataset=np.full(len(drawn.row), self._number[number]),
+            heavy=sequences.heavy[drawn.sequence],
+            light=sequences.light[drawn.sequence],
+            key=sequences.key[drawn.sequence],
+            epoch=drawn.epoch,
+            start=rows[drawn.row] * length + drawn.start,
+            size=stream.size[drawn.sequence],
+            number=_count_up(drawn.row),
+        )
 
     def __repr__(self) -> str:
-        return f"TrainBatches({self._dataset.path}, {self._spec})"
+        paths = ", ".join(str(d.path) for d in self._datasets)
+        return f"TrainBatches({paths}, {self._mixture.batching}, {self._masking})"
+
+
+def _count_up(row: np.ndarray) -> np.ndarray:
+    """1, 2, ... within each run of equal numbers `[n]`."""
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    return np.arange(1, len(row) + 1) - np.repeat(first, extents(first, len(row)))
 
 
 def train_iterator(source: TrainBatches, first_step: int, threads: int = 2) -> Iterator[Batch]:
@@ -174,26 +91,55 @@ def train_iterator(source: TrainBatches, first_step: int, threads: int = 2) -> I
     return iterator
 
 
-def evaluation_rows(dataset: Dataset, rows: np.ndarray, count: int) -> np.ndarray:
-    """A fixed sample of `count` of `rows`: those with the smallest hashed keys.
+def evaluation_sample(sequences: Sequences, count: int) -> Sequences:
+    """A fixed sample of at most `count` sequences: those with the smallest hashed keys.
 
     Adding records to the dataset changes the sample only where a new key is among the smallest.
     """
-    order = np.argsort(masking.mix(dataset.key[rows]), kind="stable")
-    return rows[order[:count]]
+    order = np.argsort(mix(sequences.key), kind="stable")
+    return sequences.take(order[:count])
 
 
-def evaluation_batches(dataset: Dataset, rows: np.ndarray, spec: BatchSpec) -> Iterator[Batch]:
-    """The rows in order, in batches of one shape; the last is filled up with empty rows.
+def evaluation_batches(
+    samples: Sequence[tuple[Dataset, Sequences]],
+    shape: tuple[int, int],
+    layout: str,
+    masking: Masking,
+) -> Iterator[Batch]:
+    """The sequences in order, one a row, in batches of one shape; the last is filled up.
 
-    Masks are those of epoch 0 under `spec.seed`: the same at every call.
+    Masks are those of epoch 0 under `masking.seed`: the same at every call.
+
+    Args:
+      samples: sequences of each dataset; longer single chains are cropped.
+      shape: rows B and tokens L of a batch.
+      layout: name of the layout.
+      masking: who is masked.
     """
-    for start in range(0, len(rows), spec.batch):
-        part = rows[start : start + spec.batch]
-        batch = masked_batch(dataset, part, np.zeros(len(part), np.int64), spec)
-        missing = spec.batch - len(part)
-        fill = {"tokens": PAD, "targets": PAD}
-        yield {
-            name: np.pad(array, ((0, missing), (0, 0)), constant_values=fill.get(name, 0))
-            for name, array in batch.items()
-        }
+    datasets = [dataset for dataset, _ in samples]
+    tokens = [s.tokens(dataset, LAYOUTS[layout]) for dataset, s in samples]
+    number = np.repeat(np.arange(len(samples)), [len(s) for _, s in samples])
+    heavy, light, key = (
+        np.concatenate([getattr(s, name) for _, s in samples]) for name in ("heavy", "light", "key")
+    )
+    size = np.minimum(np.concatenate(tokens), shape[1])
+    for begin in range(0, len(key), shape[0]):
+        part = slice(begin, begin + shape[0])
+        rows = len(key[part])
+        placed = Placed(
+            dataset=number[part],
+            heavy=heavy[part],
+            light=light[part],
+            key=key[part],
+            epoch=np.zeros(rows, np.int64),
+            start=np.arange(rows) * shape[1],
+            size=size[part],
+            number=np.ones(rows, np.int64),
+        )
+        batch = assemble(datasets, placed, (rows, shape[1]), LAYOUTS[layout], masking)
+        yield {name: _fill_up(name, array, shape[0]) for name, array in batch.items()}
+
+
+def _fill_up(name: str, array: np.ndarray, rows: int) -> np.ndarray:
+    empty = PAD if name in ("tokens", "targets") else 0
+    return np.pad(array, ((0, rows - len(array)), (0, 0)), constant_values=empty)

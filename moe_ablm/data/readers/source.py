@@ -1,0 +1,143 @@
+"""From what the user names with --input to checked batches: which format it is, and its reader."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from moe_ablm.data.dataset import sha256_file
+from moe_ablm.data.readers import fasta, repertoire, study
+from moe_ablm.data.readers.check import LONGEST_CHAIN, LONGEST_PROTEIN, check_batch
+from moe_ablm.data.readers.columns import format_of_header, no_chains
+from moe_ablm.data.readers.report import Report, existing_file, nearest
+from moe_ablm.data.readers.rows import header_of
+from moe_ablm.data.readers.stream import first_lines
+from moe_ablm.errors import UserError
+
+# name -> what it is, for help and for dataset cards
+FORMATS = {
+    "table": "CSV, TSV or parquet with a column for each chain",
+    "joined": "CSV or parquet with both chains in `sequence`, a separator between them",
+    "oas-paired": "OAS paired CSV",
+    "oas-unpaired": "OAS unpaired CSV",
+    "airr": "AIRR rearrangement table, chains joined by `cell_id`",
+    "10x": "10x contig annotations, chains joined by `barcode`",
+    "fasta": "FASTA of antibody chains (`id|H` and `id|L`, or two files)",
+    "protein": "FASTA of general proteins",
+}
+_READERS = {
+    "table": study.read_table,
+    "joined": study.read_joined,
+    "oas-paired": repertoire.read_oas_paired,
+    "oas-unpaired": repertoire.read_oas_unpaired,
+    "airr": repertoire.read_airr,
+    "10x": repertoire.read_10x,
+}
+
+
+@dataclass
+class Source:
+    """One source of antibodies: a file, or a FASTA file for each chain.
+
+    Attributes:
+      paths: the file, or the heavy and the light FASTA.
+      format: a name out of `FORMATS`.
+      report: what became of its rows; complete once `batches` is exhausted.
+    """
+
+    paths: tuple[Path, ...]
+    format: str
+    report: Report
+    columns: Mapping[str, str] | None = None
+
+    @property
+    def is_protein(self) -> bool:
+        """General proteins, which are not annotated."""
+        return self.format == "protein"
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Checked batches: columns of the study, `_row`, `_line` (see `check_batch`)."""
+        if self.format == "protein":
+            raw = fasta.read_proteins(self.paths[0], self.report)
+        elif self.format == "fasta":
+            raw = fasta.read_chains(self.paths, self.report)
+        else:
+            raw = _READERS[self.format](self.paths[0], self.report, self.columns)
+        longest = LONGEST_PROTEIN if self.is_protein else LONGEST_CHAIN
+        for batch in raw:
+            yield check_batch(batch, self.report, longest=longest)
+        self.report.files = [
+            {"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in self.paths
+        ]
+
+
+def open_sources(
+    inputs: Sequence[str],
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
+) -> list[Source]:
+    """Finds the format of every input by its content; nothing but its first lines is read yet.
+
+    Args:
+      inputs: paths, or `heavy=H.fasta,light=L.fasta`. Two FASTA files with equal ids in a row are
+        taken as the two chains of the same antibodies.
+      format: a name out of `FORMATS` instead of what the content says.
+      columns: names of the chains' columns (see `columns.parse_columns`).
+      on_bad_row: whether a malformed row raises UserError or is counted and left out.
+
+    Raises:
+      UserError: no such file, an empty one, or none of the formats (says which columns were found).
+    """
+    if format is not None and format not in FORMATS:
+        near = nearest(format, FORMATS)
+        raise UserError(
+            f"--format {format}: expected one of {', '.join(FORMATS)}"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    sources: list[Source] = []
+    for text in inputs:
+        paths = _paths(text)
+        found = format or _format_of(paths, columns)
+        if len(paths) == 2 and found != "fasta":
+            raise UserError(f"--input {text}: two files are read together only as FASTA")
+        if found == "fasta" and sources and _are_two_chains(sources[-1], paths):
+            paths = (*sources.pop().paths, *paths)
+        names = " + ".join(map(str, paths))
+        origin = " + ".join(p.name for p in paths)
+        report = Report(names, on_bad_row, format=found, origin=origin)
+        sources.append(Source(paths, found, report, columns))
+    return sources
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    if text.startswith("heavy=") and ",light=" in text:
+        heavy, _, light = text.removeprefix("heavy=").partition(",light=")
+        return existing_file(Path(heavy)), existing_file(Path(light))
+    return (existing_file(Path(text)),)
+
+
+def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> str:
+    path = paths[0]
+    with path.open("rb") as f:
+        if f.read(4) != b"PAR1":
+            lines = first_lines(path, 1)
+            if lines and lines[0].startswith(">"):
+                return "protein" if fasta.is_protein_header(lines[0]) else "fasta"
+    if columns is not None:
+        return "table"
+    header = header_of(path)
+    found = format_of_header(header)
+    if found is None:
+        raise UserError(no_chains(header, str(path)))
+    return found
+
+
+def _are_two_chains(before: Source, paths: tuple[Path, ...]) -> bool:
+    if before.format != "fasta" or len(before.paths) != 1 or len(paths) != 1:
+        return False
+    return fasta.same_first_ids(before.paths[0], paths[0])

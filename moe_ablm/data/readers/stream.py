@@ -1,0 +1,126 @@
+"""Bytes of a text file as blocks of whole lines: decompressed, bounded, with one line end."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_ablm.data.readers.report import Report
+from moe_ablm.errors import UserError
+
+BLOCK = 4 << 20
+LONGEST_LINE = 1 << 20
+# Repertoires compress 5 to 40 times. A file beyond this ratio is no repertoire; it is refused
+# before it fills the disk (memory is bounded by BLOCK + LONGEST_LINE in any case).
+LARGEST_RATIO = 200
+_RATIO_APPLIES_FROM = 64 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_COMPRESSED = {
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+
+
+def open_bytes(path: Path):
+    """The file's raw and its decompressed binary stream (the same object when not compressed)."""
+    raw = path.open("rb")
+    magic = raw.read(6)
+    raw.seek(0)
+    for start, name in _COMPRESSED.items():
+        if magic.startswith(start):
+            raw.close()
+            raise UserError(f"--input {path}: {name} archive; unpack it, or compress with gzip")
+    return raw, gzip.GzipFile(fileobj=raw) if magic.startswith(b"\x1f\x8b") else raw
+
+
+def line_blocks(
+    path: Path, report: Report, *, longest_line: int = LONGEST_LINE, block: int = BLOCK
+) -> Iterator[tuple[int, bytes]]:
+    r"""Streams a text file, plain or gzip, as blocks of whole lines.
+
+    CR LF and CR become LF, and the last line ends in LF. A byte-order mark is removed.
+
+    Yields:
+      `(number of the block's first line counted from 1, block)`.
+
+    Raises:
+      UserError: truncated or damaged gzip, a line longer than `longest_line`, or more than
+        `LARGEST_RATIO` decompressed bytes for each byte of the file.
+    """
+    raw, stream = open_bytes(path)
+    line, rest, total = 1, b"", 0
+    with raw, stream:
+        while True:
+            pieces: list[bytes] = []
+            try:
+                _fill(pieces, stream, block)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                read = line - 1 + sum(piece.count(b"\n") for piece in pieces)
+                raise UserError(
+                    f"{path}: gzip data damaged or truncated after line {read} ({error}): fetch "
+                    "the file again"
+                ) from error
+            chunk = b"".join(pieces)
+            total += len(chunk)
+            consumed = raw.tell()
+            report.progress(consumed)
+            if total > max(_RATIO_APPLIES_FROM, LARGEST_RATIO * consumed):
+                raise UserError(
+                    f"{path}: {consumed} compressed bytes gave more than {total} (over "
+                    f"{LARGEST_RATIO}:1): refused as a decompression bomb; unpack it yourself if "
+                    "you trust it"
+                )
+            if not chunk:
+                break
+            rest = rest + chunk
+            held = b"\r" if rest.endswith(b"\r") else b""  # its LF may open the next chunk
+            rest = rest[: len(rest) - len(held)]
+            if b"\r" in rest:
+                rest = rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            cut = rest.rfind(b"\n") + 1
+            whole, rest = rest[:cut], rest[cut:] + held
+            if len(rest) > longest_line or (whole and _has_line_longer(whole, longest_line)):
+                raise UserError(
+                    f"{path}: a line after line {line - 1} is longer than {longest_line} bytes: "
+                    "not a table or FASTA of sequences"
+                )
+            if whole and line == 1:
+                whole = whole.removeprefix(_BYTE_ORDER_MARK)
+            if whole:
+                yield line, whole
+                line += whole.count(b"\n")
+    rest = rest.replace(b"\r", b"\n")
+    if line == 1:
+        rest = rest.removeprefix(_BYTE_ORDER_MARK)
+    if rest:
+        yield line, rest if rest.endswith(b"\n") else rest + b"\n"
+
+
+def _fill(pieces: list[bytes], stream, size: int) -> None:
+    """Appends up to `size` bytes; what was read before an error is in `pieces`."""
+    while size > 0 and (piece := stream.read1(size)):
+        pieces.append(piece)
+        size -= len(piece)
+
+
+def _has_line_longer(whole: bytes, limit: int) -> bool:
+    """Looks at one newline in each `limit` bytes instead of at all of them."""
+    start = 0
+    while len(whole) - start > limit:
+        end = whole.rfind(b"\n", start, start + limit + 1)
+        if end < 0:
+            return True
+        start = end + 1
+    return False
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    """Up to `count` first lines, to tell the format; undecodable bytes become U+FFFD."""
+    for _, block in line_blocks(path, Report(str(path)), block=64 << 10):
+        return [
+            line.decode("utf-8", "replace") for line in block.split(b"\n", count)[:count] if line
+        ]
+    return []

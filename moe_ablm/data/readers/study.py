@@ -1,0 +1,113 @@
+"""Tables of antibody studies: a column for each chain, or both chains in one string."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moe_ablm.data.readers.check import place_of
+from moe_ablm.data.readers.columns import (
+    ABOUT_THE_CELL,
+    ANY_CHAIN,
+    RESIDUE_STRINGS,
+    identifier_of,
+    study_mapping,
+)
+from moe_ablm.data.readers.report import Report
+from moe_ablm.data.readers.rows import read_rows
+from moe_ablm.data.regions import CHAINS
+
+# `<cls><cls>`, `</s>`, `<sep>`, ... or one `|`.
+_SEPARATOR = re.compile(r"(?:<[^<>]{1,8}>)+|\|")
+
+
+def read_table(
+    path: Path, report: Report, columns: Mapping[str, str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a table with a column for each chain, under the study's names."""
+    for batch in read_rows(path, report, lambda h: study_mapping(h, report.source, columns)):
+        _note_single_chains(batch, report)
+        yield batch
+
+
+def read_joined(
+    path: Path, report: Report, columns: Mapping[str, str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a table whose `sequence` holds heavy chain, separator, light chain (or one chain).
+
+    Per-residue strings without a chain in their name are divided like the sequence, whether they
+    cover the residues only or the separator too.
+    """
+
+    def choose(header: list[str]) -> dict[str, str]:
+        names = ("sequence", *RESIDUE_STRINGS, *ABOUT_THE_CELL)
+        mapping = {name: name for name in names if name in header}
+        for chain in CHAINS:
+            names = [f"{n}_{chain}" for n in RESIDUE_STRINGS if f"{n}_{chain}" in header]
+            mapping |= {name: name for name in names}
+        return mapping | identifier_of(header)
+
+    for batch in read_rows(path, report, choose):
+        batch = _divided(batch)
+        _note_single_chains(batch, report)
+        yield batch
+
+
+def _note_single_chains(batch: pa.RecordBatch, report: Report) -> None:
+    names = [f"sequence_aa_{chain}" for chain in CHAINS]
+    if not batch.num_rows or not set(names) <= set(batch.schema.names):
+        return
+    missing = [pc.equal(pc.utf8_trim_whitespace(batch[name]), "") for name in names]
+    for chain, here, other in zip(CHAINS, missing, reversed(missing), strict=True):
+        alone = np.flatnonzero(pc.and_not(here, other).to_numpy(zero_copy_only=False))
+        if len(alone):
+            remark = f"row without {chain} chain: the other kept alone"
+            report.note(remark, place_of(batch, alone[0]), len(alone))
+
+
+def _divided(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    cuts = [_cut(s) for s in columns.pop("sequence").to_pylist()]
+    columns["sequence_aa_heavy"] = pa.array([heavy for heavy, *_ in cuts], pa.string())
+    columns["sequence_aa_light"] = pa.array([light for _, light, *_ in cuts], pa.string())
+    columns[ANY_CHAIN] = pa.array([not light for _, light, *_ in cuts], pa.bool_())
+    for name in RESIDUE_STRINGS:
+        if name not in columns:
+            continue
+        texts = columns.pop(name).to_pylist()
+        parts = [_divide(text, cut) for text, cut in zip(texts, cuts, strict=True)]
+        for chain, part in zip(CHAINS, zip(*parts, strict=True), strict=True):
+            columns.setdefault(f"{name}_{chain}", pa.array(part, pa.string()))
+    return pa.record_batch(columns)
+
+
+def _cut(text: str) -> tuple[str, str, int, int]:
+    """Heavy chain, light chain, start of the heavy one, distance from there to the light one."""
+    pieces, last = [], 0
+    for found in _SEPARATOR.finditer(text):
+        pieces.append((last, text[last : found.start()]))
+        last = found.end()
+    pieces.append((last, text[last:]))
+    pieces = [(at, piece.strip()) for at, piece in pieces if piece.strip()]
+    if not pieces:
+        return "", "", 0, 0
+    if len(pieces) == 1:
+        return pieces[0][1], "", pieces[0][0], 0
+    if len(pieces) > 2:  # no antibody has three chains: leave it to fail the check of its letters
+        return text, "", 0, 0
+    (first, heavy), (second, light) = pieces
+    return heavy, light, first, second - first
+
+
+def _divide(text: str, cut: tuple[str, str, int, int]) -> tuple[str, str]:
+    heavy, light, start, to_light = cut
+    h, n = len(heavy), len(light)
+    if len(text) == h + n:
+        return text[:h], text[h:]
+    at = start + to_light
+    if len(text) >= at + n and light:
+        return text[start : start + h], text[at : at + n]
+    return text[start:] if start else text, ""  # of no fitting length: check_batch says so

@@ -1,0 +1,148 @@
+"""The envelope of training curves: which size has the lowest loss at each compute."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.parabolas import Envelope, line
+from moe_ablm.scaling.result import Fit, Interval
+from moe_ablm.scaling.runs import Runs
+
+BUDGETS = 1500  # compute values at which curves are compared, as in the paper
+FEWEST_SIZES = 3
+
+
+def fit_envelope(
+    runs: Runs,
+    draws: int = 1000,
+    seed: int = 0,
+    target: Mapping[str, float] | None = None,
+    level: float = 0.95,
+) -> Fit:
+    """Hoffmann et al. 2022, section 3.1, from whole training curves (one row a step).
+
+    At each of 1,500 budgets the curve with the lowest interpolated loss is found. Where it passes
+    from one size to another the best size is between them, and the line of ln N_opt on ln C goes
+    through these passages (through all budgets, as in the paper, it is too flat: below the first
+    passage and beyond the last the best size was not run). Curves are told apart by `run`, else
+    by `params`.
+    Intervals are percentiles of a bootstrap over whole curves.
+
+    Raises:
+      UserError: fewer than three sizes have curves of two points, or they never overlap.
+    """
+    runs.require(("params", "loss"), "envelope")
+    if "flops" not in runs:
+        runs.require(("tokens",), "envelope")
+    curves, params = _curves(runs)
+    if np.unique(params).size < FEWEST_SIZES:
+        raise UserError(
+            f"law envelope: training curves of {np.unique(params).size} sizes; it needs at least "
+            f"{FEWEST_SIZES}, each with two or more steps (give run= and step=, or results.jsonl)"
+        )
+    low, high = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
+    grid = np.linspace(low, high, BUDGETS)
+    # A curve says nothing beyond its own ends; there it cannot be the lowest.
+    losses = np.stack([np.interp(grid, c, y, left=np.inf, right=np.inf) for c, y in curves])
+    values = _regress(grid, losses, params, np.arange(len(curves)), target or {})
+    if values is None:
+        raise UserError("law envelope: the lowest curve passes from size to size fewer than twice")
+    intervals = _intervals(values, grid, losses, params, draws, seed, target or {}, level)
+    derived = {k: values.pop(k) for k in ("N_opt", "D_opt") if k in values}
+    return Fit(
+        law=Envelope(),
+        n=len(curves),
+        coefficients=values,
+        objective=float("nan"),
+        huber_delta=float("inf"),
+        delta_source="least squares on the log-log envelope",
+        status="converged",
+        identifiable=dict.fromkeys(values, True),
+        verdicts=dict.fromkeys(values, "identified"),
+        intervals=intervals,
+        derived=derived,
+        target=dict(target or {}),
+        notes=runs.notes,
+        data_unit=runs.data_unit,
+        runs=runs,
+    )
+
+
+def _intervals(
+    values: Mapping[str, float],
+    grid: np.ndarray,
+    losses: np.ndarray,
+    params: np.ndarray,
+    draws: int,
+    seed: int,
+    target: Mapping[str, float],
+    level: float,
+) -> dict[str, tuple[Interval, ...]]:
+    """Percentiles over draws of whole curves."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 4]))
+    count = len(params)
+    drawn = [
+        _regress(grid, losses, params, rng.integers(0, count, count), target) for _ in range(draws)
+    ]
+    kept = [d for d in drawn if d is not None]
+    if len(kept) < 20:
+        return {}
+    note = f"{len(kept)} draws of curves"
+    if len(kept) < draws:
+        note += f"; {draws - len(kept)} draws had fewer than two passages"
+    out = {}
+    for name in values:
+        column = np.array([d[name] for d in kept])
+        low, high = np.percentile(column, [50 * (1 - level), 50 * (1 + level)])
+        spread = float(column.std(ddof=1))
+        out[name] = (Interval("bootstrap", level, float(low), float(high), spread, note),)
+    return out
+
+
+def _curves(runs: Runs) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """Curves (ln C, loss), each with at least two points, and the size of each."""
+    label = runs["run"] if "run" in runs else runs["params"].astype(str)
+    log_c = np.log(runs.flops())
+    curves, params = [], []
+    for name in np.unique(label):
+        members = np.flatnonzero(label == name)
+        c, first = np.unique(log_c[members], return_index=True)
+        if c.size >= 2:
+            curves.append((c, runs["loss"][members][first]))
+            params.append(runs["params"][members[0]])
+    return curves, np.array(params)
+
+
+def _regress(
+    grid: np.ndarray,
+    losses: np.ndarray,
+    params: np.ndarray,
+    chosen: np.ndarray,
+    target: Mapping[str, float],
+) -> dict[str, float] | None:
+    """Coefficients of the envelope of the chosen curves;
+    None with fewer than two passages."""
+    part = losses[chosen]
+    lowest = np.argmin(part, axis=0)
+    loss = part[lowest, np.arange(grid.size)]
+    good = np.isfinite(loss)
+    log_n, log_c = np.log(params[chosen][lowest[good]]), grid[good]
+    changes = np.flatnonzero(np.diff(log_n))
+    if changes.size < 2:
+        return None
+    intercept, slope = line(
+        0.5 * (log_c[changes] + log_c[changes + 1]), 0.5 * (log_n[changes] + log_n[changes + 1])
+    )
+    loss_intercept, loss_slope = line(log_c, np.log(loss[good]))
+    out = {
+        "slope": slope,
+        "intercept": intercept,
+        "loss_slope": loss_slope,
+        "loss_intercept": loss_intercept,
+    }
+    if "flops" in target:
+        log_c = np.log(target["flops"])
+        out["N_opt"] = np.exp(intercept + slope * log_c)
+        out["D_opt"] = np.exp(log_c) / 6.0 / out["N_opt"]
+    return {k: float(v) for k, v in out.items()}

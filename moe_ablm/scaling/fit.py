@@ -1,0 +1,283 @@
+"""Fitting a smooth law: variable projection for starts, quasi-Newton on the Huber loss after."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
+from moe_ablm.scaling.checks import mixed_units
+from moe_ablm.scaling.identify import at_bounds, covariance, judge
+from moe_ablm.scaling.inputs import Centre, make_inputs
+from moe_ablm.scaling.laws import Law
+from moe_ablm.scaling.noise import pure_error
+from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import Minimum, Problem, minimise
+
+DELTA_DEFAULT = 1e-3  # Hoffmann et al. 2022
+DELTA_FLOOR = 1e-4
+POLISHED = 32  # best starts that are polished
+QUICK, FINISHED = 60, 3  # iterations for all of them, and how many are then finished
+SMALLEST_SHARE, LARGEST_SHARE = 1e-9, 1e6  # of a term at the centre of the runs, over the loss
+
+
+def fit_law(
+    runs: Runs,
+    law: str = "chinchilla",
+    huber_delta: float | None = None,
+    fixed: Mapping[str, float] | None = None,
+    start: Mapping[str, float] | None = None,
+    target: Mapping[str, float] | None = None,
+) -> Fit:
+    """Fits a smooth law to runs.
+
+    Minimises the sum over runs of huber(ln L_model - ln L). `huber_delta` defaults to the seed sd
+    of ln L where there are replicates (at least 1e-4), else to 1e-3; inf is least squares.
+    `fixed` holds coefficients at values in the units of the input. `start` gives exponents to
+    start from instead of the grid (linear coefficients are always solved for). `target` names
+    inputs (`flops`, or `params`, `tokens`, ...) at which derived quantities are wanted.
+
+    Raises:
+      UserError: a column is missing, there are fewer runs than coefficients, losses are in mixed
+        units, or a coefficient is unknown.
+    """
+    if huber_delta is not None and not huber_delta > 0:
+        raise UserError(f"--huber-delta {huber_delta}: expected a positive number, or inf")
+    runs.require(SMOOTH[resolve(law)].needs, resolve(law))
+    made = law_for(law, runs.columns)
+    delta, delta_source = (huber_delta, "given") if huber_delta else default_delta(runs)
+    fixed = {**made.defaults, **(fixed or {})}
+    setup = prepare(made, runs, delta, fixed)
+    free = int(setup.problem.free.sum())
+    if len(runs) < free:
+        raise UserError(
+            f"law {made.name} has {free} coefficients to fit and there are only {len(runs)} runs; "
+            "add runs, fix coefficients with --fix, or choose a smaller law"
+        )
+    best = solve(setup, start)
+    return describe(setup, best, runs, fixed, delta_source, target or {})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A law meeting its runs: the problem in centred units, and where its parameters start."""
+
+    law: Law
+    problem: Problem
+    centre: Centre
+    template: np.ndarray  # [K], with fixed parameters at their values
+    index: np.ndarray  # run behind each observation
+
+
+def default_delta(runs: Runs) -> tuple[float, str]:
+    """Huber's delta: the seed sd of ln L from replicates, or the field's 1e-3 without any."""
+    sd, freedom = pure_error(runs)
+    if freedom >= 3:
+        return max(
+            sd, DELTA_FLOOR
+        ), f"seed sd of ln L from replicates ({freedom} degrees of freedom)"
+    return DELTA_DEFAULT, "convention (Hoffmann et al. 2022): no replicates to measure seed noise"
+
+
+def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> Setup:
+    """The problem of fitting `law` to `runs`, with `fixed` coefficients in natural units."""
+    for name in fixed:
+        if name not in law.names:
+            raise UserError(
+                f"--fix {name}=...: law {law.name} has no such coefficient; it has "
+                f"{', '.join(law.names)}"
+            )
+    observed, index = law.observe(runs.columns)
+    # A fixed coefficient is a constant only in natural units, so then nothing is centred.
+    natural = any(law.parameters[law.index(n)].linear for n in fixed)
+    centre = Centre()
+    if not natural:
+        mean = {
+            k: float(np.log(v).mean()) for k, v in runs.columns.items() if k in ("params", "tokens")
+        }
+        centre = Centre(mean["params"], mean.get("tokens", 0.0))
+    x = make_inputs(observed, centre, law.routers)
+    log_loss = np.log(observed["loss"])
+    low, high = _bounds(law, log_loss, natural)
+    template = np.array([_middle(p) for p in law.parameters])
+    template[[p.linear for p in law.parameters]] = log_loss.mean()
+    free = np.ones(len(law.parameters), bool)
+    for name, value in fixed.items():
+        k = law.index(name)
+        if law.parameters[k].log and not value > 0:
+            raise UserError(f"--fix {name}={value}: expected a positive number")
+        template[k] = law.parameters[k].internal(value)
+        free[k] = False
+    noise = delta if math.isfinite(delta) else DELTA_DEFAULT
+    problem = Problem(
+        law, x, log_loss, np.ones(log_loss.size), delta, low, high, free, prior_scale=noise**2
+    )
+    return Setup(law, problem, centre, template, index)
+
+
+def _bounds(law: Law, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Internal bounds: a term is between a billionth and a million times the loss."""
+    low = np.array([p.low for p in law.parameters])
+    high = np.array([p.high for p in law.parameters])
+    if not natural:
+        linear = np.array([p.linear for p in law.parameters])
+        low[linear] = log_loss.min() + np.log(SMALLEST_SHARE)
+        high[linear] = log_loss.max() + np.log(LARGEST_SHARE)
+    return low, high
+
+
+def _middle(parameter) -> float:
+    low, high = parameter.search or (parameter.low, parameter.high)
+    return 0.5 * (low + high)
+
+
+def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
+    """Starts `[S, K]`: a low-discrepancy grid of the searched parameters (or the user's point).
+
+    The additive recurrence of Roberts 2018 (plastic-number sequence) fills any dimension evenly
+    without a table and without chance.
+    """
+    law, problem = setup.law, setup.problem
+    searched = [
+        k
+        for k, p in enumerate(law.parameters)
+        if problem.free[k] and not p.linear and p.search and p.search[1] > p.search[0]
+    ]
+    if start is not None:
+        theta = setup.template.copy()
+        for name, value in start.items():
+            k = law.index(name)
+            if k in searched:
+                theta[k] = np.clip(
+                    law.parameters[k].internal(value), problem.low[k], problem.high[k]
+                )
+        grid = theta[None]
+    else:
+        dimension = max(len(searched), 1)
+        count = (
+            1 if not searched or law.name == "moe_clark" else min(48 * 2 ** (dimension - 1), 512)
+        )
+        root = 1.5
+        for _ in range(60):
+            root = (1.0 + root) ** (1.0 / (dimension + 1))
+        steps = root ** -np.arange(1.0, dimension + 1)
+        points = (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
+        grid = np.repeat(setup.template[None], count, axis=0)
+        for j, k in enumerate(searched):
+            low, high = law.parameters[k].search
+            grid[:, k] = low + points[:, j] * (high - low)
+    solved = [law.linear_start(t, problem.x, problem.log_loss, problem.weights) for t in grid]
+    return np.where(problem.free, np.array(solved), setup.template)
+
+
+def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
+    """The best minimum over all starts, as a batch of one."""
+    theta = candidates(setup, start)
+    problem = setup.problem
+    value = problem.value_and_gradient(np.clip(theta, problem.low, problem.high))[0]
+    value = np.where(np.isfinite(value), value, np.inf)
+    theta = theta[np.argsort(value, kind="stable")[:POLISHED]]
+    # Most starts meet in one minimum within some tens of iterations; only the best few go on.
+    ends = minimise(problem, theta, max_iterations=QUICK)
+    ends = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
+    best = int(np.argmin(ends.value))
+    return minimise(problem, ends.theta[best : best + 1])
+
+
+def describe(
+    setup: Setup,
+    best: Minimum,
+    runs: Runs,
+    fixed: Mapping[str, float],
+    delta_source: str,
+    target: Mapping[str, float],
+) -> Fit:
+    """The minimum as a `Fit`: natural units, verdicts, derived quantities."""
+    law, problem, theta = setup.law, setup.problem, best.theta[0]
+    residuals = problem.residuals(best.theta)[0]
+    _check_units(setup, runs, residuals)
+    natural = law.shift(theta, setup.centre)
+    coefficients = {
+        p.name: float(p.report(v)) for p, v in zip(law.parameters, natural, strict=True)
+    }
+    coefficients |= {name: float(value) for name, value in fixed.items()}
+    bounds = at_bounds(problem, theta)
+    condition, verdicts = judge(problem, theta, len(runs))
+    identifiable = {n: text == "identified" for n, text in verdicts.items() if n not in fixed}
+    exact = len(runs) == int(problem.free.sum())
+    notes = list(runs.notes)
+    if exact:
+        notes.append(
+            f"{len(runs)} runs for {len(runs)} coefficients: the fit is exact, there is no "
+            "residual and no interval"
+        )
+    status = _status(bool(best.converged[0]), exact, bounds, identifiable)
+    quantities = law.derived(setup.centre, target)
+    return Fit(
+        law=law,
+        n=len(runs),
+        coefficients=coefficients,
+        objective=float(problem.huber(residuals[None])[0]),
+        huber_delta=problem.delta,
+        status=status,
+        at_bounds=tuple(bounds),
+        identifiable=identifiable,
+        verdicts=verdicts,
+        condition=condition,
+        fixed=dict(fixed),
+        delta_source=delta_source,
+        standard_errors=_errors(setup, theta, exact),
+        derived={q.name: float(q.report(q.function(best.theta)[0])) for q in quantities},
+        target=dict(target),
+        notes=tuple(notes),
+        data_unit=runs.data_unit,
+        theta=theta,
+        centre=setup.centre,
+        problem=problem,
+        index=setup.index,
+        runs=runs,
+    )
+
+
+def _check_units(setup: Setup, runs: Runs, residuals: np.ndarray) -> None:
+    """The law predicts better than the smooth trend of the reader: look for mixed units again."""
+    log_loss = setup.problem.log_loss
+    odd, unit = mixed_units(log_loss, log_loss + residuals)
+    if odd.size:
+        where = "; ".join(runs.source[setup.index[i]] for i in odd[:3])
+        raise UserError(f"{where}: the losses look like {unit}: mixed loss units; convert them")
+
+
+def _status(
+    converged: bool, exact: bool, bounds: list[str], identifiable: Mapping[str, bool]
+) -> str:
+    if not converged:
+        return "not_converged"
+    if exact:
+        return "exact"
+    if bounds:
+        return "at_bound"
+    return "converged" if all(identifiable.values()) else "not_identifiable"
+
+
+def _errors(setup: Setup, theta: np.ndarray, exact: bool) -> dict[str, float]:
+    """Asymptotic standard errors in reported, natural units (delta method)."""
+    if exact:
+        return {}
+    law = setup.law
+    cov = covariance(setup.problem, theta)
+    base = law.shift(theta, setup.centre)
+    eye = np.eye(theta.size)
+    # shift is affine in theta up to products with the centre, so differences are exact enough
+    step = 1e-6
+    by_theta = (law.shift(theta + step * eye, setup.centre) - base) / step  # [k from, k to]
+    natural = by_theta.T @ cov @ by_theta
+    out = {}
+    for k, p in enumerate(law.parameters):
+        if setup.problem.free[k]:
+            scale = float(np.exp(base[k])) if p.log else 1.0
+            out[p.name] = scale * float(np.sqrt(max(natural[k, k], 0.0)))
+    return out

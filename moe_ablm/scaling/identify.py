@@ -1,0 +1,156 @@
+"""What the runs can say about each parameter: rank, bounds, standard errors, in plain words."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.scaling.laws import Parameter
+from moe_ablm.scaling.solver import Problem
+
+SINGULAR = 1e-6  # singular value of the scaled Jacobian, over the largest, that counts as zero
+LOADING = 0.1  # share of a parameter in a null direction that makes it part of it
+
+
+def at_bounds(problem: Problem, theta: np.ndarray) -> list[str]:
+    """Names of free parameters that ended at a bound."""
+    width = 1e-6 * (problem.high - problem.low)
+    low = problem.free & (theta <= problem.low + width)
+    high = problem.free & (theta >= problem.high - width)
+    return [name for name, hit in zip(problem.law.names, low | high, strict=True) if hit]
+
+
+def degrees_of_freedom(problem: Problem) -> int:
+    """Observations minus free parameters."""
+    return problem.x.size - int(problem.free.sum())
+
+
+def within_delta(residuals: np.ndarray, delta: float) -> np.ndarray:
+    """E psi' of each run `[n]`: the chance that its residual is within delta of zero.
+
+    Where delta is far below the spread of the residuals only a handful are within, so each is
+    spread out by a Gaussian kernel (width of Silverman 1986, eq. 3.31).
+    """
+    if not math.isfinite(delta):
+        return np.ones_like(residuals)
+    from scipy.special import ndtr
+
+    spread = min(float(np.std(residuals)), 1.4826 * float(np.median(np.abs(residuals))))
+    width = max(0.9 * spread * residuals.size**-0.2, 1e-12)
+    return ndtr((delta - residuals) / width) - ndtr((-delta - residuals) / width)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a sandwich is made of, on the free parameters."""
+
+    inverse_hessian: np.ndarray  # (J' diag(E psi') J + prior)^-1
+    covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian, n / (n - K)
+    scale: float  # E psi^2 / E psi', if all runs were equally noisy
+
+
+def scores(problem: Problem, theta: np.ndarray) -> Scores:
+    """Huber 1981, section 7.6, with the noise of each run its own (White 1980).
+
+    Directions that the design does not move get a pseudo-inverse: look at `judge` first.
+    """
+    jacobian = problem.law.jacobian(theta[None], problem.x)[0][:, problem.free]
+    residuals = problem.residuals(theta[None])[0]
+    spare = max(degrees_of_freedom(problem), 1)
+    inside = within_delta(residuals, problem.delta)
+    psi = np.clip(residuals, -problem.delta, problem.delta)
+    hessian = (jacobian * inside[:, None]).T @ jacobian
+    prior = prior_precision(problem)[np.ix_(problem.free, problem.free)]
+    hessian = hessian + problem.prior_scale * prior
+    root = 1.0 / np.sqrt(np.maximum(np.diag(hessian), 1e-300))
+    scaled = hessian * np.outer(root, root)
+    inverse = np.linalg.pinv(scaled, rcond=1e-13, hermitian=True) * np.outer(root, root)
+    meat = (jacobian * psi[:, None] ** 2).T @ jacobian * (residuals.size / spare)
+    scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
+    # The prior is information too: it adds its own share to the score's variance.
+    meat = meat + problem.prior_scale * scale * prior
+    return Scores(inverse, inverse @ meat @ inverse, scale)
+
+
+def covariance(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Sandwich covariance of all parameters `[K, K]`, zero for fixed ones."""
+    out = np.zeros((theta.size, theta.size))
+    out[np.ix_(problem.free, problem.free)] = scores(problem, theta).covariance
+    return out
+
+
+def prior_precision(problem: Problem) -> np.ndarray:
+    """Curvature of minus the log prior, `[K, K]`; zero where the law has none."""
+    size = problem.free.size
+    prior = problem.law.penalty(np.eye(size))
+    return np.zeros((size, size)) if prior is None else np.diag(np.diag(prior[1]))
+
+
+def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[str, str]]:
+    """Condition number of the scaled Jacobian, and a verdict in words on each parameter.
+
+    A verdict is "identified", or says why not: fixed, at a bound, a direction in which the loss
+    does not change, or an error larger than the parameter.
+    """
+    law = problem.law
+    names = law.names
+    free = np.flatnonzero(problem.free)
+    if free.size == 0:
+        return 1.0, dict.fromkeys(names, "fixed")
+    jacobian = law.jacobian(theta[None], problem.x)[0][:, free]
+    prior = np.sqrt(np.diag(prior_precision(problem))[free]) * math.sqrt(problem.prior_scale)
+    jacobian = np.concatenate([jacobian, np.diag(prior)])
+    condition, null = null_space(jacobian)
+    verdicts = {name: "fixed" for k, name in enumerate(names) if not problem.free[k]}
+    bounded = set(at_bounds(problem, theta))
+    errors = None
+    if runs > free.size and not null.any():
+        errors = np.sqrt(np.diag(covariance(problem, theta)))
+    for j, k in enumerate(free):
+        name = names[k]
+        if name in bounded:
+            side = "lower" if theta[k] < 0.5 * (problem.low[k] + problem.high[k]) else "upper"
+            verdicts[name] = f"at its {side} bound"
+        elif null[j]:
+            verdicts[name] = "not identified: the design does not move the loss with it"
+        else:
+            error = 0.0 if errors is None else errors[k]
+            # prior is the noise over the prior's sd, so this is the error in prior sds
+            share = error * prior[j] / math.sqrt(problem.prior_scale)
+            verdicts[name] = by_error(law.parameters[k], theta[k], error, share)
+    return condition, {name: verdicts[name] for name in names}
+
+
+def null_space(jacobian: np.ndarray) -> tuple[float, np.ndarray]:
+    """Condition number of the column-scaled Jacobian `[n, K]`; columns in its null space `[K]`."""
+    norms = np.linalg.norm(jacobian, axis=0)
+    dead = norms <= 1e-10 * max(norms.max(), 1e-300)
+    scaled = jacobian / np.where(dead, 1.0, norms)
+    scaled[:, dead] = 0.0
+    _, singular, vectors = np.linalg.svd(scaled, full_matrices=True)
+    singular = np.concatenate([singular, np.zeros(jacobian.shape[1] - singular.size)])
+    zero = singular <= SINGULAR * singular.max()
+    null = (
+        np.any(np.abs(vectors[zero]) > LOADING, axis=0)
+        if zero.any()
+        else np.zeros(norms.size, bool)
+    )
+    smallest = singular.min()
+    condition = float(singular.max() / smallest) if smallest > 0 else math.inf
+    return condition, null | dead
+
+
+def by_error(parameter: Parameter, value: float, error: float, prior_share: float = 0.0) -> str:
+    """A verdict from the standard error of the internal value, also over its prior's sd."""
+    if prior_share > 0.5:
+        return "not identified: mostly its prior"
+    half = 1.96 * error
+    if parameter.log and half > math.log(10.0):
+        return (
+            f"not identified: known only to a factor of {math.exp(min(half, 40.0)):.3g} either way"
+        )
+    if not parameter.log and parameter.low >= 0.0 and half >= value:
+        return f"not identified: {value:.3g} +- {half:.2g} reaches zero"
+    if half > 0.5 * (parameter.high - parameter.low):
+        return f"not identified: {value:.3g} +- {half:.2g}"
+    return "identified"

@@ -1,0 +1,187 @@
+"""What every smooth scaling law has in common: L is a sum of positive terms.
+
+A law gives the log of each term and its derivatives by the parameters; from these follow ln L and
+its gradient (a softmax over terms), so that gradients are exact and nothing overflows. Parameters
+are kept as an internal vector `theta [B, K]`: logs of positive coefficients, in centred units.
+The laws are in `laws_dense.py`, `laws_moe.py` and `laws_joint.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.scaling.inputs import Centre, Inputs, make_inputs
+
+# A derivative of a term by one parameter: its index and a scalar, `[n]` or `[B, n]`.
+Derivative = tuple[int, float | np.ndarray]
+# The log of a term, `[B, n]`, and its derivatives.
+Term = tuple[np.ndarray, list[Derivative]]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a law; `low` and `high` bound the internal value."""
+
+    name: str
+    meaning: str
+    low: float
+    high: float
+    log: bool = False  # the reported coefficient is exp(internal value)
+    linear: bool = False  # L is linear in the coefficient: solved for, not searched
+    search: tuple[float, float] | None = None  # where starts are drawn; default: the whole range
+
+    def report(self, internal: np.ndarray) -> np.ndarray:
+        """The coefficient in reported units."""
+        return np.exp(internal) if self.log else np.asarray(internal)
+
+    def internal(self, reported: float) -> float:
+        """The inverse of `report`."""
+        return float(np.log(reported)) if self.log else float(reported)
+
+
+def coefficient(name: str, meaning: str) -> Parameter:
+    """A positive coefficient of one additive term; its range is set by the size of the losses."""
+    return Parameter(name, meaning, -60.0, 60.0, log=True, linear=True)
+
+
+def exponent(
+    name: str,
+    meaning: str,
+    low: float = 1e-3,
+    high: float = 4.0,
+    search: tuple[float, float] = (0.05, 1.2),
+) -> Parameter:
+    """An exponent, with its range and the part of it where starts are drawn."""
+    return Parameter(name, meaning, low, high, search=search)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A quantity computed from the internal parameters: `function(theta [B, K]) -> [B]`.
+
+    `function` returns the log of the quantity where `log` is true (N*, a loss): profiles and
+    intervals are more symmetric there.
+    """
+
+    name: str
+    meaning: str
+    function: Callable[[np.ndarray], np.ndarray]
+    log: bool = False
+
+    def report(self, value: np.ndarray) -> np.ndarray:
+        return np.exp(value) if self.log else np.asarray(value)
+
+
+class Law:
+    """A scaling law L(inputs; theta) that is a sum of positive terms, one linear coefficient each.
+
+    Subclasses set the class attributes, `terms` and `shift`, and may add `derived` and `penalty`.
+    """
+
+    name: str
+    equation: str
+    source: str
+    needs: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    defaults: Mapping[str, float] = {}  # parameters held fixed unless the user says otherwise
+    linear_rounds = 1  # solves for the linear coefficients; more where they also sit elsewhere
+    routers: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters)
+
+    def index(self, name: str) -> int:
+        return self.names.index(name)
+
+    @classmethod
+    def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Law":
+        """The law for these runs; laws with router effects make one parameter a router."""
+        del columns
+        return cls()
+
+    def observe(
+        self, columns: Mapping[str, np.ndarray]
+    ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
+        """Columns of the observations, and the index `[n]` of the run behind each of them.
+
+        One a run, unless a law lets a run count in several curves.
+        """
+        return columns, np.arange(np.asarray(columns["params"]).size)
+
+    def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
+        raise NotImplementedError
+
+    def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
+        """Parameters in centred units `[..., K]` to the same law in natural units."""
+        raise NotImplementedError
+
+    def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Minus the log prior `[B]` and its gradient `[B, K]`, or None where there is no prior."""
+        del theta
+
+    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
+        """Quantities worth an interval, for parameters in the units of `centre`."""
+        del centre, target
+        return []
+
+    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        """ln L `[B, n]` for parameters `[B, K]`."""
+        return log_sum([t for t, _ in self.terms(theta, x)])[0]
+
+    def predict(
+        self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Losses from reported coefficients and columns in natural units, both unrounded."""
+        theta = np.array([p.internal(coefficients[p.name]) for p in self.parameters])
+        return np.exp(self.log_loss(theta[None], make_inputs(columns, Centre(), self.routers))[0])
+
+    def jacobian(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        """d ln L / d theta, `[B, n, K]`."""
+        terms = self.terms(theta, x)
+        _, shares = log_sum([t for t, _ in terms])
+        out = np.zeros((theta.shape[0], x.size, theta.shape[1]))
+        for (_, derivatives), share in zip(terms, shares, strict=True):
+            for k, d in derivatives:
+                out[:, :, k] += share * d
+        return out
+
+    def linear_start(
+        self, theta: np.ndarray, x: Inputs, log_loss: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Variable projection: `theta [K]` with its linear coefficients solved for.
+
+        Non-negative least squares of the relative error, which is the error of ln L to first
+        order. A term that comes out zero is given a millionth of the loss, to leave its
+        derivative alive.
+        """
+        from scipy.optimize import nnls
+
+        columns = [k for k, p in enumerate(self.parameters) if p.linear]
+        theta = theta.copy()
+        root = np.sqrt(weights)
+        for _ in range(self.linear_rounds):
+            terms = [t[0] for t, _ in self.terms(theta[None], x)]
+            basis = [t - theta[k] - log_loss for t, k in zip(terms, columns, strict=True)]
+            scale = np.array([np.max(b) for b in basis])
+            if not np.all(np.isfinite(scale)):  # a term that no run has: leave it where it was
+                scale = np.where(np.isfinite(scale), scale, 0.0)
+            matrix = np.stack([np.exp(b - s) for b, s in zip(basis, scale, strict=True)], axis=1)
+            solution, _ = nnls(matrix * root[:, None], root)
+            theta[columns] = np.log(np.maximum(solution, 1e-6)) - scale
+        return theta
+
+
+def log_sum(terms: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """ln of the sum of exp(terms), and each term's share of the sum; terms may be -inf."""
+    if len(terms) == 1:
+        return terms[0], [np.ones_like(terms[0])]
+    top = terms[0]
+    for t in terms[1:]:
+        top = np.maximum(top, t)
+    parts = [np.exp(t - top) for t in terms]
+    total = parts[0] + parts[1]
+    for p in parts[2:]:
+        total = total + p
+    return top + np.log(total), [p / total for p in parts]

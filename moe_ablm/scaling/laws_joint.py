@@ -1,0 +1,129 @@
+"""The joint law: dense and mixture-of-experts runs, under limited unique data, in one fit."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_ablm.scaling.inputs import Centre, Inputs
+from moe_ablm.scaling.laws import Derived, Law, Parameter, Term, coefficient, exponent
+from moe_ablm.scaling.laws_dense import best_size, frontier, loss_at, penalty_term
+from moe_ablm.scaling.laws_moe import effective_experts
+
+E, A, B, ALPHA, BETA, P, DELTA, KAPPA, MU, E_MAX, TAU = range(11)
+SHARED = (
+    coefficient("E", "loss that neither parameters nor tokens remove"),
+    coefficient("A", "size of the term in effective parameters"),
+    coefficient("B", "size of the term in tokens"),
+    exponent("alpha", "exponent of effective parameters"),
+    exponent("beta", "exponent of tokens"),
+    coefficient("P", "size of the over-fitting penalty"),
+    exponent("delta", "exponent of repeats", 1e-3, 4.0, (0.2, 2.0)),
+    exponent("kappa", "exponent of memorising parameters per unique token", 1e-3, 4.0, (0.2, 2.0)),
+    exponent("mu", "effective parameters grow as experts to this power", -1.0, 2.0, (0.0, 0.8)),
+    Parameter("E_max", "where more experts stop helping", 0.7, 13.8, True, search=(2.0, 7.0)),
+    exponent("tau", "memory follows active (0) or total (1) parameters", -1.0, 2.0, (0.0, 1.0)),
+)
+# Prior standard deviations of the router effects: an exponent of .1 and a factor of e.
+ROUTER_SD = {"u": 0.1, "v": 1.0}
+
+
+class Joint(Law):
+    """Chinchilla in effective parameters plus an over-fitting penalty, with router effects.
+
+    L = E + A N_eff^-alpha + B D^-beta + P exp(v_r) R^delta (N_mem/U)^kappa,
+    N_eff = N_active E^^(mu + u_r), N_mem = N_active^(1-tau) N_total^tau. Router effects u_r, v_r
+    are shrunk toward 0 by normal priors. E^ is that of Clark et al. 2022 with E_start = 1, so
+    that a dense run has E^ = 1 and N_total = N_active and pools exactly.
+    """
+
+    name = "joint"
+    equation = (
+        "L = E + A N_eff^-alpha + B D^-beta + P exp(v_r) R^delta (N_mem/U)^kappa, "
+        "N_eff = N_active E^^(mu+u_r), N_mem = N_active^(1-tau) N_total^tau"
+    )
+    source = "this project; E^ of Clark et al. 2022, eq. 7, with E_start = 1"
+    needs = ("params", "total_params", "tokens", "unique_tokens", "experts", "loss")
+
+    def __init__(self, routers: tuple[str, ...] = ()) -> None:
+        self.routers = routers
+        # With one router its effects are mu and P themselves.
+        self.effects = routers if len(routers) > 1 else ()
+        effects = [
+            Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0))
+            for kind, meaning in (
+                ("u", "this router's difference in mu"),
+                ("v", "log of this router's factor on the penalty"),
+            )
+            for r in self.effects
+        ]
+        self.parameters = (*SHARED, *effects)
+
+    @classmethod
+    def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
+        experts = np.asarray(columns["experts"], float)
+        names = np.asarray(columns.get("router", np.full(experts.size, "moe")))
+        return cls(tuple(sorted({str(r) for r in names[experts > 1]})))
+
+    def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
+        e, a, b, alpha, beta, p, delta, kappa, mu, e_max, tau = (
+            theta[:, k, None] for k in range(11)
+        )
+        log_e, _, by_e_max = effective_experts(x.experts, np.zeros_like(e_max), e_max)
+        u, v, u_derivatives, v_derivatives = self._effects(theta, x)
+        log_n = x.n + (mu + u) * log_e
+        extra = x.n_total - x.n
+        ratio = x.n + tau * extra - x.u
+        value, log_repeats = penalty_term(p + v, delta, kappa, x.repeats, ratio)
+        gain = -alpha * log_e
+        return [
+            (np.broadcast_to(e, log_n.shape), [(E, 1.0)]),
+            (
+                a - alpha * log_n,
+                [(A, 1.0), (ALPHA, -log_n), (MU, gain), (E_MAX, -alpha * (mu + u) * by_e_max)]
+                + [(k, gain * here) for k, here in u_derivatives],
+            ),
+            (b - beta * x.d, [(B, 1.0), (BETA, -x.d)]),
+            (
+                value,
+                [(P, 1.0), (DELTA, log_repeats), (KAPPA, ratio), (TAU, kappa * extra)]
+                + v_derivatives,
+            ),
+        ]
+
+    def _effects(self, theta: np.ndarray, x: Inputs):
+        """Router effects of each run `[B, n]`, and the indicator of each router `[n]`."""
+        u = np.zeros((theta.shape[0], x.size))
+        v = np.zeros_like(u)
+        u_derivatives, v_derivatives = [], []
+        for i in range(len(self.effects)):
+            here = (x.router == i).astype(float)
+            k_u, k_v = len(SHARED) + i, len(SHARED) + len(self.effects) + i
+            u += theta[:, k_u, None] * here
+            v += theta[:, k_v, None] * here
+            u_derivatives.append((k_u, here))
+            v_derivatives.append((k_v, here))
+        return u, v, u_derivatives, v_derivatives
+
+    def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if not self.effects:
+            return None
+        sd = np.repeat([ROUTER_SD["u"], ROUTER_SD["v"]], len(self.effects))
+        z = theta[:, len(SHARED) :] / sd
+        gradient = np.zeros_like(theta)
+        gradient[:, len(SHARED) :] = z / sd
+        return 0.5 * np.sum(z**2, axis=1), gradient
+
+    def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
+        out = np.array(theta)
+        out[..., A] += out[..., ALPHA] * centre.log_params
+        out[..., B] += out[..., BETA] * centre.log_tokens
+        out[..., P] -= out[..., KAPPA] * (centre.log_params - centre.log_tokens)
+        return out
+
+    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
+        out = frontier(centre, target) + best_size(centre, target) + loss_at(self, centre, target)
+        for i, router in enumerate(self.effects):
+            k = len(SHARED) + i
+            meaning = "mu + u of this router, which the data know better than its parts"
+            out.append(Derived(f"mu[{router}]", meaning, lambda t, k=k: t[:, MU] + t[:, k]))
+        return out

@@ -1,0 +1,76 @@
+"""Seed noise: what replicates say, whether a law fits within it, and how delta moves the answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.runs import Runs
+
+
+def pure_error(runs: Runs) -> tuple[float, int]:
+    """Pooled sd of ln L within cells of equal inputs, and its degrees of freedom (0: none)."""
+    cells = runs.cells()
+    log_loss = np.log(runs["loss"])
+    counts = np.bincount(cells)
+    means = np.bincount(cells, log_loss) / np.maximum(counts, 1)
+    freedom = int(np.sum(counts - 1))
+    if freedom == 0:
+        return float("nan"), 0
+    return float(np.sqrt(np.sum((log_loss - means[cells]) ** 2) / freedom)), freedom
+
+
+@dataclass(frozen=True)
+class LackOfFit:
+    """F test of a law's misfit against seed noise: small p says that the law itself is wrong."""
+
+    seed_sd: float
+    freedom: tuple[int, int]  # of the lack of fit, of the pure error
+    statistic: float
+    p_value: float
+
+
+def lack_of_fit(fit: Fit) -> LackOfFit | None:
+    """The test of Fisher on ln L; None without replicates, or without cells to spare."""
+    from scipy.special import fdtrc
+
+    runs = fit.runs
+    sd, pure = pure_error(runs)
+    cells = runs.cells()
+    spare = int(cells.max()) + 1 - len(fit.identifiable)
+    if pure == 0 or spare <= 0 or sd == 0.0:
+        return None
+    misfit = fit.problem.residuals(fit.theta[None])[0]
+    residuals = np.bincount(fit.index, misfit) / np.bincount(fit.index)
+    counts = np.bincount(cells)
+    means = np.bincount(cells, residuals) / counts
+    misfit = float(np.sum(counts * means**2)) / spare
+    statistic = misfit / sd**2
+    return LackOfFit(sd, (spare, pure), statistic, float(fdtrc(spare, pure, statistic)))
+
+
+def delta_sensitivity(fit: Fit) -> list[tuple[float, Mapping[str, float], float]]:
+    """The fit at deltas around its own: (delta, coefficients, sum of |residual|).
+
+    From nearly least absolute deviations to least squares; warm-started from the fit, larger
+    deltas first, each from the last.
+    """
+    from moe_ablm.scaling.solver import minimise
+
+    base = fit.huber_delta if np.isfinite(fit.huber_delta) else 1e-3
+    down = [base, base / 3, base / 10, base / 100]
+    up = [base * 3, base * 10, np.inf]
+    law = fit.law
+    out = []
+    for path in (down, up):
+        theta = fit.theta[None]
+        for delta in path:
+            problem = replace(fit.problem, delta=delta)
+            theta = minimise(problem, theta).theta
+            natural = law.shift(theta[0], fit.centre)
+            values = {
+                p.name: float(p.report(v)) for p, v in zip(law.parameters, natural, strict=True)
+            }
+            out.append((delta, values, float(np.abs(problem.residuals(theta)).sum())))
+    return sorted(out, key=lambda item: item[0])

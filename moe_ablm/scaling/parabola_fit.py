@@ -1,0 +1,243 @@
+"""Fitting parabolas and the line through their minima, and the noise of few points."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.parabolas import (
+    Parabola,
+    Quadratic,
+    coefficients_of,
+    quantities,
+    split,
+)
+from moe_ablm.scaling.result import Fit, Interval
+from moe_ablm.scaling.runs import Runs
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Sd of one run's loss; `freedom` is inf where it was given and not measured."""
+
+    sd: float
+    freedom: float
+    source: str
+
+
+def fit_parabolas(
+    runs: Runs,
+    law: Quadratic,
+    seed_sd: float | None = None,
+    draws: int = 4000,
+    seed: int = 0,
+    target: Mapping[str, float] | None = None,
+    level: float = 0.95,
+) -> Fit:
+    """Parabolas, their minima, the line through them, and a parametric bootstrap of all.
+
+    Noise is `seed_sd` (of one run's loss, in the units of the loss), else the sd between
+    replicates, else the pooled residual of the parabolas; a measured sd is itself drawn (scaled
+    inverse chi-square), which gives few degrees of freedom their wide t intervals. Draws that
+    have no minimum count as an open end.
+    """
+    if seed_sd is not None and not seed_sd > 0:
+        raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
+    _require(runs, law)
+    target = target or {}
+    parabolas, notes = split(law, runs)
+    loss = runs["loss"]
+    abc = coefficients_of(parabolas, loss)
+    residual = np.concatenate(
+        [loss[p.members] - _fitted(p, runs["params"], abc[i]) for i, p in enumerate(parabolas)]
+    )
+    noise = measure_noise(runs, parabolas, residual, seed_sd)
+    usable = [i for i, a in enumerate(abc[:, 0]) if a > 0]
+    estimates = quantities(law, parabolas, usable, abc, target)
+    coefficients, verdicts = _verdicts(parabolas, abc, noise, runs, notes)
+    for name in ("slope", "intercept"):
+        if name in estimates:
+            coefficients[name] = float(estimates.pop(name))
+    if len(usable) < 2:
+        notes.append(f"{len(usable)} {law.group} with a minimum: no line through minima")
+    notes += _misfit(noise, residual, parabolas)
+    intervals = {}
+    if noise is not None and draws > 0:
+        moved = abc + coefficients_of(parabolas, _noise_draws(noise, loss.size, draws, seed))
+        intervals = _intervals(quantities(law, parabolas, usable, moved, target), level, noise)
+        for p in parabolas:
+            if p.freedom == 0 and noise.source.startswith("residual"):
+                intervals.pop(f"N_star[{p.key}]", None)
+    identifiable = {n: v == "identified" for n, v in verdicts.items()}
+    return Fit(
+        law=law,
+        n=len(runs),
+        coefficients=coefficients,
+        objective=float(np.sum(residual**2)),
+        huber_delta=float("inf"),
+        delta_source="least squares on the loss, as published",
+        status=_status(parabolas, usable, identifiable),
+        identifiable=identifiable,
+        verdicts=verdicts,
+        intervals=intervals,
+        derived={k: float(np.exp(v)) for k, v in estimates.items()},
+        target=dict(target),
+        notes=(*runs.notes, *notes),
+        data_unit=runs.data_unit,
+        noise_sd=np.nan if noise is None else _half_factor(noise) * noise.sd,
+        runs=runs,
+    )
+
+
+def _half_factor(noise: Noise) -> float:
+    """Student's t quantile over the normal one: how much wider few degrees of freedom make it."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(min(noise.freedom, 1e6), 0.975)) / 1.959964
+
+
+def band(fit: Fit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """95 % band `[m]` of the parabola at one data size (or budget); None without known noise."""
+    if not np.isfinite(fit.noise_sd):
+        return None
+    for p in split(fit.law, fit.runs)[0]:
+        if p.key == f"{size:.15g}":
+            z = np.log10(params)
+            basis = np.stack([z**2, z, np.ones_like(z)], axis=1)
+            half = 1.959964 * fit.noise_sd * np.linalg.norm(basis @ p.solve, axis=1)
+            abc = np.array([fit.coefficients[f"{name}[{p.key}]"] for name in "abc"])
+            return basis @ abc - half, basis @ abc + half
+    return None
+
+
+def _require(runs: Runs, law: Quadratic) -> None:
+    if law.name == "quadratic":
+        return runs.require(law.needs, law.name)
+    runs.require(("params", "loss"), law.name)
+    return None if "flops" in runs else runs.require(("tokens",), law.name)
+
+
+def _status(parabolas: list[Parabola], usable: list[int], identifiable: Mapping[str, bool]) -> str:
+    if len(usable) < len(parabolas):
+        return "not_convex"
+    if all(p.freedom == 0 for p in parabolas):
+        return "exact"
+    return "converged" if all(identifiable.values()) else "not_identifiable"
+
+
+def _fitted(parabola: Parabola, params: np.ndarray, abc: np.ndarray) -> np.ndarray:
+    return np.polyval(abc, np.log10(params[parabola.members]))
+
+
+def measure_noise(
+    runs: Runs, parabolas: list[Parabola], residual: np.ndarray, seed_sd: float | None
+) -> Noise | None:
+    """The sd of one run's loss; None where nothing measures it."""
+    from moe_ablm.scaling.noise import pure_error
+
+    if seed_sd is not None:
+        return Noise(seed_sd, float("inf"), "given")
+    sd, freedom = pure_error(runs)
+    if freedom > 0:
+        return Noise(sd * float(np.mean(runs["loss"])), freedom, "replicates")
+    freedom = sum(p.freedom for p in parabolas)
+    if freedom == 0:
+        return None
+    sd = float(np.sqrt(np.sum(residual**2) / freedom))
+    return Noise(sd, freedom, f"residuals of the parabolas ({freedom} degrees of freedom)")
+
+
+def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]) -> list[str]:
+    """A note where the parabolas miss by more than noise that was given or measured apart."""
+    from scipy.special import chdtrc
+
+    freedom = sum(p.freedom for p in parabolas)
+    if noise is None or freedom == 0 or noise.source.startswith("residual"):
+        return []
+    statistic = float(np.sum(residual**2)) / noise.sd**2
+    p_value = float(chdtrc(freedom, statistic))
+    if p_value >= 0.05:
+        return []
+    return [
+        f"the parabolas miss by more than the noise (chi-square {statistic:.3g} on {freedom} "
+        f"degrees of freedom, p = {p_value:.1g}): the noise is larger or the loss is no parabola, "
+        "and the intervals are too narrow"
+    ]
+
+
+def _verdicts(
+    parabolas: list[Parabola],
+    abc: np.ndarray,
+    noise: Noise | None,
+    runs: Runs,
+    notes: list[str],
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Coefficients by name, and whether each parabola has a minimum that the noise allows."""
+    from scipy.special import stdtrit
+
+    coefficients, verdicts = {}, {}
+    for p, row in zip(parabolas, abc, strict=True):
+        for name, value in zip("abc", row, strict=True):
+            coefficients[f"{name}[{p.key}]"] = float(value)
+        if p.freedom == 0:
+            notes.append(
+                f"data size or budget {p.key}: three sizes for three coefficients: the parabola is "
+                "exact and its residual says nothing about its error"
+            )
+        verdict = "identified"
+        if row[0] <= 0:
+            verdict = "not convex: the parabola has no minimum"
+            notes.append(f"data size or budget {p.key}: {verdict}")
+        elif noise is not None:
+            t = float(stdtrit(min(noise.freedom, 1e6), 0.975))
+            half = t * noise.sd * float(np.linalg.norm(p.solve[0]))
+            if half >= row[0]:
+                verdict = f"not identified: curvature {row[0]:.3g} +- {half:.2g} reaches zero"
+        log10_n = -row[1] / (2 * row[0]) if row[0] > 0 else np.nan
+        seen = np.log10(runs["params"][p.members])
+        if row[0] > 0 and not seen.min() <= log10_n <= seen.max():
+            notes.append(
+                f"data size or budget {p.key}: its minimum lies outside the sizes that were run"
+            )
+        verdicts[f"a[{p.key}]"] = verdict
+    return coefficients, verdicts
+
+
+def _noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:
+    """Noise `[draws, runs]`; a measured sd is drawn as well."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+    sd = np.full(draws, noise.sd)
+    if np.isfinite(noise.freedom):
+        sd *= np.sqrt(noise.freedom / rng.chisquare(noise.freedom, draws))
+    return rng.standard_normal((draws, runs)) * sd[:, None]
+
+
+def _intervals(
+    values: Mapping[str, np.ndarray], level: float, noise: Noise
+) -> dict[str, tuple[Interval, ...]]:
+    """Percentile intervals of a parametric bootstrap over seeds."""
+    return {
+        name: (percentile_interval(value, level, noise, name not in ("slope", "intercept")),)
+        for name, value in values.items()
+    }
+
+
+def percentile_interval(value: np.ndarray, level: float, noise: Noise, log: bool) -> Interval:
+    """Quantiles over draws that have a value; the note counts those that have none."""
+    good = np.isfinite(value)
+    missing = 1.0 - float(good.mean())
+    note = f"noise sd {noise.sd:.2g}, {noise.source}"
+    if missing > 0:
+        note += f"; {missing:.1%} of the draws have no minimum"
+    is_open = missing > 0.5 * (1 - level)
+    if is_open:
+        note += ", so the interval is open"
+    if not good.any():
+        return Interval("parametric bootstrap", level, None, None, None, note, True)
+    tail = 50 * (1 - level)
+    low, high = np.percentile(value[good], [tail, 100 - tail])
+    spread = float(np.std(value[good], ddof=1)) if good.sum() > 1 else None
+    if log:
+        low, high, spread = np.exp(low), np.exp(high), None
+    return Interval("parametric bootstrap", level, float(low), float(high), spread, note, is_open)

@@ -1,0 +1,187 @@
+"""Parabolas in log10 N, one a data size (the AbLM study) or one a compute budget (isoFLOP).
+
+Each parabola is linear least squares on the loss; the law is then a straight line through the
+minima on log axes. With three points a parabola is exact, and it need not have a minimum.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.runs import Runs
+
+SAME_BUDGET = 0.1  # runs whose FLOPs differ by less than this (natural log) share a budget
+
+
+class Quadratic:
+    """Shafiei Neyestanak and Briney 2025: the best size for each number of unique sequences."""
+
+    name = "quadratic"
+    equation = "L = a (log10 N)^2 + b log10 N + c per data size; N* = 10^(-b/2a); ln U on ln N*"
+    source = "Shafiei Neyestanak and Briney 2025, Data-optimal scaling laws for paired AbLMs"
+    needs = ("params", "unique_tokens", "loss")
+    routers = ()
+    group = "unique_tokens"
+
+    def groups(self, runs: Runs) -> np.ndarray:
+        """The data size of each run, `[n]`."""
+        return runs["unique_tokens"]
+
+    def predict(
+        self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Losses at sizes of a data size (or budget) that was fitted."""
+        params, size = np.broadcast_arrays(
+            np.asarray(columns["params"], float), np.asarray(columns[self.group], float)
+        )
+        known = {float(k[2:-1]): k[2:-1] for k in coefficients if k.startswith("a[")}
+        out = np.empty(params.shape)
+        for i in np.ndindex(params.shape):
+            near = [key for value, key in known.items() if abs(np.log(size[i] / value)) < 0.05]
+            if not near:
+                raise UserError(
+                    f"predict: law {self.name} has no parabola at {self.group}={size[i]:g}; it has "
+                    f"{', '.join(known.values())}"
+                )
+            a, b, c = (coefficients[f"{x}[{near[0]}]"] for x in "abc")
+            z = np.log10(params[i])
+            out[i] = (a * z + b) * z + c
+        return out
+
+
+class IsoFlop(Quadratic):
+    """Hoffmann et al. 2022, approach 2: the best size for each compute budget."""
+
+    name = "isoflop"
+    equation = "L = a (log10 N)^2 + b log10 N + c per budget C; N_opt = 10^(-b/2a) = k C^slope"
+    source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.2"
+    needs = ("params", "flops", "loss")
+    group = "flops"
+
+    def groups(self, runs: Runs) -> np.ndarray:
+        """The geometric mean of each run's budget: sorted FLOPs, cut at gaps above 10 %."""
+        log_flops = np.log(runs.flops())
+        order = np.argsort(log_flops, kind="stable")
+        budget = np.concatenate([[0], np.cumsum(np.diff(log_flops[order]) > SAME_BUDGET)])
+        out = np.empty(len(runs))
+        for g in range(budget[-1] + 1):
+            members = order[budget == g]
+            out[members] = float(f"{np.exp(log_flops[members].mean()):.6g}")
+        return out
+
+
+class Envelope(IsoFlop):
+    """Hoffmann et al. 2022, approach 1: see `envelope.py`."""
+
+    name = "envelope"
+    equation = "lowest loss over all training curves at each C; N_opt = k C^slope"
+    source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.1"
+    needs = ("params", "flops", "loss")
+
+    def predict(
+        self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """The loss on the envelope at `flops`."""
+        log_c = np.log(np.asarray(columns["flops"], float))
+        return np.exp(coefficients["loss_intercept"] + coefficients["loss_slope"] * log_c)
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """One group: its runs, its design and whether it has a residual."""
+
+    size: float
+    members: np.ndarray
+    solve: np.ndarray  # [3, m]: coefficients = solve @ loss
+    freedom: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.size:.15g}"
+
+
+def split(law: Quadratic, runs: Runs) -> tuple[list[Parabola], list[str]]:
+    """Groups with at least three sizes, and notes on those without."""
+    groups = law.groups(runs)
+    out, notes = [], []
+    for size in np.unique(groups):
+        members = np.flatnonzero(groups == size)
+        z = np.log10(runs["params"][members])
+        if np.unique(z).size < 3:
+            notes.append(
+                f"{law.group} {size:.15g}: {np.unique(z).size} sizes, and a parabola needs three; "
+                "left out"
+            )
+            continue
+        solve = np.linalg.pinv(np.stack([z**2, z, np.ones_like(z)], axis=1))
+        out.append(Parabola(float(size), members, solve, members.size - 3))
+    if not out:
+        raise UserError(
+            f"law {law.name}: no {law.group} with three model sizes; a parabola needs three"
+        )
+    return out, notes
+
+
+def coefficients_of(parabolas: list[Parabola], loss: np.ndarray) -> np.ndarray:
+    """(a, b, c) of each parabola for losses `[..., n]`: `[..., G, 3]`."""
+    return np.stack([loss[..., p.members] @ p.solve.T for p in parabolas], axis=-2)
+
+
+def minima(abc: np.ndarray) -> np.ndarray:
+    """ln N* of each parabola `[..., G]`; nan where it is not convex."""
+    a, b = abc[..., 0], abc[..., 1]
+    return np.where(a > 0, -b / (2.0 * np.where(a > 0, a, 1.0)), np.nan) * np.log(10.0)
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intercept and slope of y on x along the last axis, nan where an entry is."""
+    mean_x, mean_y = x.mean(axis=-1, keepdims=True), y.mean(axis=-1, keepdims=True)
+    slope = ((x - mean_x) * (y - mean_y)).sum(axis=-1) / ((x - mean_x) ** 2).sum(axis=-1)
+    return mean_y[..., 0] - slope * mean_x[..., 0], slope
+
+
+def data_for_params(
+    n_star: np.ndarray, data: np.ndarray, params: float
+) -> tuple[float, tuple[float, float]]:
+    """Unique data for which `params` is the best size: ln data regressed on ln N*.
+
+    Returns the data and the line's (intercept, slope); the extrapolation of the AbLM study.
+    """
+    intercept, slope = line(np.log(np.asarray(n_star, float)), np.log(np.asarray(data, float)))
+    return float(np.exp(intercept + slope * np.log(params))), (float(intercept), float(slope))
+
+
+def quantities(
+    law: Quadratic,
+    parabolas: list[Parabola],
+    usable: list[int],
+    abc: np.ndarray,
+    target: Mapping[str, float],
+) -> dict[str, np.ndarray]:
+    """Logs of derived quantities for coefficients `[..., G, 3]`, each `[...]`; slopes as they are.
+
+    The line goes through the `usable` parabolas, those that have a minimum in the runs; where one
+    of them has none in a draw, the line of that draw is nan.
+    """
+    log_n = minima(abc)
+    out = {f"N_star[{p.key}]": log_n[..., i] for i, p in enumerate(parabolas)}
+    if len(usable) < 2:
+        return out
+    log_n = log_n[..., usable]
+    log_size = np.log([parabolas[i].size for i in usable])
+    if law.name == "isoflop":
+        intercept, slope = line(np.broadcast_to(log_size, log_n.shape), log_n)
+        out |= {"slope": slope, "intercept": intercept}
+        if "flops" in target:
+            out["N_opt"] = intercept + slope * np.log(target["flops"])
+            out["D_opt"] = np.log(target["flops"] / 6.0) - out["N_opt"]
+        return out
+    intercept, slope = line(log_n, np.broadcast_to(log_size, log_n.shape))
+    out |= {"slope": slope, "intercept": intercept}
+    if "params" in target:
+        out["data_needed"] = intercept + slope * np.log(target["params"])
+    if "unique_tokens" in target:
+        out["N_star"] = (np.log(target["unique_tokens"]) - intercept) / slope
+    return out

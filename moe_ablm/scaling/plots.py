@@ -1,0 +1,315 @@
+"""Figures of a fit: loss against size, isoFLOP, the frontier, profiles, residuals.
+
+Drawn without pyplot, so that nothing global is touched and nothing needs a display.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moe_ablm.scaling.analysis import Analysis
+from moe_ablm.scaling.inputs import make_inputs
+from moe_ablm.scaling.parabola_fit import band
+from moe_ablm.scaling.runs import Runs
+
+GROUPS = 6  # most curves in one panel
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "moe_ablm",
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def draw_all(analysis: Analysis) -> dict[str, Figure]:
+    """Every figure that this fit can have, by name."""
+    made = analysis.fit
+    figures: dict[str, Figure] = {}
+    with rc_context(STYLE):
+        if made.law.name == "envelope":
+            return {"envelope": envelope(analysis)}
+        if made.law.name == "moe_clark":
+            figures["loss_against_experts"] = loss_against_experts(analysis)
+        else:
+            figures["loss_against_params"] = loss_against_params(analysis)
+        if made.problem is not None:
+            figures["residuals"] = residuals(analysis)
+            if "tokens" in made.law.needs:
+                figures["isoflop"] = isoflop(analysis)
+                figures["frontier"] = frontier(analysis)
+        if analysis.profiles:
+            figures["profiles"] = profile_panels(analysis)
+    return figures
+
+
+def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
+    """Writes each figure as PNG and SVG; the same fit gives the same bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    out = []
+    with rc_context(STYLE):
+        for name, figure in figures.items():
+            for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+                path = directory / f"{name}.{kind}"
+                temporary = path.with_name(f".{path.name}")
+                figure.savefig(temporary, format=kind, **extra)
+                temporary.replace(path)
+                out.append(path)
+    return out
+
+
+def data_groups(runs: Runs, role: str) -> list[tuple[str, np.ndarray, float]]:
+    """Runs by data size: label, members, middle value; quantile bins where there are many."""
+    values = runs[role]
+    sizes = np.unique(values)
+    if sizes.size <= GROUPS:
+        return [(f"{v:.4g}", values == v, float(v)) for v in sizes]
+    edges = np.quantile(values, np.linspace(0, 1, GROUPS + 1))
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, GROUPS - 1)
+    out = []
+    for b in np.unique(bins):
+        members = bins == b
+        middle = float(np.exp(np.mean(np.log(values[members]))))
+        out.append((f"about {middle:.2g}", members, middle))
+    return out
+
+
+def _middle(runs: Runs, members: np.ndarray) -> dict[str, object]:
+    """Middling inputs of some runs: medians of numbers, the commonest label."""
+    out: dict[str, object] = {}
+    for role, values in runs.inputs().items():
+        part = values[members]
+        if part.dtype.kind in "fiu":
+            out[role] = float(np.median(part))
+        else:
+            names, counts = np.unique(part, return_counts=True)
+            out[role] = names[np.argmax(counts)]
+    return out
+
+
+def _curve(
+    analysis: Analysis, inputs: Mapping[str, object], params: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Loss along model sizes at fixed other inputs, with the 95 % band of the draws."""
+    made = analysis.fit
+    ratio = float(inputs.get("total_params", inputs["params"])) / float(inputs["params"])
+    columns = {**inputs, "params": params, "total_params": params * ratio}
+    columns = {k: np.broadcast_to(np.asarray(v), params.shape) for k, v in columns.items()}
+    middle = made.predict(**columns)
+    if analysis.boot is None:
+        return middle, None, None
+    x = make_inputs(columns, made.centre, made.law.routers)
+    draws = np.exp(made.law.log_loss(analysis.boot.usable[:1000], x))
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return middle, low, high
+
+
+def _sizes(runs: Runs) -> np.ndarray:
+    return np.geomspace(runs["params"].min() / 1.5, runs["params"].max() * 1.5, 120)
+
+
+def _paint(axes: Axes, x: np.ndarray, band: tuple, color, label: str) -> None:
+    middle, low, high = band
+    axes.plot(x, middle, color=color, lw=1.3, label=label)
+    if low is not None:
+        axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+
+
+def loss_against_params(analysis: Analysis) -> Figure:
+    """Loss against N, a curve per data size with its bootstrap band."""
+    made, runs = analysis.fit, analysis.fit.runs
+    role = "unique_tokens" if "unique_tokens" in made.law.needs else "tokens"
+    if made.law.name == "isoflop":
+        role = "flops"
+        runs = Runs({**runs.columns, "flops": made.law.groups(runs)}, runs.source)
+    figure = Figure(figsize=(5.6, 3.8))
+    axes = figure.add_subplot()
+    groups = data_groups(runs, role)
+    colors = colormaps["viridis"](np.linspace(0, 0.88, len(groups)))
+    parabola = made.problem is None
+    for (label, members, value), color in zip(groups, colors, strict=True):
+        axes.plot(runs["params"][members], runs["loss"][members], "o", ms=4, color=color)
+        if parabola and f"a[{value:.15g}]" not in made.coefficients:
+            continue
+        inputs = {**_middle(runs, members), role: value}
+        drawn = _curve(analysis, inputs, _sizes(runs))
+        if parabola:
+            drawn = (drawn[0], *(band(made, value, _sizes(runs)) or (None, None)))
+        _paint(axes, _sizes(runs), drawn, color, label)
+        best = made.derived.get(f"N_star[{value:.15g}]")
+        if best is not None:
+            axes.axvline(best, color=color, lw=0.8, ls=":")
+    spread = np.ptp(runs["loss"])
+    axes.set_ylim(runs["loss"].min() - 0.15 * spread, runs["loss"].max() + 0.15 * spread)
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
+    title = f"unique {made.data_unit}" if role == "unique_tokens" else role
+    axes.legend(title=title, fontsize=7, title_fontsize=7)
+    return figure
+
+
+def loss_against_experts(analysis: Analysis) -> Figure:
+    """Loss against the number of experts, a panel a router and a curve a size (Clark fig. 2)."""
+    made, runs = analysis.fit, analysis.fit.runs
+    routers = made.law.routers
+    figure = Figure(figsize=(3.0 * len(routers), 3.4))
+    panels = figure.subplots(1, len(routers), sharey=True, squeeze=False)[0]
+    sizes = np.unique(runs["params"])
+    colors = colormaps["viridis"](np.linspace(0, 0.88, sizes.size))
+    experts = np.geomspace(1, runs["experts"].max() * 2, 100)
+    for axes, router in zip(panels, routers, strict=True):
+        for size, color in zip(sizes, colors, strict=True):
+            dense = runs["experts"] <= 1
+            mine = (runs["params"] == size) & ((runs["router"] == router) | dense)
+            axes.plot(runs["experts"][mine], runs["loss"][mine], "o", ms=3, color=color)
+            columns = {
+                "params": np.full(experts.size, size),
+                "experts": experts,
+                "router": np.full(experts.size, router),
+            }
+            band = (made.predict(**columns), None, None)
+            if analysis.boot is not None:
+                x = make_inputs(columns, made.centre, routers)
+                draws = np.exp(made.law.log_loss(analysis.boot.usable[:1000], x))
+                band = (band[0], *np.percentile(draws, [2.5, 97.5], axis=0))
+            _paint(axes, experts, band, color, f"{size:.3g}")
+        axes.set(xscale="log", xlabel="experts E", title=router)
+    panels[0].set_ylabel("loss")
+    panels[-1].legend(title="parameters", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def isoflop(analysis: Analysis) -> Figure:
+    """Loss against N at constant compute, with the law's minimum of each curve."""
+    runs = analysis.fit.runs
+    figure = Figure(figsize=(5.6, 3.8))
+    axes = figure.add_subplot()
+    flops = 6.0 * runs["params"] * runs["tokens"]
+    budgets = np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
+    colors = colormaps["viridis"](np.linspace(0, 0.88, GROUPS))
+    sizes = _sizes(runs)
+    for budget, color in zip(budgets, colors, strict=True):
+        loss = _surface(analysis, sizes, budget / (6.0 * sizes))
+        axes.plot(sizes, loss, color=color, lw=1.2, label=f"{budget:.1e}")
+        best = int(np.argmin(loss))
+        axes.plot(sizes[best], loss[best], "*", color=color, ms=9)
+        near = np.abs(np.log(flops / budget)) < 0.2
+        axes.plot(runs["params"][near], runs["loss"][near], "o", ms=3, color=color)
+    spread = np.ptp(runs["loss"])
+    axes.set_ylim(runs["loss"].min() - 0.1 * spread, runs["loss"].max() + 0.1 * spread)
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
+    axes.legend(title="FLOPs = 6 N D", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def frontier(analysis: Analysis) -> Figure:
+    """Contours of L over N and D, the runs, and the best N at each compute."""
+    runs = analysis.fit.runs
+    figure = Figure(figsize=(5.6, 4.0))
+    axes = figure.add_subplot()
+    sizes = _sizes(runs)
+    tokens = np.geomspace(runs["tokens"].min() / 1.5, runs["tokens"].max() * 1.5, 110)
+    n, d = np.meshgrid(sizes, tokens)
+    loss = _surface(analysis, n, d)
+    levels = np.quantile(loss, np.linspace(0.01, 0.95, 14))
+    contours = axes.contour(n, d, loss, levels=np.unique(levels), cmap="viridis", linewidths=0.9)
+    axes.clabel(contours, fontsize=6, fmt="%.3g")
+    axes.plot(runs["params"], runs["tokens"], "k.", ms=3, label="runs")
+    fine = np.geomspace(sizes[0], sizes[-1], 1500)
+    budgets = np.geomspace(6 * sizes[0] * tokens[0], 6 * sizes[-1] * tokens[-1], 80)
+    along, budget = np.meshgrid(fine, budgets)
+    best = np.argmin(_surface(analysis, along, budget / 6 / along), axis=1)
+    path = fine[best]
+    shown = budgets / 6 / path
+    inner = (best > 0) & (best < fine.size - 1) & (shown > tokens[0]) & (shown < tokens[-1])
+    if inner.any():
+        axes.plot(path[inner], shown[inner], "r-", lw=1.3, label="best N at its compute")
+    title = ""
+    if "unique_tokens" in analysis.fit.law.needs:
+        title = f"at {runs['unique_tokens'].max():.3g} unique {analysis.fit.data_unit}"
+    axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D", title=title)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _surface(analysis: Analysis, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """The loss over sizes and tokens of any one shape, at the most unique tokens that were run."""
+    made, runs = analysis.fit, analysis.fit.runs
+    inputs = _middle(runs, np.ones(len(runs), bool))
+    ratio = inputs["total_params"] / inputs["params"] if "total_params" in inputs else 1.0
+    columns = {
+        **inputs,
+        "params": n.ravel(),
+        "tokens": d.ravel(),
+        "total_params": n.ravel() * ratio,
+    }
+    if "unique_tokens" in made.law.needs:
+        columns["unique_tokens"] = np.minimum(runs["unique_tokens"].max(), d.ravel())
+    columns = {k: np.broadcast_to(np.asarray(v), n.size) for k, v in columns.items()}
+    return made.predict(**columns).reshape(n.shape)
+
+
+def profile_panels(analysis: Analysis) -> Figure:
+    """Signed root of the scaled likelihood ratio; a straight line is a well-behaved quantity."""
+    walked = list(analysis.profiles)[:12]
+    columns = min(4, len(walked))
+    rows = -(-len(walked) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.0 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, p in zip(panels, walked, strict=False):
+        order = np.argsort(p.values)
+        values = p.quantity.report(p.values[order])
+        axes.plot(values, p.roots[order], "-o", ms=2, lw=1)
+        for z in (-1.96, 1.96):
+            axes.axhline(z, color="0.6", lw=0.7, ls=":")
+        axes.set_ylim(-3.2, 3.2)
+        axes.set_title(p.quantity.name, fontsize=8)
+        axes.tick_params(labelsize=6)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        if p.quantity.log and values.max() > 30 * values.min():
+            axes.set_xscale("log")
+    for axes in panels[len(walked) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def residuals(analysis: Analysis) -> Figure:
+    """Residuals of ln L against the prediction, and against N and D."""
+    made, runs = analysis.fit, analysis.fit.runs
+    misfit = -made.problem.residuals(made.theta[None])[0]
+    predicted = np.exp(made.problem.log_loss - misfit)
+    index = made.index
+    inputs = [("predicted loss", predicted, False), ("parameters N", runs["params"][index], True)]
+    if "tokens" in runs:
+        inputs.append(("tokens D", runs["tokens"][index], True))
+    figure = Figure(figsize=(2.9 * len(inputs), 2.8))
+    panels = figure.subplots(1, len(inputs), sharey=True, squeeze=False)[0]
+    for axes, (label, x, log) in zip(panels, inputs, strict=True):
+        axes.plot(x, misfit, "o", ms=2.5, alpha=0.6)
+        axes.axhline(0.0, color="0.4", lw=0.8)
+        axes.set(xlabel=label, xscale="log" if log else "linear")
+    panels[0].set_ylabel("ln L observed - ln L model")
+    return figure
+
+
+def envelope(analysis: Analysis) -> Figure:
+    """All training curves and the fitted envelope."""
+    made, runs = analysis.fit, analysis.fit.runs
+    figure = Figure(figsize=(5.6, 3.8))
+    axes = figure.add_subplot()
+    label = runs["run"] if "run" in runs else runs["params"].astype(str)
+    flops = runs.flops()
+    for name in np.unique(label):
+        members = np.flatnonzero(label == name)
+        order = members[np.argsort(flops[members])]
+        axes.plot(flops[order], runs["loss"][order], lw=0.8, color="0.6")
+    grid = np.geomspace(flops.min(), flops.max(), 100)
+    axes.plot(grid, made.predict(params=grid, flops=grid), "r--", lw=1.3, label="envelope")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss")
+    axes.legend(fontsize=7)
+    return figure

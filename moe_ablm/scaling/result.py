@@ -1,0 +1,192 @@
+"""A fit, in memory and on disk: `fit.json` is schema-versioned, exact and enough to predict."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.inputs import INPUTS, Centre
+from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import Problem
+
+SCHEMA = "moe_ablm.fit/1"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of a coefficient or a derived quantity; None stands for an open side."""
+
+    method: str  # "bootstrap", "profile", "parametric bootstrap"
+    level: float
+    low: float | None
+    high: float | None
+    se: float | None = None
+    note: str = ""
+    open: bool = False  # the ends are those of draws that have a value, and too many have none
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law; `coefficients` are unrounded and in the units of the input.
+
+    `theta` and `problem` (what was minimised, in centred units) exist only in the session that
+    made the fit; a reloaded fit predicts from its coefficients.
+    """
+
+    law: object
+    n: int
+    coefficients: Mapping[str, float]
+    objective: float
+    huber_delta: float
+    status: str  # converged, at_bound, not_identifiable, exact, not_converged
+    at_bounds: tuple[str, ...] = ()
+    identifiable: Mapping[str, bool] = field(default_factory=dict)
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    condition: float = math.nan
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    delta_source: str = ""
+    standard_errors: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[Interval, ...]] = field(default_factory=dict)
+    derived: Mapping[str, float] = field(default_factory=dict)
+    target: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    data_unit: str = "tokens"
+    noise_sd: float = math.nan  # of one run's loss, where a parabola needs it for its band
+    theta: np.ndarray | None = None
+    centre: Centre = Centre()
+    problem: Problem | None = None
+    index: np.ndarray | None = None  # the run behind each observation of `problem`
+    runs: Runs | None = None
+
+    def predict(self, **inputs: float | np.ndarray) -> np.ndarray:
+        """Losses at inputs in natural units, as `params=1e8, tokens=1e10`; arrays broadcast.
+
+        Raises:
+          UserError: an input that the law needs is missing, or is not a positive number.
+        """
+        for name in self.law.needs:
+            if name not in inputs and name != "loss":
+                raise UserError(f"predict: law {self.law.name} needs {name}=...")
+        columns = {k: np.asarray(v) for k, v in inputs.items()}
+        for name, value in columns.items():
+            if name not in INPUTS:
+                raise UserError(f"predict: unknown input {name}; expected {', '.join(INPUTS)}")
+            low = -1e-300 if name == "sparsity" else 0.0
+            if name != "router" and not np.all(np.isfinite(value) & (value > low)):
+                raise UserError(f"predict: {name}={value}: expected positive finite numbers")
+        return self.law.predict(self.coefficients, columns)
+
+    def to_json(self) -> dict:
+        return {
+            "schema": SCHEMA,
+            "law": self.law.name,
+            "equation": self.law.equation,
+            "source": self.law.source,
+            "routers": list(self.law.routers),
+            "n": self.n,
+            "coefficients": _plain(self.coefficients),
+            "objective": _number(self.objective),
+            "huber_delta": _number(self.huber_delta),
+            "delta_source": self.delta_source,
+            "status": self.status,
+            "at_bounds": list(self.at_bounds),
+            "identifiable": {k: bool(v) for k, v in self.identifiable.items()},
+            "verdicts": dict(self.verdicts),
+            "condition": _number(self.condition),
+            "fixed": _plain(self.fixed),
+            "standard_errors": _plain(self.standard_errors),
+            "intervals": {
+                name: [{k: _number(v) for k, v in vars(i).items()} for i in items]
+                for name, items in self.intervals.items()
+            },
+            "derived": _plain(self.derived),
+            "target": _plain(self.target),
+            "data_unit": self.data_unit,
+            "notes": list(self.notes),
+            "runs": list(self.runs.source) if self.runs else [],
+            "dropped": [list(d) for d in self.runs.dropped] if self.runs else [],
+        }
+
+    def save(self, directory: Path | str) -> Path:
+        """Writes `fit.json` into `directory` (made if absent), whole or not at all."""
+        path = Path(directory) / "fit.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+
+def load(path: Path | str) -> Fit:
+    """A fit from `fit.json` or the directory that holds it.
+
+    Raises:
+      UserError: the file is absent, not JSON, or of another schema.
+    """
+    from moe_ablm.scaling.catalogue import saved_law
+
+    path = Path(path)
+    path = path / "fit.json" if path.is_dir() else path
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable fit: {error}") from None
+    schema = saved.get("schema") if isinstance(saved, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}; fit the runs again")
+    try:
+        return Fit(
+            law=saved_law(saved["law"], tuple(saved["routers"])),
+            n=saved["n"],
+            coefficients=_floats(saved["coefficients"]),
+            objective=_float(saved["objective"]),
+            huber_delta=_float(saved["huber_delta"]),
+            status=saved["status"],
+            at_bounds=tuple(saved["at_bounds"]),
+            identifiable=saved["identifiable"],
+            verdicts=saved["verdicts"],
+            condition=_float(saved["condition"]),
+            fixed=_floats(saved["fixed"]),
+            delta_source=saved["delta_source"],
+            standard_errors=_floats(saved["standard_errors"]),
+            intervals={
+                name: tuple(Interval(**item) for item in items)
+                for name, items in saved["intervals"].items()
+            },
+            derived=_floats(saved["derived"]),
+            target=saved["target"],
+            notes=tuple(saved["notes"]),
+            data_unit=saved["data_unit"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged fit: {type(error).__name__}: {error}") from None
+
+
+def _number(value: object) -> object:
+    """JSON has no infinity and no NaN: the first becomes a string, the second null."""
+    if isinstance(value, (float, np.floating)):
+        if math.isnan(value):
+            return None
+        return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _plain(values: Mapping[str, object]) -> dict:
+    return {
+        k: _number(float(v) if isinstance(v, (int, float, np.number)) else v)
+        for k, v in values.items()
+    }
+
+
+def _float(value: object) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _floats(values: Mapping[str, object]) -> dict[str, float]:
+    return {k: _float(v) for k, v in values.items()}

@@ -1,0 +1,205 @@
+"""Which law do the runs support: AICc, cross-validation by cell, and the largest runs held out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.catalogue import PARABOLIC, resolve
+from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.parabola_fit import fit_parabolas
+from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import minimise
+
+FOLDS = 10
+HELD_OUT = 0.15  # share of cells, the largest by compute, that is predicted from the rest
+CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (Burnham, Anderson)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One law against the others; errors are of ln L, nan where they cannot be had."""
+
+    law: str
+    fit: Fit
+    parameters: int
+    aicc: float
+    cv_error: np.ndarray  # [cells] mean absolute error of ln L in held-out cells
+    largest_error: float  # root mean square error of ln L on the largest runs
+    largest_bias: float  # mean of model minus observed there
+
+    @property
+    def cv(self) -> float:
+        return float(np.mean(self.cv_error)) if self.cv_error.size else math.nan
+
+
+def compare(
+    runs: Runs,
+    laws: Sequence[str],
+    huber_delta: float | None = None,
+    seed: int = 0,
+    fits: Sequence[Fit] = (),
+) -> list[Score]:
+    """Scores of several laws on the same runs, best AICc first.
+
+    `fits` are ready-made fits, used where their law is asked for. A law with more coefficients
+    than runs is left out.
+    """
+    ready = {f.law.name: f for f in fits}
+    cells = runs.cells()
+    folds = _folds(int(cells.max()) + 1, seed)[cells]
+    largest = _largest(runs, cells)
+    scores = []
+    for name in dict.fromkeys(resolve(law) for law in laws):
+        try:
+            made = ready.get(name) or _fit(runs, name, huber_delta)
+            residuals = _residuals(made, runs)
+        except UserError:
+            continue
+        parameters = _count(made)
+        held = np.array([folds == k for k in range(folds.max() + 1)] + [largest])
+        errors = _held_out(made, runs, held, huber_delta)
+        inside = np.select(list(held[:-1]), list(errors[:-1]), np.nan)
+        cv = np.array([np.mean(np.abs(inside[cells == c])) for c in range(cells.max() + 1)])
+        outside = errors[-1][largest]
+        scores.append(
+            Score(
+                name,
+                made,
+                parameters,
+                aicc(residuals, made.huber_delta, parameters),
+                cv if np.all(np.isfinite(cv)) else np.array([]),
+                float(np.sqrt(np.mean(outside**2))),
+                float(np.mean(outside)),
+            )
+        )
+    return sorted(scores, key=lambda s: s.aicc if math.isfinite(s.aicc) else math.inf)
+
+
+def _fit(runs: Runs, name: str, huber_delta: float | None) -> Fit:
+    if name in PARABOLIC:
+        return fit_parabolas(runs, PARABOLIC[name](), draws=0)
+    return fit_law(runs, name, huber_delta)
+
+
+def _count(fit: Fit) -> int:
+    """Free coefficients; a parabola's line through minima does not predict a loss."""
+    if fit.problem is not None:
+        return int(fit.problem.free.sum())
+    return sum(name[:2] in ("a[", "b[", "c[") for name in fit.coefficients)
+
+
+def _residuals(fit: Fit, runs: Runs) -> np.ndarray:
+    """ln L_model - ln L of each run; the mean over curves where a run counts in several."""
+    if fit.problem is None:
+        inputs = runs.inputs()
+        if "flops" in fit.law.needs:
+            inputs["flops"] = fit.law.groups(runs)
+        return np.log(fit.predict(**inputs)) - np.log(runs["loss"])
+    residuals = fit.problem.residuals(fit.theta[None])[0]
+    return np.bincount(fit.index, residuals) / np.bincount(fit.index)
+
+
+def aicc(residuals: np.ndarray, delta: float, parameters: int) -> float:
+    """Akaike's criterion, corrected for few runs, of the density that the Huber loss implies.
+
+    exp(-huber(r) / s) / Z(s), its scale s fitted too (one more parameter); with an infinite delta
+    it is the normal density. Infinite where there are too few runs for the correction.
+    """
+    n, k = residuals.size, parameters + 1
+    if n <= k + 1:
+        return math.inf
+    return 2.0 * negative_log_likelihood(residuals, delta) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+
+
+def negative_log_likelihood(residuals: np.ndarray, delta: float) -> float:
+    """Minimum over the scale s of n ln Z(s) + sum huber(r) / s."""
+    from scipy.optimize import minimize_scalar
+    from scipy.special import erf
+
+    size = np.abs(residuals)
+    inner = np.minimum(size, delta)
+    total = float(np.sum(inner * (size - 0.5 * inner)))
+    n = residuals.size
+    if total <= 0.0:
+        return -math.inf
+    if not math.isfinite(delta):
+        return 0.5 * n * (math.log(2 * math.pi * 2 * total / n) + 1.0)
+
+    def cost(log_s: float) -> float:
+        s = math.exp(log_s)
+        middle = math.sqrt(2 * math.pi * s) * erf(delta / math.sqrt(2 * s))
+        tails = 2 * s / delta * math.exp(-(delta**2) / (2 * s))
+        return n * math.log(middle + tails) + total / s
+
+    guess = math.log(total / n)
+    found = minimize_scalar(cost, bounds=(guess - 10, guess + 10), method="bounded")
+    return float(found.fun)
+
+
+def _folds(cells: int, seed: int) -> np.ndarray:
+    """The fold of each cell `[cells]`, balanced and shuffled."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    return rng.permutation(np.arange(cells) % min(FOLDS, cells))
+
+
+def _largest(runs: Runs, cells: np.ndarray) -> np.ndarray:
+    """Runs of the largest cells by compute (by parameters where tokens are unknown)."""
+    size = runs.flops() if "tokens" in runs or "flops" in runs else runs["params"]
+    count = max(1, round(HELD_OUT * (cells.max() + 1)))
+    by_cell = np.array([size[cells == c].max() for c in range(cells.max() + 1)])
+    return np.isin(cells, np.argsort(-by_cell, kind="stable")[:count])
+
+
+def _held_out(fit: Fit, runs: Runs, held: np.ndarray, huber_delta: float | None) -> np.ndarray:
+    """ln L_model - ln L `[splits, runs]`, each model fitted without its `held [splits, runs]`."""
+    if fit.problem is not None:
+        problem = replace(fit.problem, weights=(~held[:, fit.index]).astype(float))
+        ends = minimise(problem, np.repeat(fit.theta[None], len(held), axis=0))
+        errors = fit.problem.residuals(ends.theta)
+        counts = np.bincount(fit.index)
+        return np.stack([np.bincount(fit.index, e) / counts for e in errors])
+    out = np.full(held.shape, np.nan)
+    for row, without in zip(out, held, strict=True):
+        try:
+            row[:] = _residuals(_fit(runs.take(~without), fit.law.name, huber_delta), runs)
+        except UserError:
+            continue  # a parabola with too few points left: this law cannot be held out here
+    return out
+
+
+def verdict(scores: Sequence[Score]) -> str:
+    """A plain sentence: which law the data support, and which they cannot tell apart."""
+    ranked = [s for s in scores if math.isfinite(s.aicc)]
+    if not ranked:
+        return "There are too few runs to compare these laws."
+    best = ranked[0]
+    same, worse = [], []
+    for other in ranked[1:]:
+        gap = other.aicc - best.aicc
+        text = f"{other.law} (AICc +{gap:.1f}"
+        undecided = gap < CLEAR
+        if best.cv_error.size and other.cv_error.size:
+            difference = other.cv_error - best.cv_error
+            error = float(difference.std(ddof=1) / math.sqrt(difference.size))
+            text += f", held-out error {float(difference.mean()):+.2g} +- {error:.1g}"
+            undecided = gap < 2.0 or (gap < CLEAR and difference.mean() < 2.0 * error)
+        (same if undecided else worse).append(text + ")")
+    sentence = f"The data support {best.law}"
+    if best.fit.status != "converged":
+        sentence += f" (whose fit is {best.fit.status})"
+    if same:
+        sentence += f", and cannot tell it from {', '.join(same)}"
+    if worse:
+        sentence += f"; less supported: {', '.join(worse)}"
+    far = [s for s in ranked if s.largest_error < 0.8 * best.largest_error]
+    if far:
+        winner = min(far, key=lambda s: s.largest_error)
+        sentence += (
+            f". The largest runs, held out, are predicted better by {winner.law} "
+            f"({winner.largest_error:.2g} against {best.largest_error:.2g}): mistrust extrapolation"
+        )
+    return sentence + "."

@@ -1,0 +1,160 @@
+"""`python -m moe_ablm describe`: a dataset's card in words, its antibodies in pictures."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_ablm.data.dataset import SPLITS, Dataset
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
+from moe_ablm.errors import UserError
+
+HELP = "what a dataset holds, in words and pictures"
+_GENES_SHOWN = 25
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="a dataset")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the PNG go (default: INPUT/figures)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    dataset = Dataset(args.input)
+    summary = summarise(dataset)
+    console = Console()
+    console.print(_card(dataset))
+    console.print(_counts(dataset.card))
+    console.print(_chains(summary))
+    for warning in dataset.card.get("warnings", []):
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    for path in draw(summary, args.out or args.input / "figures"):
+        print(path)
+
+
+def _card(dataset: Dataset) -> Table:
+    card = dataset.card
+    table = Table(title=str(dataset.path), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    size = sum(s["bytes"] for s in card["shards"])
+    lines = {
+        "rows": f"{card['rows']:,} in {len(card['shards'])} shards, {size / 2**20:,.0f} MiB",
+        "sha256": card["sha256"],
+        "licence": card.get("licence", "not stated"),
+        "split": card.get("split_rule", "not stated"),
+        "clusters": f"{card.get('clusters', 0):,} ({card.get('cluster_rule', 'not stated')})",
+    }
+    if card.get("nearest_train_cdrh3"):
+        near = card["nearest_train_cdrh3"]
+        shares = ", ".join(f">= {level}: {share:.1%}" for level, share in near["share"].items())
+        lines["nearest train CDRH3 of test"] = (
+            f"median identity {near['median']:.3f}; {shares} (of {near['sampled']:,})"
+        )
+    for source in card.get("sources", []):
+        lines[f"source {source['name']}"] = (
+            f"{source['format']}: read {source['read']:,}, kept {source['kept']:,}, rejected "
+            f"{sum(source['rejected'].values()):,}"
+        )
+    for name, text in lines.items():
+        table.add_row(name, text)
+    return table
+
+
+def _counts(card: dict) -> Table:
+    table = Table(title="rows", title_justify="left")
+    table.add_column("split")
+    fractions = list(card["fractions"][SPLITS[0]])
+    for fraction in fractions:
+        table.add_column(fraction, justify="right")
+    table.add_column("share", justify="right")
+    for split in SPLITS:
+        counts = [f"{card['fractions'][split][f]:,}" for f in fractions]
+        table.add_row(split, *counts, f"{card['splits'][split] / card['rows']:.1%}")
+    return table
+
+
+def _chains(summary: Summary) -> Table:
+    table = Table(title="chains", title_justify="left")
+    table.add_column("")
+    for chain in CHAINS:
+        table.add_column(chain, justify="right")
+    table.add_row("rows", *(f"{summary.chains[c]:,}" for c in CHAINS))
+    for name, label, form in (
+        ("cdr3_length", "CDR3 length, mean", ".2f"),
+        ("v_identity", "V identity, mean", ".4f"),
+        ("unmutated", "unmutated V", ".1%"),
+    ):
+        found = [summary.means.get(c, {}).get(name) for c in CHAINS]
+        table.add_row(label, *("-" if f is None else f"{f:{form}}" for f in found))
+    top = [
+        ", ".join(f"{g} {n / max(1, v.total()):.1%}" for g, n in v.most_common(3))
+        for v in (summary.v_genes[c] for c in CHAINS)
+    ]
+    table.add_row("most used V", *top)
+    return table
+
+
+def draw(summary: Summary, out: Path) -> list[Path]:
+    """Draws CDRH3 length by split, V gene usage and V identity by chain as PNG files into `out`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name a directory with --out") from error
+    figures = {
+        "cdrh3_length": _draw_lengths(plt, summary),
+        "v_usage": _draw_genes(plt, summary),
+        "v_identity": _draw_identity(plt, summary),
+    }
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{name}.png")
+        partial = out / f".{name}.partial.png"
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
+        partial.replace(paths[-1])
+        plt.close(figure)
+    return paths
+
+
+def _draw_lengths(plt, summary: Summary):
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, counts in zip(SPLITS, summary.cdrh3_length, strict=True):
+        if counts.sum():
+            axes.step(np.arange(len(counts)), counts / counts.sum(), where="mid", label=name)
+            axes.legend(frameon=False)
+    axes.set(xlabel="CDRH3 length (residues)", ylabel="share of heavy chains")
+    return figure
+
+
+def _draw_genes(plt, summary: Summary):
+    figure, both = plt.subplots(1, 2, figsize=(11, 6))
+    for axes, chain in zip(both, CHAINS, strict=True):
+        genes = summary.v_genes[chain]
+        top = genes.most_common(_GENES_SHOWN)[::-1]
+        axes.barh([g or "none" for g, _ in top], [n / genes.total() for _, n in top])
+        axes.set(xlabel=f"share of {chain} chains", title=f"V genes, {chain}")
+        axes.tick_params(axis="y", labelsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_identity(plt, summary: Summary):
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for chain in CHAINS:
+        counts = summary.identity[chain]
+        if counts.sum():
+            axes.stairs(counts / counts.sum(), IDENTITY_BINS, label=chain)
+            axes.legend(frameon=False)
+    axes.set(
+        xlabel="V identity with germline (amino acids)", ylabel="share of chains", yscale="log"
+    )
+    return figure

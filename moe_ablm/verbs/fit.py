@@ -1,0 +1,265 @@
+"""`python -m moe_ablm fit`: a table of runs to a scaling law with honest uncertainty."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moe_ablm.errors import UserError
+
+HELP = "fit scaling laws to runs, with intervals, model choice and advice"
+COMPARE = "compare"
+PIPE_WIDTH = 180
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb; the names are relied on by scripts."""
+    from moe_ablm.scaling.published import STUDIES
+
+    add = parser.add_argument
+    add(
+        "--input",
+        action="append",
+        required=True,
+        metavar="FILE|RUNS",
+        help="CSV, TSV, parquet or a directory of runs; repeatable",
+    )
+    add(
+        "--columns",
+        default="",
+        metavar="ROLE=NAME,...",
+        help="columns by role: params, tokens, unique_tokens, unique_pairs, loss, total_params, "
+        "experts, router, granularity, sparsity, flops, run, step, seed",
+    )
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="keep rows whose column has this value; repeatable",
+    )
+    add(
+        "--law",
+        action="append",
+        metavar="LAW",
+        help="a law's name, repeatable; 'compare' is all laws that the columns allow (default)",
+    )
+    add(
+        "--huber-delta", type=float, help="of ln L; inf is least squares (default: seed sd or 1e-3)"
+    )
+    add("--bootstrap", type=int, default=1000, metavar="N", help="draws (default 1000)")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--seed-sd", type=float, help="known sd of one run's loss, for parabolas and designs")
+    add("--fix", default="", metavar="NAME=VALUE,...", help="hold coefficients at these values")
+    add(
+        "--target",
+        default="",
+        metavar="INPUT=VALUE,...",
+        help="inputs at which derived quantities are wanted, as flops=1e21 or params=650e6",
+    )
+    add("--drop-bad-rows", action="store_true", help="drop unusable rows instead of stopping")
+    add("--drop-largest-losses", type=int, default=0, metavar="N", help="leave out N outliers")
+    add("--tokens-per-pair", type=float, help="turns unique_pairs into unique_tokens")
+    add("--published", choices=sorted(STUDIES), help="print a study's numbers beside ours")
+    add("--advise", action="store_true", help="the best model under the limits below")
+    add("--max-flops", type=float, help="training compute, 6 N D")
+    add("--max-params", type=float, help="total parameters that fit in memory")
+    add("--max-unique", type=float, help="unique tokens at hand")
+    add("--next-run", metavar="GRID", help="table of candidate cells to rank")
+    add("--design", action="store_true", help="check a planned grid (no losses) and stop")
+    add("--out", required=True, metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, then fits or checks a design; raises UserError for wrong input."""
+    from rich.console import Console
+
+    from moe_ablm.scaling.runs import Reading, read_runs
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has room for whole tables
+        console = Console(width=PIPE_WIDTH)
+    laws = args.law or [COMPARE]
+    if args.bootstrap < 0:
+        raise UserError(f"--bootstrap {args.bootstrap}: expected 0 or more draws")
+    reading = Reading(
+        columns=_pairs("--columns", [args.columns]),
+        where=_pairs("--where", args.where),
+        drop_bad_rows=args.drop_bad_rows,
+        drop_largest_losses=args.drop_largest_losses,
+        tokens_per_pair=args.tokens_per_pair,
+        curves=laws == ["envelope"],
+        need_loss=not args.design,
+    )
+    runs = read_runs(args.input, reading)
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: exists and is not a directory")
+    if args.design:
+        _design(console, runs, laws, args, out)
+    else:
+        _fit(console, runs, laws, args, out, reading)
+
+
+def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
+    """Fits, compares, draws and writes; the first law is the one that is saved."""
+    from moe_ablm.scaling.analysis import Question, analyse
+    from moe_ablm.scaling.catalogue import applicable
+    from moe_ablm.scaling.plots import draw_all, save_all
+    from moe_ablm.scaling.published import STUDIES
+    from moe_ablm.scaling.report import write_report
+    from moe_ablm.scaling.selection import compare, verdict
+    from moe_ablm.scaling.tables import comparison_table, show
+
+    question = Question(
+        law="",
+        huber_delta=args.huber_delta,
+        fixed=_numbers("--fix", args.fix),
+        target=_numbers("--target", args.target),
+        draws=args.bootstrap,
+        seed=args.seed,
+        seed_sd=args.seed_sd,
+    )
+    named = [law for law in laws if law != COMPARE]
+    candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
+    if not candidates:
+        raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
+    tables, sentences = [], []
+    if len(candidates) > 1:
+        scores = compare(runs, candidates, args.huber_delta, args.seed)
+        if not scores:
+            raise UserError(
+                f"{len(runs)} runs are too few for every one of {', '.join(candidates)}"
+            )
+        tables.append(comparison_table(scores))
+        sentences.append(verdict(scores))
+        _write_json(out, "comparison.json", _scores_json(scores, sentences[0]))
+    chosen = named[0] if named else scores[0].law if len(candidates) > 1 else candidates[0]
+    analysis = analyse(runs, replace(question, law=chosen))
+    study = STUDIES.get(args.published)
+    show(console, analysis, study)
+    more, said = _advice(analysis, args, reading)
+    tables += more
+    sentences += said
+    for table in tables:
+        console.print(table)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
+    analysis.fit.save(out)
+    paths = save_all(draw_all(analysis), out / "figures")
+    figures = {p.stem: p for p in paths if p.suffix == ".svg"}
+    write_report(out, analysis, figures, tables, sentences, study)
+    console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
+
+
+def _advice(analysis, args, reading) -> tuple[list, list[str]]:
+    """Tables and sentences for --advise and --next-run."""
+    from moe_ablm.scaling import advice, tables
+    from moe_ablm.scaling.runs import read_runs
+    from moe_ablm.scaling.uncertainty import quantities
+
+    if not args.advise and not args.next_run:
+        return [], []
+    fit, boot = analysis.fit, analysis.boot
+    if boot is None:
+        raise UserError(
+            f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
+            "none: use --bootstrap N and a law of N and D that is not an exact fit"
+        )
+    noise = advice.noise_of(fit)
+    shown, said = [], []
+    if args.advise:
+        if args.max_flops is None:
+            raise UserError("--advise needs --max-flops C")
+        limits = advice.Limits(args.max_flops, args.max_params, args.max_unique)
+        best = advice.advise(fit, boot, limits)
+        shown.append(tables.advice_table(best))
+        if best.at_bound.any():
+            said.append(
+                f"{best.at_bound.mean():.0%} of the draws want a size at the edge of those tried "
+                f"({advice.BEYOND:g} times beyond the runs): that is extrapolation."
+            )
+        values, sentence = advice.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
+        if values:
+            shown.append(tables.data_table(values, args.tokens_per_pair))
+        said.append(sentence)
+    if args.next_run:
+        grid = read_runs(
+            [args.next_run], replace(reading, need_loss=False, where=None, drop_largest_losses=0)
+        )
+        quantity = advice.pick_quantity(quantities(fit))
+        ranked = advice.next_runs(fit, boot, grid, quantity, noise)
+        shown.append(tables.next_table(ranked, quantity.name))
+    return shown, said
+
+
+def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
+    from moe_ablm.scaling.catalogue import SMOOTH, resolve
+    from moe_ablm.scaling.design import check_design
+    from moe_ablm.scaling.tables import design_table
+
+    names = [resolve(law) for law in laws if law != COMPARE]
+    if len(names) != 1 or names[0] not in SMOOTH:
+        raise UserError(f"--design needs one --law of {', '.join(SMOOTH)}")
+    design = check_design(runs, names[0], args.seed_sd or 1e-3, fixed=_numbers("--fix", args.fix))
+    console.print(design_table(design))
+    for warning in design.warnings:
+        console.print(warning, markup=False, highlight=False)
+    values = {k: v for k, v in vars(design).items() if k != "expected_errors"}
+    values["expected_errors"] = {
+        k: v if v < float("inf") else None for k, v in design.expected_errors.items()
+    }
+    values["condition"] = design.condition if design.condition < float("inf") else None
+    _write_json(out, "design.json", {"schema": "moe_ablm.design/1", **values})
+
+
+def _scores_json(scores, sentence: str) -> dict:
+    def plain(value: float) -> float | None:
+        return value if abs(value) < float("inf") else None
+
+    return {
+        "schema": "moe_ablm.comparison/1",
+        "verdict": sentence,
+        "laws": [
+            {
+                "law": s.law,
+                "status": s.fit.status,
+                "parameters": s.parameters,
+                "aicc": plain(s.aicc),
+                "cv_error": plain(s.cv),
+                "largest_error": plain(s.largest_error),
+                "coefficients": dict(s.fit.coefficients),
+            }
+            for s in scores
+        ],
+    }
+
+
+def _write_json(out: Path, name: str, values: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{name}.{os.getpid()}"
+    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(out / name)
+
+
+def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
+    """`a=b,c=d` (or several such) to a mapping."""
+    out = {}
+    for part in (p for item in items for p in item.split(",") if p.strip()):
+        name, sign, value = part.partition("=")
+        if not sign or not name.strip() or not value.strip():
+            raise UserError(f"{flag} {part!r}: expected NAME=VALUE")
+        out[name.strip()] = value.strip()
+    return out
+
+
+def _numbers(flag: str, text: str) -> dict[str, float]:
+    out = {}
+    for name, value in _pairs(flag, [text]).items():
+        try:
+            out[name] = float(value)
+        except ValueError:
+            raise UserError(f"{flag} {name}={value}: expected a number") from None
+    return out

@@ -1,0 +1,79 @@
+"""A dataset in words and pictures."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moe_ablm.__main__ import main
+from moe_ablm.data.dataset import SPLITS, Dataset
+from moe_ablm.data.prepare import prepare_batches
+from moe_ablm.data.simulate import simulate
+from moe_ablm.data.summary import IDENTITY_BINS, summarise
+
+PAIRS = 300
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    return pa.Table.from_batches(simulate(PAIRS, seed=5))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, table):
+    path = tmp_path_factory.mktemp("describe") / "d"
+    prepare_batches(table.to_batches(), path, source="simulated", licence="free to use")
+    return path
+
+
+def test_summary_equals_the_table(path, table):
+    dataset = Dataset(path)
+    summary = summarise(dataset)
+    lengths = np.array([len(c) for c in table["cdr3_aa_heavy"].to_pylist()])
+    for code in range(len(SPLITS)):
+        expected = np.bincount(lengths[dataset.split == code], minlength=41)
+        assert summary.cdrh3_length[code].tolist() == expected.tolist()
+    for chain in ("heavy", "light"):
+        genes = table[f"v_gene_{chain}"].to_pylist()
+        assert summary.v_genes[chain] == {g: genes.count(g) for g in set(genes)}
+        identity = table[f"v_identity_aa_{chain}"].to_numpy()
+        assert abs(summary.means[chain]["v_identity"] - identity.mean()) < 1e-9
+        assert abs(summary.means[chain]["unmutated"] - (identity == 1).mean()) < 1e-9
+        assert summary.identity[chain].sum() == PAIRS == summary.chains[chain]
+        top = (identity >= IDENTITY_BINS[-2] - 1e-12).sum()
+        assert summary.identity[chain][-1] == top
+
+
+def test_describe_prints_the_card_and_draws(path, tmp_path, capsys, table):
+    assert main(["moe_ablm", "describe", "--input", str(path), "--out", str(tmp_path / "f")]) == 0
+    text = capsys.readouterr().out
+    for expected in ("free to use", "simulated", "300", "train", "IGHV", "0.9"):
+        assert expected in text
+    names = {"cdrh3_length.png", "v_usage.png", "v_identity.png"}
+    assert {p.name for p in (tmp_path / "f").iterdir()} == names
+    for name in names:
+        data = (tmp_path / "f" / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+        assert str(tmp_path / "f" / name) in text.replace("\n", "")
+
+
+def test_default_place_of_the_figures(path):
+    assert main(["moe_ablm", "describe", "--input", str(path)]) == 0
+    assert (path / "figures" / "v_usage.png").is_file()
+    assert len(Dataset(path)) == PAIRS
+
+
+def test_proteins_have_nothing_to_draw_but_do_not_fail(tmp_path):
+    (tmp_path / "p.fasta").write_text(
+        "".join(f">UniRef50_{i}\n{'MKVL' * (i + 1)}\n" for i in range(30))
+    )
+    out = tmp_path / "d"
+    arguments = ["--input", str(tmp_path / "p.fasta"), "--out", str(out)]
+    assert main(["moe_ablm", "prepare", *arguments]) == 0
+    assert main(["moe_ablm", "describe", "--input", str(out)]) == 0
+    assert summarise(Dataset(out)).cdrh3_length.sum() == 0
+
+
+def test_no_dataset_is_one_line(tmp_path, capsys):
+    assert main(["moe_ablm", "describe", "--input", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "is not there" in error and error.count("\n") == 1

@@ -1,0 +1,181 @@
+"""Which way imports run: the rooms of the house, read from the source, and every module imports."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = "moe_ablm"
+ROOMS = ("data", "model", "parallel", "training", "evaluation", "scaling", "interop")
+# what a room may import of the package beside itself; a name with a dot is one module
+MAY_IMPORT = {
+    "data": {"errors"},
+    "parallel": {"errors"},
+    "model": {"parallel", "errors"},
+    "training": {"model", "parallel", "errors", "results"},
+    "evaluation": {"model", "data", "parallel", "errors", "results"},
+    "interop": {"model", "data", "errors"},
+    "scaling": {"errors"},
+}
+# the computing libraries, and which files may import them where a room as a whole may not
+COMPUTING = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+FORBIDDEN = {
+    "data": COMPUTING | {"ml_collections", "absl"},
+    "scaling": COMPUTING | {"grain", "ml_collections", "absl"},
+    "model": {"optax", "orbax", "grain", "ml_collections", "absl", "pyarrow"},
+    "parallel": {"optax", "orbax", "grain", "ml_collections", "absl", "pyarrow"},
+    "training": {"grain", "ml_collections", "absl", "pyarrow"},
+    "evaluation": {"orbax", "grain", "ml_collections", "absl"},
+    "interop": {"optax", "orbax", "grain", "ml_collections", "absl"},
+}
+ONLY_IN = {
+    "grain": {"data/pipeline.py"},
+    "orbax": {"training/checkpoint.py"},
+    "ml_collections": {"command_line.py"},
+}
+HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
+# rooms and modules that must work where no computing library is installed
+WITHOUT_JAX = ("data", "scaling", "model/spec.py", "model/flops.py", "training/spec.py",
+               "errors.py", "results.py", "config.py")  # fmt: skip
+
+
+WITHOUT_HEAVY = f"""
+import importlib, sys
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def sources(under: str = "") -> list[Path]:
+    path = REPO / PACKAGE / under
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it, lazily too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            # `from a import b` may name a module b of package a
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(path: Path) -> set[str]:
+    """Rooms or top-level modules of the package that a file imports, without the package."""
+    inside = [name.split(".") for name in imports(path)]
+    return {parts[1] for parts in inside if parts[0] == PACKAGE and len(parts) > 1}
+
+
+def others(path: Path) -> set[str]:
+    """Top-level names of what a file imports from outside the package."""
+    return {name.split(".")[0] for name in imports(path)} - {PACKAGE}
+
+
+def label(path: Path) -> str:
+    return path.relative_to(REPO / PACKAGE).as_posix()
+
+
+def modules() -> list[str]:
+    names = []
+    for path in sources():
+        parts = path.relative_to(REPO).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in names if not name.endswith("__main__")]
+
+
+def test_the_reader_of_imports_sees_every_kind(tmp_path):
+    """The rest of this file is worth what this function is."""
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import a.b, c as d\nfrom e import f\n"
+        "def g():\n    from moe_ablm import data\n    import moe_ablm.model.spec\n"
+    )
+    assert imports(file) >= {"a.b", "c", "e", "moe_ablm.data", "moe_ablm.model.spec"}
+    assert own(file) == {"data", "model"} and others(file) == {"a", "c", "e"}
+
+
+def test_every_room_has_a_rule():
+    rooms = {p.name for p in (REPO / PACKAGE).iterdir() if (p / "__init__.py").exists()}
+    assert rooms - {"verbs"} == set(ROOMS) == set(MAY_IMPORT) == set(FORBIDDEN)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_stands_on(room):
+    wrong = {
+        label(path): sorted(found)
+        for path in sources(room)
+        if (found := own(path) - MAY_IMPORT[room] - {room})
+    }
+    assert not wrong, f"{room} stands on {sorted(MAY_IMPORT[room])} only"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_knows_nothing_of_the_libraries_of_others(room):
+    wrong = {
+        label(path): sorted(found)
+        for path in sources(room)
+        if (found := others(path) & FORBIDDEN[room])
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_lives_in_one_file(library):
+    assert {label(p) for p in sources() if library in others(p)} == ONLY_IN[library]
+
+
+def test_rooms_stand_on_each_other_without_a_circle():
+    """MAY_IMPORT itself is a way down."""
+    below: set[str] = {"errors", "results"}
+    while left := [room for room in ROOMS if room not in below]:
+        free = [room for room in left if MAY_IMPORT[room] <= below]
+        assert free, f"a circle among {left}"
+        below |= set(free)
+
+
+def test_nothing_but_the_command_line_stands_on_verbs():
+    wrong = [label(p) for p in sources() if "verbs" in own(p) and p.parent.name != "verbs"]
+    assert set(wrong) <= {"__main__.py"}
+    assert not [
+        label(p) for p in sources() if "train" in own(p) and label(p).split("/")[0] in ROOMS
+    ]
+
+
+def test_launch_and_sweeps_touch_only_configs_and_flops():
+    allowed = {"moe_ablm.model", "moe_ablm.model.flops", "moe_ablm.model.spec", "moe_ablm.errors"}
+    for folder in ("launch", "sweeps"):
+        for path in sorted((REPO / folder).rglob("*.py")):
+            found = {n for n in imports(path) if n.split(".")[0] == PACKAGE}
+            wrong = [n for n in found if n not in allowed and n.rpartition(".")[0] not in allowed]
+            assert not wrong, path
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_what_needs_no_jax_imports_without_it():
+    """In a fresh interpreter where every computing library is missing."""
+    paths = [p for under in WITHOUT_JAX for p in sources(under) if label(p) != "data/pipeline.py"]
+    names = [f"{PACKAGE}." + label(p).removesuffix(".py").replace("/", ".") for p in paths]
+    names = [name.removesuffix(".__init__") for name in names]
+    command = [sys.executable, "-c", WITHOUT_HEAVY, *names]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(names) > 20

@@ -1,0 +1,162 @@
+"""Parabolas, isoFLOP and envelope: against polyfit and known minima, and their refusals."""
+
+import numpy as np
+import pytest
+
+from moe_ablm.errors import UserError
+from moe_ablm.scaling import load
+from moe_ablm.scaling.envelope import fit_envelope
+from moe_ablm.scaling.parabola_fit import fit_parabolas
+from moe_ablm.scaling.parabolas import IsoFlop, Quadratic, data_for_params
+from moe_ablm.scaling.runs import Runs
+
+SIZES = np.array([8e6, 35e6, 150e6, 350e6, 650e6])
+DATA = (4e5, 8e5, 1.6e6)
+OPTIMA = (3e7, 7e7, 1.5e8)
+
+
+def simulate(sd=0.0, seed=0, data=DATA, optima=OPTIMA, curvature=0.003, sizes=SIZES):
+    rng = np.random.default_rng(seed)
+    n = np.tile(sizes, len(data))
+    u = np.repeat(data, len(sizes))
+    best = np.repeat(optima, len(sizes))
+    floor = 0.25 - 0.01 * np.log10(u / 4e5)
+    loss = floor + curvature * np.log10(n / best) ** 2 + sd * rng.standard_normal(n.size)
+    columns = {"params": n, "unique_tokens": u, "loss": loss}
+    return Runs(columns, tuple(f"row {i + 2}" for i in range(n.size)))
+
+
+def test_minima_and_coefficients_are_those_of_polyfit():
+    runs = simulate(sd=2e-4)
+    made = fit_parabolas(runs, Quadratic(), draws=0)
+    for size in DATA:
+        mine = runs["unique_tokens"] == size
+        a, b, c = np.polyfit(np.log10(runs["params"][mine]), runs["loss"][mine], 2)
+        assert made.coefficients[f"a[{size:.15g}]"] == pytest.approx(a, rel=1e-8)
+        assert made.coefficients[f"c[{size:.15g}]"] == pytest.approx(c, rel=1e-8)
+        assert made.derived[f"N_star[{size:.15g}]"] == pytest.approx(10 ** (-b / 2 / a), rel=1e-8)
+
+
+def test_the_line_through_minima_and_its_projection():
+    made = fit_parabolas(simulate(), Quadratic(), draws=0, target={"params": 650e6})
+    slope, intercept = np.polyfit(np.log(OPTIMA), np.log(DATA), 1)
+    assert made.coefficients["slope"] == pytest.approx(slope, rel=1e-6)
+    expected = np.exp(intercept + slope * np.log(650e6))
+    assert made.derived["data_needed"] == pytest.approx(expected, rel=1e-6)
+    assert data_for_params(OPTIMA, DATA, 650e6)[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_published_optima_of_the_ablm_study_project_to_the_published_data_size():
+    """Shafiei Neyestanak and Briney 2025: three optima and 5,523,212 pairs for 650M."""
+    optima = (29_020_563, 68_099_905, 152_000_061)
+    found, _ = data_for_params(optima, (412_182, 824_363, 1_648_726), 650e6)
+    assert found == pytest.approx(5_523_212, abs=1)
+
+
+def test_intervals_cover_the_truth_with_estimated_noise():
+    inside = []
+    for seed in range(200):
+        runs = simulate(sd=1e-4, seed=seed)
+        made = fit_parabolas(runs, Quadratic(), draws=300, seed=seed)
+        for size, best in zip(DATA, OPTIMA, strict=True):
+            (interval,) = made.intervals[f"N_star[{size:.15g}]"]
+            inside.append(interval.low <= best <= interval.high)
+    assert 0.92 <= np.mean(inside) <= 0.98
+
+
+def test_three_points_are_an_exact_fit_without_interval():
+    made = fit_parabolas(simulate(sd=2e-4, sizes=SIZES[:3]), Quadratic())
+    assert made.status == "exact" and not made.intervals
+    assert sum("exact" in note for note in made.notes) == 3
+    known = fit_parabolas(simulate(sd=2e-4, sizes=SIZES[:3]), Quadratic(), seed_sd=2e-4)
+    assert known.status == "exact" and known.intervals
+
+
+def test_two_points_are_left_out_and_said():
+    runs = simulate()
+    few = runs.take(np.r_[0:2, 5:15])
+    made = fit_parabolas(few, Quadratic(), draws=0)
+    assert any("needs three" in note for note in made.notes)
+    assert "a[400000]" not in made.coefficients
+    with pytest.raises(UserError, match="three model sizes"):
+        fit_parabolas(runs.take(np.arange(2)), Quadratic())
+
+
+def test_a_parabola_that_is_not_convex_is_said_and_left_out_of_the_line():
+    runs = simulate()
+    loss = runs["loss"].copy()
+    loss[:5] = 0.25 - 0.002 * np.log10(SIZES / 3e7) ** 2
+    made = fit_parabolas(Runs(dict(runs.columns) | {"loss": loss}, runs.source), Quadratic())
+    assert made.status == "not_convex"
+    assert not made.identifiable["a[400000]"]
+    assert "no minimum" in made.verdicts["a[400000]"]
+    slope = np.polyfit(np.log(OPTIMA[1:]), np.log(DATA[1:]), 1)[0]
+    assert made.coefficients["slope"] == pytest.approx(slope, rel=1e-6)
+
+
+def test_curvature_below_the_noise_is_not_identified():
+    made = fit_parabolas(simulate(sd=2e-3, seed=1), Quadratic())
+    assert made.status in ("not_identifiable", "not_convex")
+    notes = " ".join(i.note for items in made.intervals.values() for i in items)
+    assert "no minimum" in notes and "open" in notes
+
+
+def test_one_data_size_has_no_line():
+    made = fit_parabolas(simulate(data=DATA[:1], optima=OPTIMA[:1]), Quadratic(), draws=0)
+    assert "slope" not in made.coefficients
+    assert any("no line" in note for note in made.notes)
+
+
+def test_noise_that_is_said_too_small_is_contradicted():
+    made = fit_parabolas(simulate(sd=1e-3), Quadratic(), seed_sd=1e-5)
+    assert any("miss by more than the noise" in note for note in made.notes)
+
+
+def test_the_same_seed_gives_the_same_intervals_and_files(tmp_path):
+    runs = simulate(sd=2e-4)
+    texts = []
+    for name in ("a", "b"):
+        path = fit_parabolas(runs, Quadratic(), seed=4).save(tmp_path / name)
+        texts.append(path.read_bytes())
+    assert texts[0] == texts[1]
+    made, again = fit_parabolas(runs, Quadratic(), seed=4), load(tmp_path / "a")
+    inputs = {"params": SIZES, "unique_tokens": np.full(5, 8e5)}
+    np.testing.assert_array_equal(again.predict(**inputs), made.predict(**inputs))
+    with pytest.raises(UserError, match="no parabola at"):
+        again.predict(params=1e8, unique_tokens=1e9)
+
+
+def test_isoflop_recovers_the_exponents_of_a_known_law():
+    budgets = np.repeat([1e18, 1e19, 1e20, 1e21], 7)
+    best = 0.6 * np.sqrt(budgets / 6)
+    n = best * np.tile(np.geomspace(0.3, 3, 7), 4)
+    loss = 2 + 0.05 * np.log10(n / best) ** 2 - 0.1 * np.log10(budgets / 1e18)
+    jitter = 1 + 0.01 * np.sin(np.arange(28))
+    columns = {"params": n, "tokens": budgets / 6 / n, "flops": budgets * jitter, "loss": loss}
+    runs = Runs(columns, tuple(map(str, range(28))))
+    made = fit_parabolas(runs, IsoFlop(), draws=200, target={"flops": 1e22})
+    assert made.coefficients["slope"] == pytest.approx(0.5, abs=5e-3)
+    assert made.derived["N_opt"] == pytest.approx(0.6 * np.sqrt(1e22 / 6), rel=0.05)
+    assert sum(name.startswith("a[") for name in made.coefficients) == 4
+
+
+def curves(sizes=5):
+    n = np.repeat(np.geomspace(1e7, 1e9, sizes), 60)
+    d = np.tile(np.geomspace(2e7, 1e12, 60), sizes)
+    loss = 1.7 + 300 * n**-0.34 + 400 * d**-0.34
+    columns = {"params": n, "tokens": d, "loss": loss, "run": np.char.mod("%.6g", n)}
+    return Runs(columns, tuple(map(str, range(n.size))))
+
+
+def test_the_envelope_of_curves_finds_the_frontier():
+    """For L = E + A/N^a + B/D^a with equal exponents, N_opt grows as the root of compute."""
+    made = fit_envelope(curves(sizes=15), draws=50, target={"flops": 1e19})
+    assert made.coefficients["slope"] == pytest.approx(0.5, abs=0.06)
+    best = (300 / 400) ** (1 / 0.68) * np.sqrt(1e19 / 6)
+    assert made.derived["N_opt"] == pytest.approx(best, rel=0.25)
+    assert made.intervals["slope"][0].low <= 0.5 <= made.intervals["slope"][0].high + 0.05
+
+
+def test_an_envelope_needs_three_sizes():
+    with pytest.raises(UserError, match="2 sizes"):
+        fit_envelope(curves(sizes=2))
