@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
 
     c.train = train = ConfigDict()
     train.steps = 10_000
-    train.batch = 32  # antibodies an update, over all devices
+    train.batch = 32  # rows an update, over all devices: antibodies, several a row if packed
     train.accumulate = 1  # micro-batches an update
     train.lr = 4e-4  # peak
     train.warmup = 500  # steps

@@ -126,7 +126,7 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec = config.model.spec()
         self.execution = make_execution(config)
-        length = feed.unique_tokens / feed.mixture.sequences
+        length = feed.mixture.tokens_per_sequence
         self.flops_per_token = flops.train_flops_per_token(self.spec, length)
         self.optimizer = make_optimizer(config.train)
         self.schedule = make_schedule(config.train)
@@ -219,7 +219,7 @@ class Trainer:
         values = losses | norms | {
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_seen": self.record.tokens_seen,
-            "epochs": self.record.tokens_seen / self.feed.unique_tokens,
+            "epochs": self.feed.mixture.epochs(step),
             "tokens_per_second": speed,
             "model_flops_per_second": flop_rate,
             "matmul_peak_share": flop_rate / self.peak,

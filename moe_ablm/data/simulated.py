@@ -7,6 +7,7 @@ from pathlib import Path
 from moe_ablm.data.dataset import SCHEMA_VERSION
 from moe_ablm.data.prepare import prepare_batches
 from moe_ablm.data.simulate import SimulationParams, simulate
+from moe_ablm.data.split import SALT
 
 
 def cache_directory() -> Path:
@@ -16,7 +17,7 @@ def cache_directory() -> Path:
 
 def simulated_dataset(pairs: int, seed: int = 0) -> Path:
     """Path of the dataset of `pairs` simulated antibodies; made when it is not in the cache."""
-    settings = hashlib.sha256(repr(SimulationParams()).encode()).hexdigest()[:8]
+    settings = hashlib.sha256(repr((SimulationParams(), SALT)).encode()).hexdigest()[:8]
     path = cache_directory() / f"simulated-{pairs}-seed{seed}-{settings}-v{SCHEMA_VERSION}"
     if not path.exists():
         print(f"simulating {pairs:,} antibodies, once, into {path}")

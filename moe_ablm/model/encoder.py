@@ -100,7 +100,7 @@ class Encoder(nnx.Module):
             else:
                 counts = [(packing.same() & a[:, None, :]).sum(-1) for a in (masked, valid)]
             ratio = counts[0] / jnp.maximum(counts[1], 1)
-            scale = (1 - TRAINED_MASK_RATIO) / (1 - ratio)
+            scale = (1 - TRAINED_MASK_RATIO) / jnp.maximum(1 - ratio, 1e-6)  # all masked: not NaN
             x = jnp.where(masked[..., None], 0.0, x) * scale[..., None]
         return (x * valid[..., None]).astype(self.execution.activations)
 
