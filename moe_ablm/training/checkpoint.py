@@ -5,6 +5,7 @@ that a file altered on disk is noticed at restore and the one before it is taken
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,21 @@ from moe_ablm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 METRIC = "valid_loss"
+
+
+def quiet_background_errors() -> None:
+    """Leaves the telling of a failed save to whoever waits for it.
+
+    orbax raises it there; its threads, and tensorstore's after them, would print tracebacks too.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    shown = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            shown(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 class Restored(NamedTuple):
