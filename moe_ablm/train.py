@@ -41,7 +41,7 @@ from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.progress import Progress
 from moe_ablm.results import write_atomically
 from moe_ablm.training import state as states
-from moe_ablm.training.checkpoint import Checkpoints, quiet_background_errors
+from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.step import make_eval_step, make_train_step
@@ -358,7 +358,6 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    quiet_background_errors()
     try:
         run(*parse(argv))
     except UserError as error:

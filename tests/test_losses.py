@@ -10,7 +10,7 @@ from moe_ablm.training.metrics import loss_metrics
 
 def example():
     rng = np.random.default_rng(0)
-    shape = (3, 11)
+    shape = (3, 90)  # every cell has some
     segment = rng.integers(0, 3, shape)
     batch = {
         "targets": rng.integers(4, 24, shape).astype(np.uint8),
@@ -37,7 +37,7 @@ def test_metrics_are_named_by_chain_and_region():
     logits, batch = example()
     sums = region_sums(logits, batch)
     metrics = loss_metrics(sums, region_names())
-    expected = np.sum(sums.loss, dtype=np.float64) / batch["loss_mask"].sum()
+    expected = np.asarray(sums.loss, np.float64).sum() / batch["loss_mask"].sum()
     assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
     heavy_cdr3 = (batch["segment"] == 1) & (batch["region"] == 6) & batch["loss_mask"]
     assert metrics["masked_by_region"].get("CDRH3", 0) == heavy_cdr3.sum()

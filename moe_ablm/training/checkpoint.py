@@ -5,7 +5,7 @@ that a file altered on disk is noticed at restore and the one before it is taken
 """
 
 import logging
-import sys
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,21 +21,7 @@ from moe_ablm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 METRIC = "valid_loss"
-
-
-def quiet_background_errors() -> None:
-    """Leaves the telling of a failed save to whoever waits for it.
-
-    orbax raises it there; its threads, and tensorstore's after them, would print tracebacks too.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    shown = sys.excepthook
-
-    def hook(kind, error, traceback):
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            shown(kind, error, traceback)
-
-    sys.excepthook = hook
+SPARE = 1 << 20  # bytes a checkpoint may need beside its arrays: metadata, indices
 
 
 class Restored(NamedTuple):
@@ -85,7 +71,13 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState, record: dict, valid_loss: float | None) -> None:
-        """Starts to save; an error of the save before this one is raised here."""
+        """Starts to save, when the one before is on disk (its errors are raised here).
+
+        Raises:
+          UserError: the disk has no room for it; nothing is written.
+        """
+        self.wait()
+        self._check_space(state)
         record = record | {"checksums": np.asarray(checksums(state)).tolist()}
         self._manager.save(
             step,
@@ -94,6 +86,22 @@ class Checkpoints:
             ),
             metrics=None if valid_loss is None else {METRIC: valid_loss},
         )
+
+    def _check_space(self, state: TrainState) -> None:
+        # asked before: a save that fails midway leaves tracebacks of many threads behind
+        local = sum(
+            shard.data.nbytes
+            for x in jax.tree.leaves(state)
+            for shard in x.addressable_shards
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self.directory).free
+        if free < local + SPARE:
+            raise UserError(
+                f"no space left for the work directory: {self.directory} has {free / 1e6:,.1f} MB "
+                f"free, a checkpoint takes up to {(local + SPARE) / 1e6:,.1f}; free some, then run "
+                "the same command again: it resumes from the last whole checkpoint"
+            )
 
     def restore(self, target: TrainState) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none at all.
