@@ -36,16 +36,37 @@ def get_config() -> ConfigDict:
     model.heads = placeholder(int)
     model.token_dropout = True  # ESM-2: zero <mask> embeddings and rescale the rest
 
+    model.activation = "gelu"  # gelu (ESM-2), swiglu (BALM), of dense FFNs and experts alike
+    model.tied = True  # the decoder of the LM head is the embedding (ESM-2); False: its own (BALM)
+
     model.moe = moe = ConfigDict()
-    moe.router = "none"  # none (dense), topk
+    # none (dense), topk, topp, expert_choice, soft, sequence (one decision per antibody)
+    moe.router = "none"
     moe.experts = 8
-    moe.k = 2  # experts a token
-    moe.capacity = placeholder(float)  # None: dropless
-    moe.group = "sequence"  # sequence, batch: tokens that compete for capacity
+    # experts a token; topp: at most; expert_choice: on average; soft: not used
+    moe.k = 2
+    moe.threshold = 0.7  # topp: probability that a token's experts reach together
+    moe.gate = "softmax"  # softmax, sigmoid (DeepSeek-V3)
+    moe.renormalise = placeholder(bool)  # gates of a token sum to 1; None: of topk with k > 1
+    # places of an expert over its fair share k * tokens / experts; None: dropless, expert_choice 1.
+    # Holds in training; in inference token choice is dropless.
+    moe.capacity = placeholder(float)
+    moe.group = "sequence"  # tokens that compete for capacity: of an antibody, or of the batch
+    moe.slots = 64  # soft: slots of each expert an antibody
+    moe.l2 = False  # soft: router inputs and weights of unit length, with a learned scale
+    moe.ffn = placeholder(int)  # width of an expert; None: model.ffn
+    moe.widths = placeholder(tuple)  # unequal widths, one an expert; topk, topp, sequence
+    moe.shared = 0  # experts that compute for every token, beside the routed ones
     moe.placement = "alternate"  # every, alternate, last_N, or layer numbers such as "1,3,5"
     moe.first_dense = 1  # the first n layers stay dense
-    moe.load_balance = 0.01  # weights of the router losses
-    moe.z_loss = 0.001
+    # padding: excluded from all routing; or BALM-MoE's partial policies: none, or some of
+    # "logits,probabilities,aux" (equal logits; last in the queues; left out of router losses)
+    moe.pads = "excluded"
+    moe.jitter = 0.0  # training noise on what routers see: a factor of 1 - jitter to 1 + jitter
+    moe.balance_rate = 0.0  # auxiliary-loss-free balancing: step of the bias (DeepSeek-V3: 0.001)
+    moe.load_balance = 0.01  # weights of the router losses: Switch's, of token choice
+    moe.z_loss = 0.001  # ST-MoE's
+    moe.entropy_loss = 0.0  # top-p's (BALM-MoE: 1e-4)
 
     c.train = train = ConfigDict()
     train.steps = 10_000

@@ -19,7 +19,17 @@ from moe_ablm.data.masking import MASKS, parse_policy
 from moe_ablm.data.mixture import BATCHINGS, REGIMES, parse_regime
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import GROUPS, PRECISIONS, ROUTERS, SIZES, EncoderSpec, MoESpec
+from moe_ablm.model.spec import (
+    ACTIVATIONS,
+    GATES,
+    GROUPS,
+    PRECISIONS,
+    ROUTERS,
+    SIZES,
+    TOKEN_ROUTERS,
+    EncoderSpec,
+    MoESpec,
+)
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
 
 
@@ -46,6 +56,8 @@ class ModelConfig:
     ffn: int | None
     heads: int | None
     token_dropout: bool
+    activation: str
+    tied: bool
     moe: MoESpec
 
     def spec(self) -> EncoderSpec:
@@ -64,6 +76,8 @@ class ModelConfig:
             ffn=ffn,
             heads=heads,
             token_dropout=self.token_dropout,
+            activation=self.activation,
+            tied=self.tied,
             moe=self.moe,
         )
 
@@ -310,8 +324,8 @@ def _check_model(m: ModelConfig) -> None:
             f"config.model.size={m.size!r}{suggestion(m.size, SIZES)}: expected one of "
             f"{', '.join(SIZES)}, or another name with model.layers, d_model, ffn and heads given"
         )
+    _choice("model.activation", m.activation, ACTIVATIONS)
     _choice("model.moe.router", m.moe.router, ROUTERS)
-    _choice("model.moe.group", m.moe.group, GROUPS)
     spec = m.spec()
     for name in ("layers", "d_model", "ffn", "heads"):
         _require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
@@ -321,19 +335,55 @@ def _check_model(m: ModelConfig) -> None:
         )
     _require(spec.head_dim % 2 == 0, "model.heads", spec.heads,
              f"an even head width, not d_model / heads = {spec.head_dim}")  # fmt: skip
-    if m.moe.router == "none":
-        return
-    _require(m.moe.experts > 0, "model.moe.experts", m.moe.experts, "a positive number")
-    _require(0 < m.moe.k <= m.moe.experts, "model.moe.k", m.moe.k,
-             f"1 to model.moe.experts ({m.moe.experts})")  # fmt: skip
-    _require(m.moe.first_dense >= 0, "model.moe.first_dense", m.moe.first_dense, "0 or more")
-    _require(m.moe.capacity is None, "model.moe.capacity", m.moe.capacity, "None (dropless)")
+    if m.moe.router != "none":
+        _check_moe(spec)
+
+
+def _check_moe(spec: EncoderSpec) -> None:
+    m = spec.moe
+    _choice("model.moe.group", m.group, GROUPS)
+    _choice("model.moe.gate", m.gate, GATES)
+    for name in ("experts", "k", "slots"):
+        _require(getattr(m, name) > 0, f"model.moe.{name}", getattr(m, name), "a positive number")
+    for name in ("shared", "first_dense", "balance_rate", "load_balance", "z_loss", "entropy_loss"):
+        _require(getattr(m, name) >= 0, f"model.moe.{name}", getattr(m, name), "0 or more")
+    _require(m.k <= m.experts, "model.moe.k", m.k, f"1 to model.moe.experts ({m.experts})")
+    _require(0 < m.threshold <= 1, "model.moe.threshold", m.threshold, "above 0, at most 1")
+    _require(0 <= m.jitter < 1, "model.moe.jitter", m.jitter, "0 (off) to below 1")
+    _require(m.ffn is None or m.ffn > 0, "model.moe.ffn", m.ffn, "a positive number or None")
+    _require(m.capacity is None or m.capacity > 0, "model.moe.capacity", m.capacity,
+             "more than 0, which would give the experts no slot; or None (dropless)")  # fmt: skip
+    _check_combination(m)
+    if m.widths is not None:
+        _require(len(m.widths) == m.experts and min(m.widths) > 0, "model.moe.widths", m.widths,
+                 f"a positive width for each of model.moe.experts ({m.experts})")  # fmt: skip
     try:
+        m.policies()
         layers = spec.moe_layers
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     if not layers:
         raise UserError(
-            f"config.model.moe: placement={m.moe.placement!r} with first_dense={m.moe.first_dense} "
+            f"config.model.moe: placement={m.placement!r} with first_dense={m.first_dense} "
             f"leaves none of the {spec.layers} layers to experts; use router='none' or change them"
         )
+
+
+def _check_combination(m: MoESpec) -> None:
+    """What one router can do and another cannot."""
+    router = f"with model.moe.router={m.router!r}"
+    token_choice = m.router in TOKEN_ROUTERS
+    _require(m.widths is None or token_choice, "model.moe.widths", m.widths,
+             f"None {router}, whose experts all do equal work; "
+             f"unequal ones need {', '.join(TOKEN_ROUTERS)}")  # fmt: skip
+    _require(not m.balance_rate or token_choice, "model.moe.balance_rate", m.balance_rate,
+             f"0 {router}, which is balanced by construction")  # fmt: skip
+    _require(m.capacity is None or m.router not in ("soft", "sequence"), "model.moe.capacity",
+             m.capacity, f"None {router}, which has no queues")  # fmt: skip
+    _require(m.group == "sequence" or m.router not in ("soft", "sequence"), "model.moe.group",
+             m.group, f"'sequence' {router}, where antibodies never meet")  # fmt: skip
+    _require(m.pads == "excluded" or m.router not in ("soft", "sequence"), "model.moe.pads",
+             m.pads, f"'excluded' {router}")  # fmt: skip
+    _require(not m.jitter or m.router != "sequence", "model.moe.jitter", m.jitter,
+             f"0 {router}: tokens of an antibody would be routed apart")  # fmt: skip
+    _require(not m.l2 or m.router == "soft", "model.moe.l2", m.l2, f"False {router}")

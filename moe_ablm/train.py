@@ -137,9 +137,10 @@ class Trainer:
             config.model.moe,
             config.train.accumulate,
             config.train.ema,
+            config.seed,
         )
         self.train_step = jax.jit(train_step, donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(definition, config.model.moe.experts))
+        self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
         self.clock = Clock()

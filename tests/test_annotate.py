@@ -439,9 +439,7 @@ def test_wrong_tables():
 
 
 def test_empty_batch():
-    done, rejected = annotate_batch(
-        table([], [])[0:0] if False else bare(simulated_pairs(1, 0))[0:0]
-    )
+    done, rejected = annotate_batch(bare(simulated_pairs(1, 0))[0:0])
     assert done.num_rows == 0
     assert "v_call_light" in done.schema.names
     assert not rejected

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_ablm.data.regions import (
     REGIONS,
@@ -41,6 +43,22 @@ def test_regions_of_one_row(mask, names):
 def test_rows_do_not_see_their_neighbours():
     masks = ["000", WHOLE, "", "00", WHOLE, "30", "0"]
     assert codes(*masks) == [codes(m)[0] for m in masks]
+
+
+def region_by_hand(mask: str) -> list[str]:
+    """The definition, a residue at a time."""
+    if set(mask) <= {"0"}:
+        return ["none"] * len(mask)
+    names = []
+    for i, letter in enumerate(mask):
+        following = mask[i:].lstrip("0")[:1]
+        names.append(f"CDR{letter}" if letter != "0" else f"FR{following or 4}")
+    return names
+
+
+@given(st.lists(st.text("00000123", max_size=9), max_size=6))
+def test_any_rows_equal_a_plain_loop(masks):
+    assert codes(*masks) == [region_by_hand(m) for m in masks]
 
 
 def test_no_rows():

@@ -26,20 +26,19 @@ def regions_from_cdr_mask(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
       uint8 codes `[n]`. A framework residue belongs to the framework before the next CDR of its
       row, or to FR4 when there is none; a row without any CDR is not annotated (all 0).
     """
-    cdr = mask.astype(np.int64) - ord("0")
-    n = len(cdr)
-    if n == 0:
+    if len(mask) == 0:
         return np.zeros(0, np.uint8)
-    here = np.where(cdr > 0, np.arange(n), n)
-    following = np.minimum.accumulate(here[::-1])[::-1]
-    end = np.repeat(offsets[1:], np.diff(offsets))
-    inside = following < end
-    next_cdr = np.where(inside, cdr[np.minimum(following, n - 1)], 0)
-    framework = np.where(inside, 2 * next_cdr - 1, FR4)
+    cdr = mask - np.uint8(ord("0"))
+    length = np.diff(offsets)
+    # what follows a framework residue is the next CDR residue, or the end of the row if it is first
+    stop = cdr > 0
+    stop[offsets[1:][length > 0] - 1] = True
+    at = np.flatnonzero(stop)
+    following = np.repeat(cdr[at], np.diff(at, prepend=-1))
+    framework = np.where(following > 0, 2 * following - 1, np.uint8(FR4))
     code = np.where(cdr > 0, 2 * cdr, framework)
-    counts = np.concatenate([[0], np.cumsum(cdr > 0)])
-    annotated = counts[offsets[1:]] > counts[offsets[:-1]]
-    return np.where(np.repeat(annotated, np.diff(offsets)), code, 0).astype(np.uint8)
+    before = np.searchsorted(at[cdr[at] > 0], offsets)  # CDR residues before the start of a row
+    return code * np.repeat(np.diff(before) > 0, length)
 
 
 def segments_from_mask(mask: np.ndarray) -> np.ndarray:

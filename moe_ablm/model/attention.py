@@ -160,8 +160,8 @@ class SelfAttention(nnx.Module):
         out = attend(*self._project(x, packing), valid, self.operands, packing)
         return self.out(out.reshape(x.shape))
 
-    def weights(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def weights(self, x: jax.Array, valid: jax.Array, packing: Packing | None = None) -> jax.Array:
         """Attention weights of `__call__`, float32 `[B, H, L, L]`; 0 for keys of padding."""
-        q, k, _ = self._project(x)
+        q, k, _ = self._project(x, packing)
         q, k = (_heads_first(a, self.operands) for a in (q, k))
-        return attention_weights(q, k, attention_bias(valid), self.operands)
+        return attention_weights(q, k, attention_bias(valid, packing), self.operands)

@@ -13,26 +13,25 @@ from flax import nnx
 from moe_ablm.model.attention import Packing, SelfAttention
 from moe_ablm.model.ffn import FeedForward, gelu
 from moe_ablm.model.layers import LayerNorm, Linear, constant, normal
-from moe_ablm.model.moe import MoE
-from moe_ablm.model.routers import RouterStats
+from moe_ablm.model.moe import MoE, Routed
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 MASK_TOKEN = 32  # of data.tokenizer, whose vocabulary is ESM-2's
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> that token_dropout assumes in training
 
 
-class Routing(NamedTuple):
-    """What the routers did, MoE layers first: `experts [M, B, L, K]` and statistics `[M, ...]`."""
-
-    experts: jax.Array
-    stats: RouterStats
-
-
 class Output(NamedTuple):
-    """Result of an encoder: `logits [B, L, V]` and, with MoE layers, their routing."""
+    """Result of an encoder: `logits [B, L, V]`; with M MoE layers, their routing `[M, ...]`."""
 
     logits: jax.Array
-    routing: Routing | None
+    routing: Routed | None
+
+
+class Context(NamedTuple):
+    """What every layer is told beside its input: `valid [B, L]`, and how rows are packed."""
+
+    valid: jax.Array
+    packing: Packing | None = None
 
 
 class Block(nnx.Module):
@@ -43,32 +42,37 @@ class Block(nnx.Module):
         self.attention_norm = LayerNorm(spec.d_model)
         self.attention = SelfAttention(spec, execution, rngs)
         self.ffn_norm = LayerNorm(spec.d_model)
-        self.ffn = (MoE if sparse else FeedForward)(spec, execution, rngs)
+        if sparse:
+            self.ffn = MoE(spec, execution, rngs)
+        else:
+            self.ffn = FeedForward(spec, spec.ffn, execution, rngs)
 
     def __call__(
-        self, x: jax.Array, valid: jax.Array, packing: Packing | None = None
-    ) -> tuple[jax.Array, Routing | None]:
-        """`x [B, L, D]`, `valid` bool `[B, L]` -> `[B, L, D]` and this layer's routing."""
-        x = x + self.attention(self.attention_norm(x), valid, packing)
+        self, x: jax.Array, context: Context, training: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routed | None]:
+        """`x [B, L, D]` -> `[B, L, D]` and this layer's routing; `key` and `training`: of `MoE`."""
+        x = x + self.attention(self.attention_norm(x), *context)
         y = self.ffn_norm(x)
         if not self.sparse:
             return x + self.ffn(y), None
-        out, plan, stats = self.ffn(y, valid)
-        return x + out, Routing(plan.experts, stats)
+        out, routed = self.ffn(y, *context, training, key)
+        return x + out, routed
 
 
 class LMHead(nnx.Module):
-    """Dense, GELU, layer norm; the decoder is the embedding, with a bias of its own."""
+    """Dense, GELU, layer norm, and a decoder with a bias: the embedding, or one of its own."""
 
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         self.dense = Linear(spec.d_model, spec.d_model, "DF", execution, rngs)
         self.norm = LayerNorm(spec.d_model)
         self.bias = constant(0.0, (spec.vocabulary,), "V")
+        self.decoder = None if spec.tied else normal(rngs, (spec.vocabulary, spec.d_model), "VD")
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """`x [B, L, D]`, `embedding [V, D]` -> float32 logits `[B, L, V]`."""
         x = self.norm(gelu(self.dense(x))).astype(jnp.float32)
-        return jnp.dot(x, embedding.T, precision=jax.lax.Precision.HIGHEST) + self.bias[...]
+        decoder = embedding if self.decoder is None else self.decoder[...]
+        return jnp.dot(x, decoder.T, precision=jax.lax.Precision.HIGHEST) + self.bias[...]
 
 
 class Encoder(nnx.Module):
@@ -105,7 +109,12 @@ class Encoder(nnx.Module):
         return (x * valid[..., None]).astype(self.execution.activations)
 
     def __call__(
-        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
+        self,
+        tokens: jax.Array,
+        valid: jax.Array,
+        packing: Packing | None = None,
+        training: bool = False,
+        key: jax.Array | None = None,
     ) -> Output:
         """Logits of every position.
 
@@ -113,46 +122,57 @@ class Encoder(nnx.Module):
           tokens: integers `[B, L]`.
           valid: bool `[B, L]`, False at padding, which stands at the end of each row.
           packing: given when rows hold several antibodies, which then do not see each other.
+          training: whether experts have a limited capacity; in inference token choice is dropless.
+          key: of the routers' jitter; None: no jitter.
         """
-        x, routing = self._run_layers(self.embed(tokens, valid, packing), valid, packing)
+        x, context = self.embed(tokens, valid, packing), Context(valid, packing)
+        x, routing = self._run_layers(x, context, training, key)
         return Output(self.head(self.final_norm(x), self.embedding[...]), routing)
 
-    def hidden_states(self, tokens: jax.Array, valid: jax.Array) -> list[jax.Array]:
+    def hidden_states(
+        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
+    ) -> list[jax.Array]:
         """Outputs `[B, L, D]` of the embedding and of each layer, the last one normalised."""
-        x = self.embed(tokens, valid)
+        x = self.embed(tokens, valid, packing)
         states = [x]
         for layer in self.layers:
-            x, _ = layer(x, valid)
+            x, _ = layer(x, Context(valid, packing))
             states.append(x)
         return [*states[:-1], self.final_norm(states[-1])]
 
-    def attention_weights(self, tokens: jax.Array, valid: jax.Array) -> list[jax.Array]:
+    def attention_weights(
+        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
+    ) -> list[jax.Array]:
         """Attention weights of each layer, float32 `[B, H, L, L]`."""
-        x, weights = self.embed(tokens, valid), []
+        x, weights = self.embed(tokens, valid, packing), []
         for layer in self.layers:
-            weights.append(layer.attention.weights(layer.attention_norm(x), valid))
-            x, _ = layer(x, valid)
+            weights.append(layer.attention.weights(layer.attention_norm(x), valid, packing))
+            x, _ = layer(x, Context(valid, packing))
         return weights
 
     def _run_layers(
-        self, x: jax.Array, valid: jax.Array, packing: Packing | None
-    ) -> tuple[jax.Array, Routing | None]:
+        self, x: jax.Array, context: Context, training: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, Routed | None]:
+        keys = None if key is None else jax.random.split(key, len(self.layers))
         routings = []
         for start, period, repeats in self._runs():
-            groups = [self.layers[start + i : start + i + period] for i in _steps(period, repeats)]
-            split = [[nnx.split(layer) for layer in group] for group in groups]
+            groups = [range(start + i, start + i + period) for i in _steps(period, repeats)]
+            split = [[nnx.split(self.layers[i]) for i in group] for group in groups]
             definitions = [definition for definition, _ in split[0]]
 
             def body(x, states, definitions=definitions):
                 found = []
-                for definition, state in zip(definitions, states, strict=True):
-                    x, routing = nnx.merge(definition, state)(x, valid, packing)
+                for definition, (state, key) in zip(definitions, states, strict=True):
+                    x, routing = nnx.merge(definition, state)(x, context, training, key)
                     found += [] if routing is None else [routing]
                 return x, _stack(found)
 
             if self.execution.remat:
                 body = jax.checkpoint(body)
-            states = [[state for _, state in group] for group in split]
+            states = [
+                [(state, None if keys is None else keys[i]) for i, (_, state) in zip(group, part, strict=True)]
+                for group, part in zip(groups, split, strict=True)
+            ]
             if repeats == 1:
                 x, found = body(x, states[0])
             else:

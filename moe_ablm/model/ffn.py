@@ -1,6 +1,7 @@
-"""The dense feed-forward block of ESM-2."""
+"""The dense feed-forward block of ESM-2 and BALM."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_ablm.model.layers import Linear
@@ -12,13 +13,25 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-class FeedForward(nnx.Module):
-    """Linear, exact GELU, linear."""
+def swiglu(x: jax.Array) -> jax.Array:
+    """`silu(gate) * value` of the two halves of `x [..., 2 F]` (Shazeer 2020): `[..., F]`."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * value
 
-    def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
-        self.up = Linear(spec.d_model, spec.ffn, "DF", execution, rngs)
-        self.down = Linear(spec.ffn, spec.d_model, "FD", execution, rngs)
+
+ACTIVATE = {"gelu": gelu, "swiglu": swiglu}
+HIDDEN = {"gelu": 1, "swiglu": 2}  # inputs of the activation for each of its outputs
+
+
+class FeedForward(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, spec: EncoderSpec, width: int, execution: Execution, rngs: nnx.Rngs):
+        """Args: spec of the encoder; width F."""
+        self.activation = spec.activation
+        self.up = Linear(spec.d_model, HIDDEN[spec.activation] * width, "DF", execution, rngs)
+        self.down = Linear(width, spec.d_model, "FD", execution, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, L, D] -> [B, L, D]`."""
-        return self.down(gelu(self.up(x)))
+        """`[..., D] -> [..., D]`."""
+        return self.down(ACTIVATE[self.activation](self.up(x)))

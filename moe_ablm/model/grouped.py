@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_ablm.model.experts import ExpertWeights
+from moe_ablm.model.ffn import ACTIVATE
 from moe_ablm.model.linear import dot, dot_transposed, row_major
 
 BLOCK = 128  # rows
@@ -85,19 +87,6 @@ def _take_rows_backward(inverse, gradient):
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-class ExpertWeights(NamedTuple):
-    """All experts: `up [E, D, F]`, `up_bias [E, F]`, `down [E, F, D]`, `down_bias [E, D]`."""
-
-    up: jax.Array
-    up_bias: jax.Array
-    down: jax.Array
-    down_bias: jax.Array
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
 def _block(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK)
 
@@ -106,33 +95,40 @@ def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * BLOCK, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def grouped_ffn(
-    x: jax.Array, weights: ExpertWeights, expert: jax.Array, used: jax.Array, operands: str
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert: jax.Array,
+    used: jax.Array,
+    activation: str,
+    operands: str,
 ) -> jax.Array:
-    """`down_e(gelu(up_e(x)))` block by block.
+    """`down_e(activate(up_e(x)))` block by block.
 
     Args:
       x: `[rows, D]`, blocks of `BLOCK` rows.
       weights: of all experts.
       expert: int32 `[rows / BLOCK]`.
       used: blocks to compute; the rest of the result is 0.
+      activation: of `ffn.ACTIVATE`.
       operands: dtype of matmul factors.
 
     Returns:
       `[rows, D]` in the dtype of `x`.
     """
-    return _grouped_forward(x, weights, expert, used, operands)[0]
+    return _grouped_forward(x, weights, expert, used, activation, operands)[0]
 
 
-def _grouped_forward(x, weights, expert, used, operands):
+def _grouped_forward(x, weights, expert, used, activation, operands):
+    activate = ACTIVATE[activation]
     up, down = weights.up.astype(operands), weights.down.astype(operands)
 
     def body(i, carry):
         y, hidden = carry
         e = expert[i]
         h = dot(_block(x, i), up[e], operands) + weights.up_bias[e]
-        out = dot(_gelu(h), down[e], operands) + weights.down_bias[e]
+        out = dot(activate(h), down[e], operands) + weights.down_bias[e]
         return _put(y, out, i), _put(hidden, h, i)
 
     empty = jnp.zeros_like(x), jnp.zeros((x.shape[0], up.shape[-1]), x.dtype)
@@ -140,7 +136,7 @@ def _grouped_forward(x, weights, expert, used, operands):
     return y, (x, weights, expert, used, hidden)
 
 
-def _grouped_backward(operands, residuals, gradient):
+def _grouped_backward(activation, operands, residuals, gradient):
     x, weights, expert, used, hidden = residuals
     up, down = weights.up.astype(operands), weights.down.astype(operands)
 
@@ -148,8 +144,10 @@ def _grouped_backward(operands, residuals, gradient):
         dx, d = carry
         e = expert[i]
         g, xi = _block(gradient, i), _block(x, i)
-        a, gelu_vjp = jax.vjp(_gelu, _block(hidden, i).astype(jnp.float32))
-        (dh,) = gelu_vjp(dot_transposed(g, down[e], operands))
+        a, activation_vjp = jax.vjp(
+            ACTIVATE[activation], _block(hidden, i).astype(jnp.float32)
+        )
+        (dh,) = activation_vjp(dot_transposed(g, down[e], operands))
         d = ExpertWeights(
             up=d.up.at[e].add(dot(row_major(xi.astype(operands).T), dh, operands)),
             up_bias=d.up_bias.at[e].add(dh.sum(0)),

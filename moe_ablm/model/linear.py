@@ -11,13 +11,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """Asks XLA:CPU to materialise `x` in row-major order; a no-op on other backends."""
-    if jax.default_backend() != "cpu":
+    """Asks XLA:CPU to materialise `x` in row-major order; a no-op on other backends.
+
+    And on meshes that XLA partitions: jax 0.10 would gather `x` for it (within `jax.shard_map` each
+    device is its own).
+    """
+    if jax.default_backend() != "cpu" or _partitioned():
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _partitioned() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(
+        size > 1 and kind != AxisType.Manual
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
 
 
 def dot(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
@@ -49,12 +62,17 @@ def dot_transposed(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, operands: str) -> jax.Array:
-    """`x [..., N] @ kernel [N, M]` with `operands`-typed factors, summed in float32.
+    """`x [..., N] @ kernel [N, M]`, or expert by expert `x [E, T, N] @ kernel [E, N, M]`.
 
-    The result has the dtype of `x`; the gradient of `kernel` is float32.
+    Factors are `operands`-typed, sums float32. The result has the dtype of `x`; the gradient of
+    `kernel` is float32.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return dot(rows, kernel, operands).astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+    out = dot(_rows(x, kernel), kernel, operands).astype(x.dtype)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _rows(x, kernel):
+    return x.reshape(-1, x.shape[-1]) if kernel.ndim == 2 else x
 
 
 def _matmul_forward(x, kernel, operands):
@@ -63,10 +81,9 @@ def _matmul_forward(x, kernel, operands):
 
 def _matmul_backward(operands, residuals, gradient):
     x, kernel, like = residuals
-    rows = x.reshape(-1, x.shape[-1])
-    gradient_rows = gradient.reshape(-1, gradient.shape[-1]).astype(operands)
-    dx = dot_transposed(gradient_rows, kernel, operands).astype(like.dtype).reshape(x.shape)
-    dkernel = dot(row_major(rows.T), gradient_rows, operands)
+    gradient = _rows(gradient, kernel).astype(operands)
+    dx = dot_transposed(gradient, kernel, operands).astype(like.dtype).reshape(x.shape)
+    dkernel = dot(row_major(jnp.swapaxes(_rows(x, kernel), -1, -2)), gradient, operands)
     return dx, dkernel.astype(kernel.dtype)
 
 

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from moe_ablm.errors import UserError
 
 MESH_AXES = ("data", "expert", "fsdp")
+EXPERT_AXIS = "expert"
 BATCH_AXES = MESH_AXES
 # which mesh axis shards an array's axis; letters as in model.spec
-AXIS_RULES = {"E": "expert", "F": "fsdp"}
+AXIS_RULES = {"E": EXPERT_AXIS, "F": "fsdp"}
 
 
 def make_mesh(data: int, expert: int, fsdp: int) -> Mesh:

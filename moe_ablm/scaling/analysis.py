@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import PARABOLIC, resolve
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
@@ -10,7 +11,13 @@ from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.profile import Profile, profiles
 from moe_ablm.scaling.result import Fit
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.uncertainty import Bootstrap, bootstrap, bootstrap_intervals, merge
+from moe_ablm.scaling.uncertainty import (
+    FEWEST_DRAWS,
+    Bootstrap,
+    bootstrap,
+    bootstrap_intervals,
+    merge,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Analysis:
 def analyse(runs: Runs, question: Question) -> Analysis:
     """Fits one law and asks how sure it is; raises UserError as `fit_law` does."""
     name = resolve(question.law)
+    if name in PARABOLIC and question.fixed:
+        raise UserError(f"--fix: law {name} has no coefficients that can be held")
     if name == "envelope":
         from moe_ablm.scaling.envelope import fit_envelope
 
@@ -68,6 +77,12 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     if question.draws > 0:
         boot = bootstrap(made, question.draws, question.seed)
         parts.insert(0, bootstrap_intervals(made, boot, question.level))
+        if len(boot.usable) < FEWEST_DRAWS:
+            note = (
+                f"{len(boot.usable)} of {question.draws} bootstrap draws converged, too few for "
+                f"an interval ({FEWEST_DRAWS})"
+            )
+            boot, made = None, replace(made, notes=(*made.notes, note))
     made = replace(with_open_profiles(made, walked), intervals=merge(*parts))
     return Analysis(made, boot, walked, lack_of_fit(made), delta_sensitivity(made))
 

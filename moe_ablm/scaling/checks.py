@@ -8,9 +8,12 @@ import numpy as np
 from moe_ablm.scaling.readers import Row
 
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-COUNTS = ("params", "total_params", "tokens", "unique_tokens", "flops")
+COUNTS = ("params", "total_params", "tokens", "unique_tokens", "unique_pairs", "flops")
 # A count below this is a count of something larger: 35 for 35 million.
 SMALLEST_COUNT = 1e3
+LARGEST_COUNT = 1e40
+LOSSES = (1e-9, 1e9)  # nats, bits or perplexities: none is outside
+THOUSANDFOLD = 1e3  # a count that is off by this factor is in another unit
 LN_BITS = math.log(1.0 / math.log(2.0))  # ln of (bits per token / nats per token)
 
 
@@ -54,12 +57,42 @@ def number(row: Row, role: str, name: str) -> float:
         raise BadValue(f"column '{name}': found {value:g}, expected a positive number")
     if role == "experts" and value < 1.0:
         raise BadValue(f"column '{name}': found {value:g}, expected at least one expert")
+    if role == "loss" and not LOSSES[0] <= value <= LOSSES[1]:
+        raise BadValue(f"column '{name}': found {value:g}, which is no loss")
+    if role in COUNTS and value > LARGEST_COUNT:
+        raise BadValue(f"column '{name}': found {value:g} for {role}, which is too many")
     if role in COUNTS and value < SMALLEST_COUNT:
         raise BadValue(
             f"column '{name}': found {value:g} for {role}, which is too few to be a count; if it "
             f"is in millions write {value:g}M"
         )
     return value
+
+
+def check_flops(values: Mapping[str, object], names: Mapping[str, str]) -> None:
+    """Training FLOPs are some 6 N D: raises BadValue where they are a thousandfold off."""
+    if not all(role in values for role in ("flops", "params", "tokens")):
+        return
+    expected = 6.0 * values["params"] * values["tokens"]
+    if not 1 / THOUSANDFOLD < values["flops"] / expected < THOUSANDFOLD:
+        raise BadValue(
+            f"column '{names['flops']}': found {values['flops']:g} FLOPs, and 6 times "
+            f"'{names['params']}' times '{names['tokens']}' is {expected:g}: is one of them in "
+            "another unit?"
+        )
+
+
+def few_tokens(columns: Mapping[str, np.ndarray]) -> str | None:
+    """A note where tokens are so few beside the parameters that a unit may be wrong."""
+    if "params" not in columns or "tokens" not in columns:
+        return None
+    ratio = float(np.median(columns["tokens"] / columns["params"]))
+    if ratio >= 0.1:
+        return None
+    return (
+        f"there are {ratio:.2g} tokens for each parameter: are tokens in thousands or millions, or "
+        "the columns swapped?"
+    )
 
 
 def label(row: Row, name: str) -> str:

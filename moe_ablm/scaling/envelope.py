@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.inputs import check_inputs
 from moe_ablm.scaling.parabolas import Envelope, line
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
@@ -33,6 +34,7 @@ def fit_envelope(
       UserError: fewer than three sizes have curves of two points, or they never overlap.
     """
     runs.require(("params", "loss"), "envelope")
+    check_inputs("--target", target or {})
     if "flops" not in runs:
         runs.require(("tokens",), "envelope")
     curves, params = _curves(runs)

@@ -10,8 +10,8 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.checks import mixed_units
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
-from moe_ablm.scaling.inputs import Centre, make_inputs
-from moe_ablm.scaling.laws import Law
+from moe_ablm.scaling.inputs import Centre, Inputs, check_inputs, make_inputs
+from moe_ablm.scaling.laws import Law, Parameter
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.result import Fit
 from moe_ablm.scaling.runs import Runs
@@ -19,6 +19,8 @@ from moe_ablm.scaling.solver import Minimum, Problem, minimise
 
 DELTA_DEFAULT = 1e-3  # Hoffmann et al. 2022
 DELTA_FLOOR = 1e-4
+DELTA_SMALLEST = 1e-12  # below, rounding is all that is left of the objective
+MOST_FOR_STARTS = 4096  # runs that starts are solved on; all of them are fitted
 POLISHED = 32  # best starts that are polished
 QUICK, FINISHED = 60, 3  # iterations for all of them, and how many are then finished
 SMALLEST_SHARE, LARGEST_SHARE = 1e-9, 1e6  # of a term at the centre of the runs, over the loss
@@ -44,8 +46,12 @@ def fit_law(
       UserError: a column is missing, there are fewer runs than coefficients, losses are in mixed
         units, or a coefficient is unknown.
     """
-    if huber_delta is not None and not huber_delta > 0:
-        raise UserError(f"--huber-delta {huber_delta}: expected a positive number, or inf")
+    if huber_delta is not None and not huber_delta >= DELTA_SMALLEST:
+        raise UserError(
+            f"--huber-delta {huber_delta}: expected a positive number of at least "
+            f"{DELTA_SMALLEST:g}, or inf"
+        )
+    check_inputs("--target", target or {})
     runs.require(SMOOTH[resolve(law)].needs, resolve(law))
     made = law_for(law, runs.columns)
     delta, delta_source = (huber_delta, "given") if huber_delta else default_delta(runs)
@@ -107,15 +113,25 @@ def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> S
     free = np.ones(len(law.parameters), bool)
     for name, value in fixed.items():
         k = law.index(name)
-        if law.parameters[k].log and not value > 0:
-            raise UserError(f"--fix {name}={value}: expected a positive number")
-        template[k] = law.parameters[k].internal(value)
+        template[k] = _fixed_value(law.parameters[k], value)
         free[k] = False
     noise = delta if math.isfinite(delta) else DELTA_DEFAULT
     problem = Problem(
         law, x, log_loss, np.ones(log_loss.size), delta, low, high, free, prior_scale=noise**2
     )
     return Setup(law, problem, centre, template, index)
+
+
+def _fixed_value(parameter: Parameter, value: float) -> float:
+    """The internal value of a coefficient that is held, within its range."""
+    if parameter.log and not value > 0:
+        raise UserError(f"--fix {parameter.name}={value}: expected a positive number")
+    low, high = parameter.report(parameter.low), parameter.report(parameter.high)
+    if not low <= value <= high:
+        raise UserError(
+            f"--fix {parameter.name}={value}: expected a number from {low:.4g} to {high:.4g}"
+        )
+    return parameter.internal(value)
 
 
 def _bounds(law: Law, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +145,7 @@ def _bounds(law: Law, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, 
     return low, high
 
 
-def _middle(parameter) -> float:
+def _middle(parameter: Parameter) -> float:
     low, high = parameter.search or (parameter.low, parameter.high)
     return 0.5 * (low + high)
 
@@ -169,8 +185,21 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
         for j, k in enumerate(searched):
             low, high = law.parameters[k].search
             grid[:, k] = low + points[:, j] * (high - low)
-    solved = [law.linear_start(t, problem.x, problem.log_loss, problem.weights) for t in grid]
+    x, log_loss, weights = _some(problem)
+    solved = [law.linear_start(t, x, log_loss, weights) for t in grid]
     return np.where(problem.free, np.array(solved), setup.template)
+
+
+def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
+    """The observations that starts are solved on: all, or an even sample of very many."""
+    step = -(-problem.x.size // MOST_FOR_STARTS)
+    if step == 1:
+        return problem.x, problem.log_loss, problem.weights
+    picked = {
+        k: v[::step] if isinstance(v, np.ndarray) else v for k, v in vars(problem.x).items()
+    }
+    picked["size"] = -(-problem.x.size // step)
+    return Inputs(**picked), problem.log_loss[::step], problem.weights[::step]
 
 
 def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
@@ -211,8 +240,8 @@ def describe(
     notes = list(runs.notes)
     if exact:
         notes.append(
-            f"{len(runs)} runs for {len(runs)} coefficients: the fit is exact, there is no "
-            "residual and no interval"
+            f"{len(runs)} runs for {len(runs)} coefficients: the fit is exact, its residuals say "
+            "nothing about its error and there is no interval"
         )
     status = _status(bool(best.converged[0]), exact, bounds, identifiable)
     quantities = law.derived(setup.centre, target)

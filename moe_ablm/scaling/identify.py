@@ -127,7 +127,8 @@ def null_space(jacobian: np.ndarray) -> tuple[float, np.ndarray]:
     dead = norms <= 1e-10 * max(norms.max(), 1e-300)
     scaled = jacobian / np.where(dead, 1.0, norms)
     scaled[:, dead] = 0.0
-    _, singular, vectors = np.linalg.svd(scaled, full_matrices=True)
+    # R has the singular values of the whole and K columns, however many runs there are.
+    _, singular, vectors = np.linalg.svd(np.linalg.qr(scaled, mode="r"), full_matrices=True)
     singular = np.concatenate([singular, np.zeros(jacobian.shape[1] - singular.size)])
     zero = singular <= SINGULAR * singular.max()
     null = (

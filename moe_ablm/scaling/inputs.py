@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.errors import UserError
+
 # What a prediction may depend on; other columns of a table (seed, step, ...) only describe a run.
 INPUTS = (
     "params",
@@ -21,6 +23,28 @@ INPUTS = (
     "granularity",
     "sparsity",
 )
+
+
+def check_inputs(where: str, values: Mapping[str, object]) -> None:
+    """Inputs of a prediction, in natural units; `where` begins the message.
+
+    Raises:
+      UserError: a name is no input, or a value is no positive finite number.
+    """
+    for name, value in values.items():
+        if name not in INPUTS:
+            raise UserError(f"{where}: unknown input {name}; expected one of {', '.join(INPUTS)}")
+        if name == "router":
+            continue
+        try:
+            value = np.asarray(value, float)
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: {name}={value}: expected a number") from None
+        outside = (value < 0.0) | (value >= 1.0) if name == "sparsity" else value <= 0.0
+        bad = ~np.isfinite(value) | outside
+        if bad.any():
+            found = np.atleast_1d(value)[np.atleast_1d(bad)][0]
+            raise UserError(f"{where}: {name}={found:g}: expected positive finite numbers")
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,18 @@ class MoeClark(Law):
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         """As of every law; a dense run must say which router's curve it is to be read from."""
-        names = np.atleast_1d(columns.get("router", self.routers[0]))
-        if "router" not in columns and len(self.routers) > 1 or not set(names) <= set(self.routers):
+        default = self.routers[0] if len(self.routers) == 1 else "dense"
+        names = np.atleast_1d(columns.get("router", default))
+        for name in np.unique(names):
+            self._known(str(name), "predict")
+        return super().predict(coefficients, {**columns, "router": names})
+
+    def _known(self, router: object, where: str) -> None:
+        if router not in self.routers:
             raise UserError(
-                f"predict: law moe_clark has a curve for each router; give router= one of "
+                f"{where}: law moe_clark has a curve for each router; give router= one of "
                 f"{', '.join(self.routers)} (dense runs lie on each of them at experts=1)"
             )
-        return super().predict(coefficients, {**columns, "router": names})
 
     def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
         out = np.array(theta)
@@ -182,7 +187,11 @@ class MoeClark(Law):
                     log10_n_cut,
                 ),
             ]
-        return out + loss_at(self, centre, target)
+        # Without a router there is no curve to read the loss from; with one it is that one.
+        if "router" in target or len(self.routers) == 1:
+            self._known(target.get("router", self.routers[0]), "--target")
+            out += loss_at(self, centre, {"router": self.routers[0], **target})
+        return out
 
 
 class MoeGranularity(Law):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.inputs import check_inputs
 from moe_ablm.scaling.parabolas import (
     Parabola,
     Quadratic,
@@ -42,10 +43,11 @@ def fit_parabolas(
     inverse chi-square), which gives few degrees of freedom their wide t intervals. Draws that
     have no minimum count as an open end.
     """
-    if seed_sd is not None and not seed_sd > 0:
+    if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
     _require(runs, law)
     target = target or {}
+    check_inputs("--target", target)
     parabolas, notes = split(law, runs)
     loss = runs["loss"]
     abc = coefficients_of(parabolas, loss)

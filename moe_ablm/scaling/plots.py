@@ -18,6 +18,7 @@ from moe_ablm.scaling.parabola_fit import band
 from moe_ablm.scaling.runs import Runs
 
 GROUPS = 6  # most curves in one panel
+MOST_VECTORS = 5000  # points of a line that an SVG keeps apart; more become pixels
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -55,6 +56,8 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     out = []
     with rc_context(STYLE):
         for name, figure in figures.items():
+            for line in (line for axes in figure.axes for line in axes.lines):
+                line.set_rasterized(len(line.get_xdata()) > MOST_VECTORS)
             for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
                 path = directory / f"{name}.{kind}"
                 temporary = path.with_name(f".{path.name}")
@@ -121,6 +124,12 @@ def _paint(axes: Axes, x: np.ndarray, band: tuple, color, label: str) -> None:
         axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
 
 
+def _frame(axes: Axes, loss: np.ndarray) -> None:
+    """Limits by the losses that were seen: a law may leave them far behind."""
+    margin = 0.15 * np.ptp(loss) or 0.01 * loss.max()
+    axes.set_ylim(loss.min() - margin, loss.max() + margin)
+
+
 def loss_against_params(analysis: Analysis) -> Figure:
     """Loss against N, a curve per data size with its bootstrap band."""
     made, runs = analysis.fit, analysis.fit.runs
@@ -145,8 +154,7 @@ def loss_against_params(analysis: Analysis) -> Figure:
         best = made.derived.get(f"N_star[{value:.15g}]")
         if best is not None:
             axes.axvline(best, color=color, lw=0.8, ls=":")
-    spread = np.ptp(runs["loss"])
-    axes.set_ylim(runs["loss"].min() - 0.15 * spread, runs["loss"].max() + 0.15 * spread)
+    _frame(axes, runs["loss"])
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
     title = f"unique {made.data_unit}" if role == "unique_tokens" else role
     axes.legend(title=title, fontsize=7, title_fontsize=7)
@@ -200,8 +208,7 @@ def isoflop(analysis: Analysis) -> Figure:
         axes.plot(sizes[best], loss[best], "*", color=color, ms=9)
         near = np.abs(np.log(flops / budget)) < 0.2
         axes.plot(runs["params"][near], runs["loss"][near], "o", ms=3, color=color)
-    spread = np.ptp(runs["loss"])
-    axes.set_ylim(runs["loss"].min() - 0.1 * spread, runs["loss"].max() + 0.1 * spread)
+    _frame(axes, runs["loss"])
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
     axes.legend(title="FLOPs = 6 N D", fontsize=7, title_fontsize=7)
     return figure

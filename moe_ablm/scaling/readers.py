@@ -43,16 +43,17 @@ class Sheet:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_sheet(path: Path, curves: bool = False) -> Sheet:
+def read_sheet(path: Path, curves: bool = False, drop_bad: bool = False) -> Sheet:
     """A `.csv`, `.tsv` (also `.gz`) or `.parquet` file, or a directory that holds runs.
 
-    With `curves`, a run directory gives a row for every evaluation in its `results.jsonl`.
+    With `curves`, a run directory gives a row for every evaluation in its `results.jsonl`. With
+    `drop_bad`, damaged run directories are skipped with a reason.
 
     Raises:
       UserError: the path is absent, of another kind, empty or damaged.
     """
     if path.is_dir():
-        return _read_run_directories(path, curves)
+        return _read_run_directories(path, curves, drop_bad)
     if not path.is_file():
         raise UserError(f"--input {path}: no such file or directory")
     suffixes = [s.lower() for s in path.suffixes]
@@ -120,20 +121,26 @@ def _read_parquet(path: Path) -> Sheet:
     return Sheet(path, table.column_names, rows)
 
 
-def _read_run_directories(path: Path, curves: bool) -> Sheet:
+def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
     files = sorted(path.rglob("run.json"))
     if not files:
         raise UserError(f"--input {path}: no run.json in it or below; expected directories of runs")
     sheet = Sheet(path, [], [], is_runs=True)
     names: dict[str, None] = {}
     for file in files:
-        values = _read_json(file)
-        status = str(values.get("status", "")).lower()
-        if status not in FINISHED:
-            sheet.skipped.append((str(file), f"status is '{status}', not '{FINISHED[0]}'"))
+        try:
+            values = _read_json(file)
+            status = str(values.get("status", "")).lower()
+            if status not in FINISHED:
+                sheet.skipped.append((str(file), f"status is '{status}', not '{FINISHED[0]}'"))
+                continue
+            values["run"] = str(file.parent)
+            rows = list(_curve_rows(file, values)) if curves else [Row(str(file), values)]
+        except UserError as error:
+            if not drop_bad:
+                raise UserError(f"{error}; mend it, or use --drop-bad-rows") from None
+            sheet.skipped.append((str(file), str(error)))
             continue
-        values["run"] = str(file.parent)
-        rows = list(_curve_rows(file, values)) if curves else [Row(str(file), values)]
         sheet.rows += rows
         for row in rows:
             names.update(dict.fromkeys(row.values))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import INPUTS, Centre
+from moe_ablm.scaling.inputs import Centre, check_inputs
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Problem
 
@@ -73,12 +73,7 @@ class Fit:
             if name not in inputs and name != "loss":
                 raise UserError(f"predict: law {self.law.name} needs {name}=...")
         columns = {k: np.asarray(v) for k, v in inputs.items()}
-        for name, value in columns.items():
-            if name not in INPUTS:
-                raise UserError(f"predict: unknown input {name}; expected {', '.join(INPUTS)}")
-            low = -1e-300 if name == "sparsity" else 0.0
-            if name != "router" and not np.all(np.isfinite(value) & (value > low)):
-                raise UserError(f"predict: {name}={value}: expected positive finite numbers")
+        check_inputs("predict", columns)
         return self.law.predict(self.coefficients, columns)
 
     def to_json(self) -> dict:

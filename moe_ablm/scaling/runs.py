@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.checks import BadValue, label, mixed_units, number, smooth_prediction
+from moe_ablm.scaling.checks import (
+    BadValue,
+    check_flops,
+    few_tokens,
+    label,
+    mixed_units,
+    number,
+    smooth_prediction,
+)
 from moe_ablm.scaling.inputs import INPUTS
 from moe_ablm.scaling.readers import RUN_FIELDS, Row, Sheet, read_sheet
 
@@ -112,7 +120,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
     notes: list[str] = []
     table: list[tuple[str, dict]] = []
     for item in inputs:
-        sheet = read_sheet(Path(item), reading.curves)
+        sheet = read_sheet(Path(item), reading.curves, reading.drop_bad_rows)
         dropped += sheet.skipped
         names = _names(sheet, columns)
         rows = _where(sheet, reading.where or {}, notes)
@@ -121,6 +129,8 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
     table = _without_duplicates(table, dropped)
     if not table:
         reasons = f"; first reason: {dropped[0][0]}: {dropped[0][1]}" if dropped else ""
+        reasons = reasons or (": every row was left out by --where" if reading.where else "")
+        reasons = reasons or ": nothing below the header"
         raise UserError(f"--input {', '.join(map(str, inputs))}: no usable row{reasons}")
     table = _without_largest(table, reading.drop_largest_losses, dropped)
     runs = _assemble(table, dropped, notes, reading)
@@ -186,7 +196,7 @@ def _parse(
         try:
             values = {r: number(row, r, n) for r, n in names.items() if r in NUMBERS}
             values |= {r: label(row, n) for r, n in names.items() if r in LABELS}
-            clamped += _complete(row.source, values, names, sheet.is_runs, reading)
+            clamped += _complete(values, names, sheet.is_runs, reading)
         except BadValue as bad:
             if bad.missing_loss or sheet.is_runs or reading.drop_bad_rows:
                 dropped.append((row.source, bad.what))
@@ -201,14 +211,13 @@ def _parse(
     return out
 
 
-def _complete(
-    source: str, values: dict, names: Mapping[str, str], is_runs: bool, reading: Reading
-) -> bool:
+def _complete(values: dict, names: Mapping[str, str], is_runs: bool, reading: Reading) -> bool:
     """Fills in what follows from other columns; True where unique tokens were clamped."""
-    del source
     params = values.get("params")
     if "tokens" not in values and "flops" in values and params:
         values["tokens"] = values["flops"] / (6.0 * params)
+    elif "flops" in values:
+        check_flops(values, names)
     if reading.tokens_per_pair and "unique_pairs" in values:
         values["unique_tokens"] = values["unique_pairs"] * reading.tokens_per_pair
     router = values.get("router", "")
@@ -259,11 +268,15 @@ def _last_step(
 def _without_duplicates(
     table: list[tuple[str, dict]], dropped: list[tuple[str, str]]
 ) -> list[tuple[str, dict]]:
-    """Without rows equal in every mapped column, the loss too: one run written down twice."""
+    """Without rows equal in every mapped column, the loss too: one run written down twice.
+
+    A run directory is called by its path, and a copy of it is not another run.
+    """
     seen: dict[tuple, str] = {}
     out = []
     for source, values in table:
-        key = tuple(sorted((k, str(v)) for k, v in values.items()))
+        copied = source.startswith(values.get("run") or "\0")
+        key = tuple(sorted((k, str(v)) for k, v in values.items() if not (copied and k == "run")))
         if key in seen:
             dropped.append((source, f"duplicate of {seen[key]}"))
         else:
@@ -307,6 +320,9 @@ def _assemble(
     elif reading.tokens_per_pair and "unique_pairs" not in columns and "unique_tokens" in columns:
         columns["unique_pairs"] = columns["unique_tokens"] / reading.tokens_per_pair
     source = tuple(s for s, _ in table)
+    doubt = few_tokens(columns)
+    if doubt:
+        notes.append(doubt)
     return Runs(columns, source, tuple(dropped), tuple(notes), unit)
 
 

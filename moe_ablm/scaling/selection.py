@@ -63,7 +63,7 @@ def compare(
         held = np.array([folds == k for k in range(folds.max() + 1)] + [largest])
         errors = _held_out(made, runs, held, huber_delta)
         inside = np.select(list(held[:-1]), list(errors[:-1]), np.nan)
-        cv = np.array([np.mean(np.abs(inside[cells == c])) for c in range(cells.max() + 1)])
+        cv = np.bincount(cells, np.abs(inside)) / np.bincount(cells)
         outside = errors[-1][largest]
         scores.append(
             Score(
@@ -150,7 +150,8 @@ def _largest(runs: Runs, cells: np.ndarray) -> np.ndarray:
     """Runs of the largest cells by compute (by parameters where tokens are unknown)."""
     size = runs.flops() if "tokens" in runs or "flops" in runs else runs["params"]
     count = max(1, round(HELD_OUT * (cells.max() + 1)))
-    by_cell = np.array([size[cells == c].max() for c in range(cells.max() + 1)])
+    by_cell = np.zeros(cells.max() + 1)
+    np.maximum.at(by_cell, cells, size)
     return np.isin(cells, np.argsort(-by_cell, kind="stable")[:count])
 
 

@@ -17,6 +17,7 @@ from moe_ablm.scaling.inputs import Inputs
 from moe_ablm.scaling.laws import Law, log_sum
 
 CHUNK = 256  # rows of the batch worked on together: keeps [chunk, n] arrays in cache
+LARGEST_ARRAY = 2**22  # entries of one [chunk, n] array, where runs are very many
 FTOL = 1e-14  # relative decrease that the local quadratic model still promises
 STALLS = 5  # iterations in a row that gain less than FTOL: rounding, or a flat direction
 EXACT = 1e-26  # a summed objective below n times this is an exact fit
@@ -157,9 +158,10 @@ def minimise(
     Chunks of the batch run on `workers` threads (default: one a core; numpy lets go of the lock);
     rows never meet, so that the result does not depend on their number.
     """
+    size = max(1, min(CHUNK, LARGEST_ARRAY // max(problem.x.size, 1)))
     chunks = [
-        np.arange(first, min(first + CHUNK, theta.shape[0]))
-        for first in range(0, theta.shape[0], CHUNK)
+        np.arange(first, min(first + size, theta.shape[0]))
+        for first in range(0, theta.shape[0], size)
     ]
 
     def work(index: np.ndarray) -> tuple:

@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_ablm.errors import UserError
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import Derived
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.solver import minimise
+
+FEWEST_DRAWS = 20  # that an interval is made of
+MOST_WEIGHTS = 10**8  # draws times runs: beyond, the weights alone take gigabytes
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,8 @@ class Bootstrap:
 
     theta: np.ndarray
     converged: np.ndarray
-    at_bound: Mapping[str, float]  # share of draws in which a parameter ended at a bound
+    at_low: Mapping[str, float]  # share of draws in which a parameter ended at its lower bound
+    at_high: Mapping[str, float]
     scheme: str
 
     @property
@@ -52,14 +57,22 @@ def bootstrap(fit: Fit, draws: int = 4000, seed: int = 0) -> Bootstrap:
     The same seed gives the same draws whatever the machine. A draw that loses a coefficient's
     runs may end at a bound; the share of such draws is reported.
     """
+    if draws * len(fit.runs) > MOST_WEIGHTS:
+        raise UserError(
+            f"--bootstrap {draws}: {draws} draws of {len(fit.runs)} runs do not fit in memory; use "
+            f"at most {MOST_WEIGHTS // len(fit.runs)}"
+        )
     weights, scheme = resample(fit.runs.cells(), draws, seed)
     problem = replace(fit.problem, weights=weights[:, fit.index])
     ends = minimise(problem, np.repeat(fit.theta[None], draws, axis=0))
     width = 1e-6 * (problem.high - problem.low)
-    hit = (ends.theta <= problem.low + width) | (ends.theta >= problem.high - width)
-    share = (hit & problem.free).mean(axis=0)
-    at_bound = {n: float(s) for n, s in zip(fit.law.names, share, strict=True) if s > 0}
-    return Bootstrap(ends.theta, ends.converged, at_bound, scheme)
+
+    def share(hit: np.ndarray) -> dict[str, float]:
+        hit = (hit & problem.free).mean(axis=0)
+        return {n: float(s) for n, s in zip(fit.law.names, hit, strict=True) if s > 0}
+
+    low, high = ends.theta <= problem.low + width, ends.theta >= problem.high - width
+    return Bootstrap(ends.theta, ends.converged, share(low), share(high), scheme)
 
 
 def coefficient_draws(fit: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,18 +105,17 @@ def bootstrap_intervals(
         with np.errstate(all="ignore"):
             values = q.report(q.function(boot.usable))
         values = values[np.isfinite(values)]
-        if values.size < 20 or np.ptp(values) <= 1e-12 * np.abs(values[0]):  # nothing free moves it
+        if values.size < FEWEST_DRAWS or np.ptp(values) <= 1e-12 * np.abs(values[0]):  # nothing free moves it
             continue
         tail = 50 * (1 - level)
-        low, high = np.percentile(values, [tail, 100 - tail])
+        ends: list[float | None] = [float(v) for v in np.percentile(values, [tail, 100 - tail])]
+        spread: float | None = float(values.std(ddof=1))
         note = f"{values.size} draws of {boot.scheme}"
-        if boot.at_bound.get(q.name, 0) > 0.5 * (1 - level):
-            note += (
-                f"; {boot.at_bound[q.name]:.1%} at a bound: that end is the bound's, not the data's"
-            )
-        out[q.name] = (
-            Interval("bootstrap", level, float(low), float(high), float(values.std(ddof=1)), note),
-        )
+        for end, (side, shares) in enumerate((("lower", boot.at_low), ("upper", boot.at_high))):
+            if shares.get(q.name, 0.0) > 0.5 * (1 - level):  # the bound's end, not the data's
+                note += f"; {shares[q.name]:.1%} at the {side} bound: open on that side"
+                ends[end], spread = None, None
+        out[q.name] = (Interval("bootstrap", level, ends[0], ends[1], spread, note),)
     return out
 
 

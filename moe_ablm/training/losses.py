@@ -35,11 +35,11 @@ def region_sums(logits: jax.Array, batch: dict[str, jax.Array]) -> RegionSums:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
-    counted = batch["loss_mask"].astype(jnp.float32)
+    counted = batch["loss_mask"]
     one_hot = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
     sums = jnp.einsum(
         "nbl,blc->nc",
-        jnp.stack([loss * counted, correct * counted, counted]),
+        jnp.stack([jnp.where(counted, x, 0.0) for x in (loss, correct, jnp.ones_like(loss))]),
         one_hot,
         precision=jax.lax.Precision.HIGHEST,
     )

@@ -10,7 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from moe_ablm.model.routers import RouterStats
+from moe_ablm.model.routing import RouterStats
 from moe_ablm.results import keep_until
 from moe_ablm.training.losses import REGIONS, RegionSums
 

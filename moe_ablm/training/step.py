@@ -9,9 +9,11 @@ import optax
 from flax import nnx
 
 from moe_ablm.model.attention import Packing
-from moe_ablm.model.encoder import Encoder, Output, Routing
-from moe_ablm.model.routers import RouterStats
+from moe_ablm.model.encoder import Encoder, Output
+from moe_ablm.model.moe import Routed
+from moe_ablm.model.routing import RouterStats
 from moe_ablm.model.spec import MoESpec
+from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
 from moe_ablm.training.state import TrainState
 
@@ -30,17 +32,23 @@ class StepMetrics(NamedTuple):
     router: RouterStats | None
 
 
-def forward(model: Encoder, batch: Batch) -> Output:
+def forward(
+    model: Encoder, batch: Batch, training: bool = False, key: jax.Array | None = None
+) -> Output:
     """The encoder's output for a batch, packed when the batch says where its antibodies are."""
     packing = None
     if "position" in batch:
         packing = Packing(batch["antibody"], batch["position"])
-    return model(batch["tokens"], batch["segment"] > 0, packing)
+    return model(batch["tokens"], batch["segment"] > 0, packing, training, key)
 
 
 def auxiliary_loss(stats: RouterStats, moe: MoESpec) -> jax.Array:
     """Weighted router losses, summed over the MoE layers (statistics `[M, ...]`)."""
-    return moe.load_balance * stats.load_balance.sum() + moe.z_loss * stats.z_loss.sum()
+    return (
+        moe.load_balance * stats.load_balance.sum()
+        + moe.z_loss * stats.z_loss.sum()
+        + moe.entropy_loss * stats.entropy_loss.sum()
+    )
 
 
 def make_train_step(
@@ -49,15 +57,17 @@ def make_train_step(
     moe: MoESpec,
     accumulate: int,
     ema: float,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The update of a batch.
 
     Gradients of `accumulate` micro-batches add up to those of the whole batch: every token weighs
-    the same, whichever micro-batch it is in. (Router losses are means over micro-batches.)
+    the same, whichever micro-batch it is in. (Router losses are means over micro-batches.) The
+    jitter of routers is a function of (seed, step, micro-batch).
     """
 
-    def objective(params, batch, masked):
-        output = forward(nnx.merge(definition, params), batch)
+    def objective(params, batch, masked, key):
+        output = forward(nnx.merge(definition, params), batch, training=True, key=key)
         sums = region_sums(output.logits, batch)
         loss = sums.loss.sum() / masked
         router = None
@@ -72,25 +82,29 @@ def make_train_step(
         # row i goes to micro-batch i % accumulate: each holds rows of every device
         return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def accumulated(params, batch, masked):
+    def accumulated(params, batch, masked, key):
         if accumulate == 1:
-            (loss, (sums, router)), grads = gradient(params, batch, masked)
+            (loss, (sums, router)), grads = gradient(params, batch, masked, key)
             return loss, sums, router, grads
 
         def body(carry, part):
-            (loss, (sums, router)), grads = gradient(params, part, masked)
+            (loss, (sums, router)), grads = gradient(params, part[0], masked, part[1])
             return jax.tree.map(jnp.add, carry, (loss, sums, grads)), router
 
         zero = jnp.zeros(()), RegionSums(*[jnp.zeros(CELLS)] * 3)
         carry = (*zero, jax.tree.map(jnp.zeros_like, params))
-        (loss, sums, grads), router = jax.lax.scan(body, carry, micro_batches(batch))
+        keys = None if key is None else jax.random.split(key, accumulate)
+        (loss, sums, grads), router = jax.lax.scan(body, carry, (micro_batches(batch), keys))
         return loss, sums, jax.tree.map(lambda x: x.mean(0), router), grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         masked = jnp.maximum(batch["loss_mask"].sum(), 1)
-        loss, sums, router, grads = accumulated(state.params, batch, masked)
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if moe.jitter else None
+        loss, sums, router, grads = accumulated(state.params, batch, masked, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if moe.balance_rate:
+            params = rebalanced(params, router.load, moe.balance_rate)
         average = state.ema
         if average is not None:
             average = optax.incremental_update(params, average, 1 - ema)
@@ -98,9 +112,9 @@ def make_train_step(
             sums=sums,
             tokens=(batch["segment"] > 0).sum(),
             objective=loss,
-            grad_norm=optax.global_norm(grads),
-            update_norm=optax.global_norm(updates),
-            param_norm=optax.global_norm(params),
+            grad_norm=optax.tree.norm(grads),
+            update_norm=optax.tree.norm(updates),
+            param_norm=optax.tree.norm(params),
             router=router,
         )
         return TrainState(state.step + 1, params, opt_state, average), metrics
@@ -118,23 +132,22 @@ class EvalSums(NamedTuple):
     routed: jax.Array | None
 
 
-def make_eval_step(
-    definition: nnx.GraphDef, experts: int
-) -> Callable[[nnx.State, Batch], EvalSums]:
+def make_eval_step(definition: nnx.GraphDef) -> Callable[[nnx.State, Batch], EvalSums]:
     """Sums of a batch under fixed parameters."""
 
     def eval_step(params: nnx.State, batch: Batch) -> EvalSums:
         output = forward(nnx.merge(definition, params), batch)
         sums = region_sums(output.logits, batch)
-        return EvalSums(sums, routed_by_region(output.routing, batch, experts))
+        return EvalSums(sums, routed_by_region(output.routing, batch))
 
     return eval_step
 
 
-def routed_by_region(routing: Routing | None, batch: Batch, experts: int) -> jax.Array | None:
+def routed_by_region(routing: Routed | None, batch: Batch) -> jax.Array | None:
     """Assignments by layer, expert and region cell, float32 `[M, E, CELLS]`."""
     if routing is None:
         return None
     where = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
-    chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32).sum(-2)
-    return jnp.einsum("mble,blc->mec", chosen, where, precision=jax.lax.Precision.HIGHEST)
+    # padding falls in a cell, too, but under BALM-MoE's policies experts may work on it
+    assigned = routing.assigned * (batch["segment"] > 0)[..., None]
+    return jnp.einsum("mble,blc->mec", assigned, where, precision=jax.lax.Precision.HIGHEST)

@@ -12,15 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moe_ablm.data.annotate import annotate_batch
 from moe_ablm.data.complete import annotated
-from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers import Source
 from moe_ablm.data.readers.check import place_of
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
+from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 HELP = "regions, genes and germline of amino-acid chains"
 COLUMNS = (
@@ -34,33 +34,8 @@ OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
-    parser.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several",
-    )
+    add_reading_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
-    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
-    parser.add_argument(
-        "--columns",
-        metavar="heavy=A,light=B",
-        help="columns of the chains, and of id, donor, label, cluster",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "skip"),
-        default="fail",
-        help="stop at a malformed row (default), or count it and leave it out",
-    )
-    parser.add_argument(
-        "--reannotate", action="store_true", help="replace annotation that is there"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,17 +43,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: expected a name that ends in .parquet")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory: name a file in it")
-    sources = open_sources(
-        args.input,
-        format=args.format,
-        columns=parse_columns(args.columns),
-        on_bad_row=args.on_bad_row,
-    )
+    sources = sources_of(args)
     for source in sources:
         if source.is_protein:
             raise UserError(f"--input {source.report.source}: general proteins, no antibody chains")
     started = time.monotonic()
-    with _progress(sources):
+    with reading_progress("annotate", sources):
         streams = [_stream(source, args.reannotate, args.workers) for source in sources]
         _write(streams, args.out)
     _print_summary(sources, args.out, time.monotonic() - started)
@@ -129,34 +99,6 @@ def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         for field in schema
     ]
     return pa.record_batch(arrays, schema=schema)
-
-
-def _progress(sources: list[Source]) -> Progress:
-    """A bar over the bytes of all files, which the sources report to; silent without a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("annotate {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]} rows/s"),
-    )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    sizes = [sum(path.stat().st_size for path in source.paths) for source in sources]
-    task = bar.add_task("", total=sum(sizes), rate="")
-    for source, before in zip(sources, itertools.accumulate(sizes, initial=0), strict=False):
-
-        def show(consumed: int, source: Source = source, before: int = before) -> None:
-            rows = sum(s.report.read for s in sources) / (bar.tasks[task].elapsed or 1.0)
-            bar.update(
-                task,
-                completed=before + consumed,
-                description=source.report.origin,
-                rate=f"{rows:,.0f}",
-            )
-
-        source.report.progress = show
-    return bar
 
 
 def _print_summary(sources: list[Source], out: Path, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
     if not console.is_terminal:  # a file or a pipe has room for whole tables
         console = Console(width=PIPE_WIDTH)
     laws = args.law or [COMPARE]
-    if args.bootstrap < 0:
-        raise UserError(f"--bootstrap {args.bootstrap}: expected 0 or more draws")
+    _check_numbers(args)
+    out = Path(args.out)
+    _check_out(out)
     reading = Reading(
         columns=_pairs("--columns", [args.columns]),
         where=_pairs("--where", args.where),
@@ -94,19 +96,40 @@ def run(args: argparse.Namespace) -> None:
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: exists and is not a directory")
     if args.design:
         _design(console, runs, laws, args, out)
     else:
         _fit(console, runs, laws, args, out, reading)
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises UserError for a number out of its range, before anything is read or fitted."""
+    for flag in ("bootstrap", "seed", "drop_largest_losses"):
+        value = getattr(args, flag)
+        if value < 0:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more")
+    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} {value}: expected a positive number")
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError where `out` cannot become a directory to write in."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--out {out}: {place} exists and is not a directory")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--out {out}: no permission to write in {place}")
+
+
 def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     """Fits, compares, draws and writes; the first law is the one that is saved."""
     from moe_ablm.scaling.analysis import Question, analyse
-    from moe_ablm.scaling.catalogue import applicable
+    from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
     from moe_ablm.scaling.report import write_report
@@ -117,7 +140,7 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
         law="",
         huber_delta=args.huber_delta,
         fixed=_numbers("--fix", args.fix),
-        target=_numbers("--target", args.target),
+        target=_target(args, runs),
         draws=args.bootstrap,
         seed=args.seed,
         seed_sd=args.seed_sd,
@@ -137,8 +160,13 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
         sentences.append(verdict(scores))
         _write_json(out, "comparison.json", _scores_json(scores, sentences[0]))
     chosen = named[0] if named else scores[0].law if len(candidates) > 1 else candidates[0]
-    analysis = analyse(runs, replace(question, law=chosen))
     study = STUDIES.get(args.published)
+    if study and resolve(chosen) != study.law:
+        raise UserError(
+            f"--published {args.published}: these are coefficients of {study.law} and the law is "
+            f"{chosen}; use --law {study.law}"
+        )
+    analysis = analyse(runs, replace(question, law=chosen))
     show(console, analysis, study)
     more, said = _advice(analysis, args, reading)
     tables += more
@@ -166,7 +194,7 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
     if boot is None:
         raise UserError(
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
-            "none: use --bootstrap N and a law of N and D that is not an exact fit"
+            "too few or none: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
     noise = advice.noise_of(fit)
     shown, said = [], []
@@ -203,7 +231,7 @@ def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
     names = [resolve(law) for law in laws if law != COMPARE]
     if len(names) != 1 or names[0] not in SMOOTH:
         raise UserError(f"--design needs one --law of {', '.join(SMOOTH)}")
-    design = check_design(runs, names[0], args.seed_sd or 1e-3, fixed=_numbers("--fix", args.fix))
+    design = check_design(runs, names[0], 1e-3 if args.seed_sd is None else args.seed_sd, fixed=_numbers("--fix", args.fix))
     console.print(design_table(design))
     for warning in design.warnings:
         console.print(warning, markup=False, highlight=False)
@@ -251,15 +279,31 @@ def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
         name, sign, value = part.partition("=")
         if not sign or not name.strip() or not value.strip():
             raise UserError(f"{flag} {part!r}: expected NAME=VALUE")
+        if name.strip() in out:
+            raise UserError(f"{flag} {name.strip()}=...: given twice")
         out[name.strip()] = value.strip()
     return out
 
 
+def _target(args, runs) -> dict[str, object]:
+    """The target's inputs; pairs are turned into what the runs' data sizes are counted in."""
+    pairs = _pairs("--target", [args.target])
+    router = {"router": pairs.pop("router")} if "router" in pairs else {}
+    target = {k: _number("--target", k, v) for k, v in pairs.items()}
+    if "unique_pairs" in target:
+        if runs.data_unit != "pairs" and not args.tokens_per_pair:
+            raise UserError("--target unique_pairs=...: the runs are in tokens; --tokens-per-pair?")
+        scale = 1.0 if runs.data_unit == "pairs" else args.tokens_per_pair
+        target["unique_tokens"] = target.pop("unique_pairs") * scale
+    return target | router
+
+
 def _numbers(flag: str, text: str) -> dict[str, float]:
-    out = {}
-    for name, value in _pairs(flag, [text]).items():
-        try:
-            out[name] = float(value)
-        except ValueError:
-            raise UserError(f"{flag} {name}={value}: expected a number") from None
-    return out
+    return {k: _number(flag, k, v) for k, v in _pairs(flag, [text]).items()}
+
+
+def _number(flag: str, name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{flag} {name}={value}: expected a number") from None

@@ -1,56 +1,25 @@
 """`python -m moe_ablm prepare`: sequence files in, a dataset directory out."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from moe_ablm.data.complete import annotated
 from moe_ablm.data.intake import SplitRule
 from moe_ablm.data.prepare import prepare, require_new
-from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers import Source
+from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 HELP = "sequence files -> a dataset directory"
-_EPILOG = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "--input",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several sources",
-    )
+    add_reading_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
-    parser.add_argument(
-        "--columns",
-        metavar="heavy=A,light=B",
-        help="columns of the chains, and of id, donor, label, cluster",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "skip"),
-        default="fail",
-        help="stop at a malformed row (default), or count it and leave it out",
-    )
-    parser.add_argument(
-        "--reannotate", action="store_true", help="replace annotation that is there"
-    )
     parser.add_argument("--recluster", action="store_true", help="replace a `cluster` column")
     parser.add_argument(
         "--identity",
@@ -72,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"donors of the {name} split, for --split donor (default: by hash)",
         )
     parser.add_argument("--licence", default="not stated", help="licence note for dataset.json")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes for annotation"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,12 +51,7 @@ def run(args: argparse.Namespace) -> None:
         args.recluster,
         *(tuple(filter(None, d.split(","))) for d in (args.valid_donors, args.test_donors)),
     )
-    sources = open_sources(
-        args.input,
-        format=args.format,
-        columns=parse_columns(args.columns),
-        on_bad_row=args.on_bad_row,
-    )
+    sources = sources_of(args)
 
     def stream(source: Source) -> Iterator:
         batches = source.batches()
@@ -98,42 +59,11 @@ def run(args: argparse.Namespace) -> None:
             return batches
         return annotated(batches, source.report, reannotate=args.reannotate, workers=args.workers)
 
-    with _progress(sources):
+    with reading_progress("prepare", sources):
         card = prepare(
             [(s.report, stream(s)) for s in sources], args.out, licence=args.licence, rule=rule
         )
     _print_summary(card, args.out)
-
-
-def _progress(sources: list[Source]) -> Progress:
-    """A bar over the bytes of all files, to which sources report; silent without a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("prepare {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rows]} rows/s"),
-    )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    task = bar.add_task("", total=sum(p.stat().st_size for s in sources for p in s.paths), rows="")
-    before = 0
-    for source in sources:
-
-        def show(consumed: int, source: Source = source, before: int = before) -> None:
-            elapsed = bar.tasks[task].elapsed or 1.0
-            rows = sum(s.report.read for s in sources)
-            bar.update(
-                task,
-                completed=before + consumed,
-                description=source.report.origin,
-                rows=f"{rows / elapsed:,.0f}",
-            )
-
-        source.report.progress = show
-        before += sum(p.stat().st_size for p in source.paths)
-    return bar
 
 
 def _print_summary(card: dict, out: Path) -> None:

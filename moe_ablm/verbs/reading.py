@@ -1,0 +1,99 @@
+"""What the verbs that read sequence files share: their flags, their sources, their progress bar."""
+
+import argparse
+import itertools
+import os
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.errors import UserError
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which files are read, how, and how many processes annotate."""
+    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several sources",
+    )
+    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
+    parser.add_argument(
+        "--columns",
+        metavar="heavy=A,light=B",
+        help="columns of the chains, and of id, donor, label, cluster",
+    )
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="stop at a malformed row (default), or count it and leave it out",
+    )
+    parser.add_argument(
+        "--reannotate", action="store_true", help="replace annotation that is there"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes for annotation (default: all cores)",
+    )
+
+
+def sources_of(args: argparse.Namespace) -> list[Source]:
+    """The sources that the flags name; nothing but the first lines of files is read yet.
+
+    Raises:
+      UserError: see `open_sources`; `--workers` is not positive.
+    """
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: expected at least 1")
+    return open_sources(
+        args.input,
+        format=args.format,
+        columns=parse_columns(args.columns),
+        on_bad_row=args.on_bad_row,
+    )
+
+
+def reading_progress(verb: str, sources: list[Source]) -> Progress:
+    """A bar over the bytes of all files, to which sources report; silent without a terminal.
+
+    Use as a context manager around whatever exhausts the sources.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(f"{verb} {{task.description}}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]} rows/s"),
+    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    sizes = [sum(path.stat().st_size for path in source.paths) for source in sources]
+    task = bar.add_task("", total=sum(sizes), rate="")
+    for source, before in zip(sources, itertools.accumulate(sizes, initial=0), strict=False):
+
+        def show(consumed: int, source: Source = source, before: int = before) -> None:
+            rows = sum(s.report.read for s in sources) / (bar.tasks[task].elapsed or 1.0)
+            bar.update(
+                task,
+                completed=before + consumed,
+                description=source.report.origin,
+                rate=f"{rows:,.0f}",
+            )
+
+        source.report.progress = show
+    return bar
