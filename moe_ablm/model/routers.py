@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_ablm.model.capacity import place_in_queue, places, tokens_of_antibody
-from moe_ablm.model.routing import Plan, RowSums, SoftPlan, token_sums
+from moe_ablm.model.routing import Plan, RowSums, SoftPlan, entropy_terms, token_sums
 from moe_ablm.model.spec import TOKEN_ROUTERS, MoESpec
 
 PAD_LOGIT = -1e9  # BALM's, under the policy "logits"
@@ -165,7 +165,7 @@ def decisions_of_experts(gates: jax.Array, counted: jax.Array) -> dict[str, jax.
     shares = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-20)
     tokens = counted.sum(-1)
     scale = jnp.log(jnp.maximum(tokens, 2))[:, None]
-    spread = (jax.scipy.special.entr(shares).sum(1) / scale).sum(-1)
+    spread = (entropy_terms(shares).sum(1) / scale).sum(-1)
     decisions = jnp.where(tokens > 0, float(gates.shape[-1]), 0.0)
     return {"spread": spread, "decisions": decisions}
 
@@ -188,7 +188,7 @@ def soft(logits: jax.Array, valid: jax.Array) -> tuple[SoftPlan, RowSums]:
     sums = token_sums(logits.reshape(b, length, e * s), share, share, share, valid, valid)
     tokens = valid.sum(-1)
     scale = jnp.log(jnp.maximum(tokens, 2))[:, None, None]
-    spread = (jax.scipy.special.entr(lax.stop_gradient(dispatch)).sum(1) / scale).sum((1, 2))
+    spread = (entropy_terms(lax.stop_gradient(dispatch)).sum(1) / scale).sum((1, 2))
     decisions = jnp.where(tokens > 0, float(e * s), 0.0)
     nothing = jnp.zeros_like(sums.lost)
     sums = sums._replace(spread=spread, decisions=decisions, lost=nothing, asked=nothing)

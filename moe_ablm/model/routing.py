@@ -140,7 +140,12 @@ def _shares(counts: jax.Array) -> jax.Array:
 
 def load_entropy(load: jax.Array) -> jax.Array:
     """Entropy of `load [E]` divided by log E, its maximum."""
-    return jax.scipy.special.entr(load).sum() / jnp.log(max(load.shape[-1], 2))
+    return entropy_terms(load).sum() / jnp.log(max(load.shape[-1], 2))
+
+
+def entropy_terms(p: jax.Array) -> jax.Array:
+    """`-p log p`, 0 at p = 0, where the derivative is large but no infinity: 0 times it is 0."""
+    return -p * jnp.log(jnp.maximum(p, 1e-30))
 
 
 def token_sums(
@@ -162,7 +167,7 @@ def token_sums(
     """
     here = counted[..., None]
     chosen, load = (jnp.where(here, x, 0.0).sum(1) for x in (chosen, load))
-    entropy = jnp.where(here, jax.scipy.special.entr(distribution), 0.0).sum((1, 2))
+    entropy = jnp.where(here, entropy_terms(distribution), 0.0).sum((1, 2))
     tokens, real = (x.sum(1).astype(jnp.float32) for x in (counted, valid))
     finite = jnp.where(valid[..., None], logits, 0.0)
     return RowSums(
