@@ -5,6 +5,7 @@ run it in a process of its own and look at what it found.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,8 +22,9 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model import flops
+from moe_ablm.model.capacity import capacity
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
-from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, make_mesh
+from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, global_batch, make_mesh
 from moe_ablm.training.losses import CELLS
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.spec import OptimizerSpec
@@ -93,21 +95,20 @@ def collectives(hlo: str) -> dict[str, list[list[int]]]:
     return found
 
 
-def real_batch(mesh):
+def host_batch() -> dict[str, np.ndarray]:
     """Concrete rows of unequal length with a few masks."""
     rng = np.random.default_rng(0)
     valid = np.arange(LENGTH) < rng.integers(20, LENGTH, BATCH)[:, None]
     tokens = np.where(valid, rng.integers(4, 24, (BATCH, LENGTH)), 1)
     mask = (rng.random((BATCH, LENGTH)) < 0.15) & valid
     region = np.arange(LENGTH)[None] // 8 * np.ones((BATCH, 1), int)
-    batch = {
+    return {
         "tokens": np.where(mask, 32, tokens).astype(np.int32),
         "targets": tokens.astype(np.int32),
         "segment": valid.astype(np.int32),
         "region": (region * valid).astype(np.int32),
         "loss_mask": mask,
     }
-    return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
 
 
 def on_eight_devices() -> dict:
@@ -117,7 +118,7 @@ def on_eight_devices() -> dict:
     found = {}
     for (sizes, router), (mesh, state, step) in compiled.items():
         with jax.set_mesh(mesh):
-            losses = three_losses(TINY[router], step, mesh)
+            losses = three_losses(TINY[router], step, mesh, global_batch(host_batch(), mesh))
         found[f"{sizes} {router}"] = {
             "collectives": collectives(step.as_text()),
             "parameters": [list(x.shape) for x in jax.tree.leaves(state.params)],
@@ -143,12 +144,12 @@ def drifted(state, after) -> list[str]:
     return [p for p, a, b in pairs if not a.sharding.is_equivalent_to(b, a.ndim)]
 
 
-def three_losses(spec, step, mesh) -> list[float]:
+def three_losses(spec, step, mesh, batch) -> list[float]:
     """From weights so large that no two tokens are nearly alike: at a tie, a last bit decides."""
     state = init_state(spec, make_optimizer(OPTIMIZER), 0, False, mesh)
     large = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, state.params)
     state = state._replace(params=large)
-    batch, losses = real_batch(mesh), []
+    losses = []
     for _ in range(3):
         state, metrics = step(state, batch)
         losses.append(float(metrics.objective))
@@ -196,6 +197,27 @@ def test_rows_travel_there_and_back(eight_devices, mesh, router):
         assert "all-gather" not in found
 
 
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1)], ids=str)
+def test_what_a_dropless_layer_sends(eight_devices, mesh):
+    """Its weights once forward, their gradients once backward: whatever the number of tokens."""
+    spec = TINY["dropless"]
+    e, d, f = spec.moe.experts, spec.d_model, spec.ffn
+    weights = sorted([[e, d, f], [e, f], [e, f, d], [e, d]])
+    found = eight_devices[f"{mesh} dropless"]["collectives"]
+    assert sorted(found["all-gather"]) == weights
+    reduced = sorted(s for s in found["all-reduce"] if s and s[0] == e and s != [e])
+    assert reduced == weights
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1)], ids=str)
+def test_what_a_limited_layer_sends(eight_devices, mesh):
+    """E * C rows of each antibody, there and back, forward and backward."""
+    spec = TINY["capacity"]
+    rows = spec.moe.experts * capacity(LENGTH, spec.moe) * BATCH // 8
+    found = eight_devices[f"{mesh} capacity"]["collectives"]
+    assert sum(map(math.prod, found["all-to-all"])) == 4 * rows * spec.d_model
+
+
 def _part(shape: list[int], whole: list[int]) -> bool:
     """Whether an array may be a piece of another, transposed or not."""
     return len(shape) == len(whole) and any(
@@ -217,7 +239,7 @@ def losses_of_one(request):
     spec = TINY[request.param]
     step, _, _ = step_and_arguments(spec, mesh)
     with jax.set_mesh(mesh):
-        return request.param, three_losses(spec, jax.jit(step), mesh)
+        return request.param, three_losses(spec, jax.jit(step), mesh, global_batch(host_batch(), mesh))
 
 
 def test_three_steps_have_the_same_loss_on_every_mesh(eight_devices, losses_of_one):
