@@ -249,3 +249,11 @@ def test_a_law_without_a_best_size_has_no_next_run():
     made = fit_law(joint_runs(), "moe_clark")
     with pytest.raises(UserError, match="no best size"):
         pick_quantity(quantities(made))
+
+
+def test_a_design_says_what_its_errors_assume():
+    table = {"params": np.tile([1e7, 1e8, 1e9], 2), "tokens": np.repeat([1e9, 1e10], 3)}
+    planned = Runs(table, tuple(map(str, range(6))))
+    said = " ".join(check_design(planned, "chinchilla", 2e-3).warnings)
+    assert "fewer than three token counts" in said
+    assert "seed sd of 0.002" in said and "equal part of the loss" in said

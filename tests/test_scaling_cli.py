@@ -140,7 +140,16 @@ def test_parabolas_and_envelope_write_their_files(tmp_path, capsys):
         (["--law", "chinchilla", "--huber-delta", "-1"], ["--huber-delta", "positive"]),
         (["--bootstrap", "-5"], ["--bootstrap -5"]),
         (["--law", "chinchilla", "--advise"], ["--max-flops"]),
-        (["--law", "chinchilla", "--where", "tokens=7"], ["no usable row"]),
+        (["--law", "chinchilla", "--where", "tokens=7"], ["no usable row", "--where"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--seed-sd", "nan"], ["--seed-sd nan", "positive"]),
+        (["--max-flops", "inf"], ["--max-flops inf", "positive"]),
+        (["--columns", "params=params,params=tokens"], ["params", "twice"]),
+        (["--law", "chinchilla", "--target", "flop=1"], ["--target", "unknown input flop"]),
+        (["--target", "unique_pairs=1e6"], ["--target unique_pairs", "--tokens-per-pair"]),
+        (["--law", "isoflop", "--fix", "a=1"], ["--fix", "isoflop"]),
+        (["--law", "chinchilla", "--published", "ablm"], ["--published ablm", "quadratic"]),
+        (["--law", "chinchilla", "--huber-delta", "1e-300"], ["--huber-delta", "at least"]),
     ],
 )
 def test_wrong_input_is_one_line_on_stderr_and_code_2(dense_csv, tmp_path, capsys, flags, words):
@@ -170,3 +179,35 @@ def test_fitting_never_imports_jax(dense_csv):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_out_below_a_file_is_refused_before_anything_is_fitted(dense_csv, capsys):
+    assert fit("--input", "absent.csv", "--out", f"{dense_csv}/fit") == 2
+    assert "runs.csv exists and is not a directory" in capsys.readouterr().err
+
+
+def test_equal_losses_end_in_a_verdict_with_figures(tmp_path, capsys):
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(4e7, 1e10, 4), np.geomspace(1e9, 3e11, 3)))
+    path = write_table(tmp_path / "e.csv", {"params": n, "tokens": d, "loss": np.full(12, 3.0)})
+    code = fit("--input", path, "--law", "chinchilla", "--bootstrap", 30, "--out", tmp_path / "o")
+    assert code == 0 and (tmp_path / "o" / "figures" / "loss_against_params.svg").is_file()
+    assert load(tmp_path / "o").status != "converged"
+
+
+def test_a_target_may_be_in_pairs(tmp_path):
+    sizes, pairs = np.tile([8e6, 35e6, 150e6, 350e6], 2), np.repeat([4e5, 8e5], 4)
+    loss = 0.25 + 0.003 * np.log10(sizes / (pairs * 80)) ** 2
+    path = write_table(tmp_path / "q.csv", {"params": sizes, "unique_pairs": pairs, "loss": loss})
+    base = ["--input", path, "--law", "quadratic", "--bootstrap", 50]
+    assert fit(*base, "--target", "unique_pairs=1.6e6", "--out", tmp_path / "pairs") == 0
+    assert load(tmp_path / "pairs").derived["N_star"] == pytest.approx(1.28e8, rel=1e-3)
+    tokens = ["--tokens-per-pair", 200, "--target", "unique_pairs=1.6e6"]
+    assert fit(*base, *tokens, "--out", tmp_path / "tokens") == 0
+    assert load(tmp_path / "tokens").derived["N_star"] == pytest.approx(1.28e8, rel=1e-3)
+
+
+def test_dropped_rows_of_one_kind_are_one_line(dense_csv, tmp_path, capsys):
+    twice = ["--input", dense_csv, "--input", dense_csv, "--law", "chinchilla", "--bootstrap", 0]
+    assert fit(*twice, "--out", tmp_path / "o") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("dropped")]
+    assert len(lines) == 1 and "24 more" in lines[0] and "duplicate" in lines[0]

@@ -290,3 +290,51 @@ def test_best_size_under_repeats_is_the_minimum():
     n = np.geomspace(1e6, 1e12, 60001)
     best = n[np.argmin(made.predict(params=n, **target))]
     assert made.derived["N_star"] == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 100.0])
+def test_a_coefficient_is_held_only_within_its_range(value):
+    with pytest.raises(UserError, match="--fix alpha=.*from 0.001 to 4"):
+        fit_law(simulate("chinchilla", sd=1e-3), fixed={"alpha": value})
+
+
+@pytest.mark.parametrize("target", [{"flops": -1.0}, {"flops": float("nan")}, {"compute": 1e21}])
+def test_a_target_is_checked(target):
+    with pytest.raises(UserError, match="--target"):
+        fit_law(simulate("chinchilla", sd=1e-3), target=target)
+
+
+def test_a_target_that_gives_nothing_or_an_extrapolation_is_said():
+    runs = simulate("chinchilla", sd=1e-3)
+    assert "derives nothing" in " ".join(fit_law(runs, target={"params": 1e8}).notes)
+    inside = float(np.median(runs.flops()))
+    assert not fit_law(runs, target={"flops": inside}).notes
+    assert "extrapolation" in " ".join(fit_law(runs, target={"flops": 1e30}).notes)
+
+
+def test_a_loss_of_the_clark_law_needs_a_router():
+    one, other = simulate("moe_clark"), simulate("moe_clark", seed=1)
+    columns = {k: np.concatenate([v, other[k]]) for k, v in one.columns.items()}
+    columns["router"] = np.repeat(["hash", "topk"], len(one))
+    runs = Runs(columns, one.source + other.source)
+    at = {"params": 1e8, "experts": 16.0}
+    made = fit_law(runs, "moe_clark", target=at)
+    assert "loss" not in made.derived
+    made = fit_law(runs, "moe_clark", target={**at, "router": "topk"})
+    assert made.derived["loss"] == pytest.approx(made.predict(**at, router="topk").item())
+    with pytest.raises(UserError, match="hash, topk"):
+        fit_law(runs, "moe_clark", target={**at, "router": "soft"})
+
+
+def test_very_many_runs_take_little_memory():
+    import tracemalloc
+
+    n, d = np.meshgrid(np.geomspace(4e7, 1e10, 100), np.geomspace(5e8, 3e11, 80))
+    runs = simulate("chinchilla", 2e-3, table={"params": n.ravel(), "tokens": d.ravel()})
+    tracemalloc.start()
+    made = fit_law(runs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made.status == "converged"
+    assert made.coefficients["alpha"] == pytest.approx(0.35, abs=0.01)
+    assert peak < 300e6  # a square array of 8,000 runs is 512 MB

@@ -160,3 +160,23 @@ def test_the_envelope_of_curves_finds_the_frontier():
 def test_an_envelope_needs_three_sizes():
     with pytest.raises(UserError, match="2 sizes"):
         fit_envelope(curves(sizes=2))
+
+
+def test_an_envelope_of_two_passages_is_called_exact():
+    made = fit_envelope(curves(sizes=3), draws=20)
+    assert made.status == "exact" and "exact" in " ".join(made.notes)
+    assert "passages" not in made.coefficients
+    assert fit_envelope(curves(sizes=6), draws=0).status == "converged"
+
+
+def test_every_coefficient_of_the_parabolas_has_a_verdict():
+    made = fit_parabolas(simulate(sd=2e-4), Quadratic(), draws=0)
+    assert set(made.identifiable) == set(made.coefficients)
+    flat = fit_parabolas(simulate(), Quadratic(), seed_sd=0.01, draws=50)
+    assert not flat.identifiable["slope"] and "minimum of" in flat.verdicts["slope"]
+
+
+@pytest.mark.parametrize("sd", [float("inf"), float("nan"), -1.0])
+def test_noise_that_is_no_number_is_refused(sd):
+    with pytest.raises(UserError, match="--seed-sd"):
+        fit_parabolas(simulate(), Quadratic(), seed_sd=sd)

@@ -9,9 +9,10 @@ from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import Quadratic
-from moe_ablm.scaling.published import STUDIES, published_objective
+from moe_ablm.scaling.published import STUDIES, published_objective, rounded_objective
 from moe_ablm.scaling.runs import Reading, read_runs
 from moe_ablm.scaling.solver import minimise
+from moe_ablm.scaling.tables import published_lines
 from moe_ablm.scaling.uncertainty import coefficient_draws
 
 PUBLISHED_B1 = {
@@ -161,3 +162,12 @@ def test_every_dropped_row_of_the_reference_data_has_a_reason(routed, chinchilla
     assert all("5 largest" in reason for _, reason in chinchilla_rows.dropped)
     assert len(routed.dropped) + len(routed) == 4239
     assert all(reason for _, reason in routed.dropped)
+
+
+def test_the_published_point_of_clark_is_as_good_as_its_three_decimals(routed):
+    made = fit_law(routed, "moe_clark", huber_delta=np.inf)
+    study = STUDIES["clark"]
+    assert published_objective(made, study) > 3 * made.objective
+    assert published_objective(made, study) < rounded_objective(made, study)
+    said = " ".join(published_lines(made, study))
+    assert "3 decimals" in said and "not the minimum" not in said

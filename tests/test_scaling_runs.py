@@ -62,6 +62,8 @@ def test_mapping_suffixes_and_tokens_from_flops(tmp_path):
         ("35e6,1e8,1e9,3", ["row 3", "'tokens'", "'unique_tokens'", "swapped"]),
         ("35e6,1e9,1e9", ["row 3", "3 cells", "4 columns"]),
         (",1e9,1e9,3", ["row 3", "column 'params'", "empty"]),
+        ("1e300,1e9,1e9,3", ["row 3", "column 'params'", "too many"]),
+        ("35e6,1e9,1e9,1e300", ["row 3", "column 'loss'", "no loss"]),
     ],
 )
 def test_a_bad_row_is_an_error_that_names_file_row_and_column(tmp_path, row, expected):
@@ -232,3 +234,50 @@ def test_pairs_need_one_unit_with_tokens(tmp_path):
         read_runs([path], Reading(columns={"unique_pairs": "pairs"}))
     reading = Reading(columns={"unique_pairs": "pairs"}, tokens_per_pair=240.0)
     assert read_runs([path], reading)["unique_tokens"].tolist() == [96e6, 96e6]
+
+
+def test_flops_of_another_unit_are_an_error(tmp_path):
+    good = "params,tokens,flops,loss\n8e6,1e9,5e16,3\n35e6,1e9,2e17,2.9\n"
+    assert len(read_runs([write(tmp_path / "r.csv", good)])) == 2
+    with pytest.raises(UserError, match="row 3, column 'flops'.*another unit"):
+        read_runs([write(tmp_path / "r.csv", good.replace("2e17", "2e5"))])
+
+
+def test_pairs_in_millions_are_an_error(tmp_path):
+    path = write(tmp_path / "r.csv", "params,unique_pairs,loss\n8e6,0.4,3\n")
+    with pytest.raises(UserError, match="row 2, column 'unique_pairs'.*0.4M"):
+        read_runs([path])
+    path = write(tmp_path / "r.csv", "params,unique_pairs,loss\n8e6,0.4M,3\n")
+    assert read_runs([path])["unique_tokens"].tolist() == [4e5]
+
+
+def test_tokens_that_are_few_beside_the_parameters_are_doubted(tmp_path):
+    assert not read_runs([write(tmp_path / "r.csv", GOOD)]).notes
+    path = write(tmp_path / "r.csv", "params,tokens,loss\n8e6,1e3,3\n35e6,4e3,2.9\n")
+    assert "thousands or millions" in " ".join(read_runs([path]).notes)
+
+
+def test_a_copied_run_directory_is_a_duplicate_and_no_replicate(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "other_seed", seed=1, valid_loss_final=2.51)
+    make_run(tmp_path / "backup")
+    runs = read_runs([tmp_path])
+    assert len(runs) == 2
+    assert "duplicate of" in runs.dropped[0][1]
+
+
+@pytest.mark.parametrize("name", ["run.json", "results.jsonl"])
+def test_a_run_cut_in_half_is_an_error_or_dropped_by_name(tmp_path, name):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1)
+    text = (tmp_path / "b" / name).read_text()
+    (tmp_path / "b" / name).write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match=f"b/{name}.*JSON.*--drop-bad-rows"):
+        read_runs([tmp_path], Reading(curves=True))
+    runs = read_runs([tmp_path], Reading(curves=True, drop_bad_rows=True))
+    assert len(runs) == 2 and name in runs.dropped[0][1]
+
+
+def test_an_empty_table_says_so(tmp_path):
+    with pytest.raises(UserError, match="nothing below the header"):
+        read_runs([write(tmp_path / "r.csv", "params,tokens,loss\n")])

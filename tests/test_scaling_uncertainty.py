@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moe_ablm.errors import UserError
 from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law, prepare
 from moe_ablm.scaling.identify import scores
@@ -303,3 +304,27 @@ def test_delta_sensitivity_runs_from_absolute_deviations_to_least_squares():
     assert rows[-1][1]["alpha"] == pytest.approx(least_squares.coefficients["alpha"], rel=1e-6)
     same = next(values for delta, values, _ in rows if delta == 1e-3)
     assert same["alpha"] == pytest.approx(made.coefficients["alpha"], rel=1e-9)
+
+
+def test_a_bootstrap_end_that_is_a_bound_is_open():
+    table = grid(6)
+    table["unique_tokens"] = table["tokens"] / np.where(np.arange(36) % 2, 1.0, 1.5)
+    loss = Chinchilla().predict(TRUTH, table)
+    loss = loss * np.exp(2e-3 * np.random.default_rng(1).standard_normal(36))
+    runs = Runs(table | {"loss": loss}, tuple(map(str, range(36))))
+    made = fit_law(runs, "data_constrained_b1", fixed=TRUTH)
+    boot = bootstrap(made, 200)
+    assert boot.at_high["R_D"] > 0.025
+    found = bootstrap_intervals(made, boot)["R_D"][0]
+    assert found.high is None and found.se is None and "upper bound" in found.note
+
+
+def test_too_few_draws_are_said_and_give_no_interval():
+    made = analyse(simulate(side=5), Question("chinchilla", draws=5))
+    assert made.boot is None and "5 of 5 bootstrap draws" in " ".join(made.fit.notes)
+    assert [i.method for i in made.fit.intervals["alpha"]] == ["profile"]
+
+
+def test_a_bootstrap_that_cannot_fit_in_memory_is_refused():
+    with pytest.raises(UserError, match="use at most 4000000"):
+        bootstrap(fit_law(simulate(side=5)), 10**9)

@@ -70,7 +70,7 @@ def check_design(
         verdicts={n: verdicts[n] for n in made.names},
         expected_errors=dict(zip(named, map(float, errors), strict=True)),
         condition=condition,
-        warnings=tuple(_warnings(planned, len(free))),
+        warnings=(*_warnings(planned, len(free)), _assumption(seed_sd, coefficients)),
     )
 
 
@@ -102,6 +102,13 @@ def _errors(rows: np.ndarray, seed_sd: float, null: np.ndarray) -> np.ndarray:
     return np.where(null, np.inf, errors)
 
 
+def _assumption(seed_sd: float, coefficients: Mapping[str, float] | None) -> str:
+    where = "the coefficients given"
+    if not coefficients:
+        where = "exponents in the middle of their range and every term an equal part of the loss"
+    return f"expected errors are for a seed sd of {seed_sd:g} in ln L, at {where}"
+
+
 def _warnings(runs: Runs, parameters: int) -> list[str]:
     out = []
     if len(runs) <= parameters:
@@ -115,6 +122,8 @@ def _warnings(runs: Runs, parameters: int) -> list[str]:
             "that E, B and beta cannot be identified however many sizes there are; add branches "
             "cooled at D/32 ... D, or runs of at most one epoch of the three smallest sizes"
         )
+    elif "tokens" in runs and np.unique(runs["tokens"]).size < 3:
+        out.append("fewer than three token counts: beta, B and E need three")
     if "params" in runs and np.unique(runs["params"]).size < 3:
         out.append("fewer than three model sizes: an exponent of parameters and E need three")
     if "unique_tokens" in runs and np.ptp(np.log(runs["unique_tokens"])) < EQUAL:

@@ -50,6 +50,10 @@ def fit_envelope(
     values = _regress(grid, losses, params, np.arange(len(curves)), target or {})
     if values is None:
         raise UserError("law envelope: the lowest curve passes from size to size fewer than twice")
+    passages = int(values.pop("passages"))
+    notes = list(runs.notes)
+    if passages == 2:
+        notes.append("two passages from size to size: the line through them is exact")
     intervals = _intervals(values, grid, losses, params, draws, seed, target or {}, level)
     derived = {k: values.pop(k) for k in ("N_opt", "D_opt") if k in values}
     return Fit(
@@ -59,13 +63,13 @@ def fit_envelope(
         objective=float("nan"),
         huber_delta=float("inf"),
         delta_source="least squares on the log-log envelope",
-        status="converged",
+        status="exact" if passages == 2 else "converged",
         identifiable=dict.fromkeys(values, True),
         verdicts=dict.fromkeys(values, "identified"),
         intervals=intervals,
         derived=derived,
         target=dict(target or {}),
-        notes=runs.notes,
+        notes=tuple(notes),
         data_unit=runs.data_unit,
         runs=runs,
     )
@@ -142,6 +146,7 @@ def _regress(
         "intercept": intercept,
         "loss_slope": loss_slope,
         "loss_intercept": loss_intercept,
+        "passages": changes.size,
     }
     if "flops" in target:
         log_c = np.log(target["flops"])

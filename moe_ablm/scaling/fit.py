@@ -191,15 +191,14 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
 
 
 def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """The observations that starts are solved on: all, or an even sample of very many."""
-    step = -(-problem.x.size // MOST_FOR_STARTS)
-    if step == 1:
+    """The observations that starts are solved on: all, or a fixed sample of very many."""
+    if problem.x.size <= MOST_FOR_STARTS:
         return problem.x, problem.log_loss, problem.weights
-    picked = {
-        k: v[::step] if isinstance(v, np.ndarray) else v for k, v in vars(problem.x).items()
-    }
-    picked["size"] = -(-problem.x.size // step)
-    return Inputs(**picked), problem.log_loss[::step], problem.weights[::step]
+    # by chance, because a step through a grid could meet one of its columns only
+    some = np.random.default_rng(0).choice(problem.x.size, MOST_FOR_STARTS, replace=False)
+    picked = {k: v[some] if isinstance(v, np.ndarray) else v for k, v in vars(problem.x).items()}
+    x = Inputs(**(picked | {"size": MOST_FOR_STARTS}))
+    return x, problem.log_loss[some], problem.weights[some]
 
 
 def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
@@ -245,6 +244,8 @@ def describe(
         )
     status = _status(bool(best.converged[0]), exact, bounds, identifiable)
     quantities = law.derived(setup.centre, target)
+    derived = {q.name: float(q.report(q.function(best.theta)[0])) for q in quantities}
+    notes += _target_notes(setup, runs, target, derived)
     return Fit(
         law=law,
         n=len(runs),
@@ -259,7 +260,7 @@ def describe(
         fixed=dict(fixed),
         delta_source=delta_source,
         standard_errors=_errors(setup, theta, exact),
-        derived={q.name: float(q.report(q.function(best.theta)[0])) for q in quantities},
+        derived=derived,
         target=dict(target),
         notes=tuple(notes),
         data_unit=runs.data_unit,
@@ -269,6 +270,27 @@ def describe(
         index=setup.index,
         runs=runs,
     )
+
+
+def _target_notes(
+    setup: Setup, runs: Runs, target: Mapping[str, float], derived: Mapping[str, float]
+) -> list[str]:
+    """What a target does not give, and sizes that no run was near."""
+    out = []
+    if target and len(derived) == len(setup.law.derived(setup.centre, {})):
+        needs = ", ".join(n for n in setup.law.needs if n != "loss")
+        out.append(
+            f"--target {', '.join(target)}: law {setup.law.name} derives nothing from it; a loss "
+            f"needs {needs}"
+        )
+    low, high = runs["params"].min(), runs["params"].max()
+    out += [
+        f"{name} = {derived[name]:.3g} lies outside the sizes that were run ({low:.3g} to "
+        f"{high:.3g}): an extrapolation"
+        for name in ("N_opt", "N_star")
+        if name in derived and not low <= derived[name] <= high
+    ]
+    return out
 
 
 def _check_units(setup: Setup, runs: Runs, residuals: np.ndarray) -> None:

@@ -61,6 +61,12 @@ def fit_parabolas(
     for name in ("slope", "intercept"):
         if name in estimates:
             coefficients[name] = float(estimates.pop(name))
+            vague = [p.key for p in parabolas if verdicts[f"a[{p.key}]"].startswith("not id")]
+            verdicts[name] = (
+                f"not identified: it goes through the minimum of {vague[0]}"
+                if vague
+                else "identified"
+            )
     if len(usable) < 2:
         notes.append(f"{len(usable)} {law.group} with a minimum: no line through minima")
     notes += _misfit(noise, residual, parabolas)
@@ -203,6 +209,8 @@ def _verdicts(
                 f"data size or budget {p.key}: its minimum lies outside the sizes that were run"
             )
         verdicts[f"a[{p.key}]"] = verdict
+        # three sizes always determine the other two
+        verdicts |= {f"{name}[{p.key}]": "identified" for name in "bc"}
     return coefficients, verdicts
 
 

@@ -16,7 +16,7 @@ ROUNDS = 16
 ITERATIONS = 100  # of the minimiser in a round; a well-behaved profile needs some ten
 ENDLESS = 1e5  # a pull of so many standard errors that does not reach the goal never will
 CLOSE = 0.003  # relative error of the signed root at which an end is accepted
-NOISELESS = 1e-20  # residual variance of ln L that is rounding, not noise
+NOISELESS = 1e-18  # residual variance of ln L that is rounding, not noise
 FAR = 30.0  # a log quantity that moves by more than this has no end
 
 

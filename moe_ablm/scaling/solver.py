@@ -20,7 +20,7 @@ CHUNK = 256  # rows of the batch worked on together: keeps [chunk, n] arrays in 
 LARGEST_ARRAY = 2**22  # entries of one [chunk, n] array, where runs are very many
 FTOL = 1e-14  # relative decrease that the local quadratic model still promises
 STALLS = 5  # iterations in a row that gain less than FTOL: rounding, or a flat direction
-EXACT = 1e-26  # a summed objective below n times this is an exact fit
+EXACT = 1e-19  # a summed objective below n times this (residuals of some 4e-10) is an exact fit
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,16 @@ from rich.text import Text
 from moe_ablm.scaling.advice import Advice, Candidate, DataValue
 from moe_ablm.scaling.analysis import Analysis
 from moe_ablm.scaling.design import Design
-from moe_ablm.scaling.published import Study, published_objective
+from moe_ablm.scaling.published import Study, published_objective, rounded_objective
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.selection import Score
 
 SHOWN_DROPS = 8
+# Reasons that differ from row to row, and what they have in common.
+KINDS = {
+    "not the last step": "not the last step of its run",
+    "duplicate of": "duplicate of a row before it",
+}
 
 
 def add_row(table: Table, *cells: str) -> None:
@@ -122,8 +127,8 @@ def dropped_lines(fit: Fit) -> list[str]:
         return []
     reasons: dict[str, list[str]] = {}
     for source, reason in fit.runs.dropped:
-        key = "not the last step of its run" if reason.startswith("not the last") else reason
-        reasons.setdefault(key, []).append(source)
+        kind = next((text for start, text in KINDS.items() if reason.startswith(start)), reason)
+        reasons.setdefault(kind, []).append(source)
     lines = []
     for reason, sources in list(reasons.items())[:SHOWN_DROPS]:
         more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -139,10 +144,19 @@ def published_lines(fit: Fit, study: Study) -> list[str]:
     there = published_objective(fit, study)
     if there is not None:
         better = "it is not the minimum" if there > fit.objective * (1 + 1e-6) else "no worse"
+        rounded = rounded_objective(fit, study)
+        if rounded is not None and there <= max(rounded, fit.objective * (1 + 1e-6)):
+            better = (
+                f"the rounding to {study.decimals} decimals explains it, ours rounded so gives "
+                f"{rounded:.7g}"
+            )
         lines.append(
             f"our objective at the published point is {there:.7g}, at ours {fit.objective:.7g}: "
             f"{better}"
         )
+    absent = [name for name in study.values if name not in {*fit.coefficients, *fit.derived}]
+    if absent:
+        lines.append(f"published and not in this fit (other data?): {', '.join(absent)}")
     return lines
 
 

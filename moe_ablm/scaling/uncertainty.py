@@ -105,7 +105,9 @@ def bootstrap_intervals(
         with np.errstate(all="ignore"):
             values = q.report(q.function(boot.usable))
         values = values[np.isfinite(values)]
-        if values.size < FEWEST_DRAWS or np.ptp(values) <= 1e-12 * np.abs(values[0]):  # nothing free moves it
+        if values.size < FEWEST_DRAWS:
+            continue
+        if np.ptp(values) <= 1e-12 * np.abs(values[0]):  # nothing free moves it
             continue
         tail = 50 * (1 - level)
         ends: list[float | None] = [float(v) for v in np.percentile(values, [tail, 100 - tail])]

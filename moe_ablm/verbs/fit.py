@@ -194,7 +194,7 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
     if boot is None:
         raise UserError(
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
-            "too few or none: use a larger --bootstrap N and a law of N and D that is not an exact fit"
+            "too few: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
     noise = advice.noise_of(fit)
     shown, said = [], []
@@ -231,7 +231,12 @@ def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
     names = [resolve(law) for law in laws if law != COMPARE]
     if len(names) != 1 or names[0] not in SMOOTH:
         raise UserError(f"--design needs one --law of {', '.join(SMOOTH)}")
-    design = check_design(runs, names[0], 1e-3 if args.seed_sd is None else args.seed_sd, fixed=_numbers("--fix", args.fix))
+    design = check_design(
+        runs,
+        names[0],
+        1e-3 if args.seed_sd is None else args.seed_sd,
+        fixed=_numbers("--fix", args.fix),
+    )
     console.print(design_table(design))
     for warning in design.warnings:
         console.print(warning, markup=False, highlight=False)
