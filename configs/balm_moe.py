@@ -1,0 +1,166 @@
+"""BALM-MoE, the antibody language models of brineylab: pilots, pad ablation, final models.
+
+    python -m moe_ablm prepare --input pairs.parquet --out data/pairs
+    python -m moe_ablm.train --workdir=runs/pilot \
+        --config=configs/balm_moe.py:model=pilot,router=topk,capacity=1,shared=0
+    python -m moe_ablm.train --config=configs/balm_moe.py:model=dense_45m --workdir=runs/dense_45m
+    python -m moe_ablm.train --workdir=runs/pads \
+        --config=configs/balm_moe.py:model=pads,pads=probabilities+aux
+    python -m moe_ablm.train --config=configs/balm_moe.py:model=final --workdir=runs/final
+    python -m moe_ablm.train --config=configs/balm_moe.py:model=dense_200m --workdir=runs/dense_200m
+    python -m moe_ablm.train --config=configs/balm_moe.py:model=dense_710m --workdir=runs/dense_710m
+    python -m moe_ablm.train --config=configs/balm_moe.py:model=older --workdir=runs/older
+
+Arguments:
+  model: pilot, pads (ablation of padding), final, dense_45m, dense_200m, dense_710m (its dense
+    twins), older (the 305 M model of July 2024).
+  router (pilot): topk, topp, expert_choice.
+  capacity (pilot): 1, 0.5, 0.25, in BALM's unit; experts are the wider the less they may take.
+  shared (pilot): 0 or 1 of the 8 experts.
+  pads (pads): none, probabilities, aux, probabilities+aux; the final model has the last.
+
+Facts from github.com/brineylab/MoE-paper (commit e20cc79) and BALM (36a8001; of the older model
+cf201d8, the last one before its run). BALM's units differ from those here, and are converted:
+  capacity: BALM's is a multiple of tokens / experts whatever k is, so it is k times ours.
+  experts: BALM counts the shared ones, here they come beside.
+  losses: BALM takes means over layers and counts a token's k choices each as 1; here shares of the
+    choices are summed over layers.
+  competition: each of BALM's 8 GPUs routes its 64 rows; here the 8 micro-batches of 64 rows do.
+
+What remains different:
+  vocabulary: 33 tokens (ESM-2's) against 32, which is 2 d_model + 1 parameters: 1,281 of the final
+    model's 714,167,073. The older model had 33.
+  dropout: 0.1 there, none here.
+  expert choice: BALM's gates are a softmax over the tokens, ours over the experts.
+  top-p: BALM leaves out the expert with which the threshold is reached (unless it is the first) and
+    balances first choices only; here that expert counts (Huang et al. 2024), and all choices.
+  z-loss: BALM counts padding.
+  places: BALM rounds down, here up; shared experts make it differ by one of thousands.
+  older: its experts have no biases, ours 230,400 (3 layers x 16 x (2 x 1920 + 960)) beside its
+    305,221,473; its activation is sigmoid(a) b, ours silu(a) b; its rotary embedding is applied
+    before the projections; the number of GPUs is not told, the batch is that of one.
+  data: BALM's unpaired sequences are a collection of their own. Here both come from `data.path`,
+    which takes several datasets. Its separator of paired chains is in its data, not in its code:
+    assumed to be <eos>.
+"""
+
+from configs.base import get_config as base
+from moe_ablm.config import parse_argument, suggestion
+from moe_ablm.errors import UserError
+
+# layers, d_model, ffn, heads
+SIZES = {
+    "pilot": (12, 480, 1920, 20),
+    "pads": (12, 480, 1920, 20),
+    "final": (30, 640, 2560, 20),
+    "dense_45m": (12, 480, 1920, 20),
+    "dense_200m": (30, 640, 2560, 20),
+    "dense_710m": (27, 1280, 5120, 20),
+    "older": (6, 960, 1920, 20),
+}
+# what each model takes; the first choice is the default
+CHOICES = {
+    "pilot": {
+        "router": ("topk", "topp", "expert_choice"),
+        "capacity": ("1", "0.5", "0.25"),
+        "shared": ("0", "1"),
+    },
+    "pads": {"pads": ("none", "probabilities", "aux", "probabilities+aux")},
+}
+# width of a pilot's experts, by capacity and shared experts
+PILOT_FFN = {
+    ("0.25", "0"): 7680,
+    ("0.5", "0"): 3840,
+    ("1", "0"): 1920,
+    ("0.25", "1"): 1920,
+    ("0.5", "1"): 1440,
+    ("1", "1"): 960,
+}
+
+
+def get_config(arg: str | None = None):
+    """One of BALM's models."""
+    known = [name for choices in CHOICES.values() for name in choices]
+    model = parse_argument(arg, {"model": "pilot"} | dict.fromkeys(known, ""))["model"]
+    _one_of(arg, "model", model, tuple(SIZES))
+    choices = CHOICES.get(model, {})
+    a = parse_argument(arg, {"model": model} | {name: c[0] for name, c in choices.items()})
+    for name, allowed in choices.items():
+        _one_of(arg, name, a[name], allowed)
+    c = base()
+    c.data.path = "data/pairs"
+    c.model.size = f"balm_{model}"
+    c.model.layers, c.model.d_model, c.model.ffn, c.model.heads = SIZES[model]
+    c.model.token_dropout = False
+    c.model.activation = "swiglu"
+    c.model.tied = False
+    if model == "older":
+        _older(c)
+    else:
+        _schedule(c, long=model in ("final", "dense_200m", "dense_710m"))
+    if model == "pilot":
+        _experts(c, a["router"], float(a["capacity"]), int(a["shared"]))
+        c.model.moe.ffn = PILOT_FFN[a["capacity"], a["shared"]]
+        c.model.moe.pads = "none"
+    elif model == "pads":
+        _experts(c)
+        c.model.moe.pads = a["pads"].replace("+", ",")
+    elif model == "final":
+        _experts(c)
+        c.model.moe.pads = "probabilities,aux"
+    return c
+
+
+def _one_of(arg: str | None, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(
+            f"--config=...:{arg}: {name}={value!r}{suggestion(value, allowed)}: expected one of "
+            f"{', '.join(allowed)}"
+        )
+
+
+def _schedule(c, long: bool) -> None:
+    """8 x 64 rows; pilots on single chains of 160 tokens, final models on a mixture of 256."""
+    c.data.layout = "balm"
+    c.data.length = 256 if long else 160
+    c.data.regime = "mixed:0.625" if long else "unpaired"
+    c.train.steps = 500_000 if long else 250_000
+    c.train.warmup = 30_000 if long else 15_000
+    c.train.batch = 512
+    c.train.lr = 1e-4
+    c.eval.every = c.checkpoint.every = 10_000 if long else 5_000
+
+
+def _experts(c, router: str = "topk", capacity: float = 1.0, shared: int = 0) -> None:
+    """8 experts, some of them shared, in every other layer; `capacity` in BALM's unit."""
+    moe, sparse = c.model.moe, c.model.layers // 2
+    moe.router = router
+    moe.experts = 8 - shared
+    moe.shared = shared
+    # BALM's top-p has no limit; expert choice has no k
+    moe.k = {"topk": 2, "topp": moe.experts, "expert_choice": 1}[router]
+    moe.capacity = capacity / moe.k
+    moe.group = "batch"
+    counted = moe.k if router == "topk" else 1  # choices of a token in the loss
+    moe.load_balance = 0.0 if router == "expert_choice" else 0.01 * counted / sparse
+    moe.z_loss = 0.0 if router == "topp" else 0.001 / sparse
+    moe.entropy_loss = 1e-4 / sparse if router == "topp" else 0.0
+    c.train.accumulate = 8
+
+
+def _older(c) -> None:
+    """Expert choice within a row: 15 experts take 128 of its 320 tokens each, a 16th takes all."""
+    c.data.length = 320
+    c.train.steps = 500_000
+    c.train.warmup = 30_000
+    c.train.lr = 1.6e-3
+    c.train.beta2, c.train.eps, c.train.clip = 0.999, 1e-8, 0.0
+    c.eval.every = c.checkpoint.every = 25_000
+    moe = c.model.moe
+    moe.router = "expert_choice"
+    moe.experts = 15
+    moe.shared = 1
+    moe.k = 6  # 15 x 128 / 320
+    moe.pads = "none"
+    moe.load_balance = 0.0
+    moe.z_loss = 0.01 / 3
