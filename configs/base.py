@@ -83,6 +83,8 @@ def get_config() -> ConfigDict:
     train.clip = 1.0  # global norm; 0: off
     train.ema = 0.0  # decay of an average of the weights, which is then evaluated; 0: off
     train.patience = 0  # stop after n evaluations without improvement; 0: off
+    # end a run whose routing or loss has collapsed and stays so (docs/training.md); exit code 1
+    train.stop_on_collapse = False
 
     c.eval = evaluation = ConfigDict()
     evaluation.every = 500  # steps

@@ -88,6 +88,7 @@ class TrainConfig(OptimizerSpec):
     accumulate: int
     ema: float
     patience: int
+    stop_on_collapse: bool
 
 
 @dataclass(frozen=True)

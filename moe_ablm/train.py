@@ -4,7 +4,8 @@
     --config.a.b=VALUE             override of one key (configs/base.py explains them all)
     --workdir=DIR                  where the run lives; the same command again resumes it
 
-Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anything else.
+Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anything else (also a
+run that diverged, or collapsed under train.stop_on_collapse).
 """
 
 import json
@@ -15,9 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,17 +32,19 @@ from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.perplexity import evaluate
-from moe_ablm.evaluation.tables import region_table
+from moe_ablm.evaluation.tables import region_table, stability_lines
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.progress import Progress
 from moe_ablm.results import write_atomically
+from moe_ablm.summary import COLLAPSED, Record, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
+from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import make_eval_step, make_train_step
 from moe_ablm.training.throughput import Clock, default_precision, matmul_peak
 from moe_ablm.workdir import finished_run, work_directory
@@ -53,17 +54,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 class Diverged(Exception):
     """A metric is no longer finite."""
-
-
-@dataclass
-class Record:
-    """What must survive a restart beside the arrays; saved with every checkpoint."""
-
-    tokens_seen: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    stale_evaluations: int = 0
-    evaluation: dict[str, Any] = field(default_factory=dict)  # of the newest, with its "step"
 
 
 def run(config: Config, workdir: Path) -> dict:
@@ -143,6 +133,8 @@ class Trainer:
         self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
+        moe, layers = config.model.moe, self.spec.moe_layers
+        self.watch = StabilityWatch(moe, layers, config.train.warmup)
         self.clock = Clock()
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
@@ -155,25 +147,27 @@ class Trainer:
         self.peak = matmul_peak(self.execution.operands)
         self._announce()
         batches = self.feed.train_batches(self.step)
-        done = self.step == steps or self._patience_is_over()
+        done = self.step == steps or self._patience_is_over() or self.record.collapsed
         with Progress(steps, self.step) as self.progress:
             while not done:
                 batch = global_batch(next(batches), self.mesh)
                 state, metrics = self.train_step(state, batch)
                 # the device works on this step while the host reads the one before
                 self._read_pending()
+                self.record.collapsed = self._is_given_up()
                 self.step += 1
                 self.pending = (self.step, metrics)
                 improved = False
                 if self.step % self.config.eval.every == 0 or self.step == steps:
                     improved = self._evaluate(state)
-                done = self.step == steps or self._patience_is_over()
+                done = self.step == steps or self._patience_is_over() or self.record.collapsed
                 due = self.step % self.config.checkpoint.every == 0
                 if due or improved or done or stop:
                     self._save(state)
                 if stop and not done:
                     return self._finish(state, "stopped")
-        return self._finish(state, "complete")
+        early = self.record.collapsed and self.step < steps
+        return self._finish(state, COLLAPSED if early else "complete")
 
     # restoring and saving
 
@@ -183,6 +177,7 @@ class Trainer:
         restored = self.checkpoints.restore(target)
         if restored:
             self.record = Record(**restored.record)
+            self.watch.restore(self.record.stability)
             self.step = int(restored.state.step)
             return restored.state
         return states.init_state(self.spec, self.optimizer, self.config.seed, ema, self.mesh)
@@ -191,6 +186,7 @@ class Trainer:
         self._read_pending()  # raises if this state is not finite: it must not be saved
         evaluated = self.record.evaluation.get("step") == self.step
         loss = self.record.evaluation["loss"] if evaluated else None
+        self.record.stability = self.watch.state()
         self.checkpoints.save(self.step, state, vars(self.record), loss)
 
     # measuring
@@ -212,6 +208,7 @@ class Trainer:
                 raise Diverged(f"step {step}: {name} is {float(value)}")
         tokens = int(metrics.tokens)
         self.record.tokens_seen += tokens
+        self.watch.update(step, losses["loss"], metrics.router)
         speed = self.clock.tick(tokens)
         self.progress.update(step, losses["loss"], speed)
         if step % self.config.log.every and step != self.config.train.steps:
@@ -264,6 +261,11 @@ class Trainer:
         patience = self.config.train.patience
         return bool(patience) and self.record.stale_evaluations >= patience
 
+    def _is_given_up(self) -> bool:
+        # asked before each update is counted, of those read until then: with the same answer
+        # whether or not a checkpoint or a restart came between
+        return self.config.train.stop_on_collapse and self.watch.is_lasting(self.step)
+
     # telling
 
     def _announce(self) -> None:
@@ -284,12 +286,14 @@ class Trainer:
     def _finish(self, state: states.TrainState, status: str) -> dict:
         """Waits for the last checkpoint, then writes `run.json`."""
         self.checkpoints.wait()
-        summary = self._summary(state, status)
+        told = self.watch.summary(), self.clock.mean
+        summary = run_summary(self.config, self.feed, state, self.record, status, *told)
         self._write_run(summary)
         if status == "stopped":
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
-        else:
+        elif status == "complete":
             Console().print(region_table(summary["evaluation"]))
+            print("\n".join(stability_lines(summary["stability"])))
             print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")
         return summary
 
@@ -306,33 +310,6 @@ class Trainer:
         write_atomically(self.workdir / "run.json", json.dumps(content, indent=1) + "\n")
         self.results.close()
         self.checkpoints.close()
-
-    def _summary(self, state: states.TrainState, status: str) -> dict:
-        config, record = self.config, self.record
-        moe = config.model.moe
-        return {
-            "fingerprint": configs.fingerprint(config, self.feed.identity),
-            "status": status,
-            "step": int(state.step),
-            "params_sha256": states.params_sha256(state.params),
-            "params_total": flops.params_total(self.spec),
-            "params_active": flops.params_active(self.spec),
-            "unique_tokens": self.feed.unique_tokens,
-            "tokens_seen": record.tokens_seen,
-            "flops": record.tokens_seen * self.flops_per_token,
-            "seed": config.seed,
-            "size": config.model.size,
-            "data_fraction": config.data.fraction,
-            "router": moe.router,
-            "experts": moe.experts if moe.router != "none" else 1,
-            "valid_loss_final": record.evaluation.get("loss"),
-            "valid_loss_best": record.best_loss,
-            "valid_step_best": record.best_step,
-            "valid_loss_by_region": record.evaluation.get("loss_by_region"),
-            "stability": None,
-            "evaluation": record.evaluation,
-            "tokens_per_second": self.clock.mean,
-        }
 
 
 @contextmanager
@@ -360,7 +337,7 @@ def main(argv: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        run(*parse(argv))
+        summary = run(*parse(argv))
     except UserError as error:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2
@@ -376,6 +353,14 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if summary["status"] == COLLAPSED:
+        reason = stability_lines(summary["stability"])[-1].strip()
+        print(
+            f"moe_ablm: stopped: collapse ({reason}); the checkpoint of step {summary['step']} is "
+            "kept, and train.stop_on_collapse=False does not stop",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

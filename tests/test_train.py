@@ -52,10 +52,16 @@ def test_results_and_events_tell_the_same(finished):
     assert set(last["router"]) == {"1"}
     assert sum(last["router"]["1"]["load"]) == pytest.approx(1)
     assert 0 < last["router"]["1"]["entropy"] <= 1
+    load = last["router"]["1"]["load"]
+    assert last["router"]["1"]["max_min_load"] == pytest.approx(max(load) / min(load))
+    assert last["router"]["1"]["dead_experts"] == 0
     (file,) = (workdir / "tensorboard").iterdir()
     events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
     values = {(e.step, v.tag): v.tensor.float_val[0] for e in events for v in e.summary.value}
     assert values[12, "train/loss"] == pytest.approx(last["loss"])
+    for name in ("max_min_load", "dead_experts", "spread", "logit_rms"):
+        tag = f"train/router/1/{name}"
+        assert values[12, tag] == pytest.approx(last["router"]["1"][name])
     assert values[12, "eval/loss_by_region/CDRH3"] == pytest.approx(
         summary["valid_loss_by_region"]["CDRH3"]
     )
@@ -93,6 +99,7 @@ def test_report_draws_figures(finished, capsys):
         assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
         assert name in out
     assert "CDR3" in out
+    assert "stability: stable" in out
 
 
 def test_a_run_json_that_is_damaged_is_made_again(finished, tmp_path):

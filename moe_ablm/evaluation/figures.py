@@ -1,5 +1,6 @@
 """Figures of a run, drawn from `results.jsonl` alone."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -43,7 +44,8 @@ def draw_routing(routed: dict[str, list], path: Path) -> None:
     """Heat map, one panel a MoE layer: how much more than its share each expert takes of a region.
 
     Args:
-      routed: `{layer: [E][cells]}` counts of an "eval" line, cells as in `training.losses`.
+      routed: `{layer: [E][cells]}` counts of an "eval" line, cells as in `training.losses`; of
+        soft-MoE sums of shares, no whole numbers.
       path: PNG to write.
 
     Colour is log2 of (share of the region's assignments that go to the expert) over (share of all
@@ -53,17 +55,19 @@ def draw_routing(routed: dict[str, list], path: Path) -> None:
     cells = [c * len(REGIONS) + r for c in range(len(CHAINS)) for r in range(1, len(REGIONS))]
     names = [f"{CHAINS[c // 8][0].upper()} {REGIONS[c % 8]}" for c in cells]
     experts = len(next(iter(counts.values())))
+    # a file has at most 2^16 pixels a side: rows of many experts are lower, and not all numbered
+    height = 0.6 + min(0.28 * experts, 6.0)
     figure, axes = plt.subplots(
-        len(counts), 1, figsize=(8, 1.2 + len(counts) * (0.6 + 0.28 * experts)),
+        len(counts), 1, figsize=(8, 1.2 + len(counts) * height),
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for axis, (layer, table) in zip(axes[:, 0], counts.items(), strict=True):
         image = axis.imshow(_enrichment(table[:, cells]), cmap="RdBu_r", vmin=-3, vmax=3)
         axis.set_aspect("auto")
         axis.set_xticks(range(len(cells)), names, rotation=60, ha="right")
-        axis.set_yticks(range(experts))
+        axis.set_yticks(range(0, experts, math.ceil(experts / 32)))
         axis.set(title=f"layer {layer}", ylabel="expert")
-        figure.colorbar(image, ax=axis, label="log2 enrichment")
+    figure.colorbar(image, ax=axes, location="top", shrink=0.5, label="log2 enrichment")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

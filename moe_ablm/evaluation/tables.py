@@ -1,5 +1,7 @@
 """Tables on the terminal."""
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
 
@@ -28,3 +30,19 @@ def region_table(evaluation: dict) -> Table:
                 cells += ["-", "-", "0"]
         table.add_row(region, *cells)
     return table
+
+
+def stability_lines(stability: Mapping) -> list[str]:
+    """The verdict of the stability watch and its events, one a line, those not over last.
+
+    Args:
+      stability: of `run.json`: verdict, events, worst.
+    """
+    events = sorted(stability["events"], key=lambda e: (e["until"] is None, e["step"]))
+    return [f"stability: {stability['verdict']}", *(f"  {_told(event)}" for event in events)]
+
+
+def _told(event: Mapping) -> str:
+    where = "loss" if event["layer"] is None else f"layer {event['layer']}"
+    over = "not over" if event["until"] is None else f"over at step {event['until']}"
+    return f"{where}: {event['what']} {event['value']:.4g} from step {event['step']}, {over}"

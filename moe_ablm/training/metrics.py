@@ -13,6 +13,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from moe_ablm.model.routing import RouterStats
 from moe_ablm.results import keep_until
 from moe_ablm.training.losses import REGIONS, RegionSums
+from moe_ablm.training.stability import dead_experts, max_min_load
 
 
 def loss_metrics(sums: RegionSums, names: tuple[str, ...]) -> dict[str, Any]:
@@ -39,8 +40,14 @@ def loss_metrics(sums: RegionSums, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Load, entropy, dropped share and losses of each MoE layer, by layer number."""
+    """Load, entropy, dropped share and losses of each MoE layer, by layer number.
+
+    Beside what `RouterStats` holds: `max_min_load`, and `dead_experts` in this batch, both as the
+    stability watch defines them.
+    """
     arrays = {k: np.asarray(v, np.float64) for k, v in stats._asdict().items()}
+    load = arrays["load"]
+    arrays |= {"max_min_load": max_min_load(load), "dead_experts": dead_experts(load)}
     return {
         str(layer): {k: a[i].tolist() for k, a in arrays.items()} for i, layer in enumerate(layers)
     }

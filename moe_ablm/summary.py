@@ -1,0 +1,70 @@
+"""What a run remembers of itself, and the summary it leaves in `run.json`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_ablm import config as configs
+from moe_ablm.config import Config
+from moe_ablm.feed import Feed
+from moe_ablm.model import flops
+from moe_ablm.training.state import TrainState, params_sha256
+
+COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
+
+
+@dataclass
+class Record:
+    """What must survive a restart beside the arrays; saved with every checkpoint."""
+
+    tokens_seen: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale_evaluations: int = 0
+    collapsed: bool = False  # and given up
+    evaluation: dict[str, Any] = field(default_factory=dict)  # of the newest, with its "step"
+    stability: dict[str, Any] = field(default_factory=dict)  # state of the stability watch
+
+
+def run_summary(
+    config: Config,
+    feed: Feed,
+    state: TrainState,
+    record: Record,
+    status: str,
+    stability: dict[str, Any],
+    tokens_per_second: float,
+) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Args:
+      config, feed: of the run.
+      state, record: at its end.
+      status: "complete", "stopped" or "collapsed".
+      stability: the stability watch's summary.
+      tokens_per_second: mean of this process.
+    """
+    spec, moe = config.model.spec(), config.model.moe
+    per_token = flops.train_flops_per_token(spec, feed.mixture.tokens_per_sequence)
+    return {
+        "fingerprint": configs.fingerprint(config, feed.identity),
+        "status": status,
+        "step": int(state.step),
+        "params_sha256": params_sha256(state.params),
+        "params_total": flops.params_total(spec),
+        "params_active": flops.params_active(spec),
+        "unique_tokens": feed.unique_tokens,
+        "tokens_seen": record.tokens_seen,
+        "flops": record.tokens_seen * per_token,
+        "seed": config.seed,
+        "size": config.model.size,
+        "data_fraction": config.data.fraction,
+        "router": moe.router,
+        "experts": moe.experts if moe.router != "none" else 1,
+        "valid_loss_final": record.evaluation.get("loss"),
+        "valid_loss_best": record.best_loss,
+        "valid_step_best": record.best_step,
+        "valid_loss_by_region": record.evaluation.get("loss_by_region"),
+        "stability": stability,
+        "evaluation": record.evaluation,
+        "tokens_per_second": tokens_per_second,
+    }
