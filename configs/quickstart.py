@@ -23,8 +23,8 @@ def get_config():
     c.model.moe.router = "topk"
     c.train.steps = 500
     c.train.batch = 16
-    c.train.lr = 3e-3
-    c.train.warmup = 50
+    c.train.lr = 2e-3
+    c.train.warmup = 60
     c.eval.every = 100
     c.eval.pairs = 512
     c.checkpoint.every = 100

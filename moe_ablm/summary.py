@@ -8,6 +8,7 @@ from moe_ablm.config import Config
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.training.state import TrainState, params_sha256
+from moe_ablm.training.throughput import peak_memory
 
 COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
 
@@ -33,6 +34,7 @@ def run_summary(
     status: str,
     stability: dict[str, Any],
     tokens_per_second: float,
+    train_loss: float | None,
 ) -> dict[str, Any]:
     """The content of `run.json`.
 
@@ -42,6 +44,7 @@ def run_summary(
       status: "complete", "stopped" or "collapsed".
       stability: the stability watch's summary.
       tokens_per_second: mean of this process.
+      train_loss: mean of the last logged training losses.
     """
     spec, moe = config.model.spec(), config.model.moe
     per_token = flops.train_flops_per_token(spec, feed.mixture.tokens_per_sequence)
@@ -60,6 +63,7 @@ def run_summary(
         "data_fraction": config.data.fraction,
         "router": moe.router,
         "experts": moe.experts if moe.router != "none" else 1,
+        "train_loss_final": train_loss,
         "valid_loss_final": record.evaluation.get("loss"),
         "valid_loss_best": record.best_loss,
         "valid_step_best": record.best_step,
@@ -67,4 +71,11 @@ def run_summary(
         "stability": stability,
         "evaluation": record.evaluation,
         "tokens_per_second": tokens_per_second,
+        "peak_memory": peak_memory(),
     }
+
+
+def recent_train_loss(lines: list[dict], steps: int) -> float | None:
+    """Mean training loss over the log lines of the last tenth of `steps`; None without any."""
+    losses = [x["loss"] for x in lines if x["kind"] == "train" and x["step"] > 0.9 * steps]
+    return sum(losses) / len(losses) if losses else None

@@ -38,8 +38,8 @@ from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.progress import Progress
-from moe_ablm.results import write_atomically
-from moe_ablm.summary import COLLAPSED, Record, run_summary
+from moe_ablm.results import read_results, write_atomically
+from moe_ablm.summary import COLLAPSED, Record, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
@@ -286,7 +286,8 @@ class Trainer:
     def _finish(self, state: states.TrainState, status: str) -> dict:
         """Waits for the last checkpoint, then writes `run.json`."""
         self.checkpoints.wait()
-        told = self.watch.summary(), self.clock.mean
+        recent = recent_train_loss(read_results(self.results.path), self.step)
+        told = self.watch.summary(), self.clock.mean, recent
         summary = run_summary(self.config, self.feed, state, self.record, status, *told)
         self._write_run(summary)
         if status == "stopped":

@@ -170,7 +170,10 @@ class Encoder(nnx.Module):
             if self.execution.remat:
                 body = jax.checkpoint(body)
             states = [
-                [(state, None if keys is None else keys[i]) for i, (_, state) in zip(group, part, strict=True)]
+                [
+                    (state, None if keys is None else keys[i])
+                    for i, (_, state) in zip(group, part, strict=True)
+                ]
                 for group, part in zip(groups, split, strict=True)
             ]
             if repeats == 1:

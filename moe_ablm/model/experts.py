@@ -25,9 +25,7 @@ class ExpertWeights(NamedTuple):
 
 def expert_ffn(x: jax.Array, weights: ExpertWeights, activation: str, operands: str) -> jax.Array:
     """`down_e(activate(up_e(x_e)))`: `[E, T, D] -> [E, T, D]`, in the dtype of `x`."""
-    up_bias, down_bias = (
-        b[:, None].astype(x.dtype) for b in (weights.up_bias, weights.down_bias)
-    )
+    up_bias, down_bias = (b[:, None].astype(x.dtype) for b in (weights.up_bias, weights.down_bias))
     hidden = ACTIVATE[activation](matmul(x, weights.up, operands) + up_bias)
     return matmul(hidden, weights.down, operands) + down_bias
 

@@ -144,9 +144,7 @@ def _grouped_backward(activation, operands, residuals, gradient):
         dx, d = carry
         e = expert[i]
         g, xi = _block(gradient, i), _block(x, i)
-        a, activation_vjp = jax.vjp(
-            ACTIVATE[activation], _block(hidden, i).astype(jnp.float32)
-        )
+        a, activation_vjp = jax.vjp(ACTIVATE[activation], _block(hidden, i).astype(jnp.float32))
         (dh,) = activation_vjp(dot_transposed(g, down[e], operands))
         d = ExpertWeights(
             up=d.up.at[e].add(dot(row_major(xi.astype(operands).T), dh, operands)),

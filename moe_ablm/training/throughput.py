@@ -1,5 +1,7 @@
 """How fast this device multiplies matrices: the yardstick for model FLOPs utilisation."""
 
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +26,15 @@ def matmul_peak(operands: str, rounds: int = 5) -> float:
     # fake CPU devices share the same cores
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return 2 * n**3 / best * devices
+
+
+def peak_memory() -> int:
+    """Most bytes that were in use at once: of a device, on CPU of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, else kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def default_precision() -> str:
