@@ -107,6 +107,11 @@ def _check_divides(config: Config, mesh: Mesh) -> None:
             f"of {rows} rows cannot be split over {mesh.size} devices: use a multiple of "
             f"{mesh.size * config.train.accumulate}"
         )
+    moe, ways = config.model.moe, config.mesh.expert
+    if moe.router != "none" and moe.experts % ways:
+        raise UserError(
+            f"config.mesh.expert={ways} does not divide config.model.moe.experts={moe.experts}"
+        )
 
 
 class Trainer:

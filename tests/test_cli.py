@@ -41,6 +41,11 @@ WRONG = {
     "no experts left": (["--config.model.moe.first_dense=2"], ("first_dense=2",)),
     "mesh": (["--config.mesh.expert=3"], ("mesh.expert=3", "1 devices")),
     "micro-batches": (["--config.train.accumulate=3"], ("accumulate=3", "train.batch (8)")),
+    "capacity": (["--config.model.moe.capacity=0.0"], ("capacity=0.0", "no slot")),
+    "widths": (
+        ["--config.model.moe.router=expert_choice", "--config.model.moe.widths=(8,8,8,16)"],
+        ("widths", "'expert_choice'"),
+    ),
     "no dataset": (["--config.data.path=nowhere"], ("nowhere", "moe_ablm prepare")),
     "too short": (["--config.data.length=64"], ("data.length=64", "fits")),
     "stray argument": (["steps=5"], ("steps=5",)),
@@ -167,6 +172,17 @@ def test_two_trainers_on_one_work_directory(tmp_path, run_quickly):
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run_quickly("moe_ablm.train", *tiny_flags(), f"--workdir={workdir}")
     refused(result, "in use by another process")
+
+
+def test_experts_that_the_mesh_does_not_divide(tmp_path):
+    result = run_command(
+        "moe_ablm.train",
+        *tiny_flags(mesh__expert=8),
+        f"--workdir={tmp_path / 'w'}",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    refused(result, "mesh.expert=8", "experts=4")
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_loss_is_the_same_on_1_2_and_8_devices(tmp_path):

@@ -68,6 +68,91 @@ def test_wrong_values_are_named(changes, message):
         configs.from_mapping(changed(**changes))
 
 
+# one wrong value of model.moe each, beside others that are right: the key's name is in the message
+WRONG = [
+    (
+        "topk",
+        {"router": "top_k"},
+        "router='top_k' .did you mean 'topk'.*: expected one of none, topk",
+    ),
+    ("topk", {"group": "batches"}, "group='batches' .did you mean 'batch'"),
+    ("topk", {"gate": "softmix"}, "gate='softmix' .did you mean 'softmax'"),
+    ("topk", {"experts": 0}, "experts=0: expected a positive number"),
+    ("topk", {"k": 0}, "k=0: expected a positive number"),
+    ("topk", {"k": 9}, r"k=9: expected 1 to model.moe.experts \(8\)"),
+    ("soft", {"slots": 0}, "slots=0: expected a positive number"),
+    ("topk", {"shared": -1}, "shared=-1: expected 0 or more"),
+    ("topk", {"first_dense": -1}, "first_dense=-1: expected 0 or more"),
+    ("topk", {"first_dense": 6}, "first_dense=6 leaves none of the 6 layers to experts"),
+    ("topk", {"balance_rate": -0.1}, "balance_rate=-0.1: expected 0 or more"),
+    ("topk", {"load_balance": -1.0}, "load_balance=-1.0: expected 0 or more"),
+    ("topk", {"z_loss": -1.0}, "z_loss=-1.0: expected 0 or more"),
+    ("topp", {"entropy_loss": -1.0}, "entropy_loss=-1.0: expected 0 or more"),
+    ("topp", {"threshold": 0.0}, "threshold=0.0: expected above 0, at most 1"),
+    ("topp", {"threshold": 1.1}, "threshold=1.1: expected above 0, at most 1"),
+    ("topk", {"jitter": 1.0}, r"jitter=1.0: expected 0 \(off\) to below 1"),
+    ("topk", {"ffn": 0}, "ffn=0: expected a positive number or None"),
+    ("topk", {"capacity": 0.0}, "capacity=0.0: expected more than 0, .* no slot"),
+    ("topk", {"capacity": -1.0}, "capacity=-1.0: expected more than 0"),
+    ("topk", {"widths": (8, 8)}, r"widths=\(8, 8\): .* each of model.moe.experts \(8\)"),
+    ("topk", {"widths": (8,) * 7 + (0,)}, "widths=.*: expected a positive width"),
+    ("topk", {"widths": ()}, r"widths=\(\): expected a positive width"),
+    ("topk", {"pads": "logit"}, "pads='logit': expected excluded, none, or some of logits, "),
+    ("topk", {"pads": "excluded,aux"}, "pads='excluded,aux': expected excluded, none"),
+    ("topk", {"placement": "odd"}, "placement='odd', 6 layers: expected every, alternate, last_N"),
+    ("topk", {"placement": ""}, "placement='', 6 layers"),
+    ("topk", {"placement": "last_0"}, "placement='last_0'"),
+    ("topk", {"placement": "-1"}, "placement='-1'"),
+    # what one router can do and another cannot
+    ("expert_choice", {"widths": (8,) * 8}, "widths=.*: expected None .*'expert_choice'.* equal"),
+    ("soft", {"widths": (8,) * 8}, "widths=.*: expected None .*'soft'"),
+    ("expert_choice", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0 .*balanced by con"),
+    ("soft", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0 .*'soft'"),
+    ("soft", {"capacity": 1.0}, "capacity=1.0: expected None .*'soft', which has no queues"),
+    ("sequence", {"capacity": 1.0}, "capacity=1.0: expected None .*'sequence'"),
+    ("soft", {"group": "batch"}, "group='batch': expected 'sequence' .*'soft'"),
+    ("sequence", {"group": "batch"}, "group='batch': expected 'sequence' .*'sequence'"),
+    ("soft", {"pads": "none"}, "pads='none': expected 'excluded' .*'soft'"),
+    ("sequence", {"pads": "aux"}, "pads='aux': expected 'excluded' .*'sequence'"),
+    ("sequence", {"jitter": 0.1}, "jitter=0.1: expected 0 .*'sequence': tokens"),
+    ("topk", {"l2": True}, "l2=True: expected False with model.moe.router='topk'"),
+]
+
+
+def moe_config(router: str, /, **changes):
+    return changed(**{f"model__moe__{k}": v for k, v in ({"router": router} | changes).items()})
+
+
+@pytest.mark.parametrize(("router", "changes", "message"), WRONG, ids=str)
+def test_wrong_experts_end_in_one_clear_line(router, changes, message):
+    with pytest.raises(UserError, match=rf"^config\.model\.moe[.:].*{message}") as raised:
+        configs.from_mapping(moe_config(router, **changes))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
+
+
+RIGHT = [
+    ("topk", {"k": 8, "capacity": 0.01, "gate": "sigmoid", "renormalise": False}),
+    ("topk", {"widths": (8,) * 4 + (16,) * 4, "balance_rate": 0.001, "shared": 1}),
+    ("topk", {"pads": "probabilities, aux", "group": "batch", "jitter": 0.01}),
+    ("topp", {"threshold": 1.0, "entropy_loss": 1e-4, "pads": "none", "widths": (8,) * 8}),
+    ("expert_choice", {"capacity": 0.5, "pads": "logits,probabilities,aux", "group": "batch"}),
+    ("soft", {"slots": 1, "l2": True, "jitter": 0.01, "shared": 1, "ffn": 99}),
+    ("sequence", {"k": 1, "widths": (8,) * 8, "balance_rate": 0.001}),
+]
+
+
+@pytest.mark.parametrize(("router", "changes"), RIGHT, ids=str)
+def test_what_routers_can_do_together(router, changes):
+    spec = configs.from_mapping(moe_config(router, **changes)).model.spec()
+    assert spec.moe_layers == (1, 3, 5)
+    for name, value in changes.items():
+        assert getattr(spec.moe, name) == value
+
+
+def test_keys_of_experts_mean_nothing_to_a_dense_encoder():
+    assert configs.from_mapping(moe_config("none", k=9)).model.spec().moe_layers == ()
+
+
 def test_a_number_may_be_an_integer_where_a_float_is_expected():
     tree = base.get_config().to_dict()
     tree["train"]["clip"] = 1

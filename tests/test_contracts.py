@@ -239,7 +239,9 @@ def losses_of_one(request):
     spec = TINY[request.param]
     step, _, _ = step_and_arguments(spec, mesh)
     with jax.set_mesh(mesh):
-        return request.param, three_losses(spec, jax.jit(step), mesh, global_batch(host_batch(), mesh))
+        return request.param, three_losses(
+            spec, jax.jit(step), mesh, global_batch(host_batch(), mesh)
+        )
 
 
 def test_three_steps_have_the_same_loss_on_every_mesh(eight_devices, losses_of_one):

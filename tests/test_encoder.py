@@ -1,5 +1,7 @@
 """The encoder against Hugging Face's `EsmForMaskedLM`, and its invariances."""
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -74,6 +76,8 @@ SPECS = {
     "dense": tiny_spec(),
     "top1": tiny_spec(moe=MoESpec("topk", experts=4, k=1)),
     "top2": tiny_spec(moe=MoESpec("topk", experts=4, k=2, placement="every", first_dense=0)),
+    "expert choice": tiny_spec(moe=MoESpec("expert_choice", experts=4)),
+    "soft": tiny_spec(tied=False, activation="swiglu", moe=MoESpec("soft", experts=4, slots=3)),
 }
 
 
@@ -84,6 +88,10 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def rows():
+    return make_rows()
+
+
+def make_rows():
     rng = np.random.default_rng(3)
     tokens = rng.integers(4, 24, (4, 24))
     tokens[:, 3] = 32
@@ -113,27 +121,69 @@ def test_batch_neighbours_never_change_a_logit(model, rows):
     np.testing.assert_allclose(before[1][valid[1]], after[1][valid[1]], atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("execution", [Execution(scan=True), Execution(remat=True)], ids=str)
-def test_scan_and_remat_change_neither_loss_nor_gradient(name, execution, rows):
-    spec = EncoderSpec(6, 24, 48, 4, moe=SPECS[name].moe)
-    tokens, valid = (jnp.asarray(a) for a in rows)
+@cache
+def loss_and_gradient(name: str, execution: Execution):
+    """Of four layers in training, the jitter of their routers included."""
+    moe = replace(SPECS[name].moe, jitter=0.1) if name != "dense" else SPECS[name].moe
+    spec = EncoderSpec(4, 24, 48, 4, moe=moe)
     params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))[1]
+    definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[0]
+    tokens, valid = (jnp.asarray(a) for a in make_rows())
 
-    def gradient(execution):
-        definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[0]
+    def loss(params):
+        model, key = nnx.merge(definition, params), jax.random.key(0)
+        output = model(tokens, valid, None, True, key)
+        aux = 0 if output.routing is None else output.routing.stats.load_balance.sum()
+        return jnp.square(output.logits * valid[..., None]).sum() + aux
 
-        def loss(params):
-            logits = nnx.merge(definition, params)(tokens, valid).logits
-            return jnp.square(logits * valid[..., None]).sum()
+    quickly = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.value_and_grad(loss), compiler_options=quickly)(params)
 
-        return jax.jit(jax.value_and_grad(loss))(params)
 
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [
+        ("dense", Execution(scan=True)),
+        ("top1", Execution(scan=True)),  # pairs of a dense and a sparse layer
+        ("top2", Execution(scan=True, remat=True)),
+        ("top1", Execution(remat=True)),
+    ],
+    ids=str,
+)
+def test_scan_and_remat_change_neither_loss_nor_gradient(name, execution):
     for found, expected in zip(
-        jax.tree.leaves(gradient(execution)), jax.tree.leaves(gradient(Execution())), strict=True
+        jax.tree.leaves(loss_and_gradient(name, execution)),
+        jax.tree.leaves(loss_and_gradient(name, Execution())),
+        strict=True,
     ):
         scale = float(jnp.abs(expected).max()) + 1e-30
         np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
+
+
+def test_routing_is_reported_layer_by_layer_however_layers_run():
+    """Statistics and assignments of the sparse layers, in their order."""
+    spec = EncoderSpec(4, 24, 48, 4, moe=SPECS["top1"].moe)
+    tokens, valid = make_rows()
+    found = [encode(spec, Execution(scan=scan))(tokens, valid).routing for scan in (False, True)]
+    assert found[0].assigned.shape == (2, 4, 24, 4) and found[0].stats.load.shape == (2, 4)
+    np.testing.assert_array_equal(found[0].assigned.sum(-1), np.stack([valid, valid]))
+    assert (found[0].assigned[0] != found[0].assigned[1]).any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+    dense = encode(SPECS["dense"], Execution())(tokens, valid)
+    assert dense.routing is None
+
+
+def test_an_untied_decoder_replaces_the_embedding():
+    encoder = Encoder(tiny_spec(tied=False), Execution(), nnx.Rngs(0))
+    x, other = jnp.ones((1, 2, 24)), jnp.zeros((33, 24))
+    before = encoder.head(x, encoder.embedding[...])
+    np.testing.assert_array_equal(before, encoder.head(x, other))
+    encoder.head.decoder[...] = encoder.embedding[...]
+    tied = Encoder(tiny_spec(), Execution(), nnx.Rngs(0)).head
+    tied.dense.kernel[...] = encoder.head.dense.kernel[...]
+    tied_logits = tied(x, encoder.embedding[...])
+    np.testing.assert_array_equal(encoder.head(x, other), tied_logits)
+    assert (before != tied_logits).any()
 
 
 def test_bfloat16_stays_near_float32(rows):

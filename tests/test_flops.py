@@ -9,7 +9,7 @@ from flax import nnx
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.ffn import FeedForward
-from moe_ablm.model.grouped import BLOCK, ExpertWeights, grouped_ffn
+from moe_ablm.model.grouped import BLOCK, grouped_ffn
 from moe_ablm.model.moe import MoE
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
 
@@ -19,8 +19,23 @@ MOES = {
     "top2 every": MoESpec("topk", experts=8, k=2, placement="every", first_dense=0),
     "top2 last": MoESpec("topk", experts=3, k=2, placement="last_2", first_dense=0),
     "all of all": MoESpec("topk", experts=3, k=3, placement="1,2"),
+    "capacity": MoESpec("topk", experts=4, k=2, capacity=0.75),
+    "balanced": MoESpec("topk", experts=4, k=2, gate="sigmoid", balance_rate=0.1),
+    "shared": MoESpec("topp", experts=4, k=2, shared=2),
+    "unequal": MoESpec("topk", experts=4, k=2, widths=(8, 16, 24, 8), shared=1),
+    "narrow": MoESpec("topk", experts=4, k=2, ffn=7),
+    "expert choice": MoESpec("expert_choice", experts=4, k=2),
+    "expert choice half": MoESpec("expert_choice", experts=4, k=2, capacity=0.5),
+    "soft": MoESpec("soft", experts=4, slots=5),
+    "soft l2": MoESpec("soft", experts=4, slots=5, l2=True),
+    "sequence": MoESpec("sequence", experts=4, k=2),
 }
-SPARSE = {"none": 0, "top1 alternate": 2, "top2 every": 4, "top2 last": 2, "all of all": 2}
+SPARSE = {"none": 0, "top2 every": 4}  # layers, else 2
+# experts that compute for an average token in training
+ACTIVE = {
+    "none": 1, "top1 alternate": 1, "all of all": 3, "capacity": 1.5, "expert choice half": 1,
+    "soft": 4, "soft l2": 4,
+}  # fmt: skip
 
 
 def parts(spec: EncoderSpec):
@@ -32,15 +47,19 @@ def parts(spec: EncoderSpec):
     ]
 
 
+@pytest.mark.parametrize(
+    ("activation", "tied"), [("gelu", True), ("swiglu", False)], ids=["gelu tied", "swiglu untied"]
+)
 @pytest.mark.parametrize("name", MOES)
-def test_parameters_equal_those_of_the_arrays(name):
-    spec = EncoderSpec(4, 12, 20, 2, moe=MOES[name])
+def test_parameters_equal_those_of_the_arrays(name, activation, tied):
+    spec = EncoderSpec(4, 12, 20, 2, activation=activation, tied=tied, moe=MOES[name])
     sizes = parts(spec)
-    assert len(spec.moe_layers) == SPARSE[name]
+    assert len(spec.moe_layers) == SPARSE.get(name, 2)
     assert flops.params_total(spec) == sum(size for size, _ in sizes)
     experts = sum(size for size, of_experts in sizes if of_experts)
     rest = sum(size for size, of_experts in sizes if not of_experts)
-    assert flops.params_active(spec) == rest + experts * spec.moe.k // spec.moe.experts
+    active = rest + experts * ACTIVE.get(name, 2) / spec.moe.experts
+    assert abs(flops.params_active(spec) - active) <= len(spec.moe_layers) / 2
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -61,17 +80,54 @@ def test_counts_by_hand():
     assert flops.train_flops_per_token(spec, 7) == 6 * multiply_adds
 
 
-def test_flops_equal_what_xla_counts():
-    """A dense encoder wide enough for its matmuls to be nearly everything."""
-    spec, b, length = EncoderSpec(2, 768, 3072, 12), 2, 64
+# wide enough for matmuls to be nearly everything
+WIDE = {"layers": 1, "d_model": 1024, "ffn": 1024, "heads": 4}
+EVERY = {"placement": "every", "first_dense": 0, "experts": 4}
+COUNTED = {
+    "dense": (MoESpec(), False),
+    "topk": (MoESpec("topk", capacity=1.25, **EVERY), True),
+    "topp": (MoESpec("topp", capacity=0.5, shared=1, **EVERY), True),
+    "expert choice": (MoESpec("expert_choice", **EVERY), False),
+    "expert choice, small": (MoESpec("expert_choice", capacity=0.3, **EVERY), True),
+    "soft": (MoESpec("soft", slots=24, **EVERY), False),
+}
+
+
+def abstract(spec: EncoderSpec, b: int, length: int):
+    """Definition, and the parameters, tokens and mask of a batch without their values."""
     module = nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0)))
     definition, params = nnx.split(module)
-    run = jax.jit(lambda p, t, v: nnx.merge(definition, p)(t, v).logits)
-    tokens = jax.ShapeDtypeStruct((b, length), jnp.int32)
-    compiled = run.lower(params, tokens, jax.ShapeDtypeStruct((b, length), bool)).compile()
-    counted = compiled.cost_analysis()["flops"]
-    expected = flops.forward_flops_per_token(spec, length) * b * length
+    kinds = (jnp.int32, bool)
+    return definition, params, *(jax.ShapeDtypeStruct((b, length), kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_equal_what_xla_counts(name, activation):
+    """In the program before fusions; loops of the dropless way, which it counts once: below."""
+    (moe, training), b, length = COUNTED[name], 2, 64
+    spec = EncoderSpec(**WIDE, activation=activation, moe=moe)
+    definition, *inputs = abstract(spec, b, length)
+    run = jax.jit(lambda p, t, v: nnx.merge(definition, p)(t, v, None, training).logits)
+    counted = run.lower(*inputs).cost_analysis()["flops"]
+    expected = flops.forward_flops_per_token(spec, length, training) * b * length
     assert abs(counted / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", ["dense", "topk"])
+def test_flops_of_a_compiled_training_step(name):
+    """Forward and backward, as XLA compiles them."""
+    moe, b, length = COUNTED[name][0], 2, 64
+    spec = EncoderSpec(**WIDE, moe=moe)
+    definition, *inputs = abstract(spec, b, length)
+
+    def loss(p, t, v):
+        return nnx.merge(definition, p)(t, v, None, True).logits.sum()
+
+    options = {"xla_backend_optimization_level": 0}
+    compiled = jax.jit(jax.grad(loss), compiler_options=options).lower(*inputs).compile()
+    expected = flops.train_flops_per_token(spec, length) * b * length
+    assert abs(compiled.cost_analysis()["flops"] / expected - 1) < 0.02
 
 
 def matmul_flops(jaxpr, trips: int = 1) -> int:
@@ -93,27 +149,50 @@ def _is_jaxpr(x) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-@pytest.mark.parametrize("name", ["none", "top1 alternate", "top2 every"])
+# router, training, and assignments a token in the blocks of the dropless way (0: no loop)
+PROGRAMS = {
+    "none": (MoESpec(), False, 0),
+    "top1": (MoESpec("topk", experts=4, k=1), False, 1),
+    "top2 every": (MOES["top2 every"], True, 2),
+    "top2 capacity": (MoESpec("topk", experts=4, capacity=1.25), True, 0),
+    "top2 capacity, inference": (MoESpec("topk", experts=4, capacity=1.25), False, 2),
+    "top2 batch": (MoESpec("topk", experts=4, capacity=0.5, group="batch"), True, 1),
+    "topp": (MoESpec("topp", experts=4, k=3), False, 3),  # at most
+    "topp capacity": (MoESpec("topp", experts=4, k=3, capacity=0.5), True, 0),
+    "shared": (MoESpec("topk", experts=4, shared=2), True, 2),
+    # parts of 32: 1, 2, 3, 2, so 2 on average and 4 of a token's two experts
+    "unequal": (MoESpec("topk", experts=4, widths=(32, 64, 96, 64)), True, 4),
+    "expert choice": (MoESpec("expert_choice", experts=4, capacity=0.75), True, 0),
+    "expert choice, inference": (MoESpec("expert_choice", experts=4), False, 0),
+    "expert choice batch": (MoESpec("expert_choice", experts=4, group="batch"), True, 2),
+    "soft": (MoESpec("soft", experts=4, slots=5), True, 0),
+    "soft l2, inference": (MoESpec("soft", experts=4, slots=5, l2=True), False, 0),
+    "sequence": (MoESpec("sequence", experts=4), True, 2),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_flops_equal_the_matmuls_of_the_program(name):
-    """Exactly, when the experts' blocks are all full: T * K / BLOCK of them."""
-    spec = EncoderSpec(4, 32, 64, 2, moe=MOES[name])
+    """Exactly, when the experts' blocks are all full."""
+    moe, training, assignments = PROGRAMS[name]
+    spec = EncoderSpec(2, 32, 64, 2, moe=moe)
     b, length = 2, BLOCK
-    module = nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0)))
-    definition, params = nnx.split(module)
-    jaxpr = jax.make_jaxpr(lambda p, t, v: nnx.merge(definition, p)(t, v).logits)(
-        params,
-        jax.ShapeDtypeStruct((b, length), jnp.int32),
-        jax.ShapeDtypeStruct((b, length), bool),
-    )
-    blocks = b * length * spec.moe.k // BLOCK
-    expected = flops.forward_flops_per_token(spec, length) * b * length
-    expected += len(spec.moe_layers) * 2 * spec.moe.experts  # load . probability, once a layer
-    assert matmul_flops(jaxpr.jaxpr, blocks) == expected
+    definition, *inputs = abstract(spec, b, length)
+
+    def loss(p, t, v):
+        return nnx.merge(definition, p)(t, v, None, training).logits.sum()
+
+    blocks = b * length * assignments // BLOCK
+    forward = matmul_flops(jax.make_jaxpr(loss)(*inputs).jaxpr, blocks)
+    assert forward == flops.forward_flops_per_token(spec, length, training) * b * length
+    if training:  # nothing is computed twice, nothing that needs a gradient left out
+        both = matmul_flops(jax.make_jaxpr(jax.grad(loss))(*inputs).jaxpr, blocks)
+        assert both == flops.train_flops_per_token(spec, length) * b * length
 
 
 def test_backward_matmuls_of_a_dense_ffn_are_twice_the_forward_ones():
     """Where the factor 3 of training comes from."""
-    layer = FeedForward(EncoderSpec(1, 32, 64, 1), Execution(), nnx.Rngs(0))
+    layer = FeedForward(EncoderSpec(1, 32, 99, 1), 64, Execution(), nnx.Rngs(0))
     definition, params = nnx.split(layer)
 
     def loss(params, x):
@@ -128,11 +207,10 @@ def test_backward_matmuls_of_a_dense_ffn_are_twice_the_forward_ones():
 def test_backward_matmuls_of_experts_are_twice_the_forward_ones():
     """Nothing of the experts is computed twice."""
     moe = MoE(EncoderSpec(1, 32, 64, 1, moe=MOES["top2 every"]), Execution(), nnx.Rngs(0))
-    weights = ExpertWeights(*(w[...] for w in (moe.up, moe.up_bias, moe.down, moe.down_bias)))
-    expert, x = jnp.zeros(4, jnp.int32), jnp.ones((4 * BLOCK, 32))
+    weights, expert, x = moe.weights(), jnp.zeros(4, jnp.int32), jnp.ones((4 * BLOCK, 32))
 
     def loss(x, weights):
-        return grouped_ffn(x, weights, expert, jnp.int32(4), "float32").sum()
+        return grouped_ffn(x, weights, expert, jnp.int32(4), "gelu", "float32").sum()
 
     forward = matmul_flops(jax.make_jaxpr(loss)(x, weights).jaxpr, trips=4)
     both = matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, weights).jaxpr, trips=4)

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ablm.model import grouped
-from moe_ablm.model.grouped import BLOCK, ExpertWeights, block_rows, grouped_ffn, take_rows
+from moe_ablm.model.experts import ExpertWeights
+from moe_ablm.model.ffn import ACTIVATE, HIDDEN
+from moe_ablm.model.grouped import BLOCK, block_rows, grouped_ffn, take_rows
 
 D, F, E = 6, 10, 3
 
@@ -136,32 +138,46 @@ def test_both_ways_of_a_dispatch_have_the_gradients_of_indexing(name):
 # the experts
 
 
-@pytest.fixture(scope="module")
-def weights():
-    rng = np.random.default_rng(1)
-    shapes = (E, D, F), (E, F), (E, F, D), (E, D)
-    return ExpertWeights(*(rng.standard_normal(s).astype(np.float32) / 2 for s in shapes))
+@pytest.fixture(scope="module", params=ACTIVATE)
+def of_activation(request):
+    """An activation, and weights for it."""
+    rng, h = np.random.default_rng(1), HIDDEN[request.param] * F
+    shapes = (E, D, h), (E, h), (E, F, D), (E, D)
+    draws = (rng.standard_normal(s).astype(np.float32) / 2 for s in shapes)
+    return request.param, ExpertWeights(*draws)
 
 
-def masked_ffn(x, weights, expert_of_row, compute):
+def activated(h, activation):
+    """The definitions of GELU and SwiGLU, written anew."""
+    if activation == "gelu":
+        return h * jax.scipy.special.erfc(-h / 2**0.5) / 2
+    gate, value = h[:, :F], h[:, F:]
+    return gate / (1 + jnp.exp(-gate)) * value
+
+
+def masked_ffn(x, weights, expert_of_row, compute, activation):
     """Every expert on every row, then the right one's result; nothing for rows of none."""
     total = jnp.zeros_like(x)
     for e in range(E):
-        h = jax.nn.gelu(x @ weights.up[e] + weights.up_bias[e], approximate=False)
+        h = activated(x @ weights.up[e] + weights.up_bias[e], activation)
         out = h @ weights.down[e] + weights.down_bias[e]
         total += out * (compute & (expert_of_row == e))[:, None]
     return total
 
 
-@jax.jit
-def masked_vjp(x, weights, expert_of_row, compute, g):
-    out, vjp = jax.vjp(lambda x, w: masked_ffn(x, w, expert_of_row, compute), x, weights)
+@partial(jax.jit, static_argnums=0)
+def masked_vjp(activation, x, weights, expert_of_row, compute, g):
+    out, vjp = jax.vjp(
+        lambda x, w: masked_ffn(x, w, expert_of_row, compute, activation), x, weights
+    )
     return out, *vjp(g)
 
 
-@partial(jax.jit, static_argnums=0)
-def grouped_vjp(operands, x, weights, expert, used, g):
-    out, vjp = jax.vjp(lambda x, w: grouped_ffn(x, w, expert, used, operands), x, weights)
+@partial(jax.jit, static_argnums=(0, 1))
+def grouped_vjp(activation, operands, x, weights, expert, used, g):
+    out, vjp = jax.vjp(
+        lambda x, w: grouped_ffn(x, w, expert, used, activation, operands), x, weights
+    )
     return out, *vjp(g)
 
 
@@ -174,19 +190,20 @@ BLOCK_TABLES = {
 }
 
 
-def both(table, weights, operands, dtype):
+def both(table, of_activation, operands, dtype):
     """(found, expected) outputs and gradients: `out, dx, dup, dup_bias, ddown, ddown_bias`."""
-    expert, used = BLOCK_TABLES[table]
+    (activation, weights), (expert, used) = of_activation, BLOCK_TABLES[table]
     rng = np.random.default_rng(2)
     rows = len(expert) * BLOCK
     x, g = (jnp.asarray(rng.standard_normal((rows, D)), dtype) for _ in range(2))
-    found = grouped_vjp(operands, x, weights, jnp.asarray(expert), jnp.int32(used), g)
+    blocks = jnp.asarray(expert), jnp.int32(used)
+    found = grouped_vjp(activation, operands, x, weights, *blocks, g)
     assert found[0].dtype == found[1].dtype == dtype
     assert all(w.dtype == jnp.float32 for w in found[2])
     with jax.enable_x64(True):
         x, g, w = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (x, g, weights))
         of_row = jnp.asarray(np.repeat(expert, BLOCK))
-        expected = masked_vjp(x, w, of_row, jnp.arange(rows) < used * BLOCK, g)
+        expected = masked_vjp(activation, x, w, of_row, jnp.arange(rows) < used * BLOCK, g)
     return (
         [np.asarray(a).astype("f8") for a in jax.tree.leaves(found)],
         [np.asarray(a) for a in jax.tree.leaves(expected)],
@@ -194,25 +211,27 @@ def both(table, weights, operands, dtype):
 
 
 @pytest.mark.parametrize("table", BLOCK_TABLES)
-def test_values_and_gradients_in_float32(weights, table):
-    for found, expected in zip(*both(table, weights, "float32", jnp.float32), strict=True):
+def test_values_and_gradients_in_float32(of_activation, table):
+    for found, expected in zip(*both(table, of_activation, "float32", jnp.float32), strict=True):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_gradients_with_bfloat16_operands(weights, dtype):
-    for found, expected in zip(*both("each expert", weights, "bfloat16", dtype), strict=True):
+def test_values_and_gradients_with_bfloat16_operands(of_activation, dtype):
+    pairs = zip(*both("each expert", of_activation, "bfloat16", dtype), strict=True)
+    for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
-def test_unused_blocks_are_never_computed(weights):
+def test_unused_blocks_are_never_computed(of_activation):
     """Rows behind the last block in use may hold anything, even NaN."""
-    expert, used = BLOCK_TABLES["an idle one"]
+    (activation, weights), (expert, used) = of_activation, BLOCK_TABLES["an idle one"]
     x = np.full((6 * BLOCK, D), np.nan, np.float32)
     x[: used * BLOCK] = 1.0
     expert, used = jnp.asarray(expert), jnp.int32(used)
-    out, dx, dw = grouped_vjp("float32", jnp.asarray(x), weights, expert, used, jnp.ones(x.shape))
+    x, g = jnp.asarray(x), jnp.ones(x.shape)
+    out, dx, dw = grouped_vjp(activation, "float32", x, weights, expert, used, g)
     assert np.isfinite(out).all() and np.isfinite(dx).all()
     assert not np.asarray(out)[2 * BLOCK :].any() and not np.asarray(dx)[2 * BLOCK :].any()
     assert all(np.isfinite(d).all() for d in dw)

@@ -39,8 +39,8 @@ ONLY_IN = {
 }
 HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 # rooms and modules that must work where no computing library is installed
-WITHOUT_JAX = ("data", "scaling", "model/spec.py", "model/flops.py", "training/spec.py", "training/stability.py",
-               "errors.py", "results.py", "config.py")  # fmt: skip
+WITHOUT_JAX = ("data", "scaling", "model/spec.py", "model/flops.py", "training/spec.py",
+               "training/stability.py", "errors.py", "results.py", "config.py")  # fmt: skip
 
 
 WITHOUT_HEAVY = f"""

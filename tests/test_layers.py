@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.ffn import FeedForward, gelu
+from moe_ablm.model.ffn import FeedForward, gelu, swiglu
 from moe_ablm.model.layers import INIT_STD, LayerNorm, Linear, constant, normal
 from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
 
@@ -108,8 +108,18 @@ def test_gelu_is_the_exact_one():
     np.testing.assert_allclose(gelu(jnp.asarray(x)), x * np.array(phi), atol=1e-6)
 
 
-def test_feed_forward_is_linear_gelu_linear():
-    layer = FeedForward(EncoderSpec(1, 6, 10, 1), Execution(), nnx.Rngs(0))
+def test_swiglu_gates_the_second_half_by_the_first():
+    """silu(1) * 3 and silu(-2) * 5 (Shazeer 2020)."""
+    sigmoid = [1 / (1 + math.exp(-v)) for v in (1, -2)]
+    found = swiglu(jnp.asarray([[1.0, -2, 3, 5]]))
+    np.testing.assert_allclose(found, [[sigmoid[0] * 3, -2 * sigmoid[1] * 5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "halves"), [("gelu", 1), ("swiglu", 2)])
+def test_feed_forward_is_linear_activation_linear(activation, halves):
+    layer = FeedForward(
+        EncoderSpec(1, 6, 99, 1, activation=activation), 10, Execution(), nnx.Rngs(0)
+    )
     rng = np.random.default_rng(4)
     for linear in (layer.up, layer.down):
         linear.bias[...] = jnp.asarray(rng.standard_normal(linear.bias.shape), jnp.float32)
@@ -117,9 +127,13 @@ def test_feed_forward_is_linear_gelu_linear():
         np.asarray(w[...], "f8")
         for w in (layer.up.kernel, layer.up.bias, layer.down.kernel, layer.down.bias)
     )
+    assert up.shape == (6, halves * 10) and down.shape == (10, 6)
     x = rng.standard_normal((2, 3, 6)).astype(np.float32)
     h = x.astype("f8") @ up + up_bias
-    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    if activation == "gelu":
+        h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    else:
+        h = h[..., :10] / (1 + np.exp(-h[..., :10])) * h[..., 10:]
     np.testing.assert_allclose(layer(jnp.asarray(x)), h @ down + down_bias, atol=1e-6)
     assert (layer.up.kernel.axes, layer.down.kernel.axes) == ("DF", "FD")
 
@@ -127,15 +141,26 @@ def test_feed_forward_is_linear_gelu_linear():
 # every parameter of an encoder
 
 
-@pytest.mark.parametrize("router", ["none", "topk"])
-def test_every_parameter_is_float32_with_a_letter_for_every_axis(router):
+@pytest.mark.parametrize(
+    "spec",
+    [
+        EncoderSpec(2, 8, 20, 2),
+        EncoderSpec(2, 8, 20, 2, tied=False, moe=MoESpec("topk", experts=3, balance_rate=0.1)),
+        EncoderSpec(2, 8, 20, 2, moe=MoESpec("soft", experts=3, slots=5, l2=True)),
+        EncoderSpec(
+            2, 8, 20, 2, activation="swiglu", moe=MoESpec("topp", experts=3, ffn=11, shared=2)
+        ),
+    ],
+    ids=["dense", "untied balanced", "soft l2", "swiglu shared"],
+)
+def test_every_parameter_is_float32_with_a_letter_for_every_axis(spec):
     """And the letter says how long the axis is."""
-    moe = MoESpec(router, experts=3, k=2)
-    spec = EncoderSpec(2, 8, 20, 2, vocabulary=33, moe=moe)
     module = nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0)))
     flat = nnx.to_flat_state(nnx.state(module))
     # attention's inner width (D or 3D) is an F too: it is what fsdp shards
-    lengths = {"V": {33}, "D": {8}, "E": {3}, "F": {20, 8, 24}, ".": {3}}
+    widths = {20, 40, *spec.expert_widths, *(2 * w for w in spec.expert_widths)}
+    widths |= {spec.shared_ffn, 2 * spec.shared_ffn}
+    lengths = {"V": {33}, "D": {8}, "E": {3}, "F": {8, 24} | widths, ".": {3, 5}}
     assert len(flat) > 20
     for path, variable in flat:
         assert isinstance(variable, nnx.Param), path

@@ -1,212 +1,260 @@
-"""The MoE block: its equals among plain layers, its gradient in float64, and on eight devices.
+"""The MoE block against every expert on every token, its gradient in float64, and its like among
+plain layers; on eight devices it gives the answer of one.
 
-`python tests/test_moe.py OUT.npz` computes one block on every device there is; the test of eight
+`python tests/test_moe.py OUT.npz` computes blocks on every device there is; the test of eight
 devices runs it in a process of its own.
 """
 
 import os
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import moe_blocks
 import numpy as np
 import pytest
 from flax import nnx
-from jax.test_util import check_grads
+from moe_blocks import (
+    BLOCKS,
+    COTANGENT,
+    VALID,
+    D,
+    E,
+    F,
+    L,
+    X,
+    block,
+    encoder_spec,
+    forward,
+    named,
+    value_and_grad,
+)
 
 from moe_ablm.model.ffn import FeedForward
-from moe_ablm.model.grouped import ExpertWeights
-from moe_ablm.model.moe import MoE, dropless
-from moe_ablm.model.routers import TokenChoice
+from moe_ablm.model.moe import MoE
 from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, make_mesh
 
-D, F = 8, 12
-B, L = 8, 20
-ROWS = np.random.default_rng(7)
-X = ROWS.standard_normal((B, L, D)).astype(np.float32)
-VALID = np.arange(L) < np.array([20, 3, 11, 20, 1, 16, 8, 13])[:, None]
-COTANGENT = ROWS.standard_normal((B, L, D)).astype(np.float32)
+FLOAT64 = Execution("float64", "float64")
 
 
-def make(experts: int, k: int, execution: Execution = Execution()) -> MoE:  # noqa: B008
-    """A block with weights far from their start, so that routing and biases matter."""
-    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("topk", experts=experts, k=k))
-    moe = MoE(spec, execution, nnx.Rngs(0))
-    rng = np.random.default_rng(8)
-    for name in ("router", "up", "up_bias", "down", "down_bias"):
-        variable = getattr(moe, name)
-        draw = rng.standard_normal(variable.shape).astype(np.float32)
-        variable[...] = jnp.asarray(draw / np.sqrt(variable.shape[-2] if draw.ndim > 1 else 1))
-    return moe
+@cache
+def exact(name: str):
+    """Value, `(output, routing)` and gradients of a training block, all in float64."""
+    with moe_blocks.in_float64():
+        definition, params = block(encoder_spec(name), FLOAT64)
+        inputs = [jnp.asarray(a) for a in (X, VALID, COTANGENT)]
+        (value, aux), (dparams, dx) = value_and_grad(definition, True, params, *inputs)
+        assert value.dtype == aux[0].dtype == dx.dtype == jnp.float64
+        return float(value), jax.tree.map(np.asarray, aux), named(dparams) | {"x": np.asarray(dx)}
 
 
-def objective(definition, params, x, valid):
-    """Everything that a loss may look at, in one scalar, and the output."""
-    out, _, stats = nnx.merge(definition, params)(x, valid)
-    return (out * COTANGENT).sum() + stats.load_balance + 0.1 * stats.z_loss, (out, stats)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_output_and_statistics_are_those_of_every_expert_on_every_token(name):
+    expected, assigned, stats = moe_blocks.reference(encoder_spec(name), X, VALID + 0, True)
+    _, (out, routed), _ = exact(name)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
+    np.testing.assert_allclose(routed.assigned, assigned, atol=1e-12)
+    for key, value in stats.items():
+        np.testing.assert_allclose(getattr(routed.stats, key), value, atol=1e-12, err_msg=key)
 
 
-@partial(jax.jit, static_argnums=0)
-def value_and_grad(definition, params, x, valid):
-    return jax.value_and_grad(objective, argnums=(1, 2), has_aux=True)(definition, params, x, valid)
+@pytest.mark.parametrize("name", [n for n in BLOCKS if BLOCKS[n].capacity is not None])
+def test_capacities_of_these_tests_turn_some_away(name):
+    assert 0.05 < exact(name)[1][1].stats.dropped < 0.95
 
 
-@partial(jax.jit, static_argnums=0)
-def forward(definition, params, *inputs):
-    return nnx.merge(definition, params)(*inputs)
+def moved(params: nnx.State, part: str, step: np.ndarray) -> nnx.State:
+    flat = {
+        path: v.replace(v.get_value() + step) if "/".join(map(str, path)) == part else v
+        for path, v in nnx.to_flat_state(params)
+    }
+    return nnx.from_flat_state(flat)
 
 
-# in float64, with every expert on every token
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_numerically_in_float64(name):
+    """Central differences, each array along a random direction of its own."""
+    rng, h = np.random.default_rng(9), 1e-6
+    gradients = exact(name)[2]
+    with moe_blocks.in_float64():
+        definition, params = block(encoder_spec(name), FLOAT64)
+        valid, cotangent = jnp.asarray(VALID), jnp.asarray(COTANGENT)
+
+        def value(part: str, step: np.ndarray) -> float:
+            x = jnp.asarray(X + step if part == "x" else X)
+            changed = moved(params, part, step)
+            return float(value_and_grad(definition, True, changed, x, valid, cotangent)[0][0])
+
+        for part, gradient in gradients.items():
+            direction = rng.standard_normal(gradient.shape)
+            numeric = (value(part, h * direction) - value(part, -h * direction)) / (2 * h)
+            analytic = (gradient * direction).sum()
+            np.testing.assert_allclose(analytic, numeric, rtol=1e-6, atol=1e-7, err_msg=part)
 
 
-def reference(params: dict, x, valid, k: int):
-    """Output and auxiliary losses; `params` are plain float arrays by name."""
-    logits = x @ params["router"]
-    probabilities = jax.nn.softmax(logits)
-    chosen = jnp.argsort(-probabilities, axis=-1)[..., :k]
-    gates = jnp.take_along_axis(probabilities, chosen, axis=-1)
-    gates = gates / gates.sum(-1, keepdims=True) if k > 1 else gates
-    experts = params["router"].shape[-1]
-    out, shares = jnp.zeros_like(x), []
-    for e in range(experts):
-        h = x @ params["up"][e] + params["up_bias"][e]
-        y = jax.nn.gelu(h, approximate=False) @ params["down"][e] + params["down_bias"][e]
-        here = (chosen == e) & valid[..., None]
-        out += y * (gates * here).sum(-1, keepdims=True)
-        shares.append(here.sum() / (valid.sum() * k))
-    mean = (probabilities * valid[..., None]).sum((0, 1)) / valid.sum()
-    z = (jax.nn.logsumexp(logits, -1) ** 2 * valid).sum() / valid.sum()
-    return out, experts * jnp.dot(jnp.stack(shares), mean), z
+@pytest.mark.parametrize("name", BLOCKS)
+def test_everything_is_taught_but_the_balance(name):
+    for part, gradient in exact(name)[2].items():
+        assert gradient.any() != (part == "balance"), part
 
 
-def reference_objective(params, x, k):
-    out, load_balance, z_loss = reference(params, x, jnp.asarray(VALID), k)
-    return (out * COTANGENT).sum() + load_balance + 0.1 * z_loss, out
+@pytest.mark.parametrize("name", ["top1", "topk", "topk capacity", "soft l2", "unequal"])
+def test_values_and_gradients_in_float32(name):
+    value, (out, _), gradients = exact(name)
+    definition, params = block(encoder_spec(name))
+    inputs = [jnp.asarray(a, a.dtype if a.dtype == bool else "f4") for a in (X, VALID, COTANGENT)]
+    (found, (found_out, _)), (dparams, dx) = value_and_grad(definition, True, params, *inputs)
+    assert found_out.dtype == jnp.float32
+    pairs = {"value": (found, value), "out": (found_out, out)}
+    pairs |= {part: (g, gradients[part]) for part, g in (named(dparams) | {"x": dx}).items()}
+    for part, (a, b) in pairs.items():
+        atol = 3e-6 * np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, "f8"), b, rtol=0, atol=atol, err_msg=part)
 
 
-@pytest.fixture(
-    scope="module", params=[(3, 1), (3, 2), (3, 3), (1, 1)], ids="E{0[0]}K{0[1]}".format
-)
-def compared(request):
-    """A block's `(value, output, gradients)` and those of the float64 reference."""
-    experts, k = request.param
-    definition, params = nnx.split(make(experts, k))
-    (value, (out, _)), (dparams, dx) = value_and_grad(
-        definition, params, jnp.asarray(X), jnp.asarray(VALID)
-    )
-    with jax.enable_x64(True):
-        plain = {n: jnp.asarray(np.asarray(v), jnp.float64) for n, v in named(params).items()}
-        x = jnp.asarray(X, jnp.float64)
-        objective = partial(reference_objective, k=k)
-        gradient = jax.jit(jax.value_and_grad(objective, (0, 1), True))
-        (expected_value, expected_out), (expected_dparams, expected_dx) = gradient(plain, x)
-        if k == 2:  # the reference's own gradient numerically, so that none is taken on trust
-            value_of = jax.jit(lambda p, x: objective(p, x)[0])
-            check_grads(value_of, (plain, x), 1, ["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
-    found = {"value": value, "out": out, "x": dx} | named(dparams)
-    return found, {
-        "value": expected_value,
-        "out": expected_out,
-        "x": expected_dx,
-    } | expected_dparams
+# its like among plain layers
 
 
-def named(params: nnx.State) -> dict:
-    return {path[-1]: v.get_value() for path, v in nnx.to_flat_state(params)}
-
-
-NAMES = ["value", "out", "x", "router", "up", "up_bias", "down", "down_bias"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_values_and_gradients_against_every_expert_in_float64(compared, name):
-    found, expected = (np.asarray(part[name], "f8") for part in compared)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * scale)
+def both_of(spec: EncoderSpec, other: EncoderSpec, training: bool):
+    """Outputs of two blocks of equally shaped weights, which they share."""
+    definition, params = block(spec)
+    inputs = params, jnp.asarray(X, "f4"), jnp.asarray(VALID)
+    return [forward(d, training, *inputs)[0] for d in (definition, block(other)[0])]
 
 
 def test_one_expert_is_the_dense_ffn():
     """The gate of the only expert is 1; only padding differs, where the dense FFN computes too."""
-    moe = make(1, 1)
-    dense = FeedForward(EncoderSpec(1, D, F, 2), Execution(), nnx.Rngs(0))
-    dense.up.kernel[...], dense.up.bias[...] = moe.up[0], moe.up_bias[0]
-    dense.down.kernel[...], dense.down.bias[...] = moe.down[0], moe.down_bias[0]
-    out, plan, stats = forward(*nnx.split(moe), jnp.asarray(X), jnp.asarray(VALID))
-    expected = forward(*nnx.split(dense), jnp.asarray(X))
-    np.testing.assert_allclose(out[VALID], expected[VALID], atol=2e-6)
-    np.testing.assert_array_equal(plan.gates[..., 0], VALID.astype(np.float32))
-    assert float(stats.load_balance) == pytest.approx(1.0)
+    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("topk", experts=1, k=1))
+    definition, params = block(spec)
+    dense = FeedForward(EncoderSpec(1, D, F, 2), F, Execution(), nnx.Rngs(0))
+    weights = {name: a[0] for name, a in named(params).items()}
+    dense.up.kernel[...], dense.up.bias[...] = weights["up"], weights["up_bias"]
+    dense.down.kernel[...], dense.down.bias[...] = weights["down"], weights["down_bias"]
+    x = jnp.asarray(X, "f4")
+    out, routed = forward(definition, False, params, x, jnp.asarray(VALID))
+    np.testing.assert_allclose(out[VALID], dense(x)[VALID], atol=2e-6)
+    np.testing.assert_array_equal(routed.assigned[..., 0], VALID.astype(np.float32))
+    assert float(routed.stats.load_balance) == pytest.approx(1.0)
 
 
-def test_padding_comes_out_as_zero_and_is_never_seen():
-    parts, valid = nnx.split(make(3, 2)), jnp.asarray(VALID)
-    out = np.asarray(forward(*parts, jnp.asarray(X), valid)[0])
-    assert not out[~VALID].any() and out[VALID].any(-1).all()
-    other = np.where(VALID[..., None], X, np.float32(1e3))
-    np.testing.assert_array_equal(out, forward(*parts, jnp.asarray(other), valid)[0])
+@pytest.mark.parametrize("name", ["topk capacity", "topp capacity", "unequal"])
+def test_a_large_capacity_is_none(name):
+    """Fixed queues and sorted blocks: two ways of dispatch, one answer."""
+    spec = encoder_spec(name)
+    large, none = (replace(spec, moe=replace(spec.moe, capacity=c)) for c in (E / spec.moe.k, None))
+    limited, dropless = both_of(large, none, training=True)
+    np.testing.assert_allclose(limited, dropless, atol=2e-6)
+    small = both_of(spec, none, training=True)[0]
+    assert np.abs(small - dropless).max() > 0.1  # so the capacity is obeyed
 
 
-def test_a_plan_is_followed_whatever_router_made_it():
-    """Dispatch knows the plan alone: unequal numbers of experts, gates that sum to anything."""
-    moe = make(3, 2)
-    weights = ExpertWeights(*(w[...] for w in (moe.up, moe.up_bias, moe.down, moe.down_bias)))
-    x = jnp.asarray(X[:1, :3])
-    plan = TokenChoice(
-        experts=jnp.asarray([[[2, 3], [3, 3], [1, 0]]]),
-        gates=jnp.asarray([[[0.5, 0.0], [0.0, 0.0], [2.0, -1.0]]]),
-    )
+@pytest.mark.parametrize("name", ["topk capacity", "topp capacity", "shared", "unequal"])
+def test_inference_is_dropless(name):
+    spec = encoder_spec(name)
+    without = replace(spec, moe=replace(spec.moe, capacity=None))
+    np.testing.assert_array_equal(*both_of(spec, without, training=False))
 
-    @partial(jax.jit, static_argnums=(0, 1))
-    def ffn(e, token):
-        h = jax.nn.gelu(x[0, token] @ weights.up[e] + weights.up_bias[e], approximate=False)
-        return h @ weights.down[e] + weights.down_bias[e]
 
-    out = jax.jit(partial(dropless, operands="float32"))(x, plan, weights)[0]
-    np.testing.assert_allclose(out[0], 0.5 * ffn(2, 0), atol=1e-6)
-    np.testing.assert_array_equal(out[1], np.zeros(D))
-    np.testing.assert_allclose(out[2], 2 * ffn(1, 2) - ffn(0, 2), atol=2e-6)
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_widths_written_out_are_the_plain_experts(training):
+    spec = encoder_spec("topk capacity")
+    wide = replace(spec, moe=replace(spec.moe, widths=(F,) * E))
+    np.testing.assert_allclose(*both_of(spec, wide, training), atol=2e-6)
+
+
+def test_the_width_of_experts_can_be_their_own():
+    spec = replace(encoder_spec("topk"), moe=replace(BLOCKS["topk"], ffn=10))
+    definition, params = block(spec)
+    assert named(params)["up"].shape == (E, D, 10)
+    found, _ = forward(definition, False, params, jnp.asarray(X, "f4"), jnp.asarray(VALID))
+    expected, _, _ = moe_blocks.reference(spec, X, VALID + 0, False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bfloat16_routes_in_float32():
     """Logits that bfloat16 cannot tell apart still decide."""
-    moe = make(2, 1, Execution("bfloat16", "bfloat16"))
+    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("topk", experts=2, k=1))
+    moe = MoE(spec, Execution("bfloat16", "bfloat16"), nnx.Rngs(0))
     moe.router[...] = jnp.zeros((D, 2)).at[0].set(jnp.asarray([1.0, 1.0 + 2.0**-12]))
     x = jnp.ones((1, 2, D), jnp.bfloat16).at[0, 1, 0].set(-1.0)
-    out, plan, stats = forward(*nnx.split(moe), x, jnp.ones((1, 2), bool))
-    assert out.dtype == jnp.bfloat16 and plan.gates.dtype == jnp.float32
-    assert all(s.dtype == jnp.float32 for s in stats)
-    np.testing.assert_array_equal(plan.experts[0, :, 0], [1, 0])
+    definition, params = nnx.split(moe)
+    out, routed = forward(definition, False, params, x, jnp.ones((1, 2), bool))
+    assert out.dtype == jnp.bfloat16
+    assert all(s.dtype == jnp.float32 for s in (*routed.stats, routed.assigned))
+    np.testing.assert_array_equal(routed.assigned[0], [[0, 1], [1, 0]])
+
+
+def test_jitter_is_noise_of_the_router_alone():
+    """A factor within 1 +- jitter on what the router sees; by its key, and none without a key."""
+    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("soft", experts=E, slots=3, jitter=0.5))
+    definition, params = block(spec)
+    moe = nnx.merge(definition, params)
+    x, valid = jnp.asarray(X[:1], "f4"), jnp.ones((1, L), bool)
+
+    @moe_blocks.jit
+    def run(key):
+        return moe(x, valid, None, True, key)[0]
+
+    plain, _ = moe(x, valid, None, True)
+    quiet = block(replace(spec, moe=replace(spec.moe, jitter=0.0)))[0]
+    np.testing.assert_array_equal(plain, nnx.merge(quiet, params)(x, valid, None, True)[0])
+    first, again, other = (run(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-4 and np.abs(first - plain).max() > 1e-4
+    # experts that are all alike: the output is theirs of the plain slots, whatever the router sees
+    noise = np.asarray(jax.random.uniform(jax.random.key(0), x.shape, x.dtype, 0.5, 1.5), "f8")
+    weights = moe_blocks.arrays(spec)
+    logits = np.einsum("td,des->tes", X[0] * noise[0], weights["router",])
+    slots = np.einsum("tes,td->esd", moe_blocks.softmax(logits, 0), X[0])
+    combine = moe_blocks.softmax(logits.reshape(L, -1)).reshape(logits.shape)
+    expected = sum(
+        combine[:, e] @ moe_blocks.expert_outputs(slots[e], weights, spec)[e] for e in range(E)
+    )
+    np.testing.assert_allclose(first[0], expected, atol=1e-5)
 
 
 # eight devices
 
 
 MESHES = {1: [(1, 1, 1)], 8: [(8, 1, 1), (2, 4, 1), (2, 2, 2)]}
+SPREAD = ("topk", "topk capacity", "soft")  # each way of dispatch
+EIGHT = {"x": np.tile(X, (2, 1, 1)), "valid": np.tile(VALID, (2, 1))}
+
+
+def results(definition, params, x, valid, cotangent) -> dict[str, np.ndarray]:
+    (value, (out, routed)), (dparams, dx) = value_and_grad(
+        definition, True, params, x, valid, cotangent
+    )
+    parts = {"value": value, "out": out, "x": dx, "assigned": routed.assigned}
+    parts |= routed.stats._asdict() | {f"d{n}": g for n, g in named(dparams).items()}
+    return {part: np.asarray(a) for part, a in parts.items()}
 
 
 def on_this_machine() -> dict[str, np.ndarray]:
     """Value, output, statistics and gradients on every mesh of this machine's devices."""
     found = {}
+    cotangent = np.tile(COTANGENT, (2, 1, 1)).astype("f4")
+    rows = EIGHT["x"].astype("f4"), EIGHT["valid"], cotangent
     for sizes in MESHES[jax.device_count()]:
         mesh = make_mesh(*sizes)
-        definition, params = nnx.split(make(4, 2))
-        params = jax.tree.map(
-            lambda p, mesh=mesh: p.replace(
-                jax.device_put(p.get_value(), axes_sharding(mesh, p.axes, p.shape))
-            ),
-            params,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-        x, valid = (jax.device_put(a, batch_sharding(mesh)) for a in (X, VALID))
-        with jax.set_mesh(mesh):
-            (value, (out, stats)), (dparams, dx) = value_and_grad(definition, params, x, valid)
-        parts = {"value": value, "out": out, "dx": dx} | stats._asdict()
-        parts |= {f"d{name}": g for name, g in named(dparams).items()}
-        found |= {f"{sizes}/{name}": np.asarray(a) for name, a in parts.items()}
+        for name in SPREAD:
+            definition, params = block(encoder_spec(name))
+            params = jax.tree.map(
+                lambda p, mesh=mesh: p.replace(
+                    jax.device_put(p.get_value(), axes_sharding(mesh, p.axes, p.shape))
+                ),
+                params,
+                is_leaf=lambda x: isinstance(x, nnx.Variable),
+            )
+            with jax.set_mesh(mesh):
+                inputs = [jax.device_put(a, batch_sharding(mesh)) for a in rows]
+                parts = results(definition, params, *inputs)
+            found |= {f"{sizes}/{name}/{part}": a for part, a in parts.items()}
     return found
 
 
@@ -221,22 +269,19 @@ def eight_devices(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device():
-    definition, params = nnx.split(make(4, 2))
-    (value, (out, stats)), (dparams, dx) = value_and_grad(
-        definition, params, jnp.asarray(X), jnp.asarray(VALID)
-    )
-    parts = {"value": value, "out": out, "dx": dx} | stats._asdict()
-    return parts | {f"d{name}": g for name, g in named(dparams).items()}
+    return on_this_machine()
 
 
+@pytest.mark.parametrize("name", SPREAD)
 @pytest.mark.parametrize("sizes", MESHES[8], ids=str)
-def test_eight_devices_give_the_answer_of_one(eight_devices, one_device, sizes):
-    for name, expected in one_device.items():
-        found = eight_devices[f"{sizes}/{name}"]
-        scale = float(jnp.abs(expected).max()) + 1e-30
-        np.testing.assert_allclose(
-            found / scale, np.asarray(expected) / scale, atol=1e-5, err_msg=name
-        )
+def test_eight_devices_give_the_answer_of_one(eight_devices, one_device, sizes, name):
+    prefix = f"{MESHES[1][0]}/{name}/"
+    parts = [key.removeprefix(prefix) for key in one_device if key.startswith(prefix)]
+    assert len(parts) > 12
+    for part in parts:
+        expected, found = one_device[prefix + part], eight_devices[f"{sizes}/{name}/{part}"]
+        scale = np.abs(expected).max() + 1e-30
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5, err_msg=part)
 
 
 if __name__ == "__main__":

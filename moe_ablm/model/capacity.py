@@ -13,7 +13,8 @@ from moe_ablm.model.spec import MoESpec
 def capacity(tokens: int, spec: MoESpec) -> int:
     """C, the places of an expert for `tokens` that compete: ceil(limit * K * tokens / E)."""
     # 1e-9: a product such as 0.1 * 30 must not become 4 places by its last bit
-    return math.ceil(spec.limit * spec.k * tokens / spec.experts - 1e-9)
+    places = math.ceil(spec.limit * spec.k * tokens / spec.experts - 1e-9)
+    return max(places, min(tokens, 1))
 
 
 def places(tokens: jax.Array, most: int, spec: MoESpec) -> jax.Array:

@@ -19,6 +19,8 @@ def rebalanced(params: nnx.State, load: jax.Array, rate: float) -> nnx.State:
     flat = dict(nnx.to_flat_state(params))
     paths = sorted((p for p in flat if p[-1] == "balance"), key=lambda p: p[1])
     for path, shares in zip(paths, load, strict=True):
-        step = rate * jnp.sign(1 / load.shape[-1] - shares)
+        missing = 1 / load.shape[-1] - shares
+        # a share that is fair but for its last bits moves nothing
+        step = rate * jnp.where(jnp.abs(missing) < 1e-6, 0.0, jnp.sign(missing))
         flat[path] = flat[path].replace(flat[path].get_value() + step)
     return nnx.from_flat_state(flat)

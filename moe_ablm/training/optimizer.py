@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_ablm.training.spec import OptimizerSpec
 
-DECAYED = ("kernel", "embedding", "router", "up", "down")  # not biases and layer norms
+DECAYED = ("kernel", "embedding", "decoder", "router", "up", "down")  # not biases and layer norms
 
 
 def make_schedule(spec: OptimizerSpec) -> optax.Schedule:

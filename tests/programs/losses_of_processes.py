@@ -1,7 +1,7 @@
 """Three training steps over all devices of one or more processes; prints their losses as JSON.
 
-`python losses_of_processes.py COUNT INDEX PORT EXPERT ROUTER...`: process INDEX of COUNT; the mesh's
-expert axis is EXPERT wide.
+`python losses_of_processes.py COUNT INDEX PORT EXPERT ROUTER...`: process INDEX of COUNT; the
+mesh has an expert axis of EXPERT devices.
 """
 
 import json
