@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_ablm.model import grouped
 from moe_ablm.model.experts import ExpertWeights
 from moe_ablm.model.ffn import ACTIVATE, HIDDEN
-from moe_ablm.model.grouped import BLOCK, block_rows, grouped_ffn, take_rows
+from moe_ablm.model.grouped import BLOCK, MANY, block_rows, block_size, grouped_ffn, take_rows
 
 D, F, E = 6, 10, 3
 
@@ -46,19 +46,26 @@ T, K = 300, 2
 plan_blocks = jax.jit(lambda chosen: block_rows(chosen, E))
 
 
+def test_experts_with_many_rows_have_larger_blocks():
+    assert block_size(MANY * E - 1, E) == BLOCK and block_size(MANY * E, E) == 2 * BLOCK
+    chosen = np.random.default_rng(0).integers(0, E, (MANY * E, 1), np.int32)
+    assert_sound(chosen, block_rows(jnp.asarray(chosen), E))
+
+
 def assert_sound(chosen: np.ndarray, blocks) -> None:
     """What every table must hold, whatever the choices."""
     chosen, slot, assignment, expert, used = (np.asarray(x) for x in (chosen, *blocks))
     flat, rows = chosen.reshape(-1), len(assignment)
     counts = np.bincount(flat[flat < E], minlength=E)
-    assert used == (-(-counts // BLOCK)).sum() <= len(expert) == rows / BLOCK
+    size = block_size(flat.size, E)
+    assert used == (-(-counts // size)).sum() <= len(expert) == rows / size
     routed = np.flatnonzero(flat < E)
     places = slot.reshape(-1)[routed]
     np.testing.assert_array_equal(assignment[places], routed)  # slot and assignment agree
     assert (slot.reshape(-1)[flat == E] == rows).all()
     assert (assignment < flat.size).sum() == len(routed)  # and nothing else is anywhere
-    np.testing.assert_array_equal(expert[places // BLOCK], flat[routed])
-    assert (places < used * BLOCK).all()
+    np.testing.assert_array_equal(expert[places // size], flat[routed])
+    assert (places < used * size).all()
     assert ((expert >= 0) & (expert < E)).all()
     for e in range(E):  # an expert's rows keep the order of the tokens
         assert (np.diff(places[flat[routed] == e]) == 1).all()

@@ -15,7 +15,13 @@ from moe_ablm.model.experts import ExpertWeights
 from moe_ablm.model.ffn import ACTIVATE
 from moe_ablm.model.linear import dot, dot_transposed, row_major
 
-BLOCK = 128  # rows
+BLOCK = 128  # rows; twice as many where experts have rows enough
+MANY = 512  # rows an expert: larger blocks then waste little, and add up fewer weight gradients
+
+
+def block_size(assignments: int, experts: int) -> int:
+    """Rows of a block for so many assignments."""
+    return BLOCK * (2 if assignments >= MANY * experts else 1)
 
 
 class Blocks(NamedTuple):
@@ -24,7 +30,7 @@ class Blocks(NamedTuple):
     Attributes:
       slot: int32 `[T, K]`, row of each assignment; `rows` where it is not routed.
       assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K` where it is empty.
-      expert: int32 `[rows / BLOCK]`, the expert of each block.
+      expert: int32 `[blocks]`, the expert of each block.
       used: int32, number of blocks that hold at least one row.
     """
 
@@ -42,14 +48,15 @@ def block_rows(chosen: jax.Array, experts: int) -> Blocks:
       experts: E.
     """
     t, k = chosen.shape
-    blocks = -(-t * k // BLOCK) + experts
-    rows = blocks * BLOCK
+    size = block_size(t * k, experts)
+    blocks = -(-t * k // size) + experts
+    rows = blocks * size
     one_hot = jax.nn.one_hot(chosen.reshape(-1), experts, dtype=jnp.int32)
     position = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1).reshape(t, k)
-    blocks_of = -(-one_hot.sum(0) // BLOCK)
+    blocks_of = -(-one_hot.sum(0) // size)
     ends = jnp.cumsum(blocks_of)
     starts = jnp.append(ends - blocks_of, blocks)
-    slot = jnp.where(chosen < experts, starts[chosen] * BLOCK + position, rows)
+    slot = jnp.where(chosen < experts, starts[chosen] * size + position, rows)
     assignment = jnp.full(rows, t * k, jnp.int32)
     assignment = assignment.at[slot.reshape(-1)].set(
         jnp.arange(t * k, dtype=jnp.int32), mode="drop", unique_indices=False
@@ -87,12 +94,17 @@ def _take_rows_backward(inverse, gradient):
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def _block(x: jax.Array, i: jax.Array) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK)
+def _reader(blocks: int):
+    """Functions that read and write block i of an array of so many blocks."""
 
+    def take(x: jax.Array, i: jax.Array) -> jax.Array:
+        size = x.shape[0] // blocks
+        return lax.dynamic_slice_in_dim(x, i * size, size)
 
-def _put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * BLOCK, 0)
+    def put(x: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * block.shape[0], 0)
+
+    return take, put
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -107,9 +119,9 @@ def grouped_ffn(
     """`down_e(activate(up_e(x)))` block by block.
 
     Args:
-      x: `[rows, D]`, blocks of `BLOCK` rows.
+      x: `[rows, D]`, in blocks of equally many rows.
       weights: of all experts.
-      expert: int32 `[rows / BLOCK]`.
+      expert: int32 `[blocks]`.
       used: blocks to compute; the rest of the result is 0.
       activation: of `ffn.ACTIVATE`.
       operands: dtype of matmul factors.
@@ -122,14 +134,15 @@ def grouped_ffn(
 
 def _grouped_forward(x, weights, expert, used, activation, operands):
     activate = ACTIVATE[activation]
+    take, put = _reader(expert.shape[0])
     up, down = weights.up.astype(operands), weights.down.astype(operands)
 
     def body(i, carry):
         y, hidden = carry
         e = expert[i]
-        h = dot(_block(x, i), up[e], operands) + weights.up_bias[e]
+        h = dot(take(x, i), up[e], operands) + weights.up_bias[e]
         out = dot(activate(h), down[e], operands) + weights.down_bias[e]
-        return _put(y, out, i), _put(hidden, h, i)
+        return put(y, out, i), put(hidden, h, i)
 
     empty = jnp.zeros_like(x), jnp.zeros((x.shape[0], up.shape[-1]), x.dtype)
     y, hidden = lax.fori_loop(0, used, body, empty)
@@ -138,13 +151,14 @@ def _grouped_forward(x, weights, expert, used, activation, operands):
 
 def _grouped_backward(activation, operands, residuals, gradient):
     x, weights, expert, used, hidden = residuals
+    take, put = _reader(expert.shape[0])
     up, down = weights.up.astype(operands), weights.down.astype(operands)
 
     def body(i, carry):
         dx, d = carry
         e = expert[i]
-        g, xi = _block(gradient, i), _block(x, i)
-        a, activation_vjp = jax.vjp(ACTIVATE[activation], _block(hidden, i).astype(jnp.float32))
+        g, xi = take(gradient, i), take(x, i)
+        a, activation_vjp = jax.vjp(ACTIVATE[activation], take(hidden, i).astype(jnp.float32))
         (dh,) = activation_vjp(dot_transposed(g, down[e], operands))
         d = ExpertWeights(
             up=d.up.at[e].add(dot(row_major(xi.astype(operands).T), dh, operands)),
@@ -152,7 +166,7 @@ def _grouped_backward(activation, operands, residuals, gradient):
             down=d.down.at[e].add(dot(row_major(a.astype(operands).T), g, operands)),
             down_bias=d.down_bias.at[e].add(g.astype(jnp.float32).sum(0)),
         )
-        return _put(dx, dot_transposed(dh, up[e], operands), i), d
+        return put(dx, dot_transposed(dh, up[e], operands), i), d
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     dx, dweights = lax.fori_loop(0, used, body, (jnp.zeros_like(x), zeros))
