@@ -1,4 +1,5 @@
 # Each target makes .venv if there is none and installs what it needs, nothing else.
+# make bench BALM=PATH: with a checkout of github.com/brineylab/BALM, compares with that, too.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -20,7 +21,9 @@ lint: .venv/.test
 
 bench: .venv/.hf
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/moe_block.py
 	$(BIN)/python benchmarks/loader.py
+	test -z "$(BALM)" || $(BIN)/python benchmarks/balm_moe.py --balm "$(BALM)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
