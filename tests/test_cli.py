@@ -191,7 +191,7 @@ def test_the_loss_is_the_same_on_1_2_and_8_devices(tmp_path):
         workdir = tmp_path / str(devices)
         result = run_command(
             "moe_ablm.train",
-            *tiny_flags(train__steps=4, eval__every=4),
+            *tiny_flags(train__steps=4, eval__every=4, compute__precision="float32"),
             f"--workdir={workdir}",
             XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
         )

@@ -99,7 +99,7 @@ def test_packed_and_padded_epochs_have_the_same_loss(antibodies):
     """All training antibodies of epoch 0, same masks: the sums by region agree."""
     spec = EncoderSpec(layers=2, d_model=32, ffn=64, heads=2)
     graph, params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))
-    step = jax.jit(make_eval_step(graph, 1))
+    step = jax.jit(make_eval_step(graph))
 
     def losses(**data):
         rows = Feed(config(**data), antibodies).mixture.streams[0].rows

@@ -63,7 +63,10 @@ def test_output_and_statistics_are_those_of_every_expert_on_every_token(name):
         np.testing.assert_allclose(getattr(routed.stats, key), value, atol=1e-12, err_msg=key)
 
 
-@pytest.mark.parametrize("name", [n for n in BLOCKS if BLOCKS[n].capacity is not None])
+@pytest.mark.parametrize(
+    "name",
+    [n for n, m in BLOCKS.items() if m.capacity is not None and m.router != "expert_choice"],
+)
 def test_capacities_of_these_tests_turn_some_away(name):
     assert 0.05 < exact(name)[1][1].stats.dropped < 0.95
 
