@@ -2,19 +2,27 @@
 
 import csv
 import gzip
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ablm.__main__ import main
+from moe_ablm.data import complete
 from moe_ablm.data.align import REASONS
 from moe_ablm.data.annotate import ChainAnnotation, Rejection, annotate_batch, annotate_chains
 from moe_ablm.data.germline_scores import AMINO_ACIDS, BACKGROUND
+from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
+from moe_ablm.data.readers.report import Report
 from moe_ablm.data.simulate import simulate
 from moe_ablm.errors import UserError
 
@@ -345,6 +353,66 @@ def test_processes_and_slices_do_not_matter(pairs):
     assert pa.concat_batches(parts).equals(done)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_keep_rows_and_order(pairs, monkeypatch, workers):
+    """Batches of pairs, complete pairs, and heavy or light chains that do not say which."""
+    monkeypatch.setattr(complete, "ROWS_PER_BATCH", 1)  # as far ahead as can be
+    rows, light = 1100, pairs["sequence_aa_light"]
+    either = pc.if_else(pa.array(np.arange(1500) % 2 == 0), light, pairs["sequence_aa_heavy"])
+    alone = pa.record_batch({"sequence_aa_heavy": either, ANY_CHAIN: pa.array([True] * 1500)})
+    stream = [numbered(b.slice(0, rows)) for b in (bare(pairs), alone, pairs, alone)]
+    report = Report("s")
+    done = list(complete.annotated(iter(stream), report, workers=workers))
+    heavy, rejected = annotate_batch(bare(pairs).slice(0, rows))
+    assert done[0]["germline_aa_heavy"].equals(heavy["germline_aa_heavy"])
+    # of each batch of single chains first the heavy ones, then the light ones
+    assert [len(set(b["sequence_aa_light"].to_pylist()) - {""}) > 1 for b in done] == [
+        *(True, False, True, True, False, True)
+    ]
+    assert all(b[ROW].to_pylist() == sorted(b[ROW].to_pylist()) for b in done)
+    assert sum(b.num_rows for b in done) == 4 * rows - sum(report.rejected.values())
+    assert sum(report.rejected.values()) < 8
+
+
+def numbered(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """With the row and line numbers that readers give."""
+    numbers = pa.array(np.arange(1, batch.num_rows + 1))
+    if "sequence_aa_light" not in batch.schema.names:
+        batch = batch.append_column("sequence_aa_light", pa.array([""] * batch.num_rows))
+    return batch.append_column(ROW, numbers).append_column(LINE, numbers)
+
+
+KILLED = """
+import multiprocessing, os, sys, time
+import pyarrow.parquet as pq
+from moe_ablm.data.annotate import start_annotation
+
+finish = start_annotation(pq.read_table(sys.argv[1]).to_batches()[0], reannotate=True, workers=2)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_process(pairs, tmp_path):
+    pq.write_table(pa.table(pairs), tmp_path / "pairs.parquet")
+    command = [sys.executable, "-c", KILLED, tmp_path / "pairs.parquet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
+def runs(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_rejected_rows_are_counted_once():
     vh, vl = TRASTUZUMAB_VH, TRASTUZUMAB_VL
     batch = table(
@@ -484,13 +552,15 @@ def test_verb_counts_every_row(tmp_path, capsys, pairs):
     odd = pairs.slice(0, 20).set_column(
         pairs.schema.get_field_index("cdr3_aa_heavy"),
         "cdr3_aa_heavy",
-        pa.array(["AR", *cdr3[1:20]]),
+        pa.array([*cdr3[:3], "AR", *cdr3[4:20]]),
     )
     source, out = tmp_path / "pairs.parquet", tmp_path / "out.parquet"
     pq.write_table(pa.table(odd), source)
     assert run("--input", source, "--out", out) == 0
     assert pq.read_metadata(out).num_rows == 19
-    assert "columns_disagree" in "".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "columns_disagree" in "".join(printed.split())
+    assert "row 4" in printed
 
 
 @pytest.mark.parametrize("name", ["out.csv", "folder.parquet"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pytest
 
 from moe_ablm.__main__ import main
@@ -54,6 +55,20 @@ def test_describe_prints_the_card_and_draws(path, tmp_path, capsys, table):
         data = (tmp_path / "f" / name).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5000
         assert str(tmp_path / "f" / name) in text.replace("\n", "")
+
+
+def test_the_card_says_what_was_rejected_and_prints_brackets_as_they_are(tmp_path, table, capsys):
+    rows = table.slice(0, 40).to_pylist()
+    rows[3]["sequence_aa_heavy"] = "[" + rows[3]["sequence_aa_heavy"][1:]
+    file, out = tmp_path / "a[red]:smile:.csv", tmp_path / "d"
+    pacsv.write_csv(pa.Table.from_pylist(rows), file)
+    arguments = ["--input", str(file), "--out", str(out), "--on-bad-row", "skip"]
+    assert main(["moe_ablm", "prepare", *arguments, "--licence", "[/i] mine"]) == 0
+    assert "a[red]:smile:.csv" in "".join(capsys.readouterr().out.split())
+    assert main(["moe_ablm", "describe", "--input", str(out)]) == 0
+    text = capsys.readouterr().out
+    for expected in ("[/i] mine", "40 read", "39 kept", "1 rejected: letter [ in"):
+        assert expected in text
 
 
 def test_default_place_of_the_figures(path):

@@ -106,6 +106,23 @@ def test_missing_columns_name_what_was_found_and_what_is_near(tmp_path):
             parse_columns(text)
 
 
+def test_a_named_format_needs_its_columns(tmp_path):
+    table = written(tmp_path, "t.csv", f"{HEADER}a,{HEAVY},{LIGHT}\n")
+    for name, column in {
+        "oas-paired": "sequence_alignment_aa_heavy",
+        "oas-unpaired": "sequence_aa",
+        "airr": "sequence_aa",
+        "10x": "barcode",
+        "joined": "sequence",
+    }.items():
+        expected = f"no column {column}; found columns 'sequence_id', 'sequence_aa_heavy'"
+        assert expected in error_of(table, format=name)
+    for name in ("fasta", "protein"):
+        assert "text before the first '>'" in error_of(table, format=name)
+    fasta = written(tmp_path, "t.fasta", f">a\n{HEAVY}\n")
+    assert "found columns '>a'" in error_of(fasta, format="table")
+
+
 def test_missing_and_empty_files(tmp_path):
     written(tmp_path, "pairs.csv", HEADER)
     assert f"did you mean {tmp_path / 'pairs.csv'}" in error_of(tmp_path / "pair.csv")
@@ -265,6 +282,7 @@ def test_fasta_of_suffixed_chains(tmp_path):
     assert found["d"]["_any_chain"] and not found["a"]["_any_chain"]
     assert report.read == 4 and report.joined == 1
     assert report.notes["cell without light chain: kept alone"] == 1
+    assert report.notes["chain that names no cell: kept alone"] == 1
 
 
 def test_two_fasta_files_in_one_order(tmp_path):

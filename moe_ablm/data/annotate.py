@@ -5,8 +5,10 @@ domain of the chain that it is said to be is rejected with a reason, never guess
 """
 
 import multiprocessing
+import os
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,6 +117,19 @@ def annotate_batch(
     Raises:
       UserError: no chain's column, a column of a wrong type, or workers below 1.
     """
+    done, reasons = start_annotation(batch, reannotate=reannotate, workers=workers)()
+    return done, Counter(reasons[reasons != ""].tolist())
+
+
+def start_annotation(
+    batch: pa.RecordBatch, *, reannotate: bool = False, workers: int = 1
+) -> Callable[[], tuple[pa.RecordBatch, np.ndarray]]:
+    """Hands a batch to the processes and returns at once; the returned function waits for them.
+
+    With one worker, or one task, the work is done when that function is called. Arguments, errors
+    and annotated rows are those of `annotate_batch`; with them come the reasons of all rows of the
+    batch (object `[rows]`, "" for an annotated one).
+    """
     if workers < 1:
         raise UserError(f"annotate: {workers} workers; expected at least 1")
     if not any(f"sequence_aa_{chain}" in batch.schema.names for chain in CHAINS):
@@ -125,17 +140,33 @@ def annotate_batch(
     starts = range(0, max(batch.num_rows, 1), ROWS_A_TASK)
     tasks = [batch.slice(start, ROWS_A_TASK) for start in starts]
     run = map if workers == 1 or len(tasks) == 1 else _pool(workers).map
-    parts, counts = zip(*run(_annotate_rows, tasks, [reannotate] * len(tasks)), strict=True)
-    return pa.concat_batches(parts), sum(counts, Counter())
+    parts = run(_annotate_rows, tasks, [reannotate] * len(tasks))
+
+    def finish() -> tuple[pa.RecordBatch, np.ndarray]:
+        done, reasons = zip(*parts, strict=True)
+        return pa.concat_batches(done), np.concatenate(reasons)
+
+    return finish
 
 
 @lru_cache(maxsize=1)
 def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: a fork would copy the locks of pyarrow's (and, in a test, jax's) threads
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
 
 
-def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBatch, Counter]:
+def _die_with_parent() -> None:
+    """Ends this worker when the process that started it is killed, which the pool does not see."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBatch, np.ndarray]:
     columns: dict[str, pa.Array] = {}
     reason = np.full(batch.num_rows, "", object)
     empty = np.ones(batch.num_rows, bool)
@@ -150,5 +181,5 @@ def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBa
     passed = {n: batch[n] for n in batch.schema.names if n not in columns}
     first = {n: passed.pop(n) for n in ("sequence_id",) if n in passed}
     done = pa.record_batch(first | columns | passed)
-    counts = Counter(reason[reason != ""].tolist())
-    return done.filter(pa.array(reason == "")) if counts else done, counts
+    accepted = reason == ""
+    return done if accepted.all() else done.filter(pa.array(accepted)), reason

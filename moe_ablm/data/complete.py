@@ -1,6 +1,6 @@
 """Sends the rows that lack annotation through the annotator; trusted columns stay as they are."""
 
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_ablm.data.readers.check import place_of
-from moe_ablm.data.readers.columns import ANY_CHAIN, ROW
+from moe_ablm.data.readers.columns import ANY_CHAIN, ROWS_PER_BATCH
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.regions import CHAINS
 
-_Annotate = Callable[[pa.RecordBatch], tuple[pa.RecordBatch, Counter]]
 _NEEDED = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gene")
+# Waits for the annotated rows of a batch and the reasons of all its rows (see `start_annotation`).
+_Finish = Callable[[], tuple[pa.RecordBatch, np.ndarray]]
+# Tasks of the annotator that wait for each process, so that none is idle while rows are read.
+_TASKS_AHEAD = 2
 
 
 def annotated(
@@ -22,34 +25,41 @@ def annotated(
     *,
     reannotate: bool = False,
     workers: int = 1,
+    all_columns: bool = False,
 ) -> Iterator[pa.RecordBatch]:
-    """Passes batches on with every annotation column of the study.
+    """Passes batches on with every annotation column that a dataset stores.
 
     Args:
       batches: checked batches of a reader.
       report: told of the rows that the annotator rejects, by its reasons.
       reannotate: compute annotation that is there, too.
-      workers: processes of the annotator.
+      workers: processes of the annotator; with several, batches are read ahead.
+      all_columns: give complete rows the columns that a dataset does not store, too.
     """
+    # parasail and the germline tables: only when needed
+    from moe_ablm.data.annotate import ROWS_A_TASK, start_annotation
 
-    def annotate(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Counter]:
-        from moe_ablm.data.annotate import annotate_batch  # germline tables: only when needed
+    def start(batch: pa.RecordBatch) -> _Finish:
+        return start_annotation(batch, reannotate=reannotate, workers=workers)
 
-        return annotate_batch(batch, reannotate=reannotate, workers=workers)
-
+    ahead = 0 if workers == 1 else max(1, _TASKS_AHEAD * workers * ROWS_A_TASK // ROWS_PER_BATCH)
+    started: deque[Iterator[pa.RecordBatch]] = deque()
     for batch in batches:
-        if batch.num_rows == 0:
-            continue
         if ANY_CHAIN in batch.schema.names:
-            undecided = np.asarray(batch[ANY_CHAIN])
+            undecided = np.asarray(batch[ANY_CHAIN], bool)
             batch = batch.drop_columns([ANY_CHAIN])
             if undecided.any():
-                yield from _as_either(batch.filter(pa.array(undecided)), annotate, report)
+                either = batch.filter(pa.array(undecided))
+                started.append(_as_either(either, start(either), start, report))
                 batch = batch.filter(pa.array(~undecided))
-        if batch.num_rows and (reannotate or not is_annotated(batch)):
-            batch = _annotate(batch, annotate, report)
-        if batch.num_rows:
-            yield batch
+        if batch.num_rows and (all_columns or reannotate or not is_annotated(batch)):
+            started.append(_finished(batch, start(batch), report))
+        elif batch.num_rows:
+            started.append(iter([batch]))
+        while len(started) > ahead:
+            yield from started.popleft()
+    for rest in started:
+        yield from rest
 
 
 def is_annotated(batch: pa.RecordBatch) -> bool:
@@ -67,28 +77,31 @@ def is_annotated(batch: pa.RecordBatch) -> bool:
     return True
 
 
-def _annotate(batch: pa.RecordBatch, annotate: _Annotate, report: Report) -> pa.RecordBatch:
-    done, rejected = annotate(batch)
-    kept = set(done[ROW].to_pylist())
-    first = next((i for i, row in enumerate(batch[ROW].to_pylist()) if row not in kept), 0)
-    for reason, rows in rejected.items():
-        report.reject(f"annotation: {reason}", f"from {place_of(batch, first)} on", rows)
-    return done
+def _finished(batch: pa.RecordBatch, finish: _Finish, report: Report) -> Iterator[pa.RecordBatch]:
+    """The annotated rows of a batch, if any; the others are rejected."""
+    done, reasons = finish()
+    for reason in sorted(set(reasons) - {""}):
+        rows = np.flatnonzero(reasons == reason)
+        report.reject(f"annotation: {reason}", place_of(batch, rows[0]), len(rows))
+    if done.num_rows:
+        yield done
 
 
 def _as_either(
-    batch: pa.RecordBatch, annotate: _Annotate, report: Report
+    batch: pa.RecordBatch,
+    finish: _Finish,
+    start: Callable[[pa.RecordBatch], _Finish],
+    report: Report,
 ) -> Iterator[pa.RecordBatch]:
     """Rows whose one sequence stands under heavy but may be of either chain."""
-    heavy, _ = annotate(batch)
+    heavy, reasons = finish()
     if heavy.num_rows:
         yield heavy
-    rest = batch.filter(pc.invert(pc.is_in(batch[ROW], heavy[ROW])))
+    rest = batch.filter(pa.array(reasons != ""))
     if rest.num_rows == 0:
         return
     empty = pa.array([""] * rest.num_rows, pa.string())
     columns = {n: rest[n] for n in rest.schema.names if not n.endswith(("_heavy", "_light"))}
     columns |= {"sequence_aa_heavy": empty, "sequence_aa_light": rest["sequence_aa_heavy"]}
-    light = _annotate(pa.record_batch(columns), annotate, report)
-    if light.num_rows:
-        yield light
+    light = pa.record_batch(columns)
+    yield from _finished(light, start(light), report)

@@ -14,10 +14,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from moe_ablm.data.annotate import annotate_batch
 from moe_ablm.data.complete import annotated
 from moe_ablm.data.readers import Source
-from moe_ablm.data.readers.check import place_of
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
@@ -55,14 +53,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.RecordBatch]:
-    report = source.report
-    for batch in annotated(source.batches(), report, reannotate=reannotate, workers=workers):
-        # Batches that were complete have been passed through: check them, give them all columns.
-        done, rejected = annotate_batch(batch)
-        for reason, rows in rejected.items():
-            report.reject(f"annotation: {reason}", f"from {place_of(batch, 0)} on", rows)
-        report.kept += done.num_rows
-        yield done
+    options = {"reannotate": reannotate, "workers": workers, "all_columns": True}
+    for batch in annotated(source.batches(), source.report, **options):
+        source.report.kept += batch.num_rows
+        yield batch
 
 
 def _write(streams: list[Iterator[pa.RecordBatch]], out: Path) -> None:
@@ -112,4 +106,4 @@ def _print_summary(sources: list[Source], out: Path, seconds: float) -> None:
             for reason, rows in counts.most_common():
                 table.add_row("", f"{kind}: {reason}", f"{rows:,}", report.first[reason])
         table.add_section()
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

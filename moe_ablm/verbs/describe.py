@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     dataset = Dataset(args.input)
     summary = summarise(dataset)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(_card(dataset))
     console.print(_counts(dataset.card))
     console.print(_chains(summary))
@@ -48,6 +48,7 @@ def _card(dataset: Dataset) -> Table:
         "licence": card.get("licence", "not stated"),
         "split": card.get("split_rule", "not stated"),
         "clusters": f"{card.get('clusters', 0):,} ({card.get('cluster_rule', 'not stated')})",
+        "tokens": ", ".join(f"{n:,} residues in {c} chains" for c, n in card["residues"].items()),
     }
     if card.get("nearest_train_cdrh3"):
         near = card["nearest_train_cdrh3"]
@@ -56,9 +57,11 @@ def _card(dataset: Dataset) -> Table:
             f"median identity {near['median']:.3f}; {shares} (of {near['sampled']:,})"
         )
     for source in card.get("sources", []):
-        lines[f"source {source['name']}"] = (
-            f"{source['format']}: read {source['read']:,}, kept {source['kept']:,}, rejected "
-            f"{sum(source['rejected'].values()):,}"
+        counts = {name: source[name] for name in ("read", "kept", "joined") if source[name]}
+        counts |= {f"rejected: {why}": rows for why, rows in source["rejected"].items()}
+        counts |= {f"note: {why}": rows for why, rows in source["notes"].items()}
+        lines[f"source {source['name']} ({source['format']})"] = "\n".join(
+            f"{rows:,} {name}" for name, rows in counts.items()
         )
     for name, text in lines.items():
         table.add_row(name, text)

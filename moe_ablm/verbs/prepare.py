@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_summary(card: dict, out: Path) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(title=f"{out}", title_justify="left", highlight=True)
     table.add_column("source / split")
     table.add_column("")

@@ -74,7 +74,7 @@ def reading_progress(verb: str, sources: list[Source]) -> Progress:
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn(f"{verb} {{task.description}}"),
+        TextColumn(f"{verb} {{task.description}}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.readers.check import place_of
 from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
 from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.spill import Partitions
@@ -48,6 +49,8 @@ def join_cells(batches: Iterable[pa.RecordBatch], report: Report) -> Iterator[pa
             keys = [hash64(cell) if cell else 0 for cell in batch["cell"].to_pylist()]
             alone = np.array(keys, np.uint64) == 0
             if alone.any():
+                where = place_of(batch, int(np.argmax(alone)))
+                report.note("chain that names no cell: kept alone", where, int(alone.sum()))
                 yield _singles(batch.filter(pa.array(alone)))
             if not alone.all():
                 kept = np.array(keys, np.uint64)[~alone]

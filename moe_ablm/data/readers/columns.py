@@ -124,6 +124,8 @@ def identifier_of(header: Sequence[str]) -> dict[str, str]:
 
 def once(header: Sequence[str], column: str, source: str) -> None:
     """Raises UserError unless a column stands in the header exactly once."""
+    if column not in header:
+        raise UserError(f"{source}: no column {column}; found {listed(header)}")
     if header.count(column) != 1:
         raise UserError(
             f"{source}: column {column} occurs {header.count(column)} times in the header, "

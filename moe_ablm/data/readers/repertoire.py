@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from moe_ablm.data.readers.cells import MISSING_COUNT, join_cells
 from moe_ablm.data.readers.check import place_of
-from moe_ablm.data.readers.columns import LINE, ROW
+from moe_ablm.data.readers.columns import LINE, ROW, once
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.readers.rows import read_rows
 from moe_ablm.data.regions import CHAINS
@@ -31,6 +31,8 @@ def read_oas_paired(
 
     def choose(header: list[str]) -> dict[str, str]:
         mapping = {f"sequence_aa_{c}": f"sequence_alignment_aa_{c}" for c in CHAINS}
+        for column in mapping.values():
+            once(header, column, report.source)
         optional = {f"productive_{c}": f"productive_{c}" for c in CHAINS}
         optional["sequence_id"] = "sequence_id_heavy"
         return mapping | {k: v for k, v in optional.items() if v in header}
@@ -61,6 +63,8 @@ def read_10x(
     """10x `*_contig_annotations.csv` (Cell Ranger >= 5): seven regions joined to the V domain."""
 
     def choose(header: list[str]) -> dict[str, str]:
+        for column in ("barcode", "contig_id", "cdr3"):
+            once(header, column, report.source)
         wanted = ("barcode", "contig_id", "chain", "productive", *_TEN_X, *_COUNTS)
         return {name: name for name in wanted if name in header}
 
@@ -80,6 +84,7 @@ def _read_chains(path: Path, report: Report, cell: tuple[str, ...]) -> Iterator[
     others = ("sequence_id", "locus", "v_call", "productive", *cell, *_SAMPLES, *_COUNTS)
 
     def choose(header: list[str]) -> dict[str, str]:
+        once(header, next((n for n in sequences if n in header), sequences[-1]), report.source)
         return {name: name for name in (*sequences, *others) if name in header}
 
     def chains() -> Iterator[pa.RecordBatch]:

@@ -14,6 +14,7 @@ from moe_ablm.data.readers.columns import (
     ANY_CHAIN,
     RESIDUE_STRINGS,
     identifier_of,
+    once,
     study_mapping,
 )
 from moe_ablm.data.readers.report import Report
@@ -43,6 +44,7 @@ def read_joined(
     """
 
     def choose(header: list[str]) -> dict[str, str]:
+        once(header, "sequence", report.source)
         names = ("sequence", *RESIDUE_STRINGS, *ABOUT_THE_CELL)
         mapping = {name: name for name in names if name in header}
         for chain in CHAINS:
