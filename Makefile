@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint bench
+.PHONY: quickstart test test-slow test-slurm lint bench
 
 quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -14,6 +14,10 @@ test: .venv/.test
 
 test-slow: .venv/.test .venv/.hf
 	$(BIN)/python -m pytest --slow
+
+# as root, on Debian or where SLURM and munge are installed; skipped, with the reason, elsewhere
+test-slurm: .venv/.test
+	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

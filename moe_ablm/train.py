@@ -11,11 +11,9 @@ run that diverged, or collapsed under train.stop_on_collapse).
 import json
 import logging
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,7 +34,9 @@ from moe_ablm.evaluation.tables import region_table, stability_lines
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
+from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
+from moe_ablm.preemption import requeue_job, stop_flag
 from moe_ablm.progress import Progress
 from moe_ablm.results import read_results, write_atomically
 from moe_ablm.summary import COLLAPSED, Record, recent_train_loss, run_summary
@@ -48,8 +48,6 @@ from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import make_eval_step, make_train_step
 from moe_ablm.training.throughput import Clock, default_precision, matmul_peak
 from moe_ablm.workdir import finished_run, work_directory
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Diverged(Exception):
@@ -69,16 +67,17 @@ def run(config: Config, workdir: Path) -> dict:
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
     feed = Feed(config, *open_datasets(config))
-    with work_directory(workdir, config, feed.identity), jax.set_mesh(mesh):
-        finished = finished_run(workdir)
+    owned = multihost.first_inside(work_directory(workdir, config, feed.identity))
+    with owned, jax.set_mesh(mesh):
+        finished = multihost.from_first(lambda: finished_run(workdir))
         if finished:
             print(f"{workdir} is complete: {finished['step']} steps")
             Console().print(region_table(finished["evaluation"]))
             return finished
         trainer = Trainer(config, workdir, mesh, feed)
         try:
-            with stop_flag() as stop:
-                return trainer.train(stop)
+            with stop_flag() as heard, multihost.watchdog() as beat:
+                return trainer.train(multihost.Stop(heard, mesh), beat)
         except Diverged as error:
             good = trainer.give_up(str(error))
             raise Diverged(f"{error}; the last good checkpoint is of step {good}") from error
@@ -86,7 +85,11 @@ def run(config: Config, workdir: Path) -> dict:
 
 def open_datasets(config: Config) -> list[Dataset]:
     """The datasets of `data.path`, or the simulated one, which is made on first use."""
-    paths = config.data.path or simulated_dataset(config.data.simulated_pairs)
+    paths = config.data.path
+    if not paths:  # one process makes it, the others find it
+        pairs = config.data.simulated_pairs
+        multihost.from_first(lambda: str(simulated_dataset(pairs)))
+        paths = simulated_dataset(pairs)
     return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
 
 
@@ -144,11 +147,14 @@ class Trainer:
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
 
-    def train(self, stop: list[str]) -> dict:
-        """The whole story of a run; it ends early, saved, once `stop` holds something."""
+    def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
+        """The whole story of a run; it ends early, saved, once `stop` says so.
+
+        Both are called at every update, `beat` to tell that the run has not come to a halt.
+        """
         steps = self.config.train.steps
         state = self._restore_or_init()
-        self.results = Results(self.workdir, self.step)
+        self.results = Results(self.workdir, self.step) if multihost.is_first() else None
         self.peak = matmul_peak(self.execution.operands)
         self._announce()
         batches = self.feed.train_batches(self.step)
@@ -167,9 +173,11 @@ class Trainer:
                     improved = self._evaluate(state)
                 done = self.step == steps or self._patience_is_over() or self.record.collapsed
                 due = self.step % self.config.checkpoint.every == 0
-                if due or improved or done or stop:
+                stopped = stop()
+                beat()
+                if due or improved or done or stopped:
                     self._save(state)
-                if stop and not done:
+                if stopped and not done:
                     return self._finish(state, "stopped")
         early = self.record.collapsed and self.step < steps
         return self._finish(state, COLLAPSED if early else "complete")
@@ -229,7 +237,7 @@ class Trainer:
         }  # fmt: skip
         if metrics.router is not None:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
-        self.results.write("train", step, values, time.time())
+        self._log("train", step, values)
 
     def _evaluate(self, state: states.TrainState) -> bool:
         """Evaluates on the validation set; True when it is the best so far."""
@@ -248,7 +256,7 @@ class Trainer:
                 str(layer): table.tolist()
                 for layer, table in zip(self.spec.moe_layers, found.routed, strict=True)
             }
-        self.results.write("eval", step, values, time.time())
+        self._log("eval", step, values)
         self.progress.note(
             f"step {step}: validation loss {values['loss']:.4f}, "
             f"CDRH3 {values['loss_by_region'].get('CDRH3', math.nan):.4f}, "
@@ -273,6 +281,10 @@ class Trainer:
 
     # telling
 
+    def _log(self, kind: str, step: int, values: dict) -> None:
+        if self.results is not None:
+            self.results.write(kind, step, values, time.time())
+
     def _announce(self) -> None:
         rows, left_out = len(self.feed.train_rows), self.feed.left_out
         print(
@@ -291,8 +303,9 @@ class Trainer:
     def _finish(self, state: states.TrainState, status: str) -> dict:
         """Waits for the last checkpoint, then writes `run.json`."""
         self.checkpoints.wait()
-        recent = recent_train_loss(read_results(self.results.path), self.step)
+        recent = recent_train_loss(read_results(self.workdir / "results.jsonl"), self.step)
         told = self.watch.summary(), self.clock.mean, recent
+        state = state._replace(params=multihost.gathered(state.params, self.mesh))
         summary = run_summary(self.config, self.feed, state, self.record, status, *told)
         self._write_run(summary)
         if status == "stopped":
@@ -313,27 +326,10 @@ class Trainer:
         return good
 
     def _write_run(self, content: dict) -> None:
-        write_atomically(self.workdir / "run.json", json.dumps(content, indent=1) + "\n")
-        self.results.close()
+        if self.results is not None:
+            write_atomically(self.workdir / "run.json", json.dumps(content, indent=1) + "\n")
+            self.results.close()
         self.checkpoints.close()
-
-
-@contextmanager
-def stop_flag() -> Iterator[list]:
-    """A list that is empty until a stop signal arrives; it then holds the signal's name."""
-    received: list[str] = []
-
-    def receive(number, _):
-        received.append(signal.Signals(number).name)
-        if number == signal.SIGINT:  # Ctrl-C again does not wait
-            signal.signal(number, signal.default_int_handler)
-
-    handlers = {s: signal.signal(s, receive) for s in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def main(argv: list[str]) -> int:
@@ -343,7 +339,9 @@ def main(argv: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        summary = run(*parse(argv))
+        config, workdir = parse(argv)
+        multihost.start()
+        summary = run(config, workdir)
     except UserError as error:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2
@@ -367,6 +365,8 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    if summary["status"] == "stopped" and multihost.is_first() and (told := requeue_job()):
+        print(told)
     return 0
 
 

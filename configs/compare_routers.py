@@ -1,13 +1,13 @@
 """A small encoder for comparing routers on real pairs, minutes a run on two cores.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
-    python -m moe_ablm.train --config=configs/routers.py:router=top2,placement=interleaved \
+    python -m moe_ablm.train --config=configs/compare_routers.py:router=top2,placement=interleaved \
         --workdir=runs/routers/top2-0 --config.seed=0
 
-`sweeps/routers.py` runs all of them with several seeds and prints the table. Arguments: router
-(`ROUTERS` below) and placement: interleaved (layers 1 and 3 of 4) or consecutive (2 and 3). Every
-row spends the FLOPs of two experts of width 512 a token in these two layers; the dense encoder
-spends the same in all four.
+`sweeps/compare_routers.py` runs all of them with several seeds and prints the table. Arguments:
+router (`ROUTERS` below) and placement: interleaved (layers 1 and 3 of 4) or consecutive (2 and 3).
+Every row spends the FLOPs of two experts of width 512 a token in these two layers; the dense
+encoder spends the same in all four.
 """
 
 from configs.base import get_config as base

@@ -1,0 +1,95 @@
+"""What a launcher must be told about a cluster: options, else `~/.config/moe_ablm/launch.toml`.
+
+    [slurm]
+    partition = "gpu"
+    account = "antibodies"
+    gpus = 8
+    time = "24:00:00"
+
+    [jobset]
+    image = "europe-docker.pkg.dev/lab/images/moe_ablm:1"
+    claim = "runs"
+
+Nothing in it may be secret: it ends up in scripts and manifests. Keys are those of the options.
+"""
+
+import argparse
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_ablm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key.
+
+    Attributes:
+      pattern: of the whole value; what it lets through is safe in a script and a manifest.
+      help: of the option; says what is expected, too.
+      default: where neither option nor file gives it.
+    """
+
+    pattern: str
+    help: str
+    default: str | None = None
+
+
+def settings_file() -> Path:
+    """`launch.toml` in the user's folder of configurations."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / (
+        "moe_ablm/launch.toml"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser, settings: dict[str, Setting]) -> None:
+    """An option for every key."""
+    for name, setting in settings.items():
+        default = f" (default {setting.default})" if setting.default else ""
+        parser.add_argument(f"--{name}", metavar="X", help=setting.help + default)
+
+
+def resolve(
+    options: argparse.Namespace, section: str, settings: dict[str, Setting]
+) -> dict[str, str | None]:
+    """Value of every key: option, file or default, in this order.
+
+    Raises:
+      UserError: the file cannot be read or has an unknown key, or a value has a wrong form.
+    """
+    file = settings_file()
+    stored = _section(file, section, settings)
+    values = {}
+    for name, setting in settings.items():
+        given = getattr(options, name.replace("-", "_"), None)
+        where = f"--{name}"
+        if given is None and name in stored:
+            given, where = str(stored[name]), f"{file}: {section}.{name}"
+        if given is None:
+            given = setting.default
+        if given is not None and not re.fullmatch(setting.pattern, given):
+            raise UserError(f"{where}={given!r}: expected {setting.help}")
+        values[name] = given
+    return values
+
+
+def _section(file: Path, section: str, settings: dict[str, Setting]) -> dict:
+    try:
+        content = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    found = content.get(section, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: {section} is {found!r}, expected a table [{section}]")
+    for key, value in found.items():
+        if key not in settings or isinstance(value, dict | list | bool):
+            raise UserError(
+                f"{file}: {section}.{key}={value!r}: expected a word or number for one of "
+                f"{', '.join(settings)}"
+            )
+    return found

@@ -1,0 +1,191 @@
+"""What became of a cell, from the files of its run and its log alone."""
+
+import fcntl
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cell import Cell
+
+COMPLETE, RUNNING, INTERRUPTED = "complete", "running", "interrupted"
+FAILED, DAMAGED, WAITING = "failed", "damaged", "waiting"
+STATES = (COMPLETE, RUNNING, INTERRUPTED, FAILED, DAMAGED, WAITING)
+ATTEMPT = "$ "  # begins the line of a log that tells the command of a new attempt
+TAIL = 1 << 18  # bytes at the end of a file that are enough to know how things stand
+STARTING = 60.0  # seconds for which a log without a lock counts as a process that starts
+
+
+@dataclass(frozen=True)
+class State:
+    """How a cell stands.
+
+    Attributes:
+      name: one of `STATES`. Complete, running and waiting (never begun, or its directory is gone)
+        mean what they say. Interrupted: begun, not ended, and the same command resumes it.
+        Failed: it ended with an error. Damaged: a file of it cannot be read, or is another run's.
+      step: updates done, if known.
+      loss: newest validation loss, else training loss, in nats, if known.
+      seconds_left: of a running cell, from its newest speed.
+      note: what happened, one line.
+      final: the same command would end the same way; only a new work directory changes that.
+    """
+
+    name: str
+    step: int | None = None
+    loss: float | None = None
+    seconds_left: float | None = None
+    note: str = ""
+    final: bool = False
+
+
+class Damaged(Exception):
+    """A file of a run that cannot be read or is not this cell's."""
+
+
+def read_summary(cell: Cell) -> dict | None:
+    """The content of `run.json`; None if there is none.
+
+    Raises:
+      Damaged: it is no JSON object with status and fingerprint, or that of another run.
+    """
+    file = cell.workdir / "run.json"
+    try:
+        content = json.loads(file.read_text())
+        status, found = content["status"], content["fingerprint"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"run.json is damaged ({one_line(repr(error))})") from error
+    if not isinstance(status, str) or found != cell.fingerprint:
+        raise Damaged(f"run.json is of run {found!r}, planned is {cell.fingerprint}")
+    return content
+
+
+def state_of(cell: Cell, steps: int | None = None) -> State:
+    """How a cell stands; `steps` are those of the whole run, for the time that is left."""
+    held = is_running(cell)
+    try:
+        summary = None if held else read_summary(cell)
+    except Damaged as damage:
+        return State(DAMAGED, note=f"{damage}; the sweep's command mends it from the checkpoints")
+    if summary:
+        return _ended(summary)
+    records = _tail_records(cell.workdir / "results.jsonl")
+    progress = _progress(records, steps)
+    if held:
+        return State(RUNNING, **progress)
+    return _not_ended(cell, progress)
+
+
+def _ended(summary: dict) -> State:
+    """The state that a `run.json` tells."""
+    status, step = summary["status"], summary.get("step")
+    loss = _number(summary.get("valid_loss_final"))
+    if status == "stopped":
+        return State(INTERRUPTED, step, loss, note="stopped by a signal, saved")
+    if status != "complete":
+        note = one_line(f"{status}: {summary.get('error', 'see stability in run.json')}")
+        return State(FAILED, step, loss, note=note, final=True)
+    if loss is None:
+        found = summary.get("valid_loss_final")
+        return State(FAILED, step, note=f"complete, but valid_loss_final is {found}", final=True)
+    return State(COMPLETE, step, loss)
+
+
+def _not_ended(cell: Cell, progress: dict) -> State:
+    attempt, age = last_attempt(cell)
+    error = error_of(attempt)
+    progress = progress | {"seconds_left": None}
+    if error:
+        return State(FAILED, **progress, note=error)
+    if attempt and age < STARTING and not progress["step"]:
+        return State(RUNNING, note="starting")
+    if (cell.workdir / "config.json").exists():
+        return State(INTERRUPTED, **progress, note="ended without a word: killed?")
+    if attempt:
+        return State(WAITING, note="was begun, but its work directory is gone or was never made")
+    return State(WAITING)
+
+
+def is_running(cell: Cell) -> bool:
+    """Whether a process holds the lock of the work directory, on this machine or a shared disk."""
+    try:
+        with (cell.workdir / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def last_attempt(cell: Cell) -> tuple[str, float]:
+    """What the newest attempt printed (its end), and the age of the log in seconds."""
+    try:
+        text = _tail(cell.log)
+        age = time.time() - cell.log.stat().st_mtime
+    except OSError:
+        return "", math.inf
+    return f"\n{text}".rpartition(f"\n{ATTEMPT}")[2], age
+
+
+def error_of(output: str) -> str:
+    """The line with which a process told that it failed; empty if it told nothing like it."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    last = lines[-1]
+    told = last.startswith(("moe_ablm: ", "launch: "))
+    return one_line(last) if told or "Traceback (most recent call last)" in output else ""
+
+
+def one_line(text: str) -> str:
+    """Text without line ends and other control characters, at most 300 characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _tail(file: Path) -> str:
+    with file.open("rb") as f:
+        f.seek(max(0, f.seek(0, 2) - TAIL))
+        return f.read().decode(errors="replace")
+
+
+def _tail_records(file: Path) -> list[dict]:
+    """The whole lines at the end of a `results.jsonl`; damaged ones are left out."""
+    try:
+        lines = _tail(file).split("\n")[:-1]
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _progress(records: list[dict], steps: int | None) -> dict:
+    """Step, loss and seconds left of the newest lines."""
+    if not records:
+        return {"step": None, "loss": None, "seconds_left": None}
+    step = records[-1]["step"]
+    losses = [r for r in records if r.get("kind") == "eval"] or records
+    left = None
+    for record in reversed(records):
+        speed, tokens = _number(record.get("tokens_per_second")), _number(record.get("tokens_seen"))
+        if steps and speed and tokens and record["step"]:
+            left = (steps - step) * tokens / record["step"] / speed
+            break
+    return {"step": step, "loss": _number(losses[-1].get("loss")), "seconds_left": left}
+
+
+def _number(value: object) -> float | None:
+    """A finite number as it is, anything else as None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None

@@ -1,0 +1,215 @@
+"""Several processes, one run: how they find each other, who writes, and how they end together.
+
+A process that is alone passes through every function here at no cost.
+
+How long a job can outlive its trouble:
+  300 s  a process that never arrives: the others give up waiting for it (`START_SECONDS`)
+  60 s   a process that died or lost its network: the others are ended (`LOST_PEER_SECONDS`)
+  30 min all alive, but no update in that time, as in a hung collective: every process writes where
+         it is to stderr and ends with code 1; $MOE_ABLM_HANG_SECONDS changes it
+"""
+
+import faulthandler
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import distributed  # has no public name; orbax takes it from here, too
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from moe_ablm.errors import UserError
+from moe_ablm.parallel.mesh import batch_sharding, replicated
+
+START_SECONDS = 300
+LOST_PEER_SECONDS = 60
+HANG_SECONDS = 1800
+_PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_INDEX")
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_questions = count()
+_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def start() -> None:
+    """Joins the other processes of this run, if there are any; before anything computes.
+
+    Only process 0 keeps its standard output; errors of all are seen.
+
+    Raises:
+      UserError: the environment contradicts itself.
+      RuntimeError: the others could not be found in time.
+    """
+    arguments = arguments_of(os.environ)
+    if arguments is None:
+        return
+    jax.distributed.initialize(
+        **arguments,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=LOST_PEER_SECONDS,
+        shutdown_timeout_seconds=LOST_PEER_SECONDS,
+    )
+    # collectives on CPU give up after 30 s in which not all have come to the first one: meet now
+    _service().wait_at_barrier("moe_ablm/start", START_SECONDS * 1000)
+    multihost_utils.sync_global_devices("moe_ablm/start")
+    if not is_first():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
+def arguments_of(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told; None for a process that is alone.
+
+    In this order: `JAX_COORDINATOR_ADDRESS=host:port` with `JAX_PROCESS_COUNT` and
+    `JAX_PROCESS_INDEX` (a count of 1 alone says that there is nobody else); a SLURM step of more
+    than one task; a TPU machine. JAX finds out the rest of the last two by itself.
+
+    Raises:
+      UserError: one of the three variables is missing or no such value.
+    """
+    if any(name in environment for name in _PLAIN):
+        return _plain(environment)
+    if all(name in environment for name in _SLURM):
+        tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+        return {} if int(tasks) > 1 else None
+    return {} if _is_tpu(environment) else None
+
+
+def _plain(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    address, number, index = (environment.get(name, "") for name in _PLAIN)
+    if number == "1":
+        return None
+    expected = {
+        "JAX_COORDINATOR_ADDRESS": (re.fullmatch(r"\S+:[0-9]{1,5}", address), "host:port"),
+        "JAX_PROCESS_COUNT": (re.fullmatch("[1-9][0-9]*", number), "a number"),
+        "JAX_PROCESS_INDEX": (re.fullmatch("[0-9]+", index), "a number"),
+    }
+    for name, (fits, what) in expected.items():
+        if not fits:
+            raise UserError(
+                f"${name} is {environment.get(name)!r}, expected {what}: set all of "
+                f"{', '.join(_PLAIN)}, or none of them"
+            )
+    if int(index) >= int(number):
+        raise UserError(f"$JAX_PROCESS_INDEX is {index}, expected 0 to {int(number) - 1}")
+    # every device of the machine belongs to this process, so no cluster is asked
+    return {
+        "coordinator_address": address,
+        "num_processes": int(number),
+        "process_id": int(index),
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _is_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether JAX can ask a TPU machine for its neighbours; one without any answers so, too."""
+    if environment.get("JAX_PLATFORMS", "tpu") not in ("", "tpu", "tpu,cpu"):
+        return False
+    present = any(Path(device).exists() for device in _TPU_DEVICES)
+    return present and importlib.util.find_spec("libtpu") is not None
+
+
+def is_first() -> bool:
+    """Whether this process writes the results of the run."""
+    return jax.process_index() == 0
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """The JSON value that `function` returns in process 0, which alone calls it, in all of them.
+
+    A UserError that it raises there is raised everywhere.
+    """
+    if jax.process_count() == 1:
+        return function()
+    key = f"moe_ablm/from_first/{next(_questions)}"  # all ask the same questions in the same order
+    if is_first():
+        try:
+            told = {"value": function()}
+        except UserError as error:
+            told = {"error": str(error)}
+        _service().key_value_set(key, json.dumps(told))
+    told = json.loads(_service().blocking_key_value_get(key, int(_hang_seconds() * 1000)))
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
+
+
+def _service():
+    """The coordination service: unlike a collective, it waits as long as it is told to."""
+    return distributed.global_state.client
+
+
+@contextmanager
+def first_inside(context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enters a context in process 0 alone; all raise the UserError that it meets."""
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(context))
+        yield
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays whole in every process; what one process has anyhow is left as it is."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
+class Stop:
+    """Agreement on when to stop: some processes may hear a signal before others, or alone.
+
+    Each puts whether it heard one into a reduction over all devices, dispatched beside the updates
+    and read one update later, so that all have the same answer at the same update and nobody waits.
+    """
+
+    def __init__(self, heard: list[str], mesh: Mesh):
+        self._heard, self._mesh, self._pending = heard, mesh, None
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+    def __call__(self) -> bool:
+        """Whether the run is to stop now; every process asks once an update."""
+        if jax.process_count() == 1:
+            return bool(self._heard)
+        mine = np.full(jax.local_device_count(), bool(self._heard))
+        flags = jax.make_array_from_process_local_data(batch_sharding(self._mesh), mine)
+        before, self._pending = self._pending, self._any(flags)
+        return before is not None and bool(before)
+
+
+@contextmanager
+def watchdog() -> Iterator[Callable[[], None]]:
+    """Ends this process if the function that it gives is not called in time, of several only.
+
+    The watching thread needs no interpreter lock: a collective that hangs in XLA does not stop it.
+    """
+    if jax.process_count() == 1:
+        yield lambda: None
+        return
+    seconds = _hang_seconds()
+
+    def beat() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+    beat()
+    try:
+        yield beat
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _hang_seconds() -> float:
+    text = os.environ.get("MOE_ABLM_HANG_SECONDS", str(HANG_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"$MOE_ABLM_HANG_SECONDS is {text!r}, expected a number of seconds")
+    return seconds

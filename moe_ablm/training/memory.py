@@ -1,0 +1,92 @@
+"""Memory of a training step, from shapes alone: nothing is allocated or compiled.
+
+The state is exact. What the forward pass keeps for the backward pass is what `jax.vjp` keeps, in
+the types of the execution; XLA may fuse some of it away, and needs some for itself.
+"""
+
+from dataclasses import replace
+from functools import cache
+from math import prod
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.parallel.mesh import MESH_AXES
+from moe_ablm.training.losses import region_sums
+from moe_ablm.training.optimizer import make_optimizer
+from moe_ablm.training.spec import OptimizerSpec
+from moe_ablm.training.state import TrainState, abstract_state, make_definition
+from moe_ablm.training.step import auxiliary_loss, forward
+
+# any AdamW has the same two moments
+_ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
+_KINDS = {
+    "tokens": "int32", "targets": "int32", "segment": "int32", "region": "int32",
+    "loss_mask": "bool",
+}  # fmt: skip
+
+
+def abstract_mesh(data: int, expert: int, fsdp: int) -> AbstractMesh:
+    """A mesh of devices that need not be there."""
+    return AbstractMesh((data, expert, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def state_bytes(spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False) -> tuple[int, int]:
+    """Bytes a device of the parameters, and of the whole state that a checkpoint holds."""
+    state: TrainState = abstract_state(spec, make_optimizer(_ADAM), ema, mesh)
+    return _bytes(state.params), _bytes(state)
+
+
+def _bytes(tree) -> int:
+    return sum(
+        prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> tuple[int, int]:
+    """Bytes that one row keeps for the backward pass: of the whole encoder, of its largest layer.
+
+    Layers of a kind keep equally much, so that two of each kind are enough to know all.
+
+    Args:
+      spec: of the encoder; its router losses count.
+      execution: types, and whether layers are recomputed.
+      length: tokens of the row.
+    """
+    dense = replace(spec, moe=MoESpec())
+    one = _slope(replace(dense, layers=1), execution, length)
+    layer = _slope(replace(dense, layers=2), execution, length) - one
+    rest, sparse = one - layer, 0
+    if spec.moe_layers:
+        moe = replace(spec.moe, placement="1", first_dense=0)
+        sparse = _slope(replace(spec, layers=2, moe=moe), execution, length) - one
+    count = len(spec.moe_layers)
+    return rest + layer * (spec.layers - count) + sparse * count, max(layer, sparse)
+
+
+def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:
+    """Bytes of one row more: parameters, which are kept as well, do not grow with rows."""
+    return _kept(spec, execution, 2, length) - _kept(spec, execution, 1, length)
+
+
+@cache
+def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> int:
+    definition = make_definition(spec, execution)
+    params = jax.eval_shape(lambda: nnx.split(Encoder(spec, Execution(), nnx.Rngs(params=0)))[1])
+    batch = {n: jax.ShapeDtypeStruct((rows, length), kind) for n, kind in _KINDS.items()}
+
+    def backward(params, batch):
+        def loss(params):
+            output = forward(nnx.merge(definition, params), batch, training=True)
+            found = region_sums(output.logits, batch).loss.sum()
+            if output.routing is not None:
+                found = found + auxiliary_loss(output.routing.stats, spec.moe)
+            return found
+
+        return jax.vjp(loss, params)[1]
+
+    kept = jax.eval_shape(backward, params, batch)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))

@@ -1,0 +1,105 @@
+"""One parquet file of a sweep: a row a cell, whatever became of it.
+
+    python -m sweeps.collect DIR --out runs.parquet
+    python -m moe_ablm fit --input runs.parquet --law joint --out fit/
+
+Columns: cell, fingerprint, state, step, note; params (active), total_params, tokens, unique_tokens,
+flops, experts, router, seed, loss (validation, nats), as `fit` reads them; loss_REGION,
+valid_loss_best, train_loss_final, verdict, tokens_per_second; axis_NAME of the grid. A cell that is
+not complete has no loss, and tokens and flops as planned.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from launch.state import COMPLETE, State, read_summary, state_of
+from moe_ablm.errors import UserError
+from sweeps.planned import Planned, read_plan
+
+
+def row(p: Planned, state: State) -> dict[str, object]:
+    """A cell as a row of the table."""
+    summary = read_summary(p.cell) if state.name == COMPLETE else {}
+    tokens = summary.get("tokens_seen", p.cell.tokens)
+    regions = summary.get("valid_loss_by_region") or {}
+    return {
+        "cell": p.cell.name,
+        "fingerprint": p.cell.fingerprint,
+        "state": state.name,
+        "step": state.step,
+        "note": state.note,
+        "params": p.params_active,
+        "total_params": p.params_total,
+        "tokens": float(tokens),
+        # a run shorter than an epoch has seen no more than its tokens
+        "unique_tokens": float(min(p.unique_tokens, tokens)),
+        "flops": float(summary.get("flops", p.cell.flops)),
+        "experts": p.experts,
+        "router": "dense" if p.router == "none" else p.axes.get("router", p.router),
+        "seed": p.seed,
+        "loss": _finite(summary.get("valid_loss_final")),
+        "valid_loss_best": _finite(summary.get("valid_loss_best")),
+        "train_loss_final": _finite(summary.get("train_loss_final")),
+        **{f"loss_{region}": _finite(loss) for region, loss in regions.items()},
+        "verdict": (summary.get("stability") or {}).get("verdict"),
+        "tokens_per_second": _finite(summary.get("tokens_per_second")),
+        **{f"axis_{name}": value for name, value in p.axes.items()},
+    }
+
+
+def collect(folder: Path, out: Path) -> list[State]:
+    """Writes the table of a sweep, whole or not at all; returns the states of its cells.
+
+    Raises:
+      UserError: the folder holds no readable plan, or `out` cannot be written.
+    """
+    _, cells = read_plan(folder)
+    states = [state_of(p.cell, p.steps) for p in cells]
+    rows = [row(p, s) for p, s in zip(cells, states, strict=True)]
+    names = dict.fromkeys(name for each in rows for name in each)
+    table = pa.table({name: [each.get(name) for each in rows] for name in names})
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary)
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    return states
+
+
+def _finite(value: object) -> float | None:
+    good = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0, or 1 where a cell failed or is damaged, or 2 for wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.collect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dir", type=Path, help="the --out of a sweep")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    options = parser.parse_args(argv)
+    try:
+        states = collect(options.dir, options.out)
+    except UserError as error:
+        print(f"sweeps: {error}", file=sys.stderr)
+        return 2
+    count = Counter(state.name for state in states)
+    told = ", ".join(f"{n} {name}" for name, n in count.items())
+    print(f"{options.out}: {len(states)} cells ({told})")
+    return int(bool(count["failed"] + count["damaged"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What a sweep costs: the table of its cells, and device-hours at a stated share of the peak."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from sweeps.planned import Planned
+
+# Peak matmul FLOP/s, dense bfloat16, from the vendors' data sheets; "core": measured, one core of a
+# Xeon with AMX (1024 x 1024 matmul of bfloat16 operands through XLA).
+PEAKS = {
+    "a100": 312e12,
+    "h100": 989e12,
+    "h200": 989e12,
+    "v4": 275e12,
+    "v5p": 459e12,
+    "v6e": 918e12,
+    "core": 0.8e12,
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Model FLOP/s that training is expected to reach on one device: `mfu` of its peak."""
+
+    device: str
+    mfu: float
+
+    def hours(self, flops: float) -> float:
+        """Device-hours of so many model FLOPs."""
+        return flops / (PEAKS[self.device] * self.mfu) / 3600
+
+    def __str__(self) -> str:
+        return f"{self.device} at {self.mfu:.0%} of {PEAKS[self.device] / 1e12:g} TFLOP/s"
+
+
+def wide_console() -> Console:
+    """The terminal, or something that is wide enough for a table in a file or pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def print_cells(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = frozenset()) -> None:
+    """Prints a line a cell and the total; `done` are the names of cells that are complete."""
+    table = Table(title=f"hours: {rate}", title_justify="left", caption_justify="left")
+    table.add_column("cell", no_wrap=True)
+    for name in ("parameters", "active", "tokens", "epochs", "FLOPs", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for p in cells:
+        cell = p.cell
+        table.add_row(
+            cell.name,
+            f"{p.params_total:,}",
+            f"{p.params_active:,}",
+            f"{cell.tokens:.3g}",
+            f"{cell.tokens / p.unique_tokens:.3g}",
+            f"{cell.flops:.3g}",
+            f"{rate.hours(cell.flops):.3g}",
+            "complete" if cell.name in done else "",
+        )
+    tokens, flops = (sum(getattr(p.cell, k) for p in cells) for k in ("tokens", "flops"))
+    table.add_section()
+    total = f"{len(cells)} cells, {len(done)} complete"
+    table.add_row(total, "", "", f"{tokens:.3g}", "", f"{flops:.3g}", f"{rate.hours(flops):.3g}")
+    wide_console().print(table)

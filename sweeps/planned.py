@@ -1,0 +1,96 @@
+"""A sweep on disk: `sweep.json`, the cells that are planned, beside their work directories."""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cell import Cell
+from moe_ablm.errors import UserError
+from moe_ablm.results import write_atomically
+
+PLAN = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell with what is known of it before it runs.
+
+    Attributes:
+      cell: for the launcher.
+      axes: the point's values as text, for tables.
+      steps, seed, params_total, params_active, experts, router: of its config.
+      unique_tokens: of its training data.
+    """
+
+    cell: Cell
+    axes: dict[str, str]
+    steps: int
+    seed: int
+    params_total: int
+    params_active: int
+    experts: int
+    router: str
+    unique_tokens: int
+
+
+def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
+    """Writes `sweep.json`; cells of an earlier plan stay in it where they have a directory.
+
+    Raises:
+      UserError: the folder holds another study, or cannot be written.
+    """
+    now = {p.cell.fingerprint for p in cells}
+    before: list[Planned] = []
+    if (out / PLAN).exists():
+        try:
+            name, before = read_plan(out)
+        except UserError as error:
+            print(f"{error}; writing it again", file=sys.stderr)
+            name = study
+        if name != study:
+            raise UserError(f"--out {out} holds the sweep {name!r}, not {study!r}: use another")
+    kept = [p for p in before if p.cell.fingerprint not in now and p.cell.workdir.exists()]
+    content = {"study": study, "cells": [_to_json(p) for p in (*cells, *kept)]}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / PLAN, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def read_plan(out: Path) -> tuple[str, list[Planned]]:
+    """Name of the study and its cells; the folder may have moved since.
+
+    Raises:
+      UserError: there is no plan, or it is damaged.
+    """
+    file = out / PLAN
+    try:
+        content = json.loads(file.read_text())
+        return content["study"], [_from_json(entry, out.resolve()) for entry in content["cells"]]
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: expected the --out of a sweep") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r}): the sweep's command with --launcher=print writes it "
+            "again"
+        ) from error
+
+
+def _to_json(p: Planned) -> dict:
+    values = {k: v for k, v in vars(p).items() if k != "cell"}
+    cell = {k: v for k, v in vars(p.cell).items() if k != "workdir"}
+    return {"cell": cell, **values}
+
+
+def _from_json(entry: dict, out: Path) -> Planned:
+    cell = dict(entry["cell"])
+    name = cell["name"]
+    if not re.fullmatch(r"[A-Za-z0-9.=-]+", name) or name.startswith("."):
+        raise ValueError(f"cell name {name!r}")
+    cell["argv"] = tuple(cell["argv"])
+    rest = {k: v for k, v in entry.items() if k != "cell"}
+    return Planned(cell=Cell(workdir=out / name, **cell), **rest)

@@ -1,0 +1,94 @@
+"""How a sweep stands, from its files alone.
+
+    python -m sweeps.status DIR            the table once
+    python -m sweeps.status DIR --watch    again and again, until nothing is left to run
+
+Works from any machine that sees the files, whoever launched the cells.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launch.state import COMPLETE, FAILED, STATES, State, state_of
+from moe_ablm.errors import UserError
+from sweeps.cost import wide_console
+from sweeps.planned import Planned, read_plan
+
+EVERY = 5.0  # seconds
+STYLES = {COMPLETE: "green", "running": "cyan", FAILED: "red", "damaged": "red"}
+
+
+def status_table(study: str, cells: list[Planned], states: list[State]) -> Table:
+    """State, step, loss and time left of each cell, and how many there are of each state."""
+    count = Counter(state.name for state in states)
+    counts = ", ".join(f"{count[name]} {name}" for name in STATES if count[name])
+    table = Table(title=f"{study}: {counts}", title_justify="left")
+    for name in ("cell", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", "loss", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for p, state in zip(cells, states, strict=True):
+        table.add_row(
+            p.cell.name,
+            Text(state.name, STYLES.get(state.name, "")),
+            "" if state.step is None else f"{state.step}/{p.steps}",
+            "" if state.loss is None else f"{state.loss:.4f}",
+            "" if state.seconds_left is None else _duration(state.seconds_left),
+            Text(state.note),  # no markup: it holds what processes print
+        )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0, or 1 where a cell failed or is damaged, or 2 for wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dir", type=Path, help="the --out of a sweep")
+    parser.add_argument("--watch", action="store_true", help="until nothing is left to run")
+    options = parser.parse_args(argv)
+    console = wide_console()
+    try:
+        study, cells = read_plan(options.dir)
+        states = _states(cells)
+        if options.watch:
+            with Live(
+                status_table(study, cells, states), console=console, auto_refresh=False
+            ) as live:
+                while any(s.name in ("running", "waiting", "interrupted") for s in states):
+                    time.sleep(EVERY)
+                    study, cells = read_plan(options.dir)
+                    states = _states(cells)
+                    live.update(status_table(study, cells, states), refresh=True)
+        else:
+            console.print(status_table(study, cells, states))
+    except UserError as error:
+        print(f"sweeps: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    return int(any(s.name in (FAILED, "damaged") for s in states))
+
+
+def _states(cells: list[Planned]) -> list[State]:
+    return [state_of(p.cell, p.steps) for p in cells]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

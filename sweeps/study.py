@@ -1,0 +1,184 @@
+"""The command line that all studies share: plan, table, checks, launch.
+
+python sweeps/STUDY.py [--data DIR] [--out DIR] [--seeds N] [--launcher NAME] [--dry-run]
+    [--max-gpu-hours H] [--device NAME --mfu SHARE] [--config.KEY=VALUE ...]
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.cell import Cell
+from launch.state import COMPLETE, State, state_of
+from moe_ablm.errors import UserError
+from sweeps.cost import PEAKS, Rate, print_cells
+from sweeps.grid import Point
+from sweeps.planned import Planned, write_plan
+
+LAUNCHERS = ("local", "slurm", "jobset", "print")
+SIMULATED = "simulated"  # --data of the embedded dataset
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a study makes of a point.
+
+    Attributes:
+      config: config file, relative to the repository.
+      argument: of the config file, what stands after the colon.
+      overrides: value by dotted config key.
+    """
+
+    config: str
+    argument: str = ""
+    overrides: Mapping[str, object] = field(default_factory=dict)
+
+
+def data_path(text: str) -> str | None:
+    """`--data` as a value of `data.path`: absolute, or None for the embedded dataset."""
+    return None if text == SIMULATED else str(Path(text).resolve())
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file of `sweeps/`.
+
+    Attributes:
+      name: of the file; also the default folder under runs/.
+      about: its docstring.
+      points: options -> the grid.
+      recipe: (point, options) -> config of a point.
+      add_arguments: options of its own.
+      repairs: the planned grid -> points by name, which `--add=NAME` appends and the design check
+        weighs; none: the study is not for a scaling law.
+      report: printed when the launcher is through: (cells, states) -> text.
+      device, mfu, seeds: defaults of the options.
+    """
+
+    name: str
+    about: str
+    points: Callable[[argparse.Namespace], list[Point]]
+    recipe: Callable[[Point, argparse.Namespace], Recipe]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
+    repairs: Callable[[list[Planned]], Mapping[str, list[Point]]] | None = None
+    report: Callable[[list[Planned], list[State]], str] | None = None
+    device: str = "h100"
+    mfu: float = 0.3
+    seeds: int = 2
+
+
+def main(study: Study, argv: list[str] | None = None) -> int:
+    """Runs a study; returns the exit code (0 done, 2 the input is wrong, 1 a cell failed)."""
+    try:
+        return _run(study, argv)
+    except UserError as error:
+        print(f"sweeps: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(study: Study, argv: list[str] | None) -> int:
+    options, launcher, extra = _options(study, argv)
+    cells, offered = _plan(study, options, extra)
+    states = [state_of(p.cell) for p in cells]
+    done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)
+    rate = Rate(options.device, options.mfu)
+    print_cells(cells, rate, done)
+    if study.repairs:
+        from sweeps.check import design_lines
+
+        print("\n".join(design_lines(cells, offered)))
+    left, failed = _to_launch(cells, states)
+    hours = rate.hours(sum(cell.flops for cell in left))
+    if options.max_gpu_hours is not None and hours > options.max_gpu_hours:
+        raise UserError(
+            f"{hours:.4g} hours are left to run, --max-gpu-hours allows {options.max_gpu_hours:g}: "
+            "raise it or make the grid smaller"
+        )
+    if options.dry_run:
+        return 0
+    write_plan(options.out, study.name, cells)
+    print(f"{len(left)} of {len(cells)} cells to run", flush=True)
+    code = launcher.launch(left, options) if left else 0
+    states = [state_of(p.cell) for p in cells]
+    if study.report and any(s.name == COMPLETE for s in states):
+        print(study.report(cells, states))
+    return code or int(failed)
+
+
+def _options(study: Study, argv: list[str] | None):
+    """Options, the launcher's module and the overrides for every cell."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--launcher", choices=LAUNCHERS, default="local")
+    module = importlib.import_module(f"launch.{first.parse_known_args(argv)[0].launcher}")
+    parser = argparse.ArgumentParser(
+        prog=f"python sweeps/{study.name}.py",
+        description=study.about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[first],
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data", help="prepared dataset, or 'simulated' for the embedded one")
+    add("--out", type=Path, default=Path("runs") / study.name, help="folder of the sweep")
+    add("--seeds", type=int, default=study.seeds, help="default %(default)s")
+    add("--dry-run", action="store_true", help="print the table and stop")
+    add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more")
+    add("--device", choices=PEAKS, default=study.device, help="for hours; default %(default)s")
+    add("--mfu", type=float, default=study.mfu, help="share of its peak; default %(default)s")
+    study.add_arguments(parser)
+    module.add_arguments(parser)
+    options, rest = parser.parse_known_args(argv)
+    from sweeps.plan import unplanned_flags  # imports jax
+
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: expected 1 or more")
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"--mfu {options.mfu:g}: expected above 0, at most 1")
+    return options, module, unplanned_flags(rest)
+
+
+def _plan(
+    study: Study, options: argparse.Namespace, extra: list[str]
+) -> tuple[list[Planned], dict[str, list[Planned]]]:
+    """The cells, those that were asked for with `--add` among them, and the others on offer."""
+    from sweeps.plan import plan
+
+    def planned(points: list[Point]) -> list[Planned]:
+        cells, notes = plan(points, lambda p: study.recipe(p, options), options.out, extra)
+        print("".join(f"{note}\n" for note in notes), end="")
+        return cells
+
+    cells = planned(study.points(options))
+    offered = {}
+    if study.repairs:
+        offered = {name: planned(points) for name, points in study.repairs(cells).items()}
+        for name in options.add:
+            known = {p.cell.fingerprint for p in cells}
+            added = offered.pop(name, [])
+            cells += [p for p in added if p.cell.fingerprint not in known]
+    return cells, offered
+
+
+def _to_launch(cells: list[Planned], states: list[State]) -> tuple[list[Cell], bool]:
+    """Cells that are left to run, and whether others have failed for good; tells about both."""
+    left, failed = [], False
+    for p, state in zip(cells, states, strict=True):
+        if state.final:
+            failed = True
+            print(
+                f"{p.cell.name}: not run again: {state.note}; remove {p.cell.workdir} to train it "
+                "anew",
+                file=sys.stderr,
+            )
+        elif state.name != COMPLETE:
+            if state.note:
+                print(f"{p.cell.name}: {state.name}: {state.note}")
+            left.append(p.cell)
+    return left, failed

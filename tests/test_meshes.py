@@ -1,0 +1,167 @@
+"""Named hardware: what a device holds, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+from conftest import REPO
+
+from launch import meshes
+from launch.meshes import encoder, hardware, plan
+from moe_ablm.errors import UserError
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.parallel.mesh import make_mesh
+from moe_ablm.training import memory
+from moe_ablm.training.optimizer import make_optimizer
+from moe_ablm.training.state import init_state
+
+TINY = EncoderSpec(4, 16, 32, 2, moe=MoESpec("topk", experts=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "devices", "hosts", "near"),
+    [
+        ("a100x8", "gpu", 8, 1, 8),
+        ("h100x8x4", "gpu", 32, 4, 8),
+        ("h200x1", "gpu", 1, 1, 1),
+        ("v4-8", "tpu", 4, 1, 4),  # cores: two a chip
+        ("v5p-128", "tpu", 64, 16, 64),
+        ("v6e-16", "tpu", 16, 4, 16),  # chips
+        ("cpu", "cpu", 1, 1, 1),
+    ],
+)
+def test_names(name, kind, devices, hosts, near):
+    found = hardware(name)
+    assert (found.kind, found.devices, found.hosts, found.near) == (kind, devices, hosts, near)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "h100", "h100x3", "b200x8", "v4-9", "v5p-12", "h100x8x0", "v9-8"]
+)
+def test_unknown_names(name):
+    with pytest.raises(UserError, match="expected one of"):
+        hardware(name)
+
+
+# memory, from shapes
+
+
+def test_a_state_on_one_device_is_as_large_as_a_real_one():
+    mesh = make_mesh(-1, 1, 1)
+    with jax.set_mesh(mesh):
+        state = init_state(TINY, make_optimizer(memory._ADAM), 0, False, mesh)
+    real = [sum(x.nbytes for x in jax.tree.leaves(t)) for t in (state.params, state)]
+    assert memory.state_bytes(TINY, memory.abstract_mesh(1, 1, 1)) == tuple(real)
+
+
+def test_axes_divide_what_they_shard():
+    whole, _ = memory.state_bytes(TINY, memory.abstract_mesh(4, 1, 1))
+    spread, _ = memory.state_bytes(TINY, memory.abstract_mesh(1, 4, 1))
+    e, d, f = 4, TINY.d_model, TINY.ffn
+    experts = 2 * 4 * (e * (2 * d * f + f + d))  # two layers, float32
+    assert whole - spread == experts * 3 // 4
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("router", ["none", "topk", "soft"])
+def test_layers_of_a_kind_keep_equally_much(router, remat):
+    """Four layers traced whole, against two of each kind."""
+    spec = replace(TINY, moe=replace(TINY.moe, router=router))
+    execution = Execution(remat=remat)
+    kept, layer = memory.activation_bytes(spec, execution, 32)
+    # router losses are a few numbers that no layer has to itself
+    assert kept == pytest.approx(memory._slope(spec, execution, 32), rel=1e-3)
+    assert 0 < layer < kept
+
+
+def test_remat_keeps_less_and_longer_rows_more():
+    kept, _ = memory.activation_bytes(TINY, Execution(), 32)
+    assert memory.activation_bytes(TINY, Execution(remat=True), 32)[0] < kept / 2
+    # at least in proportion: nothing of size length x length is kept of attention
+    assert memory.activation_bytes(TINY, Execution(), 64)[0] == pytest.approx(2 * kept, rel=0.3)
+
+
+# plans
+
+BIG = replace(hardware("h100x8"), memory=80 * 10**9)
+
+
+def test_what_fits_is_not_divided():
+    found = plan(encoder("8m", "none", 8), hardware("h100x8"), 128, 256)
+    assert (found.data, found.expert, found.fsdp, found.rows) == (8, 1, 1, 16)
+    assert not found.remat and found.fits
+    assert found.flags == (
+        "--config.mesh.expert=1", "--config.mesh.fsdp=1", "--config.compute.remat=False"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "router", "experts", "expert"),
+    [
+        ("8m", "top2-capacity", 32, 1),  # small weights are repeated
+        ("650m", "none", 8, 1),
+        ("650m", "top2", 8, 1),  # dropless weights would travel
+        ("650m", "top2-capacity", 8, 8),
+        ("650m", "top2-capacity", 12, 4),
+        ("150m", "expert_choice", 32, 8),
+        ("150m", "soft", 8, 1),
+    ],
+)
+def test_which_experts_are_spread(size, router, experts, expert):
+    assert meshes._expert_axis(encoder(size, router, experts), BIG) == expert
+
+
+def test_less_memory_first_shards_then_recomputes():
+    """A smaller and smaller device, for one model."""
+    spec, seen = encoder("8m", "none", 8), []
+    for mib in (2048, 900, 500, 200, 130, 60):
+        where = replace(BIG, memory=mib << 20)
+        try:
+            found = plan(spec, where, 128, 256)
+            seen.append((found.remat, found.fsdp))
+            assert found.total <= meshes.USABLE * where.memory
+        except UserError as error:
+            seen.append(str(error).split(":")[0])
+    assert seen[0] == (False, 1)
+    assert seen[-1] == "it does not fit h100x8"
+    plans = [s for s in seen if isinstance(s, tuple)]
+    assert plans == sorted(plans) and plans[-1][0]
+
+
+def test_a_batch_that_cannot_be_split():
+    with pytest.raises(
+        UserError, match="128 rows .* 256 devices of h100x8x32: use a multiple of 256"
+    ):
+        plan(encoder("8m", "none", 8), hardware("h100x8x32"), 128, 256)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "launch.meshes", *arguments]
+    return subprocess.run(argv, cwd=REPO, capture_output=True, text=True, check=False)
+
+
+def test_the_command():
+    shown = run("--hardware=v4-8", "--size=8m", "--router=none", "--router=soft")
+    assert shown.returncode == 0, shown.stderr
+    assert "4 x 1 x 1" in shown.stdout and "LIBTPU_INIT_ARGS=" in shown.stdout
+    refused = run("--hardware=v4-8", "--size=8m", "--router=none", "--batch=10000000")
+    assert refused.returncode == 2
+    assert "8m none on v4-8: it does not fit" in refused.stderr
+
+
+def test_xla_knows_the_flags():
+    """An unknown one would end every process at its start. (TPU flags are libtpu's.)"""
+    environment = {"XLA_FLAGS": " ".join(meshes.GPU_FLAGS), "JAX_PLATFORMS": "cpu"}
+    argv = [sys.executable, "-c", "import jax; print(jax.device_count())"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_a_state_is_parameters_and_two_moments(size):
+    spec = encoder(size, "none", 8)
+    params, state = memory.state_bytes(spec, memory.abstract_mesh(8, 1, 1))
+    assert state == pytest.approx(3 * params, rel=1e-6)

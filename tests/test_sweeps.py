@@ -1,0 +1,462 @@
+"""Grids, plans, costs, the design check, and what status and collect say of damaged sweeps."""
+
+import fcntl
+import importlib
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY, command, run_command
+
+from launch.cell import REPOSITORY
+from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, state_of
+from moe_ablm import config as configs
+from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.simulated import simulated_dataset
+from moe_ablm.errors import UserError
+from moe_ablm.scaling.runs import read_runs
+from sweeps import collect, grid, nested_data, scaling, status
+from sweeps.check import design_lines
+from sweeps.cost import Rate
+from sweeps.plan import parse_config, plan, unplanned_flags
+from sweeps.planned import Planned, read_plan, write_plan
+from sweeps.study import Recipe, Study, main
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+STUDIES = ("scaling", "routers", "padding", "placement", "soft_l2", "pairing", "masking",
+           "compare_routers")  # fmt: skip
+SMALL = ["--data=simulated", "--config.data.simulated_pairs=400"]
+
+
+def tiny_recipe(point: grid.Point, options=None) -> Recipe:
+    return Recipe("configs/base.py", "", TINY | point)
+
+
+def tiny_plan(out: Path, **axes) -> list[Planned]:
+    return plan(grid.product(**(axes or {"seed": range(3)})), tiny_recipe, out)[0]
+
+
+# grids
+
+
+def test_grid_expressions_by_hand():
+    a = grid.product(size=["s", "m"], seed=[0, 1])
+    assert a == [
+        {"size": "s", "seed": 0},
+        {"size": "s", "seed": 1},
+        {"size": "m", "seed": 0},
+        {"size": "m", "seed": 1},
+    ]
+    b = grid.zip(size=["s", "m"], lr=[2, 1])
+    assert b == [{"size": "s", "lr": 2}, {"size": "m", "lr": 1}]
+    assert grid.product(b, seed=[7]) == [
+        {"size": "s", "lr": 2, "seed": 7},
+        {"size": "m", "lr": 1, "seed": 7},
+    ]
+    assert grid.where(a, lambda p: p["size"] == "m" and p["seed"]) == [{"size": "m", "seed": 1}]
+    assert grid.product() == [{}]
+
+
+def test_grids_that_contradict_themselves_are_refused():
+    with pytest.raises(ValueError, match="'size' appears twice"):
+        grid.product(grid.product(size=["s"]), size=["m"])
+    with pytest.raises(ValueError):
+        grid.zip(size=["s", "m"], lr=[1])
+
+
+# plans
+
+
+def test_a_plan_has_the_config_that_the_trainer_reads(tmp_path):
+    """Parsed by the trainer itself, in a process of its own, from the planned command line."""
+    (planned,) = tiny_plan(tmp_path / 'it\'s; a\n"sweep"', **{"train.lr": [0.25], "seed": [5]})
+    assert planned.cell.argv[:2] == ("-m", "moe_ablm.train")
+    script = (
+        "import sys, json; from moe_ablm.command_line import parse; from moe_ablm import config;"
+        "c, w = parse(sys.argv); print(json.dumps([config.to_dict(c), str(w)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *planned.cell.argv[2:]],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    tree, workdir = json.loads(done.stdout)
+    config = parse_config(planned.cell.argv)
+    assert configs.from_mapping(tree) == config
+    assert (config.seed, config.train.lr) == (5, 0.25)
+    assert Path(workdir) == planned.cell.workdir
+    assert planned.cell.workdir.parent == (tmp_path / 'it\'s; a\n"sweep"').resolve()
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", '"', "; touch pwned", "$(id)", "a\nb", "é\t", "{}"]
+)
+def test_hostile_values_arrive_or_are_refused_in_one_line(tmp_path, value):
+    argv = ["--config=configs/base.py", f"--config.data.path=/{value}"]
+    assert parse_config(argv).data.path == f"/{value}"
+    named = [*TINY_FLAGS, f"--config.model.size={value}"]  # any name will do with four sizes given
+    (planned,) = plan([{"seed": 0, "x": value}], lambda p: Recipe("configs/base.py"), tmp_path,
+                      named)[0]  # fmt: skip
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.=-]{1,100}", planned.cell.name)
+    assert parse_config(planned.cell.argv).model.size == value
+    with pytest.raises(UserError) as error:
+        parse_config([argv[0], f"--config.data.regime={value}"])
+    assert "\n" not in str(error.value)
+
+
+TINY_FLAGS = [f"--config.{key}={value}" for key, value in TINY.items() if key != "model.size"]
+
+
+def test_printed_commands_survive_a_shell(tmp_path, capsys):
+    out = tmp_path / 'o\'dd; "out" $HOME'
+    argv = [*SMALL, f"--out={out}", "--launcher=print", "--seeds=1"]
+    assert study_main("masking", argv) == 0
+    text = capsys.readouterr().out
+    text = text[text.index("\ncd ") :]
+    for planned in read_plan(out)[1]:
+        assert shlex.join(["python", *planned.cell.argv]) in text
+    assert f"cd {shlex.quote(str(REPOSITORY))}\n" in text
+
+
+def study_main(name: str, argv: list[str]) -> int:
+    """The study as its file runs it."""
+    module = importlib.import_module(f"sweeps.{name}")
+    study = getattr(module, "study", None)
+    assert study, "a study file defines `study`"
+    return main(study, argv)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_plans(name, tmp_path, capsys):
+    assert study_main(name, [*SMALL, "--dry-run", "--seeds=2", f"--out={tmp_path / 'x'}"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out and "cells, 0 complete" in out
+    assert not (tmp_path / "x").exists()
+
+
+def test_scaling_grid_has_every_size_fraction_router_and_seed(tmp_path, capsys):
+    out = tmp_path / "s"
+    argv = [*SMALL, "--ladder=paper", "--seeds=2", "--launcher=print", f"--out={out}"]
+    assert study_main("scaling", argv) == 0
+    cells = read_plan(out)[1]
+    assert len(cells) == len({p.cell.fingerprint for p in cells}) == 5 * 3 * 3 * 2
+    axes = {tuple(p.axes[a] for a in ("size", "data", "router", "seed")) for p in cells}
+    assert len(axes) == 90
+    size = {p.axes["size"]: p.params_total for p in cells if p.axes["router"] == "dense"}
+    # the ESM-2 checkpoints' own counts, without the contact head
+    assert size["8m"] == pytest.approx(7.5e6, rel=0.01) and 6.4e8 < size["650m"] < 6.6e8
+    routers = {(p.axes["router"], p.router, p.experts) for p in cells}
+    assert routers == {("dense", "none", 1), ("top2", "topk", 8), ("soft", "soft", 8)}
+    capsys.readouterr()
+
+
+def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
+    micro, experts = {}, {}
+    from configs.small_ladder import ROUTERS, SIZES, get_config
+    from moe_ablm.model import flops
+
+    for size in SIZES:
+        for router in ROUTERS:
+            spec = configs.from_mapping(get_config(f"size={size},router={router}")).model.spec()
+            micro[size, router] = flops.params_total(spec)
+            experts[size, router] = flops.train_flops_per_token(spec, 236)
+    assert 5e4 < micro["s48", "dense"] < 7e4 and 1.7e6 < micro["s192", "dense"] < 2e6
+    assert 1e6 < micro["m160", "dense"] < 2e6 and 3e7 < micro["m640", "dense"] < 5e7
+    for size in SIZES:
+        assert experts[size, "top2"] == pytest.approx(experts[size, "dense"], rel=0.02)
+
+
+def test_cost_of_a_plan_by_hand(tmp_path):
+    (planned,) = tiny_plan(tmp_path, seed=[0])
+    assert Rate("h100", 0.5).hours(989e12 * 0.5 * 7200) == pytest.approx(2.0)
+    # 12 updates of 8 antibodies of some 240 tokens
+    assert planned.cell.tokens == pytest.approx(12 * 8 * 236, rel=0.03)
+    assert planned.steps == 12
+
+
+def test_the_same_run_twice_is_planned_once(tmp_path):
+    points = [{"seed": 0, "log.every": 1}, {"seed": 0, "log.every": 2}]  # outside the identity
+    cells, notes = plan(points, tiny_recipe, tmp_path)
+    assert len(cells) == 1
+    assert len(notes) == 1 and "same run" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--config.train.stpes=3"], "stpes"),
+        (["--config.train.lr=fast"], "train.lr"),
+        (["--config.train.lr=-1"], "train.lr"),
+        (["--config.seed=3"], "--seeds"),
+        (["--config.data.path=x"], "--data"),
+        (["--confg.train.lr=1"], "--confg"),
+        (["rest"], "'rest'"),
+        (["--max-gpu-hours=1e-9"], "--max-gpu-hours"),
+        (["--mfu=2"], "--mfu"),
+        (["--seeds=0"], "--seeds"),
+        (["--data=/nowhere/pairs"], "/nowhere/pairs"),
+        (["--jobs=1000"], "--jobs"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(tmp_path, capsys, argv, words):
+    given = {a.partition("=")[0] for a in argv}
+    usual = [a for a in [*SMALL, "--seeds=1"] if a.partition("=")[0] not in given]
+    assert study_main("masking", [*usual, *argv, f"--out={tmp_path / 'x'}"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told and "\n" not in told
+
+
+def test_flags_for_every_cell_are_config_keys_only():
+    assert unplanned_flags(["--config.a.b=c d"]) == ["--config.a.b=c d"]
+    for wrong in ("--config.a.b", "--config=x", "--config.a;b=1", "config.a=1"):
+        with pytest.raises(UserError, match="not understood"):
+            unplanned_flags([wrong])
+
+
+def test_nested_training_sets_share_their_validation_set(tmp_path, capsys):
+    source = Dataset(simulated_dataset(400))
+    argv = ["--input", str(source.path), "--out", str(tmp_path), "--pairs", "8", "40"]
+    assert nested_data.main(argv) == 0
+    small, large = (Dataset(tmp_path / name) for name in ("8", "40"))
+    ids = [set(d.column("id", d.rows("train"))) for d in (small, large, source)]
+    assert [len(i) for i in ids[:2]] == [8, 40] and ids[0] < ids[1] < ids[2]
+    held = [d.column("id", d.rows("valid")) for d in (small, large, source)]
+    assert held[0] == held[1] == held[2] and held[0]
+    assert nested_data.main([*argv[:4], "--pairs", "4000"]) == 2
+    assert "has 3" in capsys.readouterr().err  # some 360 training antibodies
+    assert not (tmp_path / "4000").exists()
+    options = Namespace(ladder="micro", data=str(tmp_path), seeds=1, routers="dense")
+    points = grid.where(scaling.points(options), lambda p: (p["size"], p["data"]) == ("s48", "8"))
+    (planned,) = plan(points, lambda p: scaling.recipe(p, options), tmp_path / "out")[0]
+    assert planned.cell.tokens / planned.unique_tokens == pytest.approx(320)  # 320 x 8 of 8
+
+
+# the design check
+
+
+def test_equal_tokens_are_warned_of_and_branches_mend_it(capsys, tmp_path):
+    argv = [*SMALL, "--ladder=mini", "--routers=dense", "--seeds=1", "--dry-run"]
+    assert study_main("scaling", argv) == 0
+    out = capsys.readouterr().out
+    assert "every run uses the same total tokens" in out
+    assert "no replicates" in out
+    (repair,) = re.findall(r"--add=branches .*", out)
+    assert {"E", "B", "beta"} <= set(re.findall(r"\w+", repair))
+    assert study_main("scaling", [*argv, "--add=branches"]) == 0
+    mended = capsys.readouterr().out
+    assert "same total tokens" not in mended and "--add=branches" not in mended
+
+
+def test_a_good_grid_has_nothing_to_mend(tmp_path):
+    def made(size: int, tokens: float, unique: float, seed: int) -> Planned:
+        (p,) = tiny_plan(tmp_path, seed=[0])
+        cell = {**vars(p.cell), "tokens": tokens}
+        return Planned(**{**vars(p), "cell": type(p.cell)(**cell), "params_active": size,
+                          "params_total": size, "unique_tokens": int(unique), "router": "none",
+                          "experts": 1, "seed": seed})  # fmt: skip
+
+    sizes, tokens, uniques = (10**5, 10**6, 10**7), (1e7, 1e8, 1e9), (1e6, 1e7, 1e9)
+    cells = [made(n, d, u, s) for n in sizes for d in tokens for u in uniques for s in (0, 1)]
+    assert design_lines(cells, {})[-1] == "  every coefficient can be identified"
+
+
+# status and collect
+
+
+def write_run(p: Planned, **content) -> None:
+    p.cell.workdir.mkdir(parents=True)
+    base = {
+        "fingerprint": p.cell.fingerprint,
+        "status": "complete",
+        "step": p.steps,
+        "tokens_seen": 20_000,
+        "flops": 1e9,
+        "valid_loss_final": 2.25,
+        "valid_loss_by_region": {"CDRH3": 2.5},
+    }
+    (p.cell.workdir / "run.json").write_text(json.dumps(base | content))
+    (p.cell.workdir / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A folder with a cell of every fate, by name of what happened to it."""
+    fates = ("complete", "diverged", "nan", "cut", "foreign", "deleted", "killed", "crashed",
+             "running", "waiting", "stopped")  # fmt: skip
+    cells = dict(zip(fates, tiny_plan(tmp_path, seed=range(len(fates))), strict=True))
+    write_plan(tmp_path, "test", list(cells.values()))
+    write_run(cells["complete"])
+    write_run(cells["diverged"], status="diverged", step=4, error="step 5: loss is nan",
+              valid_loss_final=None)  # fmt: skip
+    write_run(cells["nan"], valid_loss_final=math.nan)
+    write_run(cells["cut"])
+    file = cells["cut"].cell.workdir / "run.json"
+    file.write_text(file.read_text()[:40])
+    write_run(cells["foreign"], fingerprint="0" * 16)
+    write_run(cells["stopped"], status="stopped", step=7)
+    for fate in ("killed", "running", "crashed"):
+        write_run(cells[fate])
+        workdir = cells[fate].cell.workdir
+        (workdir / "run.json").unlink()
+        (workdir / "results.jsonl").write_text(
+            '{"kind": "train", "step": 4, "loss": 3.0, "tokens_seen": 4000,'
+            ' "tokens_per_second": 500.0}\n{"kind": "tra'
+        )
+    (tmp_path / "logs").mkdir()
+    cells["crashed"].cell.log.write_text(
+        "$ python\nTraceback (most recent call last):\n  File\nOSError: [bold]no\x1b[31m disk\n"
+    )
+    cells["deleted"].cell.log.write_text("$ python\nstep 12/12 loss 1\n")
+    age = cells["deleted"].cell.log
+    import os
+
+    os.utime(age, (0, 0))
+    with (cells["running"].cell.workdir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path, cells
+
+
+EXPECTED = {
+    "complete": (COMPLETE, 2.25, ""),
+    "diverged": (FAILED, None, "diverged: step 5: loss is nan"),
+    "nan": (FAILED, None, "valid_loss_final is nan"),
+    "cut": (DAMAGED, None, "run.json is damaged"),
+    "foreign": (DAMAGED, None, "of run '0000000000000000'"),
+    "deleted": (WAITING, None, "work directory is gone"),
+    "killed": (INTERRUPTED, 3.0, "killed?"),
+    "crashed": (FAILED, 3.0, "OSError: [bold]no [31m disk"),
+    "running": (RUNNING, 3.0, ""),
+    "waiting": (WAITING, None, ""),
+    "stopped": (INTERRUPTED, 2.25, "stopped by a signal"),
+}
+
+
+def test_every_fate_has_its_state(sweep):
+    _, cells = sweep
+    for fate, (name, loss, words) in EXPECTED.items():
+        state = state_of(cells[fate].cell, 12)
+        assert (state.name, state.loss) == (name, loss), fate
+        assert words in state.note, fate
+    # 8 updates of 1,000 tokens at 500 tokens/s
+    assert state_of(cells["running"].cell, 12).seconds_left == pytest.approx(16.0)
+
+
+def test_status_tells_them_all(sweep, capsys):
+    folder, cells = sweep
+    assert status.main([str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "1 complete, 1 running, 2 interrupted, 3 failed, 2 damaged, 2 waiting" in out
+    for fate, (name, _, words) in EXPECTED.items():
+        (line,) = [x for x in out.splitlines() if cells[fate].cell.name in x]
+        assert name in line and words in line
+    assert "0:00:16" in out
+
+
+def test_collect_writes_a_row_for_each_and_fit_reads_it(sweep, capsys):
+    folder, cells = sweep
+    out = folder / "made" / "runs.parquet"
+    assert collect.main([str(folder), "--out", str(out)]) == 1
+    rows = {r["cell"]: r for r in pq.read_table(out).to_pylist()}
+    assert len(rows) == len(cells)
+    good = rows[cells["complete"].cell.name]
+    assert good["loss"] == 2.25 and good["loss_CDRH3"] == 2.5 and good["tokens"] == 20_000
+    assert good["axis_seed"] == "0" and good["experts"] == 4
+    assert [r["cell"] for r in rows.values() if r["loss"] is not None] == [good["cell"]]
+    assert "step 5: loss is nan" in rows[cells["diverged"].cell.name]["note"]
+    runs = read_runs([out])
+    assert len(runs) == 1 and len(runs.dropped) == len(cells) - 1
+    assert runs["total_params"][0] == cells["complete"].params_total
+
+
+def test_a_folder_that_moved_or_a_plan_that_is_cut(sweep, tmp_path, capsys):
+    folder, cells = sweep
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    shutil.copytree(folder, moved)
+    planned = {p.cell.name: p for p in read_plan(moved)[1]}
+    assert state_of(planned[cells["complete"].cell.name].cell).name == COMPLETE
+    plan_file = moved / "sweep.json"
+    plan_file.write_text(plan_file.read_text()[:100])
+    assert status.main([str(moved)]) == 2
+    assert "sweep.json is damaged" in capsys.readouterr().err
+    assert collect.main([str(moved / "nothing"), "--out", str(moved / "x.parquet")]) == 2
+    assert not (moved / "x.parquet").exists()
+    # planned again, it is whole again
+    write_plan(moved, "test", list(planned.values()))
+    assert len(read_plan(moved)[1]) == len(cells)
+
+
+def test_a_name_in_a_plan_cannot_lead_out_of_its_folder(tmp_path, capsys):
+    write_plan(tmp_path, "test", tiny_plan(tmp_path, seed=[0]))
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    content["cells"][0]["cell"]["name"] = "../elsewhere"
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="damaged"):
+        read_plan(tmp_path)
+
+
+def test_a_new_plan_keeps_what_was_begun_and_refuses_another_study(tmp_path):
+    old = tiny_plan(tmp_path, seed=[0, 1])
+    write_plan(tmp_path, "test", old)
+    write_run(old[0])
+    write_plan(tmp_path, "test", tiny_plan(tmp_path, seed=[2]))
+    assert {p.seed for p in read_plan(tmp_path)[1]} == {0, 2}
+    with pytest.raises(UserError, match="'test', not 'other'"):
+        write_plan(tmp_path, "other", old)
+
+
+# the whole of it, with real runs
+
+
+def tiny_study(**axes) -> Study:
+    return Study("test", "doc", lambda options: grid.product(**axes), tiny_recipe)
+
+
+@pytest.mark.slow
+def test_a_sweep_from_its_beginning_to_its_table(tmp_path, capfd):
+    """Diverges in one cell; then a directory is deleted and a run.json cut, and it runs again."""
+    study = tiny_study(**{"seed": [0, 1], "train.lr": [3e-3, 1e30]})
+    argv = [f"--out={tmp_path}", "--jobs=2"]
+    assert main(study, argv) == 1
+    told = capfd.readouterr()
+    assert "diverged" in told.err and "2 of" not in told.err
+    cells = {(p.axes["seed"], p.axes["train.lr"]): p.cell for p in read_plan(tmp_path)[1]}
+    good = [cells["0", "0.003"], cells["1", "0.003"]]
+    assert [state_of(c).name for c in good] == [COMPLETE, COMPLETE]
+    before = [json.loads((c.workdir / "run.json").read_text())["params_sha256"] for c in good]
+
+    assert main(study, argv) == 1  # nothing is left to do, but two have failed for good
+    told = capfd.readouterr()
+    assert "0 of 4 cells to run" in told.out and "not run again" in told.err
+
+    shutil.rmtree(good[0].workdir)
+    file = good[1].workdir / "run.json"
+    file.write_text(file.read_text()[:50])
+    assert [state_of(c).name for c in good] != [COMPLETE, COMPLETE]
+    assert main(study, argv) == 1
+    assert "2 of 4 cells to run" in capfd.readouterr().out
+    after = [json.loads((c.workdir / "run.json").read_text())["params_sha256"] for c in good]
+    assert after == before
+    assert collect.main([str(tmp_path), "--out", str(tmp_path / "x.parquet")]) == 1
+    rows = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    assert sum(r["loss"] is not None for r in rows) == 2
+
+
+def test_the_commands_of_the_docs_start(tmp_path):
+    """As files and modules, in processes of their own."""
+    argv, options = command("sweeps.status", tmp_path / "none")
+    done = subprocess.run(argv, capture_output=True, check=False, **options)
+    assert done.returncode == 2 and done.stderr.startswith("sweeps: ")
+    done = run_command("sweeps.collect", "--help")
+    assert done.returncode == 0
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "sweeps" / "masking.py", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "--max-gpu-hours" in done.stdout
