@@ -158,8 +158,8 @@ def test_nothing_but_the_command_line_stands_on_verbs():
 
 OUTSIDE = {
     # settings, and from config alone what a cell is and what it costs
-    "sweeps": {"config", "errors", "results", "feed", "data.dataset", "data.simulated", "model.flops",
-               "scaling.design", "scaling.runs"},
+    "sweeps": {"config", "errors", "results", "feed", "data.dataset", "data.simulated",
+               "model.flops", "scaling.design", "scaling.runs"},
     "launch": {"errors", "model.spec", "training.memory"},
 }  # fmt: skip
 
