@@ -6,7 +6,7 @@
     python sweeps/scaling.py --ladder=micro --launcher=local
 
 Arguments:
-  size: micro (0.06 to 1.8 M parameters, two cores): s48, s64, s96, s128, s192; mini (1 to 40 M, one
+  size: micro (0.06 to 1.3 M parameters, two cores): s48, s64, s96, s128, s160; mini (1 to 40 M, one
     GPU): m160, m224, m320, m448, m640. The number is d_model.
   router: dense; top2, two of 8 experts; soft, 8 experts with 32 slots each, one for each place.
   data: quarter, half, full.
@@ -26,7 +26,7 @@ SIZES = {
     "s64": (3, 64, 2),
     "s96": (4, 96, 3),
     "s128": (4, 128, 4),
-    "s192": (4, 192, 6),
+    "s160": (4, 160, 5),
     "m160": (4, 160, 5),
     "m224": (5, 224, 7),
     "m320": (6, 320, 10),
@@ -59,11 +59,11 @@ def get_config(arg: str | None = None):
     c.model.moe.ffn = 2 * d_model
     c.model.moe.update(ROUTERS[a["router"]])
     micro = a["size"].startswith("s")
-    c.train.batch = 8 if micro else 64
-    c.train.steps = 320 if micro else 20_000
+    c.train.batch = 4 if micro else 64
+    c.train.steps = 1280 if micro else 20_000
     c.train.warmup = c.train.steps // 10
     c.train.lr = 3e-3 * (48 / d_model) ** 0.5
     c.eval.every = c.checkpoint.every = c.train.steps // (2 if micro else 8)
-    c.log.every = 5 if micro else 20
+    c.log.every = 20
     c.eval.pairs = 512 if micro else 2048
     return c

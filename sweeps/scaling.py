@@ -2,18 +2,18 @@
 
     python sweeps/scaling.py --ladder=paper --dry-run
     python sweeps/scaling.py --ladder=paper --seeds=1 --routers=dense,top2 --launcher=slurm
-    python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 64 512 4096
+    python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 64 512 8192
     python sweeps/scaling.py --ladder=micro --launcher=local
     python -m sweeps.collect runs/scaling --out runs/scaling.parquet
     python -m moe_ablm fit --input runs/scaling.parquet --law joint --out fit/micro
 
 paper: the ESM-2 ladder 8m to 650m, 500,000 updates of 128 antibodies (the AbLM study's), data
-quarter, half, full. mini: 1 to 40 M parameters, 20,000 updates of 64. micro: 0.06 to 1.8 M, 320
-updates of 8, for two cores; its data are nested subsets that sweeps/nested_data.py makes, or
+quarter, half, full. mini: 1 to 40 M parameters, 20,000 updates of 64. micro: 0.06 to 1.3 M, 1,280
+updates of 4, for two cores; its data are nested subsets that sweeps/nested_data.py makes, or
 quarter, half and full of the embedded dataset (--data=simulated).
 
 Runs of equal length cannot tell what tokens are worth. --add=one-epoch appends dense runs of one
-epoch at most of the three smallest sizes, --add=branches dense runs cooled at D/32 to D/2 of every
+epoch at most of the three smallest sizes, --add=branches dense runs cooled at D/8 to D/2 of every
 size on the full data, each trained from its beginning.
 """
 
@@ -47,7 +47,7 @@ LADDERS = {
         "configs/small_ladder.py", "data/pairs", ("m160", "m224", "m320", "m448", "m640"), 0.1
     ),
     "micro": Ladder(
-        "configs/small_ladder.py", "data/nested", ("s48", "s64", "s96", "s128", "s192"), 0.1
+        "configs/small_ladder.py", "data/nested", ("s48", "s64", "s96", "s128", "s160"), 0.1
     ),
 }
 FRACTIONS = ("quarter", "half", "full")
@@ -59,7 +59,7 @@ SOFT = {
     "model.moe.load_balance": 0.0,
     "model.moe.z_loss": 0.0,
 }
-BRANCHES = (32, 16, 8, 4, 2)
+BRANCHES = (8, 4, 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -167,7 +167,7 @@ def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
             spec = configs.from_mapping(get_config(f"size={size},router={router}")).model.spec()
             micro[size, router] = flops.params_total(spec)
             experts[size, router] = flops.train_flops_per_token(spec, 236)
-    assert 5e4 < micro["s48", "dense"] < 7e4 and 1.7e6 < micro["s192", "dense"] < 2e6
+    assert 5e4 < micro["s48", "dense"] < 7e4 and 1.2e6 < micro["s160", "dense"] < 1.4e6
     assert 1e6 < micro["m160", "dense"] < 2e6 and 3e7 < micro["m640", "dense"] < 5e7
     for size in SIZES:
         assert experts[size, "top2"] == pytest.approx(experts[size, "dense"], rel=0.02)
