@@ -235,7 +235,7 @@ def test_nested_training_sets_share_their_validation_set(tmp_path, capsys):
     options = Namespace(ladder="micro", data=str(tmp_path), seeds=1, routers="dense")
     points = grid.where(scaling.points(options), lambda p: (p["size"], p["data"]) == ("s48", "8"))
     (planned,) = plan(points, lambda p: scaling.recipe(p, options), tmp_path / "out")[0]
-    assert planned.cell.tokens / planned.unique_tokens == pytest.approx(320)  # 320 x 8 of 8
+    assert planned.cell.tokens / planned.unique_tokens == pytest.approx(640)  # 1,280 x 4 of 8
 
 
 # the design check
