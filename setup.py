@@ -30,6 +30,7 @@ setup(
         "parasail>=1.3.4,<2",
         "matplotlib>=3.9,<4",
         "rich>=13.9,<16",
+        "pyyaml>=6,<7",
     ],
     extras_require={
         "test": ["pytest>=8.3,<10", "hypothesis>=6.120,<7", "ruff>=0.14,<1"],

@@ -5,37 +5,38 @@ manifests are checked against what the JobSet API (v1alpha2) and Kubernetes ask 
 here, before a cluster sees them.
 
 A pod that is evicted gets TERM; the trainer saves and says that it stopped, which the container
-turns into a failure, so that the JobSet starts all pods again and the run resumes.
+turns into a failure, so that the JobSet starts all pods again and the run resumes. A run that
+diverged or collapsed ends the JobSet instead: it would do so again.
 """
 
 import argparse
 import re
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 
 import yaml
 
 from launch.cell import LOGS, Cell
+from launch.jobset_check import API, LABEL, check
 from launch.meshes import Hardware, hardware
 from launch.settings import Setting, add_options, resolve
+from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
 
-API = "jobset.x-k8s.io/v1alpha2"
 PORT = 8476  # of the coordinator
 GRACE = 120  # seconds between TERM and the end
 RESTARTS = 100  # of all pods; a run that is evicted more often is given up
 JOB = "run"
-_LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 SETTINGS = {
     "hardware": Setting(r"[a-z0-9-]+", "its name in launch/meshes.py, such as h100x8x2, v6e-16"),
     "image": Setting(r"[A-Za-z0-9_.:@/-]+", "container image with this repository at --source"),
     "source": Setting(r"/[A-Za-z0-9_./-]*", "absolute path of the repository in it", "/moe_ablm"),
-    "claim": Setting(_LABEL, "persistent volume claim of the data and of --out"),
+    "claim": Setting(LABEL, "persistent volume claim of the data and of --out"),
     "mount": Setting(r"/[A-Za-z0-9_./-]+", "where it is mounted, here and there", "/runs"),
-    "namespace": Setting(_LABEL, "a namespace"),
-    "queue": Setting(_LABEL, "a local queue of Kueue"),
-    "cluster": Setting(_LABEL, "of GKE, for the xpk command line"),
-    "service-account": Setting(_LABEL, "a service account"),
+    "namespace": Setting(LABEL, "a namespace"),
+    "queue": Setting(LABEL, "a local queue of Kueue"),
+    "cluster": Setting(LABEL, "of GKE, for the xpk command line"),
+    "service-account": Setting(LABEL, "a service account"),
 }
 # GKE's names
 ACCELERATORS = {
@@ -51,11 +52,41 @@ XPK_DEVICES = {"a100": "a100-80gb-8", "h100": "h100-80gb-8", "h200": "h200-141gb
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
          256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}  # fmt: skip
 SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-# the trainer ends with 0 when it was stopped; here that is not the end
-COMMAND = (
-    'workdir=$1; shift; python3 "$@" || exit; '
-    'if grep -q \'"status": "stopped"\' "$workdir/run.json"; then exit 1; fi'
-)
+STOPPED = 42  # exit code that asks for a restart; one of those that xpk restarts by itself
+FINAL = 3  # exit code of a run that would end the same way again
+# The process of a container, with the log and the work directory before the trainer's arguments.
+# The first process of a container is sent TERM, alone, and ignores it unless it has a trap.
+# The trainer ends with 0 when it was stopped; here that is not the end.
+COMMAND = f"""\
+log=$1 workdir=$2
+shift 2
+mkdir -p "${{log%/*}}"
+printf '{ATTEMPT}%s\\n' "pod $(uname -n): $workdir" >>"$log"
+pipe=$(mktemp -u)
+mkfifo "$pipe"
+tee -a "$log" <"$pipe" &
+pid=
+trap 'kill -TERM "$pid"' TERM
+python3 "$@" >"$pipe" 2>&1 &
+pid=$!
+wait "$pid"
+code=$?
+while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
+rm -f "$pipe"
+sleep 1 # for tee; it is not waited for, since a process that is left over may hold the pipe
+status=$(grep -o '"status": "[a-z]*"' "$workdir/run.json" 2>/dev/null)
+case "$code$status" in
+0*stopped*) exit {STOPPED} ;;
+1*diverged* | 1*collapsed*) exit {FINAL} ;;
+esac
+exit "$code"
+"""
+
+
+_FINAL_RULE = {
+    "action": "FailJob",
+    "onExitCodes": {"containerName": "train", "operator": "In", "values": [FINAL]},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(cells: list[Cell], options: argparse.Namespace) -> int:
-    """Writes `logs/jobset/CELL.yaml` and prints how to send them; returns 0.
+    """Writes `logs/jobset/CELL.yaml`, and CELL.sh for xpk, and prints how to send them; returns 0.
 
     Raises:
       UserError: a setting is wrong or missing, or a manifest would be refused.
@@ -82,6 +113,7 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
         for cell, content in made:
             text = yaml.safe_dump(content, sort_keys=False, width=1000)
             (folder / f"{cell.name}.yaml").write_text(text)
+            _xpk_script(cell).write_text(xpk_script(cell, settings))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     print(f"{len(cells)} JobSets; kubectl create -f {join([str(folder)])} sends them, or xpk:")
@@ -120,7 +152,17 @@ def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             # pods of two attempts must not meet: they would share a work directory
-            "failurePolicy": {"maxRestarts": RESTARTS, "restartStrategy": "BlockingRecreate"},
+            "failurePolicy": {
+                "maxRestarts": RESTARTS,
+                "restartStrategy": "BlockingRecreate",
+                "rules": [
+                    {
+                        "name": "final",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    },
+                ],
+            },
             "replicatedJobs": [
                 {
                     "name": JOB,
@@ -131,6 +173,7 @@ def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
                             "completions": where.hosts,
                             "completionMode": "Indexed",
                             "backoffLimit": 0,
+                            "podFailurePolicy": {"rules": [_FINAL_RULE]},
                             "template": {"spec": _pod(cell, where, settings)},
                         }
                     },
@@ -150,16 +193,16 @@ def job_name(cell: Cell) -> str:
 
 
 def xpk_command(cell: Cell, settings: dict[str, str | None]) -> list[str]:
-    """`xpk workload create` for the same run, as an argument list."""
+    """`xpk workload create` for the same run, as an argument list.
+
+    xpk puts the command into YAML as it is; so it is no more than the path of a script.
+    """
     where = _hardware(settings)
     kind = re.match("[a-z]+[0-9]+[a-z]*", where.name)[0].removesuffix("x")
     if where.kind == "tpu":
         device = [f"--tpu-type={where.name}", "--num-slices=1"]
     else:
         device = [f"--device-type={XPK_DEVICES[kind]}", f"--num-nodes={where.hosts}"]
-    argument = [f"cd {settings['source']}"]
-    argument += [f"export {join([f'{k}={v}'])}" for k, v in where.environment.items()]
-    argument += [join(["sh", "-c", COMMAND, "sh", str(cell.workdir), *cell.argv])]
     return [
         "xpk",
         "workload",
@@ -169,8 +212,34 @@ def xpk_command(cell: Cell, settings: dict[str, str | None]) -> list[str]:
         *device,
         f"--docker-image={settings['image']}",
         f"--max-restarts={RESTARTS}",
-        f"--command={' && '.join(argument)}",
+        "--restart-on-exit-codes=1,2",
+        f"--termination-grace-period-seconds={GRACE}",
+        # exec: xpk sends TERM to the shell that reads this
+        f"--command=exec sh {quote(str(_xpk_script(cell)))}",
     ]
+
+
+def xpk_script(cell: Cell, settings: dict[str, str | None]) -> str:
+    """What a container that xpk starts is to do."""
+    where = _hardware(settings)
+    lines = [f"cd {quote(settings['source'])} || exit 1"]
+    lines += [f"export {join([f'{k}={v}'])}" for k, v in where.environment.items()]
+    if where.kind == "gpu":  # xpk's names for the same
+        lines += [
+            'export JAX_COORDINATOR_ADDRESS="$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT"',
+            'export JAX_PROCESS_COUNT="$NNODES" JAX_PROCESS_INDEX="$NODE_RANK"',
+        ]
+    lines += [join(["exec", "sh", "-c", COMMAND, "sh", *_arguments(cell)])]
+    return "".join(f"{line}\n" for line in ["#!/bin/sh", *lines])
+
+
+def _xpk_script(cell: Cell) -> Path:
+    return cell.log.parent / "jobset" / f"{cell.name}.sh"
+
+
+def _arguments(cell: Cell) -> tuple[str, ...]:
+    """Of `COMMAND`."""
+    return str(cell.log), str(cell.workdir), *cell.argv
 
 
 def _hardware(settings: dict[str, str | None]) -> Hardware:
@@ -183,11 +252,21 @@ def _hardware(settings: dict[str, str | None]) -> Hardware:
 
 
 def _check_place(cell: Cell, settings: dict[str, str | None]) -> None:
-    if not cell.workdir.is_relative_to(Path(settings["mount"])):
+    mount = settings["mount"]
+    if not cell.workdir.is_relative_to(mount):
         raise UserError(
-            f"{cell.workdir} is not on the volume, which is mounted at {settings['mount']}: use "
-            f"--out {settings['mount']}/..., or another --mount"
+            f"{cell.workdir} is not on the volume, which is mounted at {mount}: use "
+            f"--out {mount}/..., or another --mount"
         )
+    for argument in cell.argv:
+        name, _, value = argument.partition("=")
+        if name != "--config.data.path" or value == "None":  # None: made in the pod
+            continue
+        if not Path(value).is_relative_to(mount):
+            raise UserError(
+                f"--data {value} is not on the volume, which is mounted at {mount}: no pod would "
+                "find it"
+            )
 
 
 def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
@@ -198,7 +277,7 @@ def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
         "image": settings["image"],
         "workingDir": settings["source"],
         "command": ["sh", "-c", _literal(COMMAND), "sh"],
-        "args": [_literal(a) for a in (str(cell.workdir), *cell.argv)],
+        "args": [_literal(a) for a in _arguments(cell)],
         "env": _environment(cell, where),
         "resources": {"limits": {resource: chips}},
         "volumeMounts": [{"name": "runs", "mountPath": settings["mount"]}],
@@ -253,130 +332,3 @@ def _node_selector(where: Hardware) -> dict[str, str]:
 def _literal(text: str) -> str:
     """Text that Kubernetes, which expands `$(NAME)` and reads `$$` as `$`, leaves as it is."""
     return text.replace("$", "$$")
-
-
-# what the API asks, of the fields that are used here
-
-
-def check(made: dict) -> list[str]:
-    """What a cluster would refuse in a JobSet, one line each; fields not known here count, too."""
-    problems: list[str] = []
-    _walk(made, SCHEMA, "", problems)
-    if problems:
-        return problems
-    name, spec = made["metadata"]["name"], made["spec"]
-    for job in spec["replicatedJobs"]:
-        inner = job["template"]["spec"]
-        # names of pods, which are host names here: NAME-JOB-REPLICA-INDEX
-        pod = f"{name}-{job['name']}-{job['replicas'] - 1}-{inner['completions'] - 1}"
-        if len(pod) > 63:
-            problems.append(f"metadata.name: the pod {pod} has {len(pod)} letters, at most 63")
-        containers = inner["template"]["spec"]
-        volumes = {v["name"] for v in containers["volumes"]}
-        mounted = {m["name"] for c in containers["containers"] for m in c["volumeMounts"]}
-        if mounted - volumes:
-            problems.append(f"volumeMounts: {sorted(mounted - volumes)} are no volumes")
-    if len({job["name"] for job in spec["replicatedJobs"]}) < len(spec["replicatedJobs"]):
-        problems.append("spec.replicatedJobs: two of one name")
-    return problems
-
-
-class Optional:
-    """A field that may be missing."""
-
-    def __init__(self, schema):
-        self.schema = schema
-
-
-class Values:
-    """An object whose keys are free and whose values have one schema."""
-
-    def __init__(self, schema):
-        self.schema = schema
-
-
-_NAME = re.compile(rf"(?=.{{1,63}}$){_LABEL}")
-_TEXT = re.compile("(?s).*")
-_PATH = re.compile("/.*")
-# a dict: its fields, all needed unless Optional; a list: of such elements, at least one; a range:
-# whole numbers; a tuple: one of; a pattern: text
-_ENV = {"name": re.compile("[A-Za-z_][A-Za-z0-9_]*"), "value": Optional(_TEXT),
-        "valueFrom": Optional({"fieldRef": {"fieldPath": _TEXT}})}  # fmt: skip
-_CONTAINER = {
-    "name": _NAME,
-    "image": re.compile(r"\S+"),
-    "workingDir": Optional(_PATH),
-    "command": [_TEXT],
-    "args": [_TEXT],
-    "env": Optional([_ENV]),
-    "resources": {"limits": Values(range(1, 1025))},
-    "volumeMounts": [{"name": _NAME, "mountPath": _PATH}],
-}
-_POD = {
-    "restartPolicy": ("Never", "OnFailure"),  # of a Job
-    "terminationGracePeriodSeconds": range(0, 86401),
-    "serviceAccountName": Optional(_NAME),
-    "nodeSelector": Values(re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")),
-    "containers": [_CONTAINER],
-    "volumes": [
-        {
-            "name": _NAME,
-            "persistentVolumeClaim": Optional({"claimName": _NAME}),
-            "emptyDir": Optional({"medium": ("", "Memory")}),
-        }
-    ],
-}
-_JOB = {
-    "parallelism": range(0, 2**31),
-    "completions": range(0, 2**31),
-    "completionMode": ("Indexed",),
-    "backoffLimit": range(0, 2**31),
-    "template": {"spec": _POD},
-}
-SCHEMA = {
-    "apiVersion": (API,),
-    "kind": ("JobSet",),
-    "metadata": {
-        "name": _NAME,
-        "namespace": Optional(_NAME),
-        "labels": Optional(Values(re.compile("[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"))),
-        "annotations": Optional(Values(_TEXT)),
-    },
-    "spec": {
-        "network": Optional({"enableDNSHostnames": (True, False),
-                             "publishNotReadyAddresses": (True, False)}),
-        "failurePolicy": Optional({"maxRestarts": range(0, 2**31),
-                                   "restartStrategy": ("Recreate", "BlockingRecreate")}),
-        "replicatedJobs": [
-            {"name": _NAME, "replicas": range(0, 2**31), "template": {"spec": _JOB}}
-        ],
-    },
-}  # fmt: skip
-
-
-def _walk(value, schema, where: str, problems: list[str]) -> None:
-    """Adds what does not fit the schema, with its place."""
-    if isinstance(schema, dict | Values):
-        if not isinstance(value, dict):
-            problems.append(f"{where}: {value!r}, expected an object")
-            return
-        fields = dict.fromkeys(value, schema.schema) if isinstance(schema, Values) else schema
-        for key in [k for k in value if k not in fields]:
-            problems.append(f"{where}.{key}".lstrip(".") + ": there is no such field")
-        for key, inner in fields.items():
-            place, needed = f"{where}.{key}".lstrip("."), not isinstance(inner, Optional)
-            if key in value:
-                _walk(value[key], inner if needed else inner.schema, place, problems)
-            elif needed:
-                problems.append(f"{place}: missing")
-    elif isinstance(schema, list):
-        if not isinstance(value, list) or not value:
-            problems.append(f"{where}: {value!r}, expected a list")
-            return
-        for i, element in enumerate(value):
-            _walk(element, schema[0], f"{where}[{i}]", problems)
-    elif isinstance(schema, re.Pattern):
-        if not isinstance(value, str) or not schema.fullmatch(value):
-            problems.append(f"{where}: {value!r}, expected {schema.pattern}")
-    elif type(value) not in {type(x) for x in schema[:1]} or value not in schema:
-        problems.append(f"{where}: {value!r}, expected {schema}")

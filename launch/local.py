@@ -143,13 +143,13 @@ class _Launch:
             note_exit(job.cell, code)
         state = state_of(job.cell)
         name, reason = state.name, state.note
-        if stopped:
+        if name == COMPLETE:  # even if this process failed: another one was quicker
+            self.seconds.append(time.monotonic() - job.began)
+            reason = f"loss {state.loss:.4f}, {self.seconds[-1]:,.0f} s"
+        elif stopped:
             name, reason = INTERRUPTED, "ended before its first update"
         elif code and name != FAILED:
             name, reason = FAILED, error_of(last_attempt(job.cell)[0])
-        elif name == COMPLETE:
-            self.seconds.append(time.monotonic() - job.began)
-            reason = f"loss {state.loss:.4f}, {self.seconds[-1]:,.0f} s"
         self._end(job.cell, name, reason)
 
     def _end(self, cell: Cell, state: str, reason: str) -> None:

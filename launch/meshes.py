@@ -277,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted({row[0] for row in rows if not isinstance(row[3], str)}):
         for variable, value in hardware(name).environment.items():
             print(f"{name}: {variable}={value}")
+    if len(rows) == 1 and isinstance(rows[0][3], Plan):
+        print("of the training command:", *rows[0][3].flags)
     refused = [row for row in rows if isinstance(row[3], str)]
     for name, size, router, reason in refused:
         print(f"refused: {size} {router} on {name}: {reason}", file=sys.stderr)

@@ -87,9 +87,8 @@ def _section(file: Path, section: str, settings: dict[str, Setting]) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{file}: {section} is {found!r}, expected a table [{section}]")
     for key, value in found.items():
-        if key not in settings or isinstance(value, dict | list | bool):
-            raise UserError(
-                f"{file}: {section}.{key}={value!r}: expected a word or number for one of "
-                f"{', '.join(settings)}"
-            )
+        if key not in settings:  # its value may be a secret
+            raise UserError(f"{file}: {section}.{key} is no key: expected {', '.join(settings)}")
+        if isinstance(value, dict | list | bool):
+            raise UserError(f"{file}: {section}.{key}={value!r}: expected a word or number")
     return found

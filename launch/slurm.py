@@ -9,12 +9,15 @@ submitted are beside them: `logs/slurm-*`.
 """
 
 import argparse
+import fcntl
 import getpass
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
@@ -40,11 +43,21 @@ SETTINGS = {
     "container": Setting(
         r"[A-Za-z0-9_.,+:@#/ -]+", "an image: FILE.sif (apptainer), else of pyxis (enroot)"
     ),
+    "mounts": Setting(
+        "/[A-Za-z0-9_./-]*(,/[A-Za-z0-9_./-]*)*",
+        "folders, commas between, that a container has beside the repository and --out, such as "
+        "that of --data",
+    ),
 }
 # what of the environment goes along; the rest may hold secrets, and SLURM stores what it gets
 _EXPORTED = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|XDG_\w+|GLIBC_TUNABLES|MODULEPATH"
     r"|(JAX|XLA|NCCL|CUDA|NVIDIA|OMP|MOE_ABLM)_\w+"
+)
+# why a cell failed: the newest line of this attempt that says so, else its last one
+_TOLD = (
+    '/^[$] /{said=last=any=""; next} /^moe_ablm: /{said=$0} NF{any=$0}'
+    " NF && !/^(srun|slurmstepd)/{last=$0} END{print said ? said : last ? last : any}"
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
@@ -61,24 +74,41 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
       UserError: a setting is wrong, or SLURM is not here or refuses.
     """
     settings = resolve(options, "slurm", SETTINGS)
-    queued = queued_fingerprints(cells)
-    left = [cell for cell in cells if cell.fingerprint not in queued]
-    if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} cells are queued or running in SLURM already")
-    for first in range(0, len(left), LARGEST_ARRAY):
-        part = left[first : first + LARGEST_ARRAY]
-        job = submit(part, settings)
-        print(f"SLURM job {job}: {len(part)} cells; squeue --job={job} --array shows them")
+    if not cells:
+        return 0
+    with _one_at_a_time(_logs(cells)):
+        queued = queued_fingerprints(cells)
+        left = [cell for cell in cells if cell.fingerprint not in queued]
+        if len(left) < len(cells):
+            print(f"{len(cells) - len(left)} cells are queued or running in SLURM already")
+        for first in range(0, len(left), LARGEST_ARRAY):
+            part = left[first : first + LARGEST_ARRAY]
+            job = submit(part, settings)
+            print(f"SLURM job {job}: {len(part)} cells; squeue --job={job} --array shows them")
     return 0
+
+
+@contextmanager
+def _one_at_a_time(logs: Path) -> Iterator[None]:
+    """Waits for another launcher of the sweep: both would find the queue without these cells."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        lock = (logs / ".slurm-lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(f"{logs} cannot be written or locked: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def submit(cells: list[Cell], settings: dict[str, str | None]) -> str:
     """Submits one array; returns its job id."""
     logs = _logs(cells)
+    file, listed = logs / "slurm-submitted.sh", logs / "slurm-submitted.json"
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-        file = logs / "slurm-submitted.sh"
         file.write_text(script(cells, settings))
+        # before sbatch: what is submitted and not listed would be submitted again
+        listed.write_text(json.dumps([cell.fingerprint for cell in cells]) + "\n")
     except OSError as error:
         raise UserError(f"{logs} cannot be written: {error.strerror}") from error
     names = sorted(n for n in os.environ if _EXPORTED.fullmatch(n) and not _SECRET.search(n))
@@ -92,16 +122,13 @@ def submit(cells: list[Cell], settings: dict[str, str | None]) -> str:
     ).partition(";")[0]
     if not job.isdecimal():
         raise UserError(f"sbatch answered {job!r}, expected a job id; the script is {file}")
+    listed.rename(logs / f"slurm-{job}.json")
     file.rename(logs / f"slurm-{job}.sh")
-    submitted = json.dumps([cell.fingerprint for cell in cells])
-    (logs / f"slurm-{job}.json").write_text(submitted + "\n")
     return job
 
 
 def queued_fingerprints(cells: list[Cell]) -> set[str]:
     """Fingerprints of the cells of this sweep that wait or run in SLURM."""
-    if not cells:
-        return set()
     logs = _logs(cells)
     told = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F %K")
     found = set()
@@ -137,8 +164,8 @@ def script(cells: list[Cell], settings: dict[str, str | None]) -> str:
             "code=$?",
             *(_requeue() if settings["container"] else ()),
             'if [ "$code" -ne 0 ]; then',
-            "  told=$(tail -n 40 \"$log\" | grep '^moe_ablm: ' | tail -n 1)",
-            '  printf \'\\nlaunch: exit code %s; %s\\n\' "$code" "${told:-see above}"',
+            f"  told=$(tail -n 1000 \"$log\" | awk '{_TOLD}')",
+            '  printf \'\\nlaunch: exit code %s; %s\\n\' "$code" "${told:-no output}"',
             "fi",
             'exit "$code"',
             "",
@@ -186,7 +213,8 @@ def _step(cells: list[Cell], s: dict[str, str | None]) -> list[str]:
     inside: list[str] = []
     if image:
         python = "python3"
-        folders = [str(REPOSITORY), str(_logs(cells).parent)]
+        folders = [str(REPOSITORY), str(_logs(cells).parent), *(s["mounts"] or "").split(",")]
+        folders = list(filter(None, folders))
         if any(set(folder) & set(":,") for folder in folders):
             raise UserError(f"{' or '.join(folders)} has a ':' or ',': no container can mount it")
         if image.endswith(".sif"):
@@ -205,10 +233,12 @@ def _step(cells: list[Cell], s: dict[str, str | None]) -> list[str]:
 
 
 def _requeue() -> list[str]:
+    # not by $SLURM_JOB_ID: one task has the id of the array, which stands for all of its tasks
     return [
+        'task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
         'if [ "$code" -eq 0 ] && grep -q \'"status": "stopped"\' "$workdir/run.json" &&',
-        '  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
-        '  scontrol requeue "$SLURM_JOB_ID"',
+        '  scontrol show job --oneliner "$task" | grep -q " JobState=RUNNING "; then',
+        '  scontrol requeue "$task"',
         "fi",
     ]
 

@@ -13,6 +13,7 @@ COMPLETE, RUNNING, INTERRUPTED = "complete", "running", "interrupted"
 FAILED, DAMAGED, WAITING = "failed", "damaged", "waiting"
 STATES = (COMPLETE, RUNNING, INTERRUPTED, FAILED, DAMAGED, WAITING)
 ATTEMPT = "$ "  # begins the line of a log that tells the command of a new attempt
+SAVED = "saved at step "  # what the trainer prints when a signal stopped it
 TAIL = 1 << 18  # bytes at the end of a file that are enough to know how things stand
 STARTING = 60.0  # seconds for which a log without a lock counts as a process that starts
 
@@ -71,7 +72,7 @@ def state_of(cell: Cell, steps: int | None = None) -> State:
     except Damaged as damage:
         return State(DAMAGED, note=f"{damage}; the sweep's command mends it from the checkpoints")
     if summary:
-        return _ended(summary)
+        return _ended(summary, cell)
     records = _tail_records(cell.workdir / "results.jsonl")
     progress = _progress(records, steps)
     if held:
@@ -79,11 +80,16 @@ def state_of(cell: Cell, steps: int | None = None) -> State:
     return _not_ended(cell, progress)
 
 
-def _ended(summary: dict) -> State:
+def _ended(summary: dict, cell: Cell) -> State:
     """The state that a `run.json` tells."""
-    status, step = summary["status"], summary.get("step")
+    status, step = summary["status"], _number(summary.get("step"))
+    step = None if step is None else int(step)
     loss = _number(summary.get("valid_loss_final"))
     if status == "stopped":
+        # a later attempt may have failed before it took the directory over
+        attempt = last_attempt(cell)[0]
+        if SAVED not in attempt and (error := error_of(attempt)):
+            return State(FAILED, step, loss, note=error)
         return State(INTERRUPTED, step, loss, note="stopped by a signal, saved")
     if status != "complete":
         note = one_line(f"{status}: {summary.get('error', 'see stability in run.json')}")

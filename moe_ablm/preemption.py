@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -38,8 +38,8 @@ def requeue_job() -> str:
     Returns:
       A line that says what was done, empty outside of SLURM.
     """
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
+    job = _batch_job(os.environ)
+    if not job:
         return ""
     try:
         told = _scontrol("show", "job", "--oneliner", job)
@@ -49,10 +49,22 @@ def requeue_job() -> str:
         _scontrol("requeue", job)
     except FileNotFoundError:
         return ""  # in a container: the batch script does it
-    except subprocess.SubprocessError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         return f"SLURM job {job} could not be queued again: {reason}"
     return f"SLURM job {job} is queued again"
+
+
+def _batch_job(environment: Mapping[str, str]) -> str:
+    """This process's job as SLURM's commands call it, alone; empty outside of SLURM.
+
+    One task of an array has the number of the array, which stands for all of its tasks.
+    """
+    names = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    job, array, task = (environment.get(name, "") for name in names)
+    if not job.isdecimal():
+        return ""
+    return f"{array}_{task}" if array.isdecimal() and task.isdecimal() else job
 
 
 def _scontrol(*arguments: str) -> str:

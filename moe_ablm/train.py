@@ -69,7 +69,8 @@ def run(config: Config, workdir: Path) -> dict:
     feed = Feed(config, *open_datasets(config))
     owned = multihost.first_inside(work_directory(workdir, config, feed.identity))
     with owned, jax.set_mesh(mesh):
-        finished = multihost.from_first(lambda: finished_run(workdir))
+        fingerprint = configs.fingerprint(config, feed.identity)
+        finished = multihost.from_first(lambda: finished_run(workdir, fingerprint))
         if finished:
             print(f"{workdir} is complete: {finished['step']} steps")
             Console().print(region_table(finished["evaluation"]))

@@ -3,9 +3,11 @@
 import fcntl
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from moe_ablm import config as configs
 from moe_ablm.config import Config
@@ -13,6 +15,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.results import write_atomically
 
 log = logging.getLogger(__name__)
+PATIENCE = 1.0  # seconds for which another process may hold the lock
 
 
 @contextmanager
@@ -30,10 +33,7 @@ def work_directory(workdir: Path, config: Config, dataset: str) -> Iterator[None
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--workdir {workdir} is in use by another process") from error
+        _take(lock, workdir)
         content = {
             "fingerprint": configs.fingerprint(config, dataset),
             "dataset": dataset,
@@ -41,6 +41,24 @@ def work_directory(workdir: Path, config: Config, dataset: str) -> Iterator[None
         }
         write_atomically(workdir / "config.json", json.dumps(content, indent=1) + "\n")
         yield
+
+
+def _take(lock: IO, workdir: Path) -> None:
+    """Locks a work directory; patient, since `sweeps.status` holds the lock while it looks."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise UserError(f"--workdir {workdir} is in use by another process") from error
+        except OSError as error:
+            raise UserError(
+                f"--workdir {workdir} cannot be locked ({error.strerror}): use a file system with "
+                "flock"
+            ) from error
+        time.sleep(0.05)
 
 
 def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
@@ -65,16 +83,19 @@ def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
         )
 
 
-def finished_run(workdir: Path) -> dict | None:
+def finished_run(workdir: Path, fingerprint: str) -> dict | None:
     """The content of `run.json` if the run is complete, None if there is more to do.
 
-    A damaged `run.json` counts as none, with a warning: the checkpoints tell the rest.
+    A damaged `run.json`, or that of another run, counts as none, with a warning: the checkpoints
+    tell the rest.
     """
     file = workdir / "run.json"
     if not file.exists():
         return None
     try:
         content = json.loads(file.read_text())
+        if content["fingerprint"] != fingerprint:
+            raise ValueError(f"it is of run {content['fingerprint']!r}, not {fingerprint}")
         complete = content["status"] == "complete"
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): writing it again", file, error)

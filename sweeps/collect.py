@@ -25,9 +25,14 @@ from sweeps.planned import Planned, read_plan
 
 def row(p: Planned, state: State) -> dict[str, object]:
     """A cell as a row of the table."""
-    summary = read_summary(p.cell) if state.name == COMPLETE else {}
-    tokens = summary.get("tokens_seen", p.cell.tokens)
-    regions = summary.get("valid_loss_by_region") or {}
+    summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}  # may be gone since
+    tokens = _finite(summary.get("tokens_seen")) or p.cell.tokens
+    flops = _finite(summary.get("flops")) or p.cell.flops
+    regions, stability = (
+        found if isinstance(found := summary.get(name), dict) else {}
+        for name in ("valid_loss_by_region", "stability")
+    )
+    verdict = stability.get("verdict")
     return {
         "cell": p.cell.name,
         "fingerprint": p.cell.fingerprint,
@@ -39,7 +44,7 @@ def row(p: Planned, state: State) -> dict[str, object]:
         "tokens": float(tokens),
         # a run shorter than an epoch has seen no more than its tokens
         "unique_tokens": float(min(p.unique_tokens, tokens)),
-        "flops": float(summary.get("flops", p.cell.flops)),
+        "flops": flops,
         "experts": p.experts,
         "router": "dense" if p.router == "none" else p.axes.get("router", p.router),
         "seed": p.seed,
@@ -47,7 +52,7 @@ def row(p: Planned, state: State) -> dict[str, object]:
         "valid_loss_best": _finite(summary.get("valid_loss_best")),
         "train_loss_final": _finite(summary.get("train_loss_final")),
         **{f"loss_{region}": _finite(loss) for region, loss in regions.items()},
-        "verdict": (summary.get("stability") or {}).get("verdict"),
+        "verdict": verdict if isinstance(verdict, str) else None,
         "tokens_per_second": _finite(summary.get("tokens_per_second")),
         **{f"axis_{name}": value for name, value in p.axes.items()},
     }
@@ -76,7 +81,8 @@ def collect(folder: Path, out: Path) -> list[State]:
 
 
 def _finite(value: object) -> float | None:
-    good = isinstance(value, int | float) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = number and math.isfinite(value)
     return float(value) if good else None
 
 

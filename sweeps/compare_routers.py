@@ -70,6 +70,8 @@ def columns(runs: list[Planned]) -> list[str]:
     found = [read_summary(p.cell) for p in runs]
     routing = [stats for p in runs for stats in last_router(p.cell.workdir)]
     verdicts = [run["stability"]["verdict"] for run in found]
+    # a run that was resumed after its last update has no speed
+    speeds = [run["tokens_per_second"] for run in found if run["tokens_per_second"]]
     return [
         str(len(runs)),
         with_error([run["train_loss_final"] for run in found], 3),
@@ -77,7 +79,7 @@ def columns(runs: list[Planned]) -> list[str]:
         *(with_error([run["valid_loss_by_region"][r] for run in found], 3) for r in REGIONS),
         f"{mean(s['entropy'] for s in routing):.3f}" if routing else "",
         f"{mean(s['dropped'] for s in routing):.1%}" if routing else "",
-        f"{mean(run['tokens_per_second'] for run in found):,.0f}",
+        f"{mean(speeds):,.0f}" if speeds else "",
         f"{max(run['peak_memory'] for run in found) / 1e6:,.0f}",
         ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))),
     ]

@@ -37,7 +37,9 @@ class Planned:
 
 
 def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
-    """Writes `sweep.json`; cells of an earlier plan stay in it where they have a directory.
+    """Writes `sweep.json`; cells of earlier plans stay in it, beside these.
+
+    Those may wait in a queue, or for a launcher that runs, and begin later.
 
     Raises:
       UserError: the folder holds another study, or cannot be written.
@@ -46,14 +48,19 @@ def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
     before: list[Planned] = []
     if (out / PLAN).exists():
         try:
-            name, before = read_plan(out)
+            name, *parts = _read(out)
+            before = [p for part in parts for p in part]
         except UserError as error:
             print(f"{error}; writing it again", file=sys.stderr)
             name = study
         if name != study:
             raise UserError(f"--out {out} holds the sweep {name!r}, not {study!r}: use another")
-    kept = [p for p in before if p.cell.fingerprint not in now and p.cell.workdir.exists()]
-    content = {"study": study, "cells": [_to_json(p) for p in (*cells, *kept)]}
+    earlier = [p for p in before if p.cell.fingerprint not in now]
+    content = {
+        "study": study,
+        "cells": [_to_json(p) for p in cells],
+        "earlier": [_to_json(p) for p in earlier],
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / PLAN, json.dumps(content, indent=1) + "\n")
@@ -62,15 +69,25 @@ def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
 
 
 def read_plan(out: Path) -> tuple[str, list[Planned]]:
-    """Name of the study and its cells; the folder may have moved since.
+    """Name of the study, its cells, and those of earlier plans that have a directory.
+
+    The folder may have moved since.
 
     Raises:
       UserError: there is no plan, or it is damaged.
     """
+    study, cells, earlier = _read(out)
+    return study, cells + [p for p in earlier if p.cell.workdir.exists()]
+
+
+def _read(out: Path) -> tuple[str, list[Planned], list[Planned]]:
+    """Study, cells of the newest plan, cells of earlier ones."""
     file = out / PLAN
     try:
         content = json.loads(file.read_text())
-        return content["study"], [_from_json(entry, out.resolve()) for entry in content["cells"]]
+        parts = content["cells"], content.get("earlier", [])
+        cells, earlier = ([_from_json(entry, out.resolve()) for entry in p] for p in parts)
+        return content["study"], cells, earlier
     except FileNotFoundError:
         raise UserError(f"{file} is not there: expected the --out of a sweep") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

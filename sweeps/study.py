@@ -96,7 +96,7 @@ def _run(study: Study, argv: list[str] | None) -> int:
         print("\n".join(design_lines(cells, offered)))
     left, failed = _to_launch(cells, states)
     hours = rate.hours(sum(cell.flops for cell in left))
-    if options.max_gpu_hours is not None and hours > options.max_gpu_hours:
+    if options.max_gpu_hours is not None and not hours <= options.max_gpu_hours:
         raise UserError(
             f"{hours:.4g} hours are left to run, --max-gpu-hours allows {options.max_gpu_hours:g}: "
             "raise it or make the grid smaller"

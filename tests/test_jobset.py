@@ -3,8 +3,8 @@
 import argparse
 import copy
 import re
-import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,17 @@ import yaml
 from launch import jobset, settings
 from launch.cell import Cell
 from moe_ablm.errors import UserError
+from moe_ablm.parallel import multihost
 
 HOSTILE = ("a b", "'", "$(HOME)", "$$(HOME)", "$HOME", "`id`", "a\nb", "{{x}}", "- y: z", "")
 
 
-def cell(argv: tuple[str, ...] = ("-m", "moe_ablm.train"), name: str = "35m.top2-S=1-0123abcd"):
-    return Cell(name, argv, Path("/runs/x") / name, "0123456789abcdef", 1.0, 1.0)
+def cell(
+    argv: tuple[str, ...] = ("-m", "moe_ablm.train"),
+    name: str = "35m.top2-S=1-0123abcd",
+    folder: Path = Path("/runs/x"),
+) -> Cell:
+    return Cell(name, argv, folder / name, "0123456789abcdef", 1.0, 1.0)
 
 
 def resolved(**given: str) -> dict:
@@ -80,43 +85,113 @@ def test_tpu_slices(hardware, hosts, topology):
     assert not any(n.startswith("JAX_") for n in names)
 
 
-def run_container(made: dict, folder: Path) -> subprocess.CompletedProcess:
-    """What the container's process is, with `python3` telling its arguments."""
-    container = pod(made)["containers"][0]
-    words = [expand(w, {"HOME": "WRONG"}) for w in container["command"] + container["args"]]
+TELL = 'for a in "$@"; do printf "%s\\0" "$a"; done'
+
+
+def start_container(words: list[str], folder: Path, python: str = TELL, **env) -> subprocess.Popen:
+    """The container's process, with a script in place of `python3`."""
     tell = folder / "python3"
-    tell.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
+    tell.write_text(f"#!/bin/sh\n{python}\n")
     tell.chmod(0o755)
-    path = {"PATH": f"{folder}:/usr/bin:/bin"}
-    return subprocess.run(words, env=path, capture_output=True, text=True, check=False)
+    env["PATH"] = f"{folder}:/usr/bin:/bin"
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def words_of(made: dict) -> list[str]:
+    container = pod(made)["containers"][0]
+    return [expand(w, {"HOME": "WRONG"}) for w in container["command"] + container["args"]]
+
+
+def run_cell(folder: Path, argv: tuple[str, ...] = (), python: str = TELL) -> tuple[int, str]:
+    """Exit code and output of the container of a cell below `folder`."""
+    made = jobset.manifest(cell(argv, folder=folder), resolved(mount=str(folder)))
+    process = start_container(words_of(made), folder, python)
+    return process.wait(timeout=60), process.communicate()[0]
 
 
 def test_arguments_reach_the_trainer_unchanged(tmp_path):
-    text = yaml.safe_dump(jobset.manifest(cell(HOSTILE), resolved()), sort_keys=False, width=1000)
-    done = run_container(yaml.safe_load(text), tmp_path)
-    assert done.stdout.split("\0")[:-1] == list(HOSTILE)
+    one = cell(HOSTILE, folder=tmp_path)
+    text = yaml.safe_dump(jobset.manifest(one, resolved(mount=str(tmp_path))), sort_keys=False)
+    process = start_container(words_of(yaml.safe_load(text)), tmp_path)
+    assert process.communicate(timeout=60)[0].split("\0")[:-1] == list(HOSTILE)
+    assert one.log.read_text().startswith("$ pod ")  # where `sweeps.status` looks
+    assert one.log.read_text().partition("\n")[2].split("\0")[:-1] == list(HOSTILE)
 
 
-@pytest.mark.parametrize(("status", "code"), [("stopped", 1), ("complete", 0), ("diverged", 0)])
-def test_a_stopped_run_is_a_failure_that_restarts(status, code, tmp_path):
-    made = jobset.manifest(cell(), resolved())
-    container = pod(made)["containers"][0]
-    container["args"][0] = str(tmp_path)
-    (tmp_path / "run.json").write_text(f'{{\n "status": "{status}"\n}}')
-    assert run_container(made, tmp_path).returncode == code
-    assert made["spec"]["failurePolicy"]["maxRestarts"] > 0
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("complete", 0, 0),
+        ("stopped", 0, jobset.STOPPED),
+        ("diverged", 1, jobset.FINAL),
+        ("collapsed", 1, jobset.FINAL),
+        ("stopped", 2, 2),  # left there by the attempt before
+        ("complete", 134, 134),
+    ],
+)
+def test_what_a_run_said_decides_whether_it_restarts(status, code, expected, tmp_path):
+    workdir = cell(folder=tmp_path).workdir
+    workdir.mkdir()
+    (workdir / "run.json").write_text(f'{{\n "status": "{status}"\n}}')
+    assert run_cell(tmp_path, python=f"exit {code}")[0] == expected
+
+
+def test_who_is_restarted():
+    spec = jobset.manifest(cell(), resolved())["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] > 0
+    (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [jobset.FINAL]
+
+
+SAVE = """
+trap 'echo "{ \\"status\\": \\"stopped\\" }" >"$FOLDER/run.json"; exit 0' TERM
+touch "$FOLDER/ready"
+while :; do sleep 0.1; done
+"""
+
+
+def test_the_first_process_of_a_container_hands_on_term(tmp_path):
+    """It alone is told of an eviction, and as process 1 would ignore it."""
+    made = jobset.manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
+    folder = cell(folder=tmp_path).workdir
+    folder.mkdir()
+    process = start_container(words_of(made), tmp_path, SAVE, FOLDER=str(folder))
+    end = time.monotonic() + 60
+    while not (folder / "ready").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=60) == jobset.STOPPED
+    process.communicate()
 
 
 def test_the_xpk_command(tmp_path):
-    argv = jobset.xpk_command(cell(HOSTILE), resolved(hardware="v6e-16", cluster="lab"))
+    one = cell(HOSTILE, folder=tmp_path)
+    argv = jobset.xpk_command(one, resolved(hardware="v6e-16", cluster="lab"))
     assert argv[:4] == ["xpk", "workload", "create", "--cluster=lab"]
     assert "--tpu-type=v6e-16" in argv and "--num-slices=1" in argv
-    assert shlex.split(shlex.join(argv)) == argv
-    command = argv[-1].removeprefix("--command=")
-    inner = shlex.split(command.rpartition("&& sh -c ")[2].join(["sh -c ", ""]))
-    assert tuple(inner[5:]) == HOSTILE
+    # xpk pastes the command into YAML, between double quotes for one
+    assert re.fullmatch(r"--command=exec sh [\w./=-]+", argv[-1])
     gpu = jobset.xpk_command(cell(), resolved())
     assert "--num-nodes=2" in gpu and "--device-type=h100-80gb-8" in gpu
+
+
+def test_the_script_for_xpk_gives_the_trainer_what_it_expects(tmp_path):
+    one = cell(HOSTILE, folder=tmp_path)
+    given = resolved(mount=str(tmp_path), source=str(tmp_path))
+    file = tmp_path / "script"
+    file.write_text(jobset.xpk_script(one, given))
+    told = {"JAX_COORDINATOR_ADDRESS": "h", "JAX_COORDINATOR_PORT": "6002"}
+    told |= {"NNODES": "2", "NODE_RANK": "1"}
+    process = start_container(["sh", str(file)], tmp_path, f"{TELL}\nenv", **told)
+    out = process.communicate(timeout=60)[0]
+    assert out.split("\0")[: len(HOSTILE)] == list(HOSTILE)
+    environment = dict(x.split("=", 1) for x in out.rpartition("\0")[2].splitlines())
+    assert multihost.arguments_of(environment) == {
+        "coordinator_address": "h:6002", "num_processes": 2, "process_id": 1,
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
 
 
 def test_launch_writes_what_it_checked(tmp_path, capsys):
@@ -170,6 +245,7 @@ POD = "spec/replicatedJobs/0/template/spec/template/spec"
         (f"{POD}/containers/0/volumeMounts", [{"name": "x", "mountPath": "/x"}], "are no volumes"),
         (f"{POD}/containers/0/volumeMounts/0/mountPath", "runs", "mountPath: 'runs'"),
         (f"{POD}/volumes", "runs", "volumes: 'runs', expected a list"),
+        ("spec/failurePolicy/rules/0/action", "Fail", "rules[0].action: 'Fail'"),
         (f"{POD}/nodeSelector", ["a"], "nodeSelector: ['a'], expected an object"),
     ],
 )
@@ -192,6 +268,13 @@ def test_what_a_cluster_refuses_is_found(path, value, problem):
 def test_what_cannot_be(given, message):
     with pytest.raises(UserError, match=message):
         jobset.manifest(cell(), resolved(**given))
+
+
+def test_data_must_be_on_the_volume():
+    with pytest.raises(UserError, match="--data /data/pairs is not on the volume"):
+        jobset.manifest(cell(("-m", "x", "--config.data.path=/data/pairs")), resolved())
+    for good in ("/runs/pairs", "None"):
+        jobset.manifest(cell(("-m", "x", f"--config.data.path={good}")), resolved())
 
 
 def test_names_of_long_cells_are_short_and_differ():

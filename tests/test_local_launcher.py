@@ -113,6 +113,22 @@ def test_a_run_that_says_nothing_and_ends_well_but_unfinished_counts_as_failed(t
     assert "a" in capsys.readouterr().err
 
 
+def test_what_another_process_completed_is_complete(tmp_path, capsys):
+    """It was quicker to take the directory, and has ended when this one is looked at."""
+    body = "finish(); print('moe_ablm: in use by another process', flush=True); sys.exit(2)"
+    assert run([make_cell(tmp_path, "a", body)]) == 0
+    assert "a: complete" in capsys.readouterr().out
+
+
+def test_a_stopped_run_whose_next_attempt_fails_is_failed(tmp_path):
+    one = make_cell(tmp_path, "a", "finish('stopped'); print('saved at step 3'); sys.exit(1)")
+    run([one])
+    assert state_of(one).name == INTERRUPTED
+    broken = make_cell(tmp_path, "a", "print('moe_ablm: no data', flush=True); sys.exit(2)")
+    assert run([broken]) == 1
+    assert state_of(broken).name == FAILED and "no data" in state_of(broken).note
+
+
 @pytest.mark.parametrize(
     "value",
     ["two words", "it's", '"', "; touch pwned", "$(touch pwned)", "`id`", "a\nb", "\\", "é", "-x"],

@@ -146,6 +146,9 @@ def test_the_command():
     shown = run("--hardware=v4-8", "--size=8m", "--router=none", "--router=soft")
     assert shown.returncode == 0, shown.stderr
     assert "4 x 1 x 1" in shown.stdout and "LIBTPU_INIT_ARGS=" in shown.stdout
+    assert "--config.mesh" not in shown.stdout
+    one = run("--hardware=v4-8", "--size=8m", "--router=none")
+    assert "--config.mesh.expert=1 --config.mesh.fsdp=1" in one.stdout
     refused = run("--hardware=v4-8", "--size=8m", "--router=none", "--batch=10000000")
     assert refused.returncode == 2
     assert "8m none on v4-8: it does not fit" in refused.stderr

@@ -197,7 +197,7 @@ import sys, time
 import jax
 from moe_ablm.parallel.multihost import watchdog
 
-jax.process_count = lambda: 2
+jax.device_count = lambda: 2
 with watchdog() as beat:
     for _ in range(3):
         time.sleep(0.5)

@@ -101,6 +101,12 @@ def test_missing_columns_name_what_was_found_and_what_is_near(tmp_path):
         written(tmp_path, "t.csv", "VH1,VL1\nA,A\n"), columns={"heavy": "VH2"}
     )
     assert "2 times" in error_of(written(tmp_path, "t.csv", "heavy,light,light\nA,A,A\n"))
+    nucleotides = written(tmp_path, "n.tsv", "sequence_id\tv_call\tsequence\nq\tIGHV1-2\tACGT\n")
+    assert "without amino acids: no column sequence_alignment_aa" in error_of(nucleotides)
+    # neither the id nor one column twice is proposed for the chains
+    message = error_of(written(tmp_path, "t.csv", "sequence_id,sequence_aa\na,A\n"))
+    assert "--columns heavy=COLUMN,light=COLUMN" in message
+    assert "sequence_id)" not in message
     for text in ("heavy", "heavy=", "hevy=a", "id=a"):
         with pytest.raises(UserError, match="--columns"):
             parse_columns(text)
@@ -213,6 +219,21 @@ def test_truncated_and_damaged_gzip(tmp_path):
     data[len(data) // 2] ^= 0xFF
     assert "gzip data damaged" in error_of(written(tmp_path, "d.csv.gz", bytes(data)))
     assert "zip archive" in error_of(written(tmp_path, "z.csv", b"PK\x03\x04" + bytes(40)))
+
+
+@pytest.mark.parametrize("end", ["\n", ""], ids=["ended", "open"])
+def test_a_line_that_is_too_long_is_named(tmp_path, end):
+    text = HEADER + f"a,{HEAVY},{LIGHT}\n" * 7 + "b," + "A" * (1 << 20) + end
+    assert "line 9 is longer than" in error_of(written(tmp_path, "t.csv", text))
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\r\n", " \n", "\n" * 70_000])
+def test_blank_lines_before_the_first_one(tmp_path, blank):
+    rows, _ = read(written(tmp_path, "t.csv", blank + f"{HEADER}a,{HEAVY},{LIGHT}\n"))
+    assert [r["_row"] for r in rows] == [1]
+    rows, report = read(written(tmp_path, "t.fa", blank + f">a|H\n{HEAVY}\n>a|L\n{LIGHT}\n"))
+    assert report.format == "fasta"
+    assert [(r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows] == [(HEAVY, LIGHT)]
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

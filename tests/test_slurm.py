@@ -157,6 +157,21 @@ def test_a_preempted_cell_is_queued_again_and_ends_the_same(tmp_path):
     assert lines == list(range(1, LONG["train__steps"] + 1))
 
 
+def test_one_task_of_an_array_is_queued_again_alone(tmp_path):
+    """The one that has the number of the array, which stands for all of its tasks."""
+    cells = [make_cell(tmp_path, f"seed{i}", seed=i, **LONG) for i in range(2)]
+    job = submit(cells)
+    for each in cells:
+        wait(lambda each=each: steps(each) >= 20, "step 20", each)
+    tasks = {j["ArrayTaskId"] for j in jobs(job)}
+    (own,) = [j["ArrayTaskId"] for j in jobs(job) if j["JobId"] == job]
+    slurm_says("scancel", "--signal=USR1", f"{job}_{own}")
+    wait(lambda: ended(job), "the array", cells[int(own)])
+    restarts = {j["ArrayTaskId"]: j["Restarts"] for j in jobs(job)}
+    assert restarts == {task: "1" if task == own else "0" for task in tasks}
+    assert [status(c) for c in cells] == ["complete"] * 2
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     cells = [make_cell(tmp_path / name, name, **SHORT) for name in ("one", "two")]
     submitted = [submit([c], processes=str(n)) for n, c in enumerate(cells, 1)]

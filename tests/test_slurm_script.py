@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def bin_folder(tmp_path, monkeypatch) -> Path:
 def run(text: str, task: int, folder: Path) -> subprocess.CompletedProcess:
     file = folder / "job.sh"
     file.write_text(text)
-    job = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
+    # the last task of array 7: SLURM gives it the number of the array
+    job = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "7"}
+    job["SLURM_JOB_NODELIST"] = "n"
     (folder / "logs").mkdir(exist_ok=True)
     return subprocess.run(
         ["bash", file],
@@ -151,6 +154,20 @@ def test_a_failure_is_told_where_the_sweep_looks(tmp_path, bin_folder):
     assert found.note == "launch: exit code 2; moe_ablm: no such file"
 
 
+def test_a_failure_without_a_word_of_the_trainer_is_told_by_its_last_line(tmp_path, bin_folder):
+    """Not by what an earlier attempt said, nor by what srun adds."""
+    text = "srun: error: n: task 0: Exited with exit code 1"
+    fail = f"import sys; print('ValueError: dog', file=sys.stderr); print({text!r}); sys.exit(1)"
+    failing = cell(tmp_path, "a", ("-c", fail))
+    failing.log.parent.mkdir()
+    failing.log.write_text("$ SLURM job 6 on n: a\nmoe_ablm: before\n")
+    assert run(slurm.script([failing], resolved()), 0, tmp_path).returncode == 1
+    assert state_of(failing).note == "launch: exit code 1; ValueError: dog"
+    silent = cell(tmp_path, "b", ("-c", "import sys; sys.exit(1)"))
+    assert run(slurm.script([silent], resolved()), 0, tmp_path).returncode == 1
+    assert state_of(silent).note == "launch: exit code 1; no output"
+
+
 @pytest.mark.parametrize(("status", "asked"), [("stopped", True), ("complete", False)])
 def test_a_container_is_queued_again_from_outside(status, asked, tmp_path, bin_folder):
     program(bin_folder, "python3", 'shift 2; exec true "$@"')
@@ -160,7 +177,18 @@ def test_a_container_is_queued_again_from_outside(status, asked, tmp_path, bin_f
     done = run(slurm.script([one], resolved(container="/i/x.sif")), 0, tmp_path)
     assert done.returncode == 0, done.stderr
     told = bin_folder / "scontrol.txt"
-    assert (told.exists() and "requeue 7" in told.read_text()) == asked
+    lines = told.read_text().splitlines() if told.exists() else []
+    # "7" alone would queue every task of the array again
+    assert lines == (["show job --oneliner 7_0", "requeue 7_0"] if asked else [])
+
+
+def test_a_container_sees_what_it_is_given(tmp_path):
+    for image, words in (
+        ("/i/x.sif", "--bind=/data"),
+        ("lab/x:1", f"{tmp_path},/data:/data,/s/b:"),
+    ):
+        text = slurm.script([cell(tmp_path)], resolved(container=image, mounts="/data,/s/b"))
+        assert words in text.replace(f":{tmp_path}", "")
 
 
 def test_submission(tmp_path, bin_folder, monkeypatch, capsys):
@@ -189,6 +217,22 @@ def test_what_is_queued_is_not_submitted_again(tmp_path, bin_folder, capsys):
     assert json.loads((tmp_path / "logs" / "slurm-7.json").read_text()) == ["b" * 16, "d" * 16]
 
 
+def test_two_launchers_at_once_take_turns(tmp_path, bin_folder):
+    """The second asks for the queue when the first has submitted."""
+    order = tmp_path / "order.txt"
+    program(bin_folder, "squeue", f'echo queue >>"{order}"')
+    program(bin_folder, "sbatch", f'sleep 0.5; echo submit >>"{order}"; echo 7')
+    both = [
+        threading.Thread(target=slurm.launch, args=([cell(tmp_path, name)], options()))
+        for name in "ab"
+    ]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert order.read_text().split() == ["queue", "submit"] * 2
+
+
 def test_a_large_sweep_is_several_arrays(tmp_path, bin_folder, monkeypatch, capsys):
     monkeypatch.setattr(slurm, "LARGEST_ARRAY", 2)
     slurm.launch([cell(tmp_path, name) for name in "abcde"], options())
@@ -204,7 +248,7 @@ def test_settings_come_from_options_then_from_the_file(configuration):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[slurm]\ntoken = 'x'\n", "slurm.token='x': expected"),
+        ("[slurm]\ntoken = 'x'\n", "slurm.token is no key: expected"),
         ("[slurm]\ngpus = [8]\n", r"slurm.gpus=\[8\]: expected"),
         ("[slurm\n", "cannot be read"),
         ("slurm = 3\n", "expected a table"),

@@ -31,6 +31,10 @@ def oas_paired(shared_data, _):
     return shared_data / "oas" / "1279068_1.csv.gz"
 
 
+def oas_paired_other(shared_data, _):
+    return shared_data / "oas" / "SRR10358525.csv.gz"
+
+
 def specificity(shared_data, _):
     return shared_data / "specificity.csv.gz"
 
@@ -44,6 +48,7 @@ def simulated(_, tmp_path):
 SOURCES = {
     first_pairs: ("table", 200, 200),
     oas_paired: ("oas-paired", 843, 830),
+    oas_paired_other: ("oas-paired", 624, 615),
     specificity: ("table", 9843, 9700),
     simulated: ("table", 200, 200),
 }

@@ -23,7 +23,7 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.runs import read_runs
-from sweeps import collect, grid, nested_data, scaling, status
+from sweeps import collect, compare_routers, grid, nested_data, scaling, status
 from sweeps.check import design_lines
 from sweeps.cost import Rate
 from sweeps.plan import parse_config, plan, unplanned_flags
@@ -199,6 +199,7 @@ def test_the_same_run_twice_is_planned_once(tmp_path):
         (["--confg.train.lr=1"], "--confg"),
         (["rest"], "'rest'"),
         (["--max-gpu-hours=1e-9"], "--max-gpu-hours"),
+        (["--max-gpu-hours=nan"], "--max-gpu-hours"),
         (["--mfu=2"], "--mfu"),
         (["--seeds=0"], "--seeds"),
         (["--data=/nowhere/pairs"], "/nowhere/pairs"),
@@ -375,6 +376,33 @@ def test_collect_writes_a_row_for_each_and_fit_reads_it(sweep, capsys):
     assert runs["total_params"][0] == cells["complete"].params_total
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"tokens_seen": None}, {"flops": "many"}, {"valid_loss_by_region": [1]}, {"stability": "x"},
+     {"step": "12"}, {"stability": {"verdict": 3}}, {"train_loss_final": True}],
+)  # fmt: skip
+def test_a_field_that_is_wrong_does_not_stop_the_table(tmp_path, content, capsys):
+    cells = tiny_plan(tmp_path, seed=[0, 1])
+    write_plan(tmp_path, "test", cells)
+    write_run(cells[0], **content)
+    write_run(cells[1])
+    assert collect.main([str(tmp_path), "--out", str(tmp_path / "x.parquet")]) == 0
+    rows = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    assert [r["loss"] for r in rows] == [2.25, 2.25]
+    assert rows[0]["tokens"] > 0 and rows[0]["flops"] > 0
+
+
+def test_routers_are_compared_without_the_speed_of_a_run_that_had_none(tmp_path):
+    """Resumed after its last update."""
+    cells = tiny_plan(tmp_path, seed=[0, 1])
+    for p, speed in zip(cells, (None, 500.0), strict=True):
+        write_run(p, tokens_per_second=speed, peak_memory=10**6, train_loss_final=2.0,
+                  stability={"verdict": "stable"},
+                  valid_loss_by_region=dict.fromkeys(compare_routers.REGIONS, 1.0))  # fmt: skip
+    assert "500" in compare_routers.columns(cells)
+    assert "" in compare_routers.columns(cells[:1])
+
+
 def test_a_folder_that_moved_or_a_plan_that_is_cut(sweep, tmp_path, capsys):
     folder, cells = sweep
     moved = tmp_path.parent / f"{tmp_path.name}-moved"
@@ -407,6 +435,9 @@ def test_a_new_plan_keeps_what_was_begun_and_refuses_another_study(tmp_path):
     write_run(old[0])
     write_plan(tmp_path, "test", tiny_plan(tmp_path, seed=[2]))
     assert {p.seed for p in read_plan(tmp_path)[1]} == {0, 2}
+    write_plan(tmp_path, "test", tiny_plan(tmp_path, seed=[2]))
+    write_run(old[1])  # it waited in a queue when the others were planned
+    assert {p.seed for p in read_plan(tmp_path)[1]} == {0, 1, 2}
     with pytest.raises(UserError, match="'test', not 'other'"):
         write_plan(tmp_path, "other", old)
 

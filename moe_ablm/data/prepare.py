@@ -12,7 +12,7 @@ from moe_ablm.data.dataset import SPLITS, DatasetWriter
 from moe_ablm.data.intake import Decided, Intake, SplitRule
 from moe_ablm.data.readers.check import check_batch
 from moe_ablm.data.readers.columns import LINE, ROW
-from moe_ablm.data.readers.report import Report
+from moe_ablm.data.readers.report import Report, why_nothing
 from moe_ablm.data.spill import scratch_beside
 from moe_ablm.errors import UserError
 
@@ -82,7 +82,7 @@ def prepare(
                 if batch.num_rows:
                     intake.add(batch, report, len(reports) - 1)
         if not intake.count:
-            raise UserError(f"no antibody is left to write to {out}: {_why_nothing(reports)}")
+            raise UserError(f"no antibody is left to write to {out}: {why_nothing(reports)}")
         decided = intake.decide(reports)
         with DatasetWriter(out) as writer:
             for batch in intake.stored(decided):
@@ -104,15 +104,6 @@ def require_new(out: Path) -> None:
     """Raises UserError when something is at `out` already."""
     if out.exists():
         raise UserError(f"--out {out} exists already: choose another name or remove it")
-
-
-def _why_nothing(reports: list[Report]) -> str:
-    reasons = [
-        f"{r.source}: {r.read} rows read"
-        + "".join(f", {n} rejected: {why} (first: {r.first[why]})" for why, n in r.rejected.items())
-        for r in reports
-    ]
-    return "; ".join(reasons) or "no sources"
 
 
 _SPLIT_RULES = {

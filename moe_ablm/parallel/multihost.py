@@ -185,17 +185,17 @@ class Stop:
 
 @contextmanager
 def watchdog() -> Iterator[Callable[[], None]]:
-    """Ends this process if the function that it gives is not called in time, of several only.
+    """Ends this process if the function that it gives is not called in time, of several devices.
 
     The watching thread needs no interpreter lock: a collective that hangs in XLA does not stop it.
     """
-    if jax.process_count() == 1:
+    if jax.device_count() == 1:  # nothing to wait for; one process may have many, though
         yield lambda: None
         return
     seconds = _hang_seconds()
 
     def beat() -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     beat()
     try:

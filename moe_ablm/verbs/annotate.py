@@ -1,7 +1,6 @@
 """`python -m moe_ablm annotate`: sequence files in, one annotated parquet table out."""
 
 import argparse
-import contextlib
 import itertools
 import os
 import tempfile
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from moe_ablm.data.complete import annotated
 from moe_ablm.data.readers import Source
+from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with reading_progress("annotate", sources):
         streams = [_stream(source, args.reannotate, args.workers) for source in sources]
-        _write(streams, args.out)
+        _write(streams, args.out, sources)
     _print_summary(sources, args.out, time.monotonic() - started)
 
 
@@ -59,31 +59,38 @@ def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.Recor
         yield batch
 
 
-def _write(streams: list[Iterator[pa.RecordBatch]], out: Path) -> None:
-    """Writes all streams to one file, under a temporary name until it is whole."""
+def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Source]) -> None:
+    """Writes all streams to one file, under a temporary name until it is whole.
+
+    Raises UserError where nothing is left to write, or the file cannot be written.
+    """
     firsts = [next(stream, None) for stream in streams]
     found = {name for first in firsts if first is not None for name in first.schema.names}
     names = ["sequence_id", *(f"{name}_{chain}" for chain in CHAINS for name in COLUMNS)]
     names += [name for name in OPTIONAL if name in found]
     if not found:
-        raise UserError(f"no antibody is left to write to {out}")
+        why = why_nothing(source.report for source in sources)
+        raise UserError(f"no antibody is left to write to {out}: {why}")
     schema = pa.schema(
         [(n, pa.float64() if n.startswith("v_identity") else pa.string()) for n in names]
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-    os.close(descriptor)
+    partial = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
+        os.close(descriptor)
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             for first, stream in zip(firsts, streams, strict=True):
                 for batch in itertools.chain([first] if first is not None else [], stream):
                     writer.write_batch(_in_schema(batch, schema))
         Path(partial).chmod(0o644)
         Path(partial).replace(out)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(partial).unlink()
-        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out {out} cannot be written: {reason}; nothing is left") from error
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
 
 
 def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -135,14 +135,24 @@ def once(header: Sequence[str], column: str, source: str) -> None:
 
 def no_chains(header: Sequence[str], source: str) -> str:
     """The message for a table without recognisable chains."""
+    amino_acids = {"sequence_alignment_aa", "sequence_aa"}
+    if {"v_call", "sequence"} <= set(header) and not amino_acids & set(header):
+        return (
+            f"{source}: rearrangements without amino acids: no column sequence_alignment_aa and no "
+            f"column sequence_aa; found {listed(header)}; translate them, or name the chains with "
+            "--columns"
+        )
     heavy, light = CHAIN_PAIRS[0]
+    candidates = [name for name in header if name not in _IDS]
     missing = [c for c in (heavy, light) if c not in header]
     hints = []
     for column in missing:
-        near = nearest(column, header)
+        near = nearest(column, candidates)
         hints += [f"{column} (nearest: {near})" if near else column]
-    guess = [(k, nearest(c, header)) for k, c in (("heavy", heavy), ("light", light))]
-    example = ",".join(f"{k}={name or 'COLUMN'}" for k, name in guess)
+    guess = [nearest(column, candidates) for column in (heavy, light)]
+    if guess[0] == guess[1]:  # one column cannot be both chains
+        guess = [None, None]
+    example = ",".join(f"{c}={n or 'COLUMN'}" for c, n in zip(CHAINS, guess, strict=True))
     return (
         f"{source}: no column {' and no column '.join(hints)}; found {listed(header)}; rename them "
         f"or name the chains with --columns {example}"

@@ -72,6 +72,16 @@ class Report:
             self.first.setdefault(remark, place)
 
 
+def why_nothing(reports: Iterable[Report]) -> str:
+    """Where all rows of the sources went, in one line, for an output that would be empty."""
+    reasons = [
+        f"{r.source}: {r.read} rows read"
+        + "".join(f", {n} rejected: {why} (first: {r.first[why]})" for why, n in r.rejected.items())
+        for r in reports
+    ]
+    return "; ".join(reasons) or "no sources"
+
+
 def place(row: int, line: int = 0) -> str:
     """Where a row stands: counted from 1 without the header, with its line in a text file."""
     return f"row {row} (line {line})" if line else f"row {row}"

@@ -3,6 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from moe_ablm.data.readers.report import Report
@@ -82,10 +83,13 @@ def line_blocks(
                 rest = rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             cut = rest.rfind(b"\n") + 1
             whole, rest = rest[:cut], rest[cut:] + held
-            if len(rest) > longest_line or (whole and _has_line_longer(whole, longest_line)):
+            before = _lines_before_a_longer(whole, longest_line)
+            if before is None and len(rest) > longest_line:
+                before = whole.count(b"\n")
+            if before is not None:
                 raise UserError(
-                    f"{path}: a line after line {line - 1} is longer than {longest_line} bytes: "
-                    "not a table or FASTA of sequences"
+                    f"{path}: line {line + before} is longer than {longest_line} bytes: not a "
+                    "table or FASTA of sequences"
                 )
             if whole and line == 1:
                 whole = whole.removeprefix(_BYTE_ORDER_MARK)
@@ -106,21 +110,29 @@ def _fill(pieces: list[bytes], stream, size: int) -> None:
         size -= len(piece)
 
 
-def _has_line_longer(whole: bytes, limit: int) -> bool:
-    """Looks at one newline in each `limit` bytes instead of at all of them."""
+def _lines_before_a_longer(whole: bytes, limit: int) -> int | None:
+    """Lines before the first one of more than `limit` bytes; None where there is no such line.
+
+    Looks at one newline in each `limit` bytes instead of at all of them.
+    """
     start = 0
     while len(whole) - start > limit:
         end = whole.rfind(b"\n", start, start + limit + 1)
         if end < 0:
-            return True
+            return whole.count(b"\n", 0, start)
         start = end + 1
-    return False
+    return None
 
 
 def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` first lines, to tell the format; undecodable bytes become U+FFFD."""
+    """Up to `count` first lines that are not blank, to tell the format.
+
+    Undecodable bytes become U+FFFD.
+    """
+    found: list[str] = []
     for _, block in line_blocks(path, Report(str(path)), block=64 << 10):
-        return [
-            line.decode("utf-8", "replace") for line in block.split(b"\n", count)[:count] if line
-        ]
-    return []
+        lines = (line for line in block.split(b"\n") if line.strip())
+        found += [line.decode("utf-8", "replace") for line in islice(lines, count - len(found))]
+        if len(found) == count:
+            break
+    return found
