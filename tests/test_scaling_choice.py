@@ -257,3 +257,11 @@ def test_a_design_says_what_its_errors_assume():
     said = " ".join(check_design(planned, "chinchilla", 2e-3).warnings)
     assert "fewer than three token counts" in said
     assert "seed sd of 0.002" in said and "equal part of the loss" in said
+
+
+def test_a_fit_says_what_only_a_prior_tells_where_there_is_no_penalty():
+    table = joint_two_routers()
+    table["loss"] = 1.0 + 400.0 * table["params"] ** -0.35 + 900.0 * table["tokens"] ** -0.3
+    fit = fit_law(Runs(table, tuple(map(str, range(table["params"].size)))), "joint")
+    assert "P" in fit.at_bounds or fit.coefficients["P"] < 1e-3
+    assert fit.verdicts["v[soft]"] == "not identified: mostly its prior"

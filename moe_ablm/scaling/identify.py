@@ -99,6 +99,8 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
         return 1.0, dict.fromkeys(names, "fixed")
     jacobian = law.jacobian(theta[None], problem.x)[0][:, free]
     prior = np.sqrt(np.diag(prior_precision(problem))[free]) * math.sqrt(problem.prior_scale)
+    # what the runs say where every other parameter is known: the most that they can say
+    weak = prior > np.linalg.norm(jacobian, axis=0)
     jacobian = np.concatenate([jacobian, np.diag(prior)])
     condition, null = null_space(jacobian)
     verdicts = {name: "fixed" for k, name in enumerate(names) if not problem.free[k]}
@@ -116,7 +118,7 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
         else:
             error = 0.0 if errors is None else errors[k]
             # prior is the noise over the prior's sd, so this is the error in prior sds
-            share = error * prior[j] / math.sqrt(problem.prior_scale)
+            share = 1.0 if weak[j] else error * prior[j] / math.sqrt(problem.prior_scale)
             verdicts[name] = by_error(law.parameters[k], theta[k], error, share)
     return condition, {name: verdicts[name] for name in names}
 

@@ -239,9 +239,27 @@ def _direction(
     pushed = ((theta <= problem.low) & (gradient > 0)) | ((theta >= problem.high) & (gradient < 0))
     held = pushed | ~problem.free
     gradient = np.where(held, 0.0, gradient)
-    step = np.where(held, 0.0, -np.einsum("bij,bj->bi", inverse, gradient))
+    step = -np.einsum("bij,bj->bi", _without(inverse, held), gradient)
     slope = np.einsum("bi,bi->b", step, gradient)
     return step, slope
+
+
+def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Inverse Hessians `[B, K, K]` of the other parameters alone, zero for the held ones `[B, K]`.
+
+    Leaving rows and columns of the inverse out would not do: that allows the held ones to move.
+    """
+    if not held.any():
+        return inverse
+    inside = held[:, :, None] & held[:, None, :]
+    across = np.where(held[:, :, None] & ~held[:, None, :], inverse, 0.0)
+    block = np.where(inside, inverse, 0.0)
+    # parameters that are fixed anyhow have no row of their own
+    empty = ~held | (np.einsum("bkk->bk", block) <= 0.0)
+    block = block + np.eye(held.shape[1]) * empty[:, None, :]
+    taken = np.swapaxes(across, 1, 2) @ np.linalg.solve(block, across)
+    others = ~held[:, :, None] & ~held[:, None, :]
+    return np.where(others, inverse, 0.0) - taken
 
 
 def _line_search(
