@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -83,18 +84,18 @@ COLLAPSES = {
 
 @pytest.mark.parametrize("name", COLLAPSES)
 def test_each_kind_of_collapse_is_seen_in_its_layer_and_recovers(name):
-    router, spec, bad, signal = COLLAPSES[name]
+    router, spec, bad, what = COLLAPSES[name]
     healthy = stats()
     watch = feed(watch_of(router, **spec), [(60, healthy)])
     assert watch.verdict == "stable" and watch.summary()["events"] == []
     feed(watch, [(250, stats(**bad))])
     found = watch.summary()
     assert found["verdict"] == "collapse"
-    events = [e for e in found["events"] if e["what"] == signal]
+    events = [e for e in found["events"] if e["what"] == what]
     assert [(e["layer"], e["until"]) for e in events] == [(3, None)]
     assert 60 < events[0]["step"] <= 60 + 120
     assert {e["layer"] for e in found["events"]} == {3}
-    assert found["worst"][signal]["layer"] == 3
+    assert found["worst"][what]["layer"] == 3
     feed(watch, [(200, healthy)])
     found = watch.summary()
     assert found["verdict"] == "transient collapse"
@@ -334,7 +335,7 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
     def read_and_stop(self):
         step.append(self.step)
         if self.step == 33:
-            train.signal.raise_signal(train.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         read(self)
 
     monkeypatch.setattr(train.Trainer, "_read_pending", read_and_stop)
