@@ -26,6 +26,7 @@ lint: .venv/.test
 bench: .venv/.hf
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/moe_block.py
+	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/loader.py
 	test -z "$(BALM)" || $(BIN)/python benchmarks/balm_moe.py --balm "$(BALM)"
 

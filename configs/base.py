@@ -46,7 +46,10 @@ def get_config() -> ConfigDict:
     # experts a token; topp: at most; expert_choice: on average; soft: not used
     moe.k = 2
     moe.threshold = 0.7  # topp: probability that a token's experts reach together
-    moe.gate = "softmax"  # softmax, sigmoid (DeepSeek-V3)
+    # topp: the expert with which the threshold is reached counts; False: only if it is the first
+    moe.exceed = True
+    # softmax, sigmoid (DeepSeek-V3); expert_choice: tokens (softmax over the tokens, as BALM)
+    moe.gate = "softmax"
     moe.renormalise = placeholder(bool)  # gates of a token sum to 1; None: of topk with k > 1
     # places of an expert over its fair share k * tokens / experts; None: dropless, expert_choice 1.
     # Holds in training; in inference token choice is dropless.
@@ -69,6 +72,8 @@ def get_config() -> ConfigDict:
     moe.entropy_loss = 0.0  # top-p's (BALM-MoE: 1e-4)
 
     c.train = train = ConfigDict()
+    train.init = placeholder(str)  # run or import to start from; None: random weights
+    train.freeze = 0  # the embedding and the first n layers stay as they are; 0: off
     train.steps = 10_000
     train.batch = 32  # rows an update, over all devices: antibodies, several a row if packed
     train.accumulate = 1  # micro-batches an update

@@ -5,9 +5,11 @@ Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else.
 
 import argparse
 import importlib
+import keyword
 import logging
 import sys
 
+from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.errors import UserError
 
 # one module of moe_ablm.verbs each, imported only when it is asked for
@@ -17,8 +19,18 @@ VERBS = {
     "prepare": "sequence files -> a dataset directory",
     "describe": "what a dataset holds, in words and pictures",
     "report": "tables and figures of a run",
+    "import": "Hugging Face directory of ESM-2 or BALM -> a run that every verb reads",
+    "export": "a run -> a directory for transformers or BALM, with a model card",
+    "upcycle": "a dense run -> one with experts that computes the same",
+    "embed": "vectors of antibodies, chains or residues",
+    "score": "pseudo-log-likelihood and perplexity of antibodies",
+    "infill": "masked residues filled in",
+    "scan": "all single mutants, scored",
+    "route": "experts of every residue and layer",
+    "attention": "attention between heavy and light chain",
     "fit": "a table of runs -> a scaling law",
 }
+ASKING = ("embed", "score", "infill", "scan", "route", "attention")  # that run an encoder
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +42,8 @@ def main(argv: list[str]) -> int:
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         if name == named:
-            module = importlib.import_module(f"moe_ablm.verbs.{name}")
+            file = f"{name}_" if keyword.iskeyword(name) else name
+            module = importlib.import_module(f"moe_ablm.verbs.{file}")
             module.add_arguments(verb)
             verb.set_defaults(carry_out=module.run)
     arguments = parser.parse_args(argv[1:])
@@ -45,4 +58,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if set(sys.argv[1:2]) & set(ASKING):
+        restart_with_huge_pages()
     sys.exit(main(sys.argv))

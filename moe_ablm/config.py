@@ -84,6 +84,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(OptimizerSpec):
+    init: str | None
     batch: int
     accumulate: int
     ema: float
@@ -138,8 +139,13 @@ class Config:
     compute: ComputeConfig
 
 
-# hardware, and what is only seen of a run; the dataset counts by its content, not by its path
-OUTSIDE_IDENTITY = ("mesh", "compute", "checkpoint", "log", "data.path", "data.simulated_pairs")
+# keys of later versions, with what earlier ones did: a run that leaves them so is the same run
+LATER = {"config.model.moe.exceed": True, "config.train.init": None, "config.train.freeze": 0}
+# hardware, and what is only seen of a run; datasets and what the run starts from count by their
+# content, not by their paths
+OUTSIDE_IDENTITY = (
+    "mesh", "compute", "checkpoint", "log", "data.path", "data.simulated_pairs", "train.init"
+)  # fmt: skip
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
@@ -151,6 +157,38 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     config = _build(Config, tree, "config")
     _check(config)
     return config
+
+
+def encoder_of_run(model: Mapping[str, Any]) -> EncoderSpec:
+    """The encoder of the section `model` of a run's `config.json`.
+
+    Keys that the run's version did not have yet take their defaults, which do what it did.
+
+    Raises:
+      UserError: a key is unknown, or a value wrong.
+    """
+    if not isinstance(model, Mapping) or not isinstance(model.get("moe", {}), Mapping):
+        raise UserError("config.model: expected a section with keys")
+    later = {"activation": EncoderSpec.activation, "tied": EncoderSpec.tied}
+    moe = dataclasses.asdict(MoESpec()) | dict(model.get("moe", {}))
+    config = _build(ModelConfig, later | dict(model) | {"moe": moe}, "config.model")
+    _check_model(config)
+    return config.spec()
+
+
+def encoder_from_mapping(tree: Mapping[str, Any]) -> EncoderSpec:
+    """An encoder from the nested dict that `dataclasses.asdict` makes of it, checked.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value wrong.
+    """
+    spec = _build(EncoderSpec, tree, "encoder")
+    sizes = (spec.layers, spec.d_model, spec.ffn, spec.heads)
+    given = (spec.token_dropout, spec.activation, spec.tied, spec.moe)
+    _check_model(ModelConfig("stored", *sizes, *given))
+    _require(spec.vocabulary == EncoderSpec.vocabulary, "model.vocabulary", spec.vocabulary,
+             f"{EncoderSpec.vocabulary}, ESM-2's")  # fmt: skip
+    return spec
 
 
 def to_dict(config: Config) -> dict:
@@ -173,6 +211,7 @@ def identity(config: Config, dataset: str) -> dict[str, Any]:
         key: value
         for key, value in flatten(to_dict(config)).items()
         if not any(key == out or key.startswith(f"{out}.") for out in OUTSIDE_IDENTITY)
+        and (f"config.{key}" not in LATER or value != LATER[f"config.{key}"])
     }
     return kept | {"dataset": dataset}
 
@@ -218,6 +257,8 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             raise UserError(f"{where}.{key} is not a config key{near}")
     values = {}
     for name, kind in fields.items():
+        if name not in tree and f"{where}.{name}" in LATER:
+            tree[name] = LATER[f"{where}.{name}"]
         if name not in tree:
             raise UserError(f"{where}.{name} is missing: start from configs/base.py")
         if dataclasses.is_dataclass(kind):
@@ -293,6 +334,11 @@ def _check(c: Config) -> None:
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
              f"a divisor of train.batch ({c.train.batch})")  # fmt: skip
     _check_model(c.model)
+    layers = c.model.spec().layers
+    _require(0 <= c.train.freeze <= layers, "train.freeze", c.train.freeze,
+             f"0 (off) to the number of layers ({layers})")  # fmt: skip
+    _require(not (c.train.freeze and c.model.moe.balance_rate), "model.moe.balance_rate",
+             c.model.moe.balance_rate, "0 with train.freeze, which it would not obey")  # fmt: skip
 
 
 def _parse(where: str, value: str, forms: tuple[str, ...], parse: Callable[[str], object]) -> None:
@@ -387,4 +433,7 @@ def _check_combination(m: MoESpec) -> None:
              m.pads, f"'excluded' {router}")  # fmt: skip
     _require(not m.jitter or m.router != "sequence", "model.moe.jitter", m.jitter,
              f"0 {router}: tokens of an antibody would be routed apart")  # fmt: skip
+    _require(m.exceed or m.router == "topp", "model.moe.exceed", m.exceed, f"True {router}")
+    _require(m.gate != "tokens" or m.router == "expert_choice", "model.moe.gate", m.gate,
+             f"softmax or sigmoid {router}, where tokens choose")  # fmt: skip
     _require(not m.l2 or m.router == "soft", "model.moe.l2", m.l2, f"False {router}")

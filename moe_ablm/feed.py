@@ -39,9 +39,9 @@ class Feed:
       unique_tokens: tokens of all training sequences, special tokens included.
     """
 
-    def __init__(self, config: Config, *datasets: Dataset):
+    def __init__(self, config: Config, *datasets: Dataset, start: str = ""):
         d = config.data
-        self._datasets, self._config = datasets, config
+        self._datasets, self._config, self._start = datasets, config, start
         regime, policy = parse_regime(d.regime), parse_policy(d.mask)
         rows = [dataset.rows("train", d.fraction) for dataset in datasets]
         batch = config.train.batch * (2 if regime.doubled else 1)
@@ -64,8 +64,11 @@ class Feed:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the content of the datasets, in their order."""
-        names = [dataset.identity for dataset in self._datasets]
+        """SHA-256 over the content of the datasets, in their order, and of what a run starts from.
+
+        `start` of the constructor is the SHA-256 of those parameters, "" where they are random.
+        """
+        names = [dataset.identity for dataset in self._datasets] + [self._start] * bool(self._start)
         return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
 
     def train_batches(self, first_step: int) -> Iterator[Batch]:

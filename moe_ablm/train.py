@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -32,6 +33,8 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.perplexity import evaluate
 from moe_ablm.evaluation.tables import region_table, stability_lines
 from moe_ablm.feed import Feed
+from moe_ablm.interop.load import load_model
+from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.parallel import multihost
@@ -66,7 +69,9 @@ def run(config: Config, workdir: Path) -> dict:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
-    feed = Feed(config, *open_datasets(config))
+    start = starting_parameters(config)
+    identity = "" if start is None else states.params_sha256(start)
+    feed = Feed(config, *open_datasets(config), start=identity)
     owned = multihost.first_inside(work_directory(workdir, config, feed.identity))
     with owned, jax.set_mesh(mesh):
         fingerprint = configs.fingerprint(config, feed.identity)
@@ -75,7 +80,7 @@ def run(config: Config, workdir: Path) -> dict:
             print(f"{workdir} is complete: {finished['step']} steps")
             Console().print(region_table(finished["evaluation"]))
             return finished
-        trainer = Trainer(config, workdir, mesh, feed)
+        trainer = Trainer(config, workdir, mesh, feed, start)
         try:
             with stop_flag() as heard, multihost.watchdog() as beat:
                 return trainer.train(multihost.Stop(heard, mesh), beat)
@@ -92,6 +97,15 @@ def open_datasets(config: Config) -> list[Dataset]:
         multihost.from_first(lambda: str(simulated_dataset(pairs)))
         paths = simulated_dataset(pairs)
     return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
+
+
+def starting_parameters(config: Config) -> nnx.State | None:
+    """The parameters of `train.init`; None: the run starts from random ones."""
+    if config.train.init is None:
+        return None
+    model = load_model(config.train.init, "config.train.init")
+    require_same_function(model, config.model.spec())
+    return model.params
 
 
 def make_execution(config: Config) -> Execution:
@@ -121,9 +135,11 @@ def _check_divides(config: Config, mesh: Mesh) -> None:
 class Trainer:
     """One run, told from top to bottom in `train`."""
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, feed: Feed):
+    def __init__(
+        self, config: Config, workdir: Path, mesh: Mesh, feed: Feed, start: nnx.State | None
+    ):
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
-        self.spec = config.model.spec()
+        self.spec, self.start = config.model.spec(), start
         self.execution = make_execution(config)
         length = feed.mixture.tokens_per_sequence
         self.flops_per_token = flops.train_flops_per_token(self.spec, length)
@@ -194,7 +210,8 @@ class Trainer:
             self.watch.restore(self.record.stability)
             self.step = int(restored.state.step)
             return restored.state
-        return states.init_state(self.spec, self.optimizer, self.config.seed, ema, self.mesh)
+        state = states.init_state(self.spec, self.optimizer, self.config.seed, ema, self.mesh)
+        return state if self.start is None else states.started_from(state, self.start)
 
     def _save(self, state: states.TrainState) -> None:
         self._read_pending()  # raises if this state is not finite: it must not be saved

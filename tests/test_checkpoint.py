@@ -56,6 +56,16 @@ def test_newest_and_best_are_kept(tmp_path, state, mesh, optimizer):
     checkpoints.close()
 
 
+def test_the_best_one_is_kept_after_a_restart(tmp_path, state):
+    for losses in ([(1, 1.0), (2, 2.0), (3, None)], [(4, 3.0), (5, 2.5)]):
+        checkpoints = Checkpoints(tmp_path / "c", keep=1)
+        for step, loss in losses:
+            checkpoints.save(step, state, {}, loss)
+            checkpoints.wait()
+        checkpoints.close()
+    assert names(tmp_path / "c") == [1, 5]
+
+
 def test_no_checkpoint_is_none(tmp_path, mesh, optimizer):
     target = states.abstract_state(SPEC, optimizer, ema=False, mesh=mesh)
     assert Checkpoints(tmp_path / "c", keep=1).restore(target) is None

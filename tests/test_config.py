@@ -90,6 +90,8 @@ WRONG = [
     ("topp", {"entropy_loss": -1.0}, "entropy_loss=-1.0: expected 0 or more"),
     ("topp", {"threshold": 0.0}, "threshold=0.0: expected above 0, at most 1"),
     ("topp", {"threshold": 1.1}, "threshold=1.1: expected above 0, at most 1"),
+    ("topk", {"exceed": False}, "exceed=False: expected True with model.moe.router='topk'"),
+    ("topp", {"gate": "tokens"}, "gate='tokens': expected softmax or sigmoid"),
     ("topk", {"jitter": 1.0}, r"jitter=1.0: expected 0 \(off\) to below 1"),
     ("topk", {"ffn": 0}, "ffn=0: expected a positive number or None"),
     ("topk", {"capacity": 0.0}, "capacity=0.0: expected more than 0, .* no slot"),

@@ -195,6 +195,25 @@ def test_top_p_takes_as_few_as_reach_the_threshold():
     np.testing.assert_allclose(stats.entropy_loss, np.mean(entropies), rtol=1e-5)
 
 
+def test_top_p_of_balm_stays_within_the_threshold():
+    """But for the best expert, which every token has."""
+    plan, _ = route(MoESpec("topp", experts=E, k=4, threshold=0.65, exceed=False))
+    np.testing.assert_array_equal(
+        plan.experts, [[[0, E, E, E], [3, E, E, E], [0, 1, E, E]], [[2, E, E, E], [E] * 4, [E] * 4]]
+    )
+
+
+def test_expert_choice_of_balm_takes_shares_of_tokens():
+    """Softmax over the tokens of an antibody: two places, of three tokens and of one."""
+    spec = MoESpec("expert_choice", experts=E, k=2, capacity=1.0, gate="tokens")
+    plan, _ = route(spec)
+    weight = np.exp(LOGITS[0].astype("f8"))
+    shares = weight / weight.sum(0)
+    kept = shares >= np.sort(shares, 0)[1]
+    np.testing.assert_allclose(table(plan, E)[0], shares * kept, rtol=1e-5)
+    np.testing.assert_allclose(table(plan, E)[1], [[1] * 4, [0] * 4, [0] * 4], rtol=1e-6)
+
+
 def test_top_p_takes_at_most_k():
     plan, _ = route(MoESpec("topp", experts=E, k=2, threshold=1.0))
     np.testing.assert_array_equal(plan.experts[0], [[0, 1], [3, 0], [0, 1]])

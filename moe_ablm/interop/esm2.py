@@ -1,10 +1,36 @@
-"""ESM-2 weights under Hugging Face's names, in and out of the encoder's parameters."""
+"""ESM-2 in Hugging Face's form (`EsmForMaskedLM`), in and out."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from moe_ablm.data.tokenizer import LAYOUTS, MASK, PAD, VOCABULARY
+from moe_ablm.errors import UserError
+from moe_ablm.interop.card import model_card
+from moe_ablm.interop.huggingface import (
+    CONFIG,
+    OURS,
+    HuggingFaceConfig,
+    check_tensors,
+    check_vocabulary,
+    dtype_notes,
+    kept_for_import,
+    licence_of,
+    ours,
+    some,
+    sorted_out,
+    write_json,
+    write_tokenizer,
+)
+from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
+from moe_ablm.interop.tensors import SINGLE, Tensors, open_tensors, write_tensors
+from moe_ablm.model.spec import EncoderSpec
+
+ARCHITECTURE = "EsmForMaskedLM"
+OFFSET = 2  # of positions in max_position_embeddings, left over from RoBERTa
+DECODER = "lm_head.decoder.weight"
 
 # encoder path -> Hugging Face name; kernels are stored transposed there
 _OUTSIDE_LAYERS = {
@@ -16,6 +42,7 @@ _OUTSIDE_LAYERS = {
     "head/norm/scale": "lm_head.layer_norm.weight",
     "head/norm/bias": "lm_head.layer_norm.bias",
     "head/bias": "lm_head.bias",
+    "head/decoder": DECODER,
 }
 _IN_LAYER = {
     "attention_norm/scale": "attention.LayerNorm.weight",
@@ -29,6 +56,10 @@ _IN_LAYER = {
     "ffn/down/kernel": "output.dense.weight",
     "ffn/down/bias": "output.dense.bias",
 }
+_QKV = ("query", "key", "value")
+# what files on the hub hold beside the language model
+_IGNORED_PREFIXES = ("contact_head.", "esm.contact_head.", "esm.pooler.")
+_IGNORED = ("inv_freq", "position_ids", "esm.embeddings.position_embeddings.weight")
 
 
 def params_from_huggingface(params: nnx.State, tensors: Mapping[str, np.ndarray]) -> nnx.State:
@@ -41,30 +72,218 @@ def params_from_huggingface(params: nnx.State, tensors: Mapping[str, np.ndarray]
     Raises:
       KeyError: a tensor is missing. ValueError: one has another shape than the encoder's.
     """
-    flat = {}
-    for path, variable in nnx.to_flat_state(params):
-        name = "/".join(map(str, path))
-        value = _value(name, tensors)
-        if value.shape != variable.get_value().shape:
-            raise ValueError(f"{name}: found {value.shape}, expected {variable.get_value().shape}")
-        flat[path] = variable.replace(jnp.asarray(value, jnp.float32))
-    return nnx.from_flat_state(flat)
+    return fill(params, lambda name: _value(name, tensors))
 
 
 def _value(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    if name in _OUTSIDE_LAYERS:
-        return _transposed(name, tensors[_OUTSIDE_LAYERS[name]])
-    _, number, inner = name.split("/", 2)
+    if name.endswith("kernel"):
+        return np.concatenate([tensors[n] for n in _names(name)]).T
+    found = [tensors[n] for n in _names(name)]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _names(path: str) -> list[str]:
+    """Hugging Face's names of what one of the encoder's arrays is made of."""
+    if path in _OUTSIDE_LAYERS:
+        return [_OUTSIDE_LAYERS[path]]
+    _, number, inner = path.split("/", 2)
     layer = f"esm.encoder.layer.{number}."
     if inner.startswith("attention/qkv/"):
         part = "weight" if inner.endswith("kernel") else "bias"
-        three = [
-            _transposed(name, tensors[f"{layer}attention.self.{which}.{part}"])
-            for which in ("query", "key", "value")
-        ]
-        return np.concatenate(three, axis=-1)
-    return _transposed(name, tensors[layer + _IN_LAYER[inner]])
+        return [f"{layer}attention.self.{which}.{part}" for which in _QKV]
+    return [layer + _IN_LAYER[inner]]
 
 
-def _transposed(name: str, tensor: np.ndarray) -> np.ndarray:
-    return np.asarray(tensor).T if name.endswith("kernel") else np.asarray(tensor)
+def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
+    """An `EsmForMaskedLM` state dict of a dense encoder, layer norms as `weight` and `bias`."""
+    tensors = {}
+    for path, array in flat_arrays(params).items():
+        array = array.T if path.endswith("kernel") else array
+        names = _names(path)
+        parts = np.split(array, len(names)) if len(names) > 1 else [array]
+        tensors |= {n: np.ascontiguousarray(p) for n, p in zip(names, parts, strict=True)}
+    return tensors
+
+
+# from a directory
+
+
+def import_esm2(directory: Path, layout: str | None = None) -> Model:
+    """The model of an `EsmForMaskedLM` directory.
+
+    Args:
+      directory: config.json, and model.safetensors in one or several files.
+      layout: name of the layout in which chains become a row; None: that of an export of ours, or
+        "esm" (`<cls>H<cls><cls>L<eos>`).
+
+    Raises:
+      UserError: the model is no ESM-2 with a language-model head, or the files are damaged.
+    """
+    config = HuggingFaceConfig(directory)
+    spec = _spec(config)
+    check_vocabulary(directory, config, VOCABULARY)
+    tensors = open_tensors(directory)
+    names, ignored = sorted_out(tensors, _canonical)
+    notes = [f"ignored, as the language model does not use them: {some(ignored)}"] * bool(ignored)
+    if spec.tied and DECODER in names:
+        _check_tied(tensors, names)
+    shapes = parameter_shapes(spec)
+    check_tensors(tensors, names, _expected(shapes))
+    notes += dtype_notes(tensors, names.values())
+    params = params_from_huggingface(shapes, _Renamed(tensors, names))
+    told = ours(config)
+    return Model(
+        spec,
+        params,
+        LAYOUTS[layout or told.get("layout", "esm")],
+        told.get("length") or config.number("max_position_embeddings", 1024 + OFFSET) - OFFSET,
+        f"{directory.resolve().name} ({ARCHITECTURE})",
+        told.get("regime"),
+        tuple(notes),
+        dict(told.get("facts") or {}) | _licence(directory),
+    )
+
+
+def _licence(directory: Path) -> dict[str, str]:
+    found = licence_of(directory)
+    return {"licence": found} if found else {}
+
+
+class _Renamed(dict):
+    """Tensors by expected name, read when they are looked up."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        super().__init__(names)
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[super().__getitem__(name)]
+
+
+def _spec(config: HuggingFaceConfig) -> EncoderSpec:
+    """The encoder that config.json describes, after checking that ours can be it."""
+    config.architecture(ARCHITECTURE)
+    config.expect("model_type", "esm", "esm")
+    config.expect("vocab_size", None, len(VOCABULARY), why="ESM-2's vocabulary")
+    config.expect(
+        "position_embedding_type", "absolute", "rotary", why="ESM-2 is rotary, ESM-1b is not"
+    )
+    config.expect("emb_layer_norm_before", False, False, why="ESM-2 has none")
+    config.expect("layer_norm_eps", 1e-12, 1e-5)
+    config.expect("hidden_act", "gelu", "gelu")
+    config.expect("mask_token_id", MASK, MASK)
+    config.expect("pad_token_id", PAD, PAD)
+    for key in ("is_folding_model", "is_decoder", "add_cross_attention"):
+        config.expect(key, False, False, why="only the encoder with a language-model head is read")
+    rope = config["rope_parameters"] or {}
+    if rope.get("rope_theta", config["rope_theta"] or 10_000.0) != 10_000.0:
+        raise UserError(
+            f"{config.file}: rope_theta is {rope or config['rope_theta']}, expected 10000"
+        )
+    config.heads_divide()
+    return EncoderSpec(
+        layers=config.number("num_hidden_layers"),
+        d_model=config.number("hidden_size"),
+        ffn=config.number("intermediate_size"),
+        heads=config.number("num_attention_heads"),
+        token_dropout=config.expect("token_dropout", False, True, False),
+        tied=config.expect("tie_word_embeddings", True, True, False),
+    )
+
+
+def _canonical(name: str) -> str | None:
+    """Hugging Face's name in its newer spelling; None for what is ignored."""
+    if name.startswith(_IGNORED_PREFIXES) or name.endswith(_IGNORED):
+        return None
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return "lm_head.bias" if name == "lm_head.decoder.bias" else name
+
+
+def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:
+    """Drops a decoder that is the embedding once more; UserError where it is not."""
+    decoder, embedding = names.pop(DECODER), names.get(_OUTSIDE_LAYERS["embedding"])
+    if embedding and not np.array_equal(tensors[decoder], tensors[embedding]):
+        raise UserError(
+            f"{tensors.path}: {decoder} differs from {embedding}, though {CONFIG} ties them: set "
+            '"tie_word_embeddings": false there if the decoder is the model\'s own'
+        )
+
+
+def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's names and shapes of an encoder's arrays."""
+    expected = {}
+    for path, variable in nnx.to_flat_state(shapes):
+        name = "/".join(map(str, path))
+        shape = variable.get_value().shape
+        shape = shape[::-1] if name.endswith("kernel") else shape
+        names = _names(name)
+        expected |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
+    return expected
+
+
+# to a directory
+
+
+def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
+    """Writes an `EsmForMaskedLM` directory with its tokenizer and a model card.
+
+    Raises:
+      UserError: the model has experts or another activation, which ESM-2 has no place for, or
+        `out` cannot be written.
+    """
+    spec = model.spec
+    if spec.moe_layers:
+        raise UserError(
+            f"--format hf: {model.source} has experts in layers "
+            f"{', '.join(map(str, spec.moe_layers))}, which {ARCHITECTURE} has no place for: use "
+            "--format balm"
+        )
+    if spec.activation != "gelu":
+        raise UserError(
+            f"--format hf: {model.source} has activation {spec.activation}, {ARCHITECTURE} only "
+            "gelu: use --format balm"
+        )
+    with new_directory(out) as directory:
+        write_tensors(directory / SINGLE, params_to_huggingface(model.params))
+        write_json(directory / CONFIG, _config(model))
+        write_tokenizer(directory, "EsmTokenizer")
+        card = model_card(model, ARCHITECTURE, _USE, licence)
+        (directory / "README.md").write_text(card)
+
+
+def _config(model: Model) -> dict:
+    spec = model.spec
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "esm",
+        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": model.length + OFFSET,
+        "position_embedding_type": "rotary",
+        "layer_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "emb_layer_norm_before": False,
+        "token_dropout": spec.token_dropout,
+        "tie_word_embeddings": spec.tied,
+        "is_folding_model": False,
+        "mask_token_id": MASK,
+        "pad_token_id": PAD,
+        "torch_dtype": "float32",
+        OURS: kept_for_import(model),
+    }
+
+
+_USE = """from transformers import EsmForMaskedLM, EsmTokenizer
+
+model = EsmForMaskedLM.from_pretrained("{directory}").eval()
+tokenizer = EsmTokenizer.from_pretrained("{directory}")
+row = tokenizer("{row}", return_tensors="pt")
+logits = model(**row).logits"""

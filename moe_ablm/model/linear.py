@@ -20,12 +20,13 @@ def row_major(x: jax.Array) -> jax.Array:
     And on meshes that XLA partitions: jax 0.10 would gather `x` for it (within `jax.shard_map` each
     device is its own).
     """
-    if jax.default_backend() != "cpu" or _partitioned():
+    if jax.default_backend() != "cpu" or partitioned():
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _partitioned() -> bool:
+def partitioned() -> bool:
+    """Whether XLA divides arrays over several devices here."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(
         size > 1 and kind != AxisType.Manual

@@ -40,11 +40,31 @@ class Affinity(NamedTuple):
 
 def affinity(logits: jax.Array, spec: MoESpec) -> Affinity:
     """Softmax, or sigmoids (DeepSeek-V3, eq. 15) with their shares as the distribution."""
-    if spec.gate == "softmax":
+    if spec.gate != "sigmoid":
         probabilities = jax.nn.softmax(logits, axis=-1)
         return Affinity(probabilities, probabilities)
     gates = jax.nn.sigmoid(logits)
     return Affinity(gates, gates / jnp.maximum(gates.sum(-1, keepdims=True), 1e-20))
+
+
+def shares_of_tokens(logits: jax.Array, routed: jax.Array, antibody: jax.Array | None) -> jax.Array:
+    """Softmax over the tokens that compete, as BALM's expert choice has it: `[B, L, E]`.
+
+    Args:
+      logits: float32 `[B, L, E]`.
+      routed: bool `[B, L]`; others have share 0.
+      antibody: integers `[B, L]`, within which tokens compete; None: within a row.
+    """
+    b, length, _ = logits.shape
+    antibody = jnp.zeros((b, length), jnp.int32) if antibody is None else antibody
+    here = routed[..., None]
+
+    def row(logits, antibody):
+        most = jax.ops.segment_max(logits, antibody, length + 1)
+        weight = jnp.exp(logits - lax.stop_gradient(most)[antibody])
+        return weight / jax.ops.segment_sum(weight, antibody, length + 1)[antibody]
+
+    return jnp.where(here, jax.vmap(row)(jnp.where(here, logits, -1e30), antibody), 0.0)
 
 
 def route(
@@ -71,6 +91,8 @@ def route(
     if "logits" in policies:
         logits = jnp.where(tokens.valid[..., None], logits, PAD_LOGIT)
     wanted = affinity(logits, spec)
+    if spec.gate == "tokens":
+        wanted = wanted._replace(gates=shares_of_tokens(logits, routed, tokens.antibody))
     preference = wanted.gates if balance is None else wanted.gates + balance
     token_choice = spec.router in TOKEN_ROUTERS
     chosen = token_choices(preference, wanted.distribution, spec) if token_choice else _all(logits)
@@ -104,14 +126,18 @@ def token_choices(preference: jax.Array, distribution: jax.Array, spec: MoESpec)
     """The experts that each token chooses, best first: int32 `[B, L, K]`, E for none.
 
     Top-k (Shazeer et al. 2017) takes K; top-p (Huang et al. 2024) as few of the best as reach
-    `threshold` together, but at most K. Ties go to the lower number.
+    `threshold` together, but at most K; unless `exceed`, only those that stay within it, and the
+    best one always (BALM). Ties go to the lower number.
     """
     _, chosen = lax.top_k(lax.stop_gradient(preference), spec.k)
     if spec.router != "topp":
         return chosen
     share = jnp.take_along_axis(distribution, chosen, axis=-1)
     before = jnp.cumsum(share, axis=-1) - share
-    return jnp.where(before < spec.threshold, chosen, spec.experts)
+    kept = before < spec.threshold
+    if not spec.exceed:
+        kept = (before + share <= spec.threshold).at[..., 0].set(True)
+    return jnp.where(kept, chosen, spec.experts)
 
 
 def _scaled(gates: jax.Array, spec: MoESpec) -> jax.Array:

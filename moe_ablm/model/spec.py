@@ -18,7 +18,7 @@ SIZES = {
 }
 ROUTERS = ("none", "topk", "topp", "expert_choice", "soft", "sequence")
 TOKEN_ROUTERS = ("topk", "topp", "sequence")  # every token has experts of its own
-GATES = ("softmax", "sigmoid")
+GATES = ("softmax", "sigmoid", "tokens")
 GROUPS = ("sequence", "batch")
 PADS = ("logits", "probabilities", "aux")  # BALM-MoE's partial policies
 ACTIVATIONS = ("gelu", "swiglu")
@@ -36,6 +36,7 @@ class MoESpec:
     experts: int = 8  # E
     k: int = 2  # K
     threshold: float = 0.7
+    exceed: bool = True
     gate: str = "softmax"
     renormalise: bool | None = None
     capacity: float | None = None

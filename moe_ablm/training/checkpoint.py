@@ -4,7 +4,9 @@ A checkpoint holds the training state and a small JSON record with a checksum of
 that a file altered on disk is noticed at restore and the one before it is taken.
 """
 
+import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from jax import lax
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -32,7 +35,7 @@ class Restored(NamedTuple):
 
 
 @jax.jit
-def checksums(state: TrainState) -> jax.Array:
+def checksums(state: TrainState | nnx.State) -> jax.Array:
     """One uint32 an array, over its bits and their places.
 
     Sums of integers are exact in any order, so the result does not depend on how the array is
@@ -65,6 +68,9 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                # so that losses are saved, too: after a restart the best one is still known
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
@@ -84,7 +90,8 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record)
             ),
-            metrics=None if valid_loss is None else {METRIC: valid_loss},
+            # without a number orbax would warn; not evaluated is never the best
+            metrics={METRIC: math.inf if valid_loss is None else valid_loss},
         )
 
     def _check_space(self, state: TrainState) -> None:
@@ -168,3 +175,70 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and releases the manager's threads."""
         self._manager.close()
+
+
+def read_records(directory: Path) -> dict[int, dict]:
+    """The record of every checkpoint by its step; an empty one where it is damaged.
+
+    Reads alone: a manager would make, tidy or lock what belongs to a run that may go on meanwhile.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint: the run has not saved one yet")
+    return {step: _record(directory / str(step)) for step in steps}
+
+
+def _record(checkpoint: Path) -> dict:
+    try:
+        record = json.loads((checkpoint / "record" / "metadata").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx.State:
+    """The parameters of a checkpoint, on the default device; nothing else of it is read.
+
+    Args:
+      checkpoint: its directory.
+      shapes: of the parameters (`jax.eval_shape`).
+      averaged: take the average of the weights, which is what the run evaluated.
+
+    Raises:
+      UserError: it is not that of such an encoder, or damaged.
+    """
+    try:
+        return _read_parameters(checkpoint, shapes, averaged)
+    except Exception as error:  # orbax raises many kinds for a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{checkpoint}: the checkpoint is damaged ({reason[:200]}): move it away to use "
+            "another one of the run"
+        ) from error
+
+
+def _read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx.State:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    name = "ema" if averaged else "params"
+    item = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            checkpoint.resolve() / "state",
+            ocp.args.PyTreeRestore(
+                item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    params = restored[name]
+    # in the order of TrainState: step, parameters, optimizer, average
+    expected, count = _record(checkpoint)["checksums"], len(jax.tree.leaves(params))
+    expected = expected[-count:] if averaged else expected[1 : 1 + count]
+    if not np.array_equal(np.asarray(checksums(params)), np.asarray(expected, np.uint32)):
+        raise ValueError("the arrays differ from their checksums")
+    return params

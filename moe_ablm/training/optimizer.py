@@ -1,5 +1,7 @@
 """AdamW with the schedules of the published studies."""
 
+from functools import partial
+
 import jax
 import optax
 from flax import nnx
@@ -32,14 +34,35 @@ def decay_mask(params: nnx.State) -> nnx.State:
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
 
 
+def frozen_mask(params: nnx.State, layers: int) -> nnx.State:
+    """True for the embedding and the parameters of the first `layers` layers."""
+
+    def frozen(path: tuple, _) -> bool:
+        keys = [getattr(p, "key", None) for p in path]
+        return keys[0] == "embedding" or (keys[0] == "layers" and int(keys[1]) < layers)
+
+    return jax.tree_util.tree_map_with_path(frozen, params)
+
+
 def _name(path: tuple) -> str:
     keys = [getattr(p, "key", None) for p in path]
     return [k for k in keys if isinstance(k, str)][-1]
 
 
 def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled weight decay."""
+    """Clipping by global norm, then AdamW with decoupled weight decay.
+
+    Of frozen parameters the gradient is 0 before the norm is taken, and they do not decay.
+    """
+    frozen = partial(frozen_mask, layers=spec.freeze)
+
+    def decayed(params: nnx.State) -> nnx.State:
+        if not spec.freeze:
+            return decay_mask(params)
+        return jax.tree.map(lambda d, f: d and not f, decay_mask(params), frozen(params))
+
     return optax.chain(
+        *([optax.masked(optax.set_to_zero(), frozen)] if spec.freeze else []),
         optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity(),
         optax.adamw(
             make_schedule(spec),
@@ -47,6 +70,6 @@ def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
             b2=spec.beta2,
             eps=spec.eps,
             weight_decay=spec.weight_decay,
-            mask=decay_mask,
+            mask=decayed,
         ),
     )

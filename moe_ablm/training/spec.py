@@ -1,6 +1,6 @@
 """What the optimizer does, as a frozen dataclass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SCHEDULES = ("linear", "cosine", "wsd")
 
@@ -19,3 +19,4 @@ class OptimizerSpec:
     eps: float
     weight_decay: float
     clip: float
+    freeze: int = field(default=0, kw_only=True)

@@ -40,6 +40,16 @@ def init_state(
     return jax.jit(make, out_shardings=state_sharding(jax.eval_shape(make), optimizer, mesh))()
 
 
+def started_from(state: TrainState, params: nnx.State) -> TrainState:
+    """A fresh state with given parameters, placed like its own; every process has them all."""
+
+    def placed(like: nnx.State) -> nnx.State:
+        return jax.tree.map(lambda x, y: jax.device_put(np.asarray(x), y.sharding), params, like)
+
+    ema = None if state.ema is None else placed(state.ema)
+    return state._replace(params=placed(state.params), ema=ema)
+
+
 def abstract_state(
     spec: EncoderSpec, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh
 ) -> TrainState:

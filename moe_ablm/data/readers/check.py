@@ -13,6 +13,7 @@ from moe_ablm.data.regions import CHAINS
 # A V domain has about 130 residues, a whole heavy chain 450, an scFv 250.
 LONGEST_CHAIN = 2000
 LONGEST_PROTEIN = 50_000
+MASKED = "_"  # where it is allowed, `*` and `<mask>` become it
 
 _ALLOWED = {
     "germline_aa": tokenizer.AMINO_ACIDS,
@@ -23,12 +24,16 @@ _ALLOWED = {
 
 
 def check_batch(
-    batch: pa.RecordBatch, report: Report, *, longest: int = LONGEST_CHAIN
+    batch: pa.RecordBatch,
+    report: Report,
+    *,
+    longest: int = LONGEST_CHAIN,
+    letters: str = tokenizer.AMINO_ACIDS,
 ) -> pa.RecordBatch:
     """Tidies and checks sequences and masks; malformed rows are reported and left out.
 
     Spaces around sequences are removed and lower case becomes upper case (both are noted). A row
-    is malformed when a sequence holds anything but the 20 amino-acid letters or is longer than
+    is malformed when a sequence holds anything but the allowed letters or is longer than
     `longest`, when both chains are empty, or when a mask has another length or other letters. An
     empty mask means that the row is not annotated.
 
@@ -36,19 +41,21 @@ def check_batch(
       batch: columns of the study as strings, `_row` and `_line`; a chain's column may be missing.
       report: told of what was found; raises UserError for a malformed row when asked to fail.
       longest: most residues of a chain.
+      letters: allowed in sequences; with `MASKED` among them masks may be spelled `*` or `<mask>`.
     """
     n = batch.num_rows
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
         if name not in batch.schema.names:
             batch = batch.append_column(name, pa.array([""] * n, pa.string()))
-        batch = _tidied(batch, name, report)
+        batch = _tidied(batch, name, report, MASKED in letters)
     good = np.ones(n, bool)
     lengths = {}
     for chain in CHAINS:
-        letters, offsets = flat(batch[f"sequence_aa_{chain}"])
+        found, offsets = flat(batch[f"sequence_aa_{chain}"])
         lengths[chain] = np.diff(offsets)
-        _check_letters(batch, f"sequence_aa_{chain}", letters, offsets, good, report)
+        wrong = tokenizer.invalid(found) & ~np.isin(found, list(letters.encode()))
+        _check_letters(batch, f"sequence_aa_{chain}", wrong, offsets, good, report)
         for row in np.flatnonzero((lengths[chain] > longest) & good):
             good[row] = False
             detail = f"sequence_aa_{chain} has {lengths[chain][row]} residues, at most {longest}"
@@ -67,8 +74,11 @@ def place_of(batch: pa.RecordBatch, row: int) -> str:
     return place(batch[ROW][int(row)].as_py(), batch[LINE][int(row)].as_py())
 
 
-def _tidied(batch: pa.RecordBatch, name: str, report: Report) -> pa.RecordBatch:
+def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa.RecordBatch:
     sequences = batch[name]
+    if masks:
+        sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", MASKED)
+        batch = batch.set_column(batch.schema.get_field_index(name), name, sequences)
     upper = pc.ascii_upper(pc.utf8_trim_whitespace(sequences))
     changed = pc.not_equal(sequences, upper).to_numpy(zero_copy_only=False)
     if changed.any():
@@ -81,12 +91,12 @@ def _tidied(batch: pa.RecordBatch, name: str, report: Report) -> pa.RecordBatch:
 def _check_letters(
     batch: pa.RecordBatch,
     name: str,
-    letters: np.ndarray,
+    invalid: np.ndarray,
     offsets: np.ndarray,
     good: np.ndarray,
     report: Report,
 ) -> None:
-    wrong = np.flatnonzero(tokenizer.invalid(letters))
+    wrong = np.flatnonzero(invalid)
     rows, firsts = np.unique(np.searchsorted(offsets, wrong, "right") - 1, return_index=True)
     for row, position in zip(rows, wrong[firsts] - offsets[rows], strict=True):
         if not good[row]:

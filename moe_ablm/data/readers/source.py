@@ -14,6 +14,7 @@ from moe_ablm.data.readers.columns import format_of_header, no_chains
 from moe_ablm.data.readers.report import Report, existing_file, nearest
 from moe_ablm.data.readers.rows import header_of
 from moe_ablm.data.readers.stream import first_lines
+from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 
 # name -> what it is, for help and for dataset cards
@@ -45,12 +46,15 @@ class Source:
       paths: the file, or the heavy and the light FASTA.
       format: a name out of `FORMATS`.
       report: what became of its rows; complete once `batches` is exhausted.
+      columns: names of the chains' columns, as for `open_sources`.
+      letters: allowed in sequences (see `check_batch`).
     """
 
     paths: tuple[Path, ...]
     format: str
     report: Report
     columns: Mapping[str, str] | None = None
+    letters: str = AMINO_ACIDS
 
     @property
     def is_protein(self) -> bool:
@@ -67,7 +71,7 @@ class Source:
             raw = _READERS[self.format](self.paths[0], self.report, self.columns)
         longest = LONGEST_PROTEIN if self.is_protein else LONGEST_CHAIN
         for batch in raw:
-            yield check_batch(batch, self.report, longest=longest)
+            yield check_batch(batch, self.report, longest=longest, letters=self.letters)
         self.report.files = [
             {"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_file(p)}
             for p in self.paths
@@ -80,6 +84,7 @@ def open_sources(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
+    letters: str = AMINO_ACIDS,
 ) -> list[Source]:
     """Finds the format of every input by its content; nothing but its first lines is read yet.
 
@@ -89,6 +94,7 @@ def open_sources(
       format: a name out of `FORMATS` instead of what the content says.
       columns: names of the chains' columns (see `columns.parse_columns`).
       on_bad_row: whether a malformed row raises UserError or is counted and left out.
+      letters: allowed in sequences (see `check_batch`).
 
     Raises:
       UserError: no such file, an empty one, or none of the formats (says which columns were found).
@@ -110,7 +116,7 @@ def open_sources(
         names = " + ".join(map(str, paths))
         origin = " + ".join(p.name for p in paths)
         report = Report(names, on_bad_row, format=found, origin=origin)
-        sources.append(Source(paths, found, report, columns))
+        sources.append(Source(paths, found, report, columns, letters))
     return sources
 
 

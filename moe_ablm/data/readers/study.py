@@ -21,8 +21,8 @@ from moe_ablm.data.readers.report import Report
 from moe_ablm.data.readers.rows import read_rows
 from moe_ablm.data.regions import CHAINS
 
-# `<cls><cls>`, `</s>`, `<sep>`, ... or one `|`.
-_SEPARATOR = re.compile(r"(?:<[^<>]{1,8}>)+|\|")
+# `<cls><cls>`, `</s>`, `<sep>`, ... or one `|`; never `<mask>`, which stands for a residue.
+_SEPARATOR = re.compile(r"(?:<(?!mask>)[^<>]{1,8}>)+|\|", re.IGNORECASE)
 
 
 def read_table(

@@ -1,0 +1,178 @@
+"""The verbs in Python: `model = api.load("runs/8m")`, then `api.score(model, [(heavy, light)])`.
+
+Antibodies are pairs (heavy, light), of which one may be "", or single chains as strings. Lower case
+becomes upper case; what is no amino acid, or too long for the model, raises `UserError`. All
+results are held in memory: for files of any size there are the verbs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.inference import attention as attentions
+from moe_ablm.inference import embed as embeddings
+from moe_ablm.inference import infill as infilling
+from moe_ablm.inference import route as routing
+from moe_ablm.inference import scan as scans
+from moe_ablm.inference import score as scores
+from moe_ablm.inference.antibodies import LETTERS, Antibody, given
+from moe_ablm.inference.buckets import Engine
+from moe_ablm.interop.load import load_model
+
+Antibodies = Sequence[str | tuple[str, str] | Antibody]
+
+
+def load(
+    run: Path | str,
+    precision: str = "float32",
+    devices: int = 1,
+    batch_tokens: int | None = None,
+) -> Engine:
+    """A model of a trained run, or of what `import` or `upcycle` wrote.
+
+    Args:
+      run: its directory.
+      precision: "float32", "bfloat16_operands" (quicker on CPUs with AMX) or "bfloat16".
+      devices: how many share the work.
+      batch_tokens: at most so many tokens at once, padding included.
+
+    Raises:
+      UserError: there is no model, or it is damaged.
+    """
+    return Engine(load_model(run), precision, devices, batch_tokens)
+
+
+def _given(model: Engine, antibodies: Antibodies, letters: str = LETTERS) -> list[Antibody]:
+    return given(antibodies, model.model.layout, model.model.length, letters)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def embed(
+    model: Engine, antibodies: Antibodies, level: str = "antibody", layer: int = -1
+) -> np.ndarray | list[np.ndarray]:
+    """Hidden states of a layer (0: token embedding, -1: last), special tokens left out.
+
+    Args:
+      model: of `load`.
+      antibodies: see above.
+      level: "antibody" (means over residues), "chain" (means over those of each chain), "residue".
+      layer: its number.
+
+    Returns:
+      float32 `[antibodies, D]`; else a list of `[chains, D]` or `[residues, D]`, heavy chain first.
+    """
+    _one_of("level", level, embeddings.LEVELS)
+    found = embeddings.embed(model, _given(model, antibodies), level, layer)
+    if level != "antibody":
+        return found
+    return np.concatenate([np.zeros((0, model.model.spec.d_model), np.float32), *found])
+
+
+def score(
+    model: Engine,
+    antibodies: Antibodies,
+    level: str = "antibody",
+    one_pass: bool = False,
+    by_region: bool = False,
+) -> dict[str, np.ndarray] | list[np.ndarray]:
+    """Pseudo-log-likelihoods in nats, masking every residue in turn (see `inference.score`).
+
+    Args:
+      model: of `load`.
+      antibodies: see above.
+      level: "antibody" or "residue".
+      one_pass: mask nothing: quicker and too optimistic.
+      by_region: of antibodies, perplexities of frameworks and CDRs, too.
+
+    Returns:
+      Columns `[antibodies]`: residues, pll, perplexity, the same for each chain, and by region; or
+      a list of log-likelihoods `[residues]`. NaN where there is none.
+    """
+    _one_of("level", level, scores.LEVELS)
+    found = _given(model, antibodies)
+    likelihoods = scores.score(model, found, one_pass)
+    if level == "residue":
+        return likelihoods
+    columns = scores.summary(found, likelihoods, by_region)
+    columns.pop("sequence_id")
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def infill(
+    model: Engine,
+    antibodies: Antibodies,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    top: int = 5,
+) -> list[dict]:
+    """Fills in masked residues (`_`, `*` or `<mask>`), the most certain one first.
+
+    Args:
+      model: of `load`.
+      antibodies: see above.
+      samples: completions of each antibody drawn by probability; 0: the most probable residues.
+      temperature: of the draws.
+      seed: of the draws.
+      top: candidates to tell.
+
+    Returns:
+      For each completion heavy, light, sample, log_probability and `filled`: place (index among
+      all residues, heavy chain first), residue, probability and candidates.
+    """
+    sampling = infilling.Sampling(samples, temperature, seed, top)
+    return [
+        {
+            "heavy": c.antibody.heavy,
+            "light": c.antibody.light,
+            "sample": c.sample,
+            "log_probability": c.log_probability,
+            "filled": [vars(f) for f in c.filled],
+        }
+        for c in infilling.infill(model, _given(model, antibodies, infilling.INFILLED), sampling)
+    ]
+
+
+def scan(
+    model: Engine, antibodies: Antibodies, method: str = "masked-marginal"
+) -> list[np.ndarray]:
+    """Log-odds of every amino acid against the wild type, float32 `[residues, 20]` each.
+
+    In the order of `data.tokenizer.AMINO_ACIDS`; NaN where the wild type is none of the 20.
+
+    Args:
+      model: of `load`.
+      antibodies: see above.
+      method: "masked-marginal", "wild-type-marginal" or "mutant-marginal" (ESM-1v's).
+    """
+    _one_of("method", method, scans.METHODS)
+    return scans.scan(model, _given(model, antibodies), method)
+
+
+def route(model: Engine, antibodies: Antibodies) -> list[dict[str, np.ndarray]]:
+    """Which experts compute for each residue, in the M layers that have experts.
+
+    Returns:
+      For each antibody `layers [M]`, and `experts` (E for none) and `gates`, `[residues, M, K]`;
+      of soft-MoE `dispatch` and `combine`, `[residues, M, E, S]`.
+    """
+    layers = np.array(model.model.spec.moe_layers)
+    found = routing.route(model, _given(model, antibodies))
+    return [{"layers": layers, **routed._asdict()} for routed in found]
+
+
+def attention(model: Engine, antibodies: Antibodies, layer: int = -1) -> list[dict]:
+    """Attention between the chains of pairs in a layer (0: the first, -1: the last).
+
+    Returns:
+      For each antibody `heavy_to_light [H, heavy residues, light residues]` and `light_to_heavy`,
+      queries before keys.
+    """
+    found = attentions.attention(model, _given(model, antibodies), layer)
+    return [weights._asdict() for weights in found]

@@ -1,0 +1,1 @@
+"""Using a model: embeddings, likelihoods, completions, mutants, routing and attention."""

@@ -1,0 +1,255 @@
+"""Antibodies as people give them - files, or strings in Python - and as rows of tokens."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.readers import Report, Source
+from moe_ablm.data.readers.check import MASKED, check_batch, place_of
+from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.tokenizer import AMINO_ACIDS, MASK, VOCABULARY, Layout
+from moe_ablm.errors import UserError
+
+AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but neither scored nor mutated
+LETTERS = AMINO_ACIDS + AMBIGUOUS
+SORTED = 8192  # sources whose rows are joined keep the order of the file up to so many antibodies
+_TOKEN = {t: i for i, t in enumerate(VOCABULARY) if len(t) == 1} | {MASKED: MASK}
+_ENCODE = np.zeros(256, np.uint8)
+_ENCODE[[ord(letter) for letter in _TOKEN]] = list(_TOKEN.values())
+
+
+@dataclass(frozen=True)
+class Antibody:
+    """Chains in upper-case letters, "" where there is none; `MASKED` stands for a masked residue.
+
+    Attributes:
+      name: its id, or the number of its row.
+      heavy, light: the chains.
+      where: its place in the source, for messages.
+      cdr_masks: `cdr_mask_aa` of both chains, where the source has it; else "".
+    """
+
+    name: str
+    heavy: str
+    light: str
+    where: str = ""
+    cdr_masks: tuple[str, str] = ("", "")
+
+    def chains(self) -> list[tuple[str, str]]:
+        """(name, letters) of the chains that are there."""
+        both = zip(CHAINS, (self.heavy, self.light), strict=True)
+        return [(chain, letters) for chain, letters in both if letters]
+
+    @property
+    def residues(self) -> int:
+        """Residues of both chains."""
+        return len(self.heavy) + len(self.light)
+
+
+class Row(NamedTuple):
+    """An antibody as the model sees it: `tokens` uint8 `[n]`, and where its residues stand.
+
+    Attributes:
+      tokens: special tokens and residues.
+      places: int64 `[residues]`, index in `tokens` of each residue, heavy chain first.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+
+
+def row_of(antibody: Antibody, layout: Layout) -> Row:
+    """Tokens of an antibody in a layout."""
+    tokens, places = list(layout.before), []
+    for number, (_, letters) in enumerate(antibody.chains()):
+        tokens += layout.between if number else ()
+        places.append(np.arange(len(letters)) + len(tokens))
+        tokens += _ENCODE[np.frombuffer(letters.encode(), np.uint8)].tolist()
+    return Row(np.array([*tokens, *layout.after], np.uint8), np.concatenate(places))
+
+
+def tokens_of(antibody: Antibody, layout: Layout) -> int:
+    """Tokens of an antibody, special ones included."""
+    between = len(layout.between) if len(antibody.chains()) == 2 else 0
+    return len(layout.before) + antibody.residues + between + len(layout.after)
+
+
+def labels(antibodies: Iterable[Antibody]) -> dict[str, np.ndarray]:
+    """Columns that name every residue: `sequence_id`, `chain`, `position` (from 1), `residue`."""
+    columns = {"sequence_id": [], "chain": [], "position": [], "residue": []}
+    for antibody in antibodies:
+        for chain, letters in antibody.chains():
+            columns["sequence_id"] += [antibody.name] * len(letters)
+            columns["chain"] += [chain] * len(letters)
+            columns["position"] += range(1, len(letters) + 1)
+            columns["residue"] += letters
+    return columns
+
+
+def read(
+    sources: Iterable[Source],
+    layout: Layout,
+    longest: int,
+    refuse: Callable[[Antibody], str | None] = lambda antibody: None,
+) -> Iterator[Antibody]:
+    """Streams the antibodies of sources, in the order of the files.
+
+    Chains that are joined by their cell come in an order of their own where there are more than
+    `SORTED` antibodies (`data.readers.cells`).
+
+    Args:
+      sources: opened with `letters`.
+      layout: of the model.
+      longest: most tokens that the model was trained for; what is longer is a malformed row.
+      refuse: what else is wrong with an antibody, or None.
+
+    Raises:
+      UserError: a malformed row, unless the source leaves such rows out.
+    """
+    for source in sources:
+        rows = _rows(source)
+        first = list(islice(rows, SORTED))
+        if len(first) < SORTED:
+            first.sort(key=lambda found: found[0])
+        for ordered in (first, rows):
+            for _, antibody in ordered:
+                reason = _too_long(antibody, layout, longest) or refuse(antibody)
+                if reason:
+                    kind = reason.split(":")[0]
+                    source.report.bad_row(antibody.where, kind, f"{antibody.name}: {reason}")
+                else:
+                    source.report.kept += 1
+                    yield antibody
+
+
+def _rows(source: Source) -> Iterator[tuple[int, Antibody]]:
+    for batch in source.batches():
+        yield from zip(batch[ROW].to_pylist(), _antibodies(batch), strict=True)
+
+
+def _too_long(antibody: Antibody, layout: Layout, longest: int) -> str | None:
+    tokens = tokens_of(antibody, layout)
+    if tokens <= longest:
+        return None
+    return (
+        f"too long for this model: {tokens} tokens with special ones, it was trained for at most "
+        f"{longest}; give V domains only (python -m moe_ablm annotate cuts chains to them)"
+    )
+
+
+def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
+    n, names = batch.num_rows, batch.schema.names
+    empty = [""] * n
+    columns = [
+        batch[name].to_pylist() if name in names else empty
+        for name in (
+            *("sequence_id", "sequence_aa_heavy", "sequence_aa_light"),
+            *("cdr_mask_aa_heavy", "cdr_mask_aa_light"),
+        )
+    ]
+    places = [place_of(batch, row) for row in range(n)]
+    rows = batch[ROW].to_pylist()
+    found = [
+        Antibody(name or str(row), heavy, light, where, (cdr_heavy, cdr_light))
+        for name, heavy, light, cdr_heavy, cdr_light, where, row in zip(
+            *columns, places, rows, strict=True
+        )
+    ]
+    if ANY_CHAIN not in names:
+        return found
+    either = np.flatnonzero(np.asarray(batch[ANY_CHAIN], bool))
+    for index, light in zip(either, are_light([found[i].heavy for i in either]), strict=True):
+        if light:
+            old = found[index]
+            found[index] = Antibody(old.name, "", old.heavy, old.where)
+    return found
+
+
+def are_light(chains: Sequence[str]) -> list[bool]:
+    """Which chains are light ones: no heavy V domain is found on them, but a light one is."""
+    both = [annotate_chains(chains, chain) for chain in CHAINS]
+    return [
+        not isinstance(heavy, ChainAnnotation) and isinstance(light, ChainAnnotation)
+        for heavy, light in zip(*both, strict=True)
+    ]
+
+
+def given(
+    items: Iterable[str | tuple[str, str] | Antibody],
+    layout: Layout,
+    longest: int,
+    letters: str = LETTERS,
+) -> list[Antibody]:
+    """Antibodies from Python: single chains as strings, pairs as (heavy, light).
+
+    Args:
+      items: of a pair one chain may be "" or None; whether a string is a light chain, annotation
+        finds out (what is neither counts as heavy).
+      layout: of the model.
+      longest: most tokens.
+      letters: allowed; lower case becomes upper case.
+
+    Raises:
+      UserError: no list of those, a letter that is not allowed, no residue, or too long.
+    """
+    items = list(items) if not isinstance(items, str) else [items]
+    pairs = [_pair(item, number) for number, item in enumerate(items, start=1)]
+    if not pairs:
+        return []
+    report = Report("antibodies")
+    columns = {
+        "sequence_id": [name for name, *_ in pairs],
+        "sequence_aa_heavy": [heavy for _, heavy, _ in pairs],
+        "sequence_aa_light": [light for *_, light in pairs],
+        ROW: range(1, len(pairs) + 1),
+        LINE: [0] * len(pairs),
+        ANY_CHAIN: [isinstance(item, str) for item in items],
+    }
+    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    found = _antibodies(check_batch(batch, report, letters=letters))
+    for antibody in found:
+        if reason := _too_long(antibody, layout, longest):
+            raise UserError(f"antibodies: {antibody.where}: {reason}")
+    return found
+
+
+def _pair(item, number: int) -> tuple[str, str, str]:
+    if isinstance(item, Antibody):
+        return item.name, item.heavy, item.light
+    if isinstance(item, str):
+        return "", item, ""
+    if not isinstance(item, Sequence) or len(item) != 2 or not all(
+        chain is None or isinstance(chain, str) for chain in item
+    ):  # fmt: skip
+        raise UserError(f"antibodies: item {number}: found {item!r}, expected heavy, light or both")
+    return "", item[0] or "", item[1] or ""
+
+
+def windows(
+    antibodies: Iterable[Antibody],
+    cost: Callable[[Antibody], tuple[int, int]],
+    most: tuple[int, int] = (4096, 128 << 20),
+) -> Iterator[list[Antibody]]:
+    """Groups antibodies so that what is computed and held for a group is bounded.
+
+    Args:
+      antibodies: any number.
+      cost: rows through the encoder, and bytes of the result, of an antibody.
+      most: of both in a group; a single antibody may exceed them.
+    """
+    window, total = [], np.zeros(2, np.int64)
+    for antibody in antibodies:
+        price = cost(antibody)
+        if window and (total + price > most).any():
+            yield window
+            window, total = [], np.zeros(2, np.int64)
+        window.append(antibody)
+        total += price
+    if window:
+        yield window

@@ -1,0 +1,111 @@
+"""Cross-chain attention: how much the residues of one chain look at those of the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.errors import UserError
+from moe_ablm.inference.antibodies import Antibody, row_of
+from moe_ablm.inference.buckets import Batch, Engine
+from moe_ablm.inference.output import vectors
+from moe_ablm.model.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """float32 `[B, H, L, L]`, queries before keys, of layer `layer`, counted from 0."""
+
+    layer: int
+
+    def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
+        return encoder.attention_weights(batch.tokens, batch.valid)[self.layer]
+
+
+class CrossAttention(NamedTuple):
+    """Weights of one antibody; rows are part of a softmax over all tokens: sums below 1.
+
+    Attributes:
+      heavy_to_light: float32 `[H, heavy residues, light residues]`, queries before keys.
+      light_to_heavy: `[H, light residues, heavy residues]`.
+    """
+
+    heavy_to_light: np.ndarray
+    light_to_heavy: np.ndarray
+
+
+def attention_layer(layer: int, layers: int) -> int:
+    """A layer counted from 0 or, if negative, from the last one, as an index.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    if not -layers <= layer < layers:
+        raise UserError(
+            f"--layer {layer}: expected 0 to {layers - 1}, or -1 (the last layer) to {-layers}"
+        )
+    return layer % layers
+
+
+def needs_both(antibody: Antibody) -> str | None:
+    """What is wrong with an antibody of one chain."""
+    if len(antibody.chains()) == 2:
+        return None
+    return "one chain only: attention between chains needs a heavy and a light one"
+
+
+def attention(
+    engine: Engine, antibodies: Sequence[Antibody], layer: int = -1
+) -> list[CrossAttention]:
+    """Attention of a layer between the residues of the two chains of each antibody.
+
+    Raises:
+      UserError: an antibody has one chain, or there is no such layer.
+    """
+    task = AttentionWeights(attention_layer(layer, engine.model.spec.layers))
+    for antibody in antibodies:
+        if reason := needs_both(antibody):
+            raise UserError(f"{antibody.where or 'antibody'}: {antibody.name}: {reason}")
+    rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
+    found: list = [None] * len(rows)
+    for index, weights in engine.run(task, [row.tokens for row in rows]):
+        heavy, light = np.split(rows[index].places, [len(antibodies[index].heavy)])
+        pairs = (heavy, light), (light, heavy)
+        found[index] = CrossAttention(*(weights[:, q[:, None], k] for q, k in pairs))
+    return found
+
+
+def bytes_of(engine: Engine, antibody: Antibody) -> int:
+    """About how much memory the table of an antibody takes."""
+    return 2 * len(antibody.heavy) * len(antibody.light) * (4 * engine.model.spec.heads + 64)
+
+
+def table(engine: Engine, antibodies: Sequence[Antibody], layer: int, heads: bool) -> pa.Table:
+    """A line for each pair of residues, in both directions.
+
+    `weight` is the mean over heads; `heads` adds the column `heads [H]`.
+    """
+    parts = []
+    for antibody, found in zip(antibodies, attention(engine, antibodies, layer), strict=True):
+        for query, key, weights in (
+            ("heavy", "light", found.heavy_to_light),
+            ("light", "heavy", found.light_to_heavy),
+        ):
+            h, queries, keys = weights.shape
+            at, seen = np.indices((queries, keys)).reshape(2, -1)
+            n = queries * keys
+            columns = {
+                "sequence_id": np.repeat(antibody.name, n),
+                "query_chain": np.repeat(query, n),
+                "query_position": at + 1,
+                "key_chain": np.repeat(key, n),
+                "key_position": seen + 1,
+                "weight": weights.mean(0).reshape(-1),
+            }
+            if heads:
+                columns["heads"] = vectors(weights.reshape(h, n).T)
+            parts.append(pa.table(columns))
+    return pa.concat_tables(parts)

@@ -1,0 +1,187 @@
+"""The model at work: rows of one bucket of lengths together, one compiled function a shape.
+
+The bucket of an antibody depends on its own length alone, routers see one antibody at a time, and
+nothing is random: a result does not depend on what else is computed.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.sharding import AxisType, Mesh
+
+from moe_ablm.data.simulated import cache_directory
+from moe_ablm.data.tokenizer import PAD
+from moe_ablm.errors import UserError
+from moe_ablm.interop.load import Model
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
+from moe_ablm.parallel.mesh import MESH_AXES, batch_sharding, replicated
+
+MULTIPLE = 16  # of tokens: lengths of buckets
+BATCH_TOKENS = {"cpu": 2048}  # of a forward pass; elsewhere 65,536
+WORTH_TELLING = 1.0  # seconds of a compilation
+
+
+class Batch(NamedTuple):
+    """What a task is given: integers `tokens [B, L]`, bool `valid [B, L]`, `at [B]`."""
+
+    tokens: jax.Array
+    valid: jax.Array
+    at: jax.Array
+
+
+# a frozen dataclass (its fields decide what is compiled); each array it returns begins with B
+Task = Callable[[Encoder, Batch], Any]
+
+
+def alone(spec: EncoderSpec) -> EncoderSpec:
+    """The encoder as it treats an antibody that is alone in its batch, without padding.
+
+    Experts that choose among all tokens of a batch, and policies that route padding, would make a
+    result depend on neighbours.
+    """
+    return replace(spec, moe=replace(spec.moe, group="sequence", pads="excluded"))
+
+
+class Engine:
+    """A model ready to compute.
+
+    Attributes:
+      model: what was loaded.
+      precision: of `model.spec.PRECISIONS`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        precision: str = "float32",
+        devices: int = 1,
+        batch_tokens: int | None = None,
+    ):
+        """Args: devices share the rows of a batch; batch_tokens, of all of them, padding included.
+
+        Raises:
+          UserError: more devices than there are, or an unknown precision.
+        """
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise UserError(f"--batch-tokens {batch_tokens}: expected at least 1")
+        self.model, self.precision = model, precision
+        self._mesh = _mesh(devices)
+        self._tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 65_536)
+        execution, spec = Execution(*PRECISIONS[precision]), alone(model.spec)
+        self._definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[
+            0
+        ]
+        self._params = jax.device_put(model.params, replicated(self._mesh))
+        self._compiled: dict[tuple, Callable] = {}
+        keep_compilations()
+
+    def run(
+        self, task: Task, rows: Sequence[np.ndarray], at: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Computes `task` for each row.
+
+        Args:
+          task: what to compute.
+          rows: tokens, uint8 `[n]` each, of any lengths.
+          at: an index for each row, where the task needs one.
+
+        Yields:
+          (number of the row, its part of what the task returns as numpy arrays, padded to the
+          bucket's length); every row once, in an order of its own.
+        """
+        waiting: list[tuple[np.ndarray, Any]] = []
+        for members, length, size in self._batches([len(row) for row in rows]):
+            tokens = np.full((size, length), PAD, np.uint8)
+            count, place = np.zeros(size, np.int32), np.zeros(size, np.int32)
+            for i, member in enumerate(members):
+                count[i] = len(rows[member])
+                tokens[i, : count[i]] = rows[member]
+                place[i] = 0 if at is None else at[member]
+            waiting.append((members, self._call(task, tokens, count, place)))
+            if len(waiting) == 2:  # the device computes one batch while another is read
+                yield from _unpacked(*waiting.pop(0))
+        for batch in waiting:
+            yield from _unpacked(*batch)
+
+    def _batches(self, lengths: list[int]) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(members, length, rows) of each batch: full ones, then what is left of the bucket.
+
+        A bucket has two shapes at most: full batches, and one row a device for a few last ones.
+        """
+        buckets = -(-np.array(lengths, np.int64) // MULTIPLE) * MULTIPLE
+        devices = self._mesh.size
+        for length in np.unique(buckets).tolist():
+            members = np.flatnonzero(buckets == length)
+            full = max(self._tokens // length // devices, 1) * devices
+            last = len(members) % full
+            few = 0 < last <= full // 4
+            whole = len(members) - last if few else len(members)
+            for first in range(0, whole, full):
+                yield members[first : first + full], length, full
+            for first in range(whole, len(members), devices):
+                yield members[first : first + devices], length, devices
+
+    def _call(self, task: Task, *arrays: np.ndarray) -> Any:
+        arrays = jax.device_put(arrays, batch_sharding(self._mesh))
+        key = task, arrays[0].shape
+        with jax.set_mesh(self._mesh):
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(task, arrays)
+            return self._compiled[key](self._params, *arrays)
+
+    def _compile(self, task: Task, arrays: tuple) -> Callable:
+        def compute(params, tokens, count, at):
+            valid = jnp.arange(tokens.shape[1]) < count[:, None]
+            encoder = nnx.merge(self._definition, params)
+            return task(encoder, Batch(tokens.astype(jnp.int32), valid, at))
+
+        start = time.perf_counter()
+        shardings = batch_sharding(self._mesh)
+        compiled = jax.jit(compute, out_shardings=shardings).lower(self._params, *arrays).compile()
+        seconds = time.perf_counter() - start
+        if seconds >= WORTH_TELLING:
+            rows, length = arrays[0].shape
+            print(
+                f"moe_ablm: compiled for {rows} rows of {length} tokens in {seconds:.1f} s (once)",
+                file=sys.stderr,
+            )
+        return compiled
+
+
+def _unpacked(members: np.ndarray, out: Any) -> Iterator[tuple[int, Any]]:
+    arrays = jax.tree.map(np.asarray, out)
+    for i, member in enumerate(members.tolist()):
+        yield member, jax.tree.map(lambda a, i=i: a[i], arrays)
+
+
+def _mesh(devices: int) -> Mesh:
+    found = jax.devices()
+    if not 1 <= devices <= len(found):
+        raise UserError(
+            f"--devices {devices}: expected 1 to {len(found)}, the devices found "
+            f"({jax.default_backend()})"
+        )
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=found[:devices])
+
+
+def keep_compilations() -> None:
+    """Compiled functions are kept in the user's cache, unless JAX was told another place."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    reset_cache()  # what was compiled before has decided that there is no cache

@@ -1,0 +1,91 @@
+"""Embeddings: hidden states of a layer, a residue, a chain or an antibody each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.errors import UserError
+from moe_ablm.inference.antibodies import Antibody, labels, row_of
+from moe_ablm.inference.buckets import Batch, Engine
+from moe_ablm.inference.output import vectors
+from moe_ablm.model.encoder import Encoder
+
+LEVELS = ("antibody", "chain", "residue")
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """float32 `[B, L, D]`: output of layer `layer`; 0 is the embedding, the last is normalised."""
+
+    layer: int
+
+    def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
+        return encoder.hidden_states(batch.tokens, batch.valid)[self.layer].astype("float32")
+
+
+def layer_number(layer: int, layers: int) -> int:
+    """A layer counted from 0 (the embedding) or, if negative, from the last one.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    if not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"--layer {layer}: expected 0 (token embeddings) to {layers}, or -1 (the last layer) "
+            f"to {-layers - 1}"
+        )
+    return layer % (layers + 1)
+
+
+def embed(
+    engine: Engine, antibodies: Sequence[Antibody], level: str = "residue", layer: int = -1
+) -> list[np.ndarray]:
+    """Embeddings of each antibody; special tokens are context, but have no part in the result.
+
+    Args:
+      engine: the model.
+      antibodies: any number; what comes back for them is held in memory.
+      level: of `LEVELS`.
+      layer: see `layer_number`.
+
+    Returns:
+      float32 `[residues, D]`, `[chains, D]` or `[1, D]` for each antibody, heavy chain first.
+    """
+    task = HiddenStates(layer_number(layer, engine.model.spec.layers))
+    rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
+    found: list = [None] * len(rows)
+    for index, states in engine.run(task, [row.tokens for row in rows]):
+        states = states[rows[index].places]
+        found[index] = states if level == "residue" else means(states, antibodies[index], level)
+    return found
+
+
+def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
+    """Mean vectors over residues, float32 `[1 or chains, D]`.
+
+    Args:
+      states: `[residues, D]`.
+      antibody: theirs.
+      level: "antibody", or "chain" (heavy first; only chains that are there).
+    """
+    parts = [states]
+    if level == "chain":
+        parts = np.split(states, np.cumsum([len(s) for _, s in antibody.chains()])[:-1])
+    return np.stack([part.mean(0, dtype=np.float64) for part in parts]).astype(np.float32)
+
+
+def table(
+    engine: Engine, antibodies: Sequence[Antibody], level: str = "antibody", layer: int = -1
+) -> pa.Table:
+    """`embedding [D]` of each antibody, chain or residue, with what it belongs to."""
+    found = np.concatenate(embed(engine, antibodies, level, layer))
+    columns: dict = {"sequence_id": [a.name for a in antibodies]}
+    if level == "residue":
+        columns = labels(antibodies)
+    elif level == "chain":
+        chains = [(a.name, chain) for a in antibodies for chain, _ in a.chains()]
+        columns = {"sequence_id": [n for n, _ in chains], "chain": [c for _, c in chains]}
+    return pa.table(columns | {"embedding": vectors(found)})

@@ -1,0 +1,183 @@
+"""Completion of masked residues: the most probable ones, or drawn by their probability."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.data.readers.check import MASKED
+from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK
+from moe_ablm.inference.antibodies import LETTERS, Antibody, row_of
+from moe_ablm.inference.buckets import Engine
+from moe_ablm.inference.logits import EveryPosition
+
+INFILLED = LETTERS + MASKED  # letters that `infill` reads
+LEVELS = ("antibody", "residue")
+_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A residue that was filled in.
+
+    Attributes:
+      place: index among the residues, heavy chain first.
+      residue: what stands there now.
+      probability: of it, among the 20 amino acids, given all that was filled in before.
+      candidates: (residue, probability) of the most probable ones, best first.
+    """
+
+    place: int
+    residue: str
+    probability: float
+    candidates: tuple[tuple[str, float], ...]
+
+
+@dataclass
+class Completion:
+    """An antibody without masks, and how it came about.
+
+    Attributes:
+      antibody: the completed one.
+      sample: its number, from 0, among the completions of the same antibody.
+      filled: in the order in which residues were filled in.
+    """
+
+    antibody: Antibody
+    sample: int
+    filled: list[Filled] = field(default_factory=list)
+
+    @property
+    def log_probability(self) -> float:
+        """Of the residues filled in, in nats: the sum along the order of filling."""
+        return float(sum(np.log(f.probability) for f in self.filled))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How residues are chosen.
+
+    Attributes:
+      samples: completions of each antibody, drawn by probability; 0: one, always the most probable.
+      temperature: above 1 more varied, below 1 closer to the most probable.
+      seed: of the draws. They depend on it, the sequence and the number of the sample alone.
+      top: candidates to report.
+    """
+
+    samples: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    top: int = 5
+
+
+def infill(
+    engine: Engine, antibodies: Sequence[Antibody], sampling: Sampling | None = None
+) -> list[Completion]:
+    """Fills in every `MASKED` residue, one at a time, the most certain one of an antibody first.
+
+    Returns:
+      Completions of each antibody in order, `max(samples, 1)` of each.
+    """
+    sampling = sampling or Sampling()
+    done, rows, draws = [], [], []
+    for antibody in antibodies:
+        row = row_of(antibody, engine.model.layout)
+        for sample in range(max(sampling.samples, 1)):
+            done.append(Completion(antibody, sample))
+            rows.append((row.tokens.copy(), row.places))
+            draws.append(_generator(row.tokens, sample, sampling.seed))
+    open_rows = [i for i, (tokens, _) in enumerate(rows) if (tokens == MASK).any()]
+    while open_rows:
+        for number, found in engine.run(EveryPosition(), [rows[i][0] for i in open_rows]):
+            i = open_rows[number]
+            tokens, places = rows[i]
+            masked = np.flatnonzero(tokens[places] == MASK)
+            draw = draws[i] if sampling.samples else None
+            filled = _fill_one(found[places[masked], _AMINO_ACIDS], masked, sampling, draw)
+            tokens[places[filled.place]] = FIRST_AMINO_ACID + AMINO_ACIDS.index(filled.residue)
+            done[i].filled.append(filled)
+        open_rows = [i for i in open_rows if (rows[i][0] == MASK).any()]
+    for completion in done:
+        completion.antibody = _completed(completion)
+    return done
+
+
+def _generator(tokens: np.ndarray, sample: int, seed: int) -> np.random.Generator:
+    digest = hashlib.sha256(tokens.tobytes()).digest()
+    words = np.frombuffer(digest, "<u4").tolist()
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sample, *words])))
+
+
+def _fill_one(
+    log_probabilities: np.ndarray,
+    masked: np.ndarray,
+    sampling: Sampling,
+    draw: np.random.Generator | None,
+) -> Filled:
+    """Chooses a place and its residue from `[masked, 20]`; `draw` None: the most probable."""
+    logits = log_probabilities.astype(np.float64)
+    probabilities = _softmax(logits)
+    which = int(np.argmax(probabilities.max(1)))
+    chosen = int(np.argmax(probabilities[which]))
+    if draw is not None:
+        levels = np.cumsum(_softmax(logits[which] / sampling.temperature))
+        chosen = int(np.searchsorted(levels, draw.random() * levels[-1], side="right"))
+        chosen = min(chosen, len(AMINO_ACIDS) - 1)
+    best = np.argsort(-probabilities[which], kind="stable")[: sampling.top]
+    candidates = tuple((AMINO_ACIDS[b], float(probabilities[which, b])) for b in best)
+    probability = float(probabilities[which, chosen])
+    return Filled(int(masked[which]), AMINO_ACIDS[chosen], probability, candidates)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def _completed(completion: Completion) -> Antibody:
+    antibody = completion.antibody
+    letters = list(antibody.heavy + antibody.light)
+    for filled in completion.filled:
+        letters[filled.place] = filled.residue
+    cut = len(antibody.heavy)
+    return replace(antibody, heavy="".join(letters[:cut]), light="".join(letters[cut:]))
+
+
+def table(
+    engine: Engine, antibodies: Sequence[Antibody], level: str, sampling: Sampling
+) -> pa.Table:
+    """Completed chains, or by residue what was filled in and its candidates."""
+    done = infill(engine, antibodies, sampling)
+    if level == "antibody":
+        return pa.table(
+            {
+                "sequence_id": [c.antibody.name for c in done],
+                "sample": [c.sample for c in done],
+                "heavy": [c.antibody.heavy for c in done],
+                "light": [c.antibody.light for c in done],
+                "filled": [len(c.filled) for c in done],
+                "log_probability": [c.log_probability for c in done],
+            }
+        )
+    each = [(c, f, *_chain_and_position(c.antibody, f.place)) for c in done for f in c.filled]
+    columns = {
+        "sequence_id": pa.array([c.antibody.name for c, *_ in each], pa.string()),
+        "sample": pa.array([c.sample for c, *_ in each], pa.int64()),
+        "chain": pa.array([chain for *_, chain, _ in each], pa.string()),
+        "position": pa.array([position for *_, position in each], pa.int64()),
+        "residue": pa.array([f.residue for _, f, *_ in each], pa.string()),
+        "probability": pa.array([f.probability for _, f, *_ in each], pa.float64()),
+    }
+    for rank in range(sampling.top):
+        best = [f.candidates[rank] for _, f, *_ in each]
+        columns[f"candidate_{rank + 1}"] = pa.array([b for b, _ in best], pa.string())
+        columns[f"probability_{rank + 1}"] = pa.array([p for _, p in best], pa.float64())
+    return pa.table(columns)
+
+
+def _chain_and_position(antibody: Antibody, place: int) -> tuple[str, int]:
+    """Chain and position, from 1, of a residue."""
+    in_light = place >= len(antibody.heavy)
+    return ("light", place - len(antibody.heavy) + 1) if in_light else ("heavy", place + 1)

@@ -1,0 +1,287 @@
+"""Results on disk: a table in the format that the name says, whole or not there, resumable.
+
+Parts are kept beside the file until all are there; the same command goes on after the last one.
+"""
+
+import fcntl
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+
+from moe_ablm.errors import UserError
+from moe_ablm.results import write_atomically
+
+_PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
+
+
+def vectors(array: np.ndarray) -> pa.FixedSizeListArray:
+    """A column of vectors from `[n, D]`."""
+    values = pa.array(np.ascontiguousarray(array).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, array.shape[1])
+
+
+class Output:
+    """The file of one command.
+
+    Use as a context manager; `finish` writes the file, what is left without it is resumed.
+
+    Attributes:
+      done: antibodies whose results are kept already.
+      complete: the file is there, written by the same command.
+    """
+
+    def __init__(self, out: Path, command: Mapping[str, Any]):
+        """Args: command, plain JSON: what decides the content of the file.
+
+        Raises:
+          UserError: unknown suffix, results of another command, or no place to write.
+        """
+        if out.suffix not in WRITERS:
+            raise UserError(f"--out {out}: expected a name that ends in {', '.join(WRITERS)}")
+        if out.is_dir():
+            raise UserError(f"--out {out} is a directory: name a file in it")
+        self.out, self._command = out, dict(command)
+        self._parts = out.with_name(f".{out.name}.parts")
+        self._record = out.with_name(f".{out.name}.command.json")
+        self.complete = self._is_complete()
+        self.done = 0
+
+    def __enter__(self) -> "Output":
+        if self.complete:
+            return self
+        try:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._parts / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_same()
+        except OSError as error:
+            self._lock.close()
+            raise UserError(f"--out {self.out} is being written by another process") from error
+        except UserError:
+            self._lock.close()
+            raise
+        write_atomically(self._parts / "command.json", json.dumps(self._command))
+        self.done = self._found()[-1][1] if self._found() else 0
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.complete:
+            return
+        if not self._found():  # nothing to resume
+            shutil.rmtree(self._parts, ignore_errors=True)
+        self._lock.close()
+
+    def add(self, table: pa.Table, antibodies: int) -> None:
+        """Keeps the results of the next `antibodies`.
+
+        Raises:
+          UserError: the disk is full, or the place went away.
+        """
+        temporary, end = self._parts / "writing", self.done + antibodies
+        try:
+            pq.write_table(table, temporary)
+            temporary.replace(self._parts / f"{self.done:012d}-{end:012d}.parquet")
+        except OSError as error:
+            raise UserError(
+                f"--out {self.out} cannot be written ({error.strerror or error}) after {self.done} "
+                "antibodies: mend that and run the same command again, it goes on from there"
+            ) from error
+        self.done = end
+
+    def finish(self) -> int:
+        """Writes the file from its parts; returns the number of its lines.
+
+        Raises:
+          UserError: there is no line to write.
+        """
+        paths = [path for *_, path in self._found()]
+        if not paths:
+            raise UserError(f"no antibody is left to write to {self.out}")
+        temporary = self.out.with_name(f".{self.out.name}.partial")
+        try:
+            WRITERS[self.out.suffix](paths, temporary)
+            temporary.replace(self.out)
+        finally:
+            temporary.unlink(missing_ok=True)
+        size = self.out.stat().st_size
+        record = {"command": self._command, "antibodies": self.done, "bytes": size}
+        write_atomically(self._record, json.dumps(record))
+        lines = sum(pq.read_metadata(path).num_rows for path in paths)
+        self._lock.close()
+        shutil.rmtree(self._parts)
+        self.complete = True
+        return lines
+
+    def _found(self) -> list[tuple[int, int, Path]]:
+        """Whole parts that follow each other from the first antibody on."""
+        parts, end = [], 0
+        for path in sorted(self._parts.glob("*.parquet")):
+            match = _PART.fullmatch(path.name)
+            if match and int(match[1]) == end:
+                end = int(match[2])
+                parts.append((int(match[1]), end, path))
+        return parts
+
+    def _is_complete(self) -> bool:
+        if not self.out.exists():
+            return False
+        before = _read_json(self._record)
+        if before.get("bytes") != self.out.stat().st_size:
+            before = {}
+        if before.get("command") == self._command:
+            return True
+        told = _differing(before.get("command"), self._command)
+        raise UserError(f"--out {self.out} is there already{told}: choose a new name or remove it")
+
+    def _check_same(self) -> None:
+        file = self._parts / "command.json"
+        if not file.exists():
+            return
+        before = _read_json(file)
+        if before != self._command:
+            raise UserError(
+                f"--out {self.out}: unfinished results of another command"
+                f"{_differing(before, self._command)}: choose a new name or remove {self._parts}"
+            )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _differing(before: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return ""
+    keys = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    return f" (other {', '.join(keys)})" if keys else ""
+
+
+def _tables(paths: list[Path]) -> Iterator[pa.Table]:
+    for path in paths:
+        yield pq.read_table(path)
+
+
+def flat(table: pa.Table) -> pa.Table:
+    """A table without vectors: `name_0`, `name_1`, ... for the elements of the column `name`."""
+    columns = {}
+    for field in table.schema:
+        column = table[field.name].combine_chunks()
+        if not pa.types.is_fixed_size_list(field.type):
+            columns[field.name] = column
+            continue
+        matrix = _values(column).reshape(-1, field.type.list_size)
+        columns |= {f"{field.name}_{i}": values for i, values in enumerate(matrix.T.copy())}
+    return pa.table(columns)
+
+
+def write_csv(table: pa.Table, stream: Any, header: bool) -> None:
+    """Lines of a table, "" where a number is not known."""
+    table = flat(table)
+    columns = [_without_nan(column) for column in table.columns]
+    options = csv.WriteOptions(include_header=header, quoting_style="needed")
+    csv.write_csv(pa.table(columns, names=table.column_names), stream, options)
+
+
+def _without_nan(column: pa.ChunkedArray) -> pa.Array:
+    if not pa.types.is_floating(column.type):
+        return column
+    values = column.to_numpy()
+    return pa.array(values, from_pandas=True)
+
+
+def _to_csv(paths: list[Path], out: Path) -> None:
+    with out.open("wb") as stream:
+        for number, table in enumerate(_tables(paths)):
+            write_csv(table, stream, header=number == 0)
+
+
+def _to_jsonl(paths: list[Path], out: Path) -> None:
+    with out.open("w") as stream:
+        for table in _tables(paths):
+            for batch in table.to_batches(max_chunksize=1024):
+                for line in batch.to_pylist():
+                    stream.write(json.dumps(_known(line)) + "\n")
+
+
+def _known(line: dict) -> dict:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in line.items()}
+
+
+def _to_parquet(paths: list[Path], out: Path) -> None:
+    schema = pq.read_schema(paths[0])
+    with pq.ParquetWriter(out, schema, compression="zstd") as writer:
+        for table in _tables(paths):
+            writer.write_table(table.cast(schema))
+
+
+def _to_npz(paths: list[Path], out: Path) -> None:
+    """One array a column, written piece by piece: memory does not grow with the file."""
+    lines = sum(pq.read_metadata(path).num_rows for path in paths)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for field in pq.read_schema(paths[0]):
+            pieces = (_values(pq.read_table(p, columns=[field.name])[field.name]) for p in paths)
+            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+                kind = np.dtype(f"<U{max(piece.dtype.itemsize // 4 for piece in pieces)}")
+                pieces = (
+                    _values(pq.read_table(p, columns=[field.name])[field.name]).astype(kind)
+                    for p in paths
+                )
+            _write_array(archive, field.name, pieces, lines)
+
+
+def _write_array(
+    archive: zipfile.ZipFile, name: str, pieces: Iterator[np.ndarray], lines: int
+) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+        for number, piece in enumerate(pieces):
+            if number == 0:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(piece.dtype),
+                    "fortran_order": False,
+                    "shape": (lines, *piece.shape[1:]),
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(np.ascontiguousarray(piece).tobytes())
+
+
+def _values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A column as an array, `[n]` or of vectors `[n, D]`; strings of a fixed width."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if pa.types.is_fixed_size_list(column.type):
+        size = column.type.list_size
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return np.array(column.to_pylist(), dtype=np.str_)
+    return column.to_numpy(zero_copy_only=False)
+
+
+WRITERS: dict[str, Callable[[list[Path], Path], None]] = {
+    ".csv": _to_csv,
+    ".parquet": _to_parquet,
+    ".jsonl": _to_jsonl,
+    ".npz": _to_npz,
+}
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Name, size and time of change of an input: enough to tell that it is still the same."""
+    stat = path.stat()
+    return {"name": str(path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}

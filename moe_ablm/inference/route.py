@@ -1,0 +1,118 @@
+"""Routing: which experts compute for each residue, layer by layer, and with what weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.errors import UserError
+from moe_ablm.inference.antibodies import Antibody, labels, row_of
+from moe_ablm.inference.buckets import Batch, Engine
+from moe_ablm.inference.output import vectors
+from moe_ablm.model import routers
+from moe_ablm.model.encoder import Context, Encoder
+from moe_ablm.model.moe import Layer, Rows, antibody_means
+
+
+class Choices(NamedTuple):
+    """Experts of tokens, best first: int32 `experts [..., M, K]`, E for none; `gates [..., M, K]`.
+
+    M counts the layers that hold experts; expert choice has K = E.
+    """
+
+    experts: np.ndarray
+    gates: np.ndarray
+
+
+class Weights(NamedTuple):
+    """Of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
+
+    A slot is the mean of tokens by `dispatch`, a token's output the sum over slots by `combine`.
+    """
+
+    dispatch: np.ndarray
+    combine: np.ndarray
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`Choices` or `Weights`, arrays `[B, L, M, ...]`."""
+
+    def __call__(self, encoder: Encoder, batch: Batch) -> Choices | Weights:
+        x, context, found = encoder.embed(batch.tokens, batch.valid), Context(batch.valid), []
+        for layer in encoder.layers:
+            if layer.sparse:
+                attended = x + layer.attention(layer.attention_norm(x), *context)
+                found.append(_plan(encoder, layer.ffn, layer.ffn_norm(attended), batch.valid))
+            x, _ = layer(x, context)
+        return jax.tree.map(lambda *layers: jax.numpy.stack(layers, axis=2), *found)
+
+
+def _plan(encoder: Encoder, moe, x: jax.Array, valid: jax.Array) -> Choices | Weights:
+    """What the router of `moe` (`model.moe.MoE`) decides for `x [B, L, D]`."""
+    spec, router = encoder.spec, moe.router_weights()
+    block = Layer(spec, encoder.execution.operands, training=False, packed=False)
+    if spec.moe.router == "soft":
+        plan, _ = routers.soft(block.soft_logits(x, router), valid)
+        return Weights(plan.dispatch, plan.combine)
+    seen = antibody_means(x, valid, None) if spec.moe.router == "sequence" else x
+    plan, _ = block.route(Rows(x, seen, valid, None, None), router)
+    return Choices(plan.experts, plan.gates)
+
+
+def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weights]:
+    """Routing of the residues of each antibody, arrays `[residues, M, ...]`.
+
+    Raises:
+      UserError: the model has no experts.
+    """
+    spec = engine.model.spec
+    if not spec.moe_layers:
+        raise UserError(f"--run {engine.model.source}: a dense model; only experts are routed to")
+    rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
+    found: list = [None] * len(rows)
+    for index, routing in engine.run(Routing(), [row.tokens for row in rows]):
+        found[index] = type(routing)(*(array[rows[index].places] for array in routing))
+    return found
+
+
+def bytes_of(engine: Engine, antibody: Antibody) -> int:
+    """About how much memory the table of an antibody takes."""
+    moe = engine.model.spec.moe
+    each = 2 * 4 * moe.experts * moe.slots if moe.router == "soft" else 64 * moe.choices
+    return antibody.residues * len(engine.model.spec.moe_layers) * each
+
+
+def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
+    """A line for each residue, layer and expert.
+
+    Of token routers and expert choice only experts that compute for the residue, `expert` -1 where
+    none does; of soft-MoE all experts, with `dispatch [S]` and `combine [S]` of their slots and
+    `share`, the sum of the latter.
+    """
+    found, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
+    names = {name: np.array(values) for name, values in labels(antibodies).items()}
+    if engine.model.spec.moe.router == "soft":
+        dispatch, combine = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        residue, layer, expert = np.indices(combine.shape[:3]).reshape(3, -1)
+        columns = {name: values[residue] for name, values in names.items()}
+        columns |= {"layer": layers[layer], "expert": expert}
+        columns["share"] = combine.sum(-1).reshape(-1)
+        slots = combine.shape[-1]
+        columns["dispatch"] = vectors(dispatch.reshape(-1, slots))
+        columns["combine"] = vectors(combine.reshape(-1, slots))
+        return pa.table(columns)
+    experts, gates = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    order = np.argsort(-gates, axis=-1, kind="stable")
+    experts, gates = (np.take_along_axis(a, order, axis=-1) for a in (experts, gates))
+    taken = experts < engine.model.spec.moe.experts
+    taken[..., 0] |= ~taken.any(-1)
+    residue, layer, choice = np.nonzero(taken)
+    expert = experts[taken]
+    columns = {name: values[residue] for name, values in names.items()}
+    columns |= {"layer": layers[layer]}
+    columns["expert"] = np.where(expert < engine.model.spec.moe.experts, expert, -1)
+    return pa.table(columns | {"gate": gates[taken]})

@@ -1,0 +1,83 @@
+"""All single mutants of an antibody, scored against the wild type."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
+from moe_ablm.inference.antibodies import Antibody, Row, labels, row_of
+from moe_ablm.inference.buckets import Engine
+from moe_ablm.inference.logits import OnePosition
+from moe_ablm.inference.score import (
+    masked_log_probabilities,
+    scored_places,
+    unmasked_log_probabilities,
+)
+
+METHODS = ("masked-marginal", "wild-type-marginal", "mutant-marginal")
+_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
+
+
+def scan(
+    engine: Engine, antibodies: Sequence[Antibody], method: str = "masked-marginal"
+) -> list[np.ndarray]:
+    """Log-odds of every amino acid against the wild type at every position.
+
+    The scoring rules of ESM-1v (Meier et al. 2021, section 3): log p(mutant) - log p(wild type) at
+    the position, given the sequence with it masked ("masked-marginal"), as it is
+    ("wild-type-marginal"), or with the mutation in it ("mutant-marginal", 19 passes a residue).
+
+    Returns:
+      float32 `[residues, 20]` for each antibody, in the order of `AMINO_ACIDS`; 0 for the wild
+      type, NaN where that is none of the 20.
+    """
+    rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
+    if method == "mutant-marginal":
+        return _mutant_marginals(engine, rows)
+    masked = method == "masked-marginal"
+    compute = masked_log_probabilities if masked else unmasked_log_probabilities
+    return [
+        found[:, _AMINO_ACIDS]
+        - np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)
+        for row, found in zip(rows, compute(engine, rows), strict=True)
+    ]
+
+
+def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
+    found = [np.full((len(row.places), len(AMINO_ACIDS)), np.nan, np.float32) for row in rows]
+    copies, at, owner = [], [], []
+    for i, row in enumerate(rows):
+        for place in scored_places(row).tolist():
+            position = row.places[place]
+            wild = int(row.tokens[position]) - FIRST_AMINO_ACID
+            found[i][place, wild] = 0
+            for mutant in sorted(set(range(len(AMINO_ACIDS))) - {wild}):
+                copy = row.tokens.copy()
+                copy[position] = FIRST_AMINO_ACID + mutant
+                copies.append(copy)
+                at.append(position)
+                owner.append((i, place, wild, mutant))
+    for number, log_probabilities in engine.run(OnePosition(), copies, at):
+        i, place, wild, mutant = owner[number]
+        odds = log_probabilities[_AMINO_ACIDS]
+        found[i][place, mutant] = odds[mutant] - odds[wild]
+    return found
+
+
+def passes(antibody: Antibody, method: str) -> int:
+    """Rows through the encoder for one antibody."""
+    each = {"masked-marginal": 1, "wild-type-marginal": 0, "mutant-marginal": len(AMINO_ACIDS) - 1}
+    return max(1, antibody.residues * each[method])
+
+
+def table(antibodies: Sequence[Antibody], scores: Sequence[np.ndarray]) -> pa.Table:
+    """A line a mutant: `residue` is the wild type, `score` the log-odds of `mutant` against it."""
+    columns = {name: np.array(values) for name, values in labels(antibodies).items()}
+    scores = np.concatenate(scores)
+    letters = np.array(list(AMINO_ACIDS))
+    # NaN: the wild type is none of the 20, and has no mutants
+    mutants = (columns["residue"][:, None] != letters) & ~np.isnan(scores)
+    residue, mutant = np.nonzero(mutants)
+    columns = {name: values[residue] for name, values in columns.items()}
+    return pa.table(columns | {"mutant": letters[mutant], "score": scores[mutants]})

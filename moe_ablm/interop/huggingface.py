@@ -1,0 +1,231 @@
+"""What all directories in Hugging Face's form share: a checked config.json, and checked tensors."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
+from moe_ablm.errors import UserError
+from moe_ablm.interop.saved import Model, read_json
+from moe_ablm.interop.tensors import Tensors
+
+CONFIG = "config.json"
+OURS = "moe_ablm"  # key of config.json under which exports keep what Hugging Face has no place for
+_NAMED = 3  # tensors that a message names
+
+
+class HuggingFaceConfig:
+    """config.json of a directory, whose values are checked as they are asked for."""
+
+    def __init__(self, directory: Path):
+        if not directory.is_dir():
+            found = "is a file" if directory.exists() else "is not there"
+            raise UserError(f"--input {directory} {found}: expected a Hugging Face directory")
+        if not (directory / CONFIG).exists():
+            raise UserError(
+                f"--input {directory} has no {CONFIG}: expected a Hugging Face directory with "
+                f"{CONFIG} and model.safetensors"
+            )
+        self.directory, self.file = directory, directory / CONFIG
+        self._values = read_json(self.file)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def expect(self, key: str, default: Any, *allowed: Any, why: str = "") -> Any:
+        """The value of a key (absent or null: the default), which must be one of `allowed`."""
+        value = self._values.get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            expected = " or ".join(repr(a) for a in allowed)
+            absent = "" if key in self._values else f" (the default, as {key} is absent)"
+            raise UserError(
+                f"{self.file}: {key} is {value!r}{absent}, expected {expected}"
+                f"{': ' + why if why else ''}"
+            )
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found = repr(value) if key in self._values else "missing"
+            raise UserError(f"{self.file}: {key} is {found}, expected a positive whole number")
+        return value
+
+    def real(self, key: str, default: float) -> float:
+        """A number of 0 or more."""
+        value = default if self._values.get(key) is None else self._values[key]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
+            raise UserError(f"{self.file}: {key} is {value!r}, expected a number of 0 or more")
+        return float(value)
+
+    def architecture(self, expected: str) -> None:
+        """UserError unless the directory holds the model with its language-model head."""
+        found = self._values.get("architectures")
+        if found != [expected]:
+            raise UserError(
+                f"{self.file}: architectures is {found!r}, expected [{expected!r}]: only a model "
+                "with its language-model head can be imported"
+            )
+
+    def heads_divide(self) -> None:
+        """UserError unless the heads divide the width into parts of an even width."""
+        width, heads = self.number("hidden_size"), self.number("num_attention_heads")
+        if width % heads or width // heads % 2:
+            raise UserError(
+                f"{self.file}: num_attention_heads is {heads}, expected a divisor of hidden_size "
+                f"({width}) that gives heads of an even width"
+            )
+
+
+def check_vocabulary(directory: Path, config: HuggingFaceConfig, expected: tuple) -> None:
+    """UserError where `vocab_list` or vocab.txt differs from the tokens expected."""
+    file = directory / "vocab.txt"
+    found = {f"{config.file}: vocab_list": config["vocab_list"]}
+    if file.exists():
+        found[str(file)] = file.read_text(errors="replace").split()
+    for where, tokens in found.items():
+        if tokens is None or tuple(tokens) == expected:
+            continue
+        pairs = list(zip(tokens, expected, strict=False))
+        differs = [i for i, (a, b) in enumerate(pairs) if a != b]
+        what = (
+            f"token {differs[0]} is {pairs[differs[0]][0]!r}, expected {pairs[differs[0]][1]!r}"
+            if differs
+            else f"{len(tokens)} tokens, expected {len(expected)}"
+        )
+        raise UserError(f"{where}: {what}: the weights belong to another vocabulary")
+
+
+def check_tensors(
+    tensors: Tensors, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """UserError unless the tensors are those expected, of their shapes; the first few are named.
+
+    Args:
+      tensors: of the directory.
+      names: expected name -> name in the file, for all tensors that are not ignored.
+      expected: shape of every tensor, by expected name.
+    """
+    missing = [n for n in expected if n not in names]
+    if missing:
+        raise UserError(f"{tensors.path} lacks {some(missing)}, which {CONFIG} asks for")
+    leftover = [names[n] for n in names if n not in expected]
+    if leftover:
+        raise UserError(
+            f"{tensors.path} holds {some(leftover)}, for which the model of {CONFIG} has no place"
+        )
+    for name, shape in expected.items():
+        if tensors.shape(names[name]) != shape:
+            raise UserError(
+                f"{tensors.path}: {names[name]} has shape {tensors.shape(names[name])}, expected "
+                f"{shape} by {CONFIG}"
+            )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def dtype_notes(tensors: Tensors, names: Iterable[str]) -> list[str]:
+    """A sentence on tensors that were no float32."""
+    found = sorted({tensors.dtype(name) for name in names} - {"F32"})
+    return [f"weights of {' and '.join(found)} were converted to float32"] if found else []
+
+
+def ours(config: HuggingFaceConfig) -> dict[str, Any]:
+    """What an export of moe_ablm told beside Hugging Face's keys; empty elsewhere."""
+    found = config[OURS]
+    if found is None:
+        return {}
+    valid = isinstance(found, dict) and found.get("layout") in LAYOUTS
+    if not valid or not isinstance(found.get("length"), int):
+        raise UserError(
+            f"{config.file}: {OURS} is damaged: expected an object with layout and length; remove "
+            "it, or export again"
+        )
+    return found
+
+
+def kept_for_import(model: Model) -> dict:
+    """What an import of an export finds under `OURS`, beside Hugging Face's keys."""
+    return {
+        "layout": model.layout_name,
+        "length": model.length,
+        "regime": model.regime,
+        "facts": dict(model.facts),
+    }
+
+
+def licence_of(directory: Path) -> str | None:
+    """The licence that the front matter of README.md names."""
+    file = directory / "README.md"
+    if not file.exists():
+        return None
+    lines = file.read_text(errors="replace").split("\n")
+    if lines[0].strip() != "---" or "---" not in lines[1:]:
+        return None
+    for line in lines[1 : lines.index("---", 1)]:
+        key, _, value = line.partition(":")
+        if key.strip() == "license" and value.strip():
+            return value.strip()
+    return None
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Indented JSON with a line end."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_tokenizer(
+    directory: Path, kind: str, tokens: tuple[str, ...] = VOCABULARY, bos: str = "cls_token"
+) -> None:
+    """vocab.txt, tokenizer_config.json and special_tokens_map.json of a tokenizer class.
+
+    Args:
+      directory: to write to.
+      kind: name of the class.
+      tokens: the vocabulary.
+      bos: how the class calls its first token, `<cls>`.
+    """
+    special = {bos: "<cls>", "eos_token": "<eos>", "mask_token": "<mask>",
+               "pad_token": "<pad>", "unk_token": "<unk>"}  # fmt: skip
+    # no line end: Hugging Face's reader would take an empty last line for a token
+    (directory / "vocab.txt").write_text("\n".join(tokens))
+    config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, **special}
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "special_tokens_map.json", special)
+
+
+Renaming = Callable[[str], str | None]
+
+
+def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list[str]]:
+    """Splits tensors into those that count and those that are ignored.
+
+    Args:
+      tensors: of the directory.
+      rename: expected name for a name in the file; None: to be ignored.
+
+    Returns:
+      expected name -> name in the file, and the ignored names.
+
+    Raises:
+      UserError: two tensors go by one expected name.
+    """
+    names, ignored = {}, []
+    for found in tensors:
+        name = rename(found)
+        if name is None:
+            ignored.append(found)
+        elif name in names:
+            raise UserError(f"{tensors.path} holds both {names[name]} and {found}: expected one")
+        else:
+            names[name] = found
+    return names, ignored

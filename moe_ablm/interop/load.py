@@ -1,0 +1,100 @@
+"""From a directory to a model: a trained run, or what `import` and `upcycle` wrote."""
+
+from pathlib import Path
+from typing import Any
+
+from moe_ablm import config as configs
+from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
+from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
+from moe_ablm.training.checkpoint import read_parameters, read_records
+
+__all__ = ["Model", "load_model"]
+
+
+def load_model(run: Path | str, name: str = "--run") -> Model:
+    """The model of a directory: of a trained run the best checkpoint's parameters.
+
+    Best is by validation loss; a run that was never evaluated gives its newest. The trainer may go
+    on meanwhile: nothing is changed.
+
+    Args:
+      run: the directory.
+      name: of the flag or key that named it, for messages.
+
+    Raises:
+      UserError: there is no model, no checkpoint yet, or what is there is damaged.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        found = "is a file" if run.exists() else "is not there"
+        raise UserError(f"{name} {run} {found}: expected the directory of a run or an import")
+    if (run / MODEL_FILE).exists():
+        return read_model(run)
+    if (run / "config.json").exists():
+        return _trained(run, name)
+    raise UserError(
+        f"{name} {run} holds neither config.json (a trained run) nor {MODEL_FILE} (an import): "
+        "name the work directory of a run, or import the weights first (python -m moe_ablm import)"
+    )
+
+
+def _trained(run: Path, name: str) -> Model:
+    content = read_json(run / "config.json")
+    if "config" not in content and "architectures" in content:
+        raise UserError(
+            f"{name} {run} is a Hugging Face directory: import it first (python -m moe_ablm import "
+            f"--input {run} --out RUN)"
+        )
+    try:
+        config = content["config"]
+        spec = configs.encoder_of_run(config["model"])
+        data = config["data"]
+        layout, length = LAYOUTS[data["layout"]], int(data["length"])
+        regime, averaged = str(data["regime"]), float(config["train"]["ema"]) > 0
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{run / 'config.json'} is damaged or of another version ({error!s}): expected the "
+            "config.json that the trainer wrote"
+        ) from error
+    records = read_records(run / "checkpoints")
+    step = _best(records)
+    params = read_parameters(run / "checkpoints" / str(step), parameter_shapes(spec), averaged)
+    record = records[step]
+    loss = _loss(step, record)
+    told = "" if loss is None else f", validation loss {loss:.4f}"
+    source = f"{run}, step {step}{' (averaged weights)' if averaged else ''}{told}"
+    facts = {
+        "config": config,
+        "data": {"sha256": content.get("dataset"), **_trained_on(data, record)},
+        "metrics": _metrics(record["evaluation"]) if loss is not None else {},
+    }
+    return Model(spec, params, layout, length, source, regime, (), facts)
+
+
+def _best(records: dict[int, dict]) -> int:
+    """The step of lowest validation loss; the newest where no checkpoint was evaluated."""
+    losses = {step: _loss(step, record) for step, record in records.items()}
+    evaluated = [step for step in losses if losses[step] is not None]
+    return min(evaluated, key=losses.get) if evaluated else max(losses)
+
+
+def _loss(step: int, record: dict[str, Any]) -> float | None:
+    """Validation loss of a checkpoint; its record may hold that of an earlier step."""
+    evaluation = record.get("evaluation")
+    if not isinstance(evaluation, dict) or evaluation.get("step") != step:
+        return None
+    loss = evaluation.get("loss")
+    return loss if isinstance(loss, float) else None
+
+
+def _trained_on(data: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    told = {key: data.get(key) for key in ("path", "simulated_pairs", "fraction", "regime", "mask")}
+    if told["path"]:
+        told.pop("simulated_pairs")
+    return told | {"tokens_seen": record.get("tokens_seen")}
+
+
+def _metrics(evaluation: dict[str, Any]) -> dict[str, Any]:
+    names = ("step", "loss", "perplexity", "accuracy", "loss_by_region")
+    return {name: evaluation[name] for name in names if name in evaluation}

@@ -1,0 +1,189 @@
+"""A model as a directory: `model.json` says what it is, `params.safetensors` holds its parameters.
+
+`import` and `upcycle` write such directories; a trained run is read from its checkpoints instead.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_ablm import config as configs
+from moe_ablm.data.tokenizer import LAYOUTS, Layout
+from moe_ablm.errors import UserError
+from moe_ablm.interop.tensors import TensorFile, write_tensors
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import EncoderSpec, Execution
+
+SCHEMA = "moe_ablm.model/1"
+MODEL_FILE, PARAMS_FILE = "model.json", "params.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder with its parameters, and what using it takes.
+
+    Attributes:
+      spec: the encoder.
+      params: float32, on the default device.
+      layout: how chains become a row.
+      length: tokens of the longest row that it was trained for.
+      source: where it comes from, in one line.
+      regime: training regime (`data.regime`), as "paired"; None: not known.
+      notes: what a user should know, a sentence each.
+      facts: for model cards, plain JSON: "config", "data", "metrics", "licence", as far as known.
+    """
+
+    spec: EncoderSpec
+    params: nnx.State
+    layout: Layout
+    length: int
+    source: str
+    regime: str | None = None
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout_name(self) -> str:
+        """Name of the layout among `data.tokenizer.LAYOUTS`."""
+        return next(name for name, layout in LAYOUTS.items() if layout == self.layout)
+
+
+def parameter_shapes(spec: EncoderSpec) -> nnx.State:
+    """Shapes of an encoder's parameters; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[1]
+
+
+def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
+    """Parameters by path, as "layers/0/attention/qkv/kernel"."""
+    return {
+        "/".join(map(str, path)): np.asarray(v.get_value(), np.float32)
+        for path, v in nnx.to_flat_state(params)
+    }
+
+
+def fill(shapes: nnx.State, value: Callable[[str], np.ndarray]) -> nnx.State:
+    """Parameters of the given shapes with the values that `value` finds for their paths.
+
+    Raises:
+      ValueError: a value has another shape.
+    """
+    flat = {}
+    for path, variable in nnx.to_flat_state(shapes):
+        name = "/".join(map(str, path))
+        array = np.asarray(value(name), np.float32)
+        if array.shape != variable.get_value().shape:
+            raise ValueError(f"{name}: found {array.shape}, expected {variable.get_value().shape}")
+        flat[path] = variable.replace(jnp.asarray(array))
+    return nnx.from_flat_state(flat)
+
+
+@contextmanager
+def new_directory(out: Path, flag: str = "--out"):
+    """A directory under a temporary name beside `out`, renamed when the block ends without error.
+
+    Raises:
+      UserError: there is something under that name already, or no room or right to write.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{flag} {out} is there already: choose a new name or remove it")
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"{flag} {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: Model, out: Path) -> None:
+    """Writes a model to a new directory; nothing is left behind when that fails.
+
+    Raises:
+      UserError: the encoder has settings out of their range, or `out` cannot be written.
+    """
+    configs.encoder_from_mapping(asdict(model.spec))  # what is written can be read
+    with new_directory(out) as directory:
+        write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
+        content = {
+            "schema": SCHEMA,
+            "encoder": asdict(model.spec),
+            "layout": model.layout_name,
+            "length": model.length,
+            "source": model.source,
+            "regime": model.regime,
+            "notes": list(model.notes),
+            "facts": dict(model.facts),
+        }
+        (directory / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_model(directory: Path) -> Model:
+    """Reads what `save_model` wrote.
+
+    Raises:
+      UserError: a file is missing, damaged, or of a schema that this version does not know.
+    """
+    content = read_json(directory / MODEL_FILE)
+    if content.get("schema") != SCHEMA:
+        raise UserError(
+            f"{directory / MODEL_FILE}: schema {content.get('schema')!r}, expected {SCHEMA!r}: "
+            "made by another version of moe_ablm; import the model again"
+        )
+    try:
+        spec = configs.encoder_from_mapping(content["encoder"])
+        model = {
+            "layout": LAYOUTS[content["layout"]],
+            "length": int(content["length"]),
+            "source": str(content["source"]),
+            "regime": content["regime"],
+            "notes": tuple(map(str, content["notes"])),
+            "facts": dict(content["facts"]),
+        }
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{directory / MODEL_FILE} is damaged ({error}): import the model again"
+        ) from error
+    file = directory / PARAMS_FILE
+    shapes = parameter_shapes(spec)
+    with TensorFile(file) as tensors:
+        names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(shapes)}
+        if names != set(tensors):
+            differing = sorted(names ^ set(tensors))
+            raise UserError(
+                f"{file} does not fit {MODEL_FILE}: {differing[0]} and {len(differing) - 1} more "
+                "are in only one of them; import the model again"
+            )
+        try:
+            params = fill(shapes, tensors.__getitem__)
+        except ValueError as error:
+            raise UserError(f"{file} does not fit {MODEL_FILE}: {error}") from error
+    return Model(spec, jax.device_put(params), **model)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds an object; UserError where it does not."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: found {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"no valid JSON ({error})"

@@ -1,0 +1,139 @@
+"""Safetensors files, one or sharded with an index, read lazily as float32 arrays. No pickle."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moe_ablm.errors import UserError
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """The tensors of a file by name; looked up, they are read and converted to float32.
+
+    Raises:
+      UserError: the file is missing or damaged; at look-up, that a tensor is not of floats.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, "numpy")
+            self._names = set(self._file.keys())
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is not there") from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path} is no whole safetensors file ({' '.join(str(error).split())}): "
+                "copy or download it again"
+            ) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        dtype = self.dtype(name)
+        if dtype not in FLOATS:
+            raise UserError(
+                f"{self.path}: tensor {name} has dtype {dtype}, expected one of {', '.join(FLOATS)}"
+            )
+        return np.asarray(self._file.get_tensor(name), np.float32)
+
+    def dtype(self, name: str) -> str:
+        """Safetensors' name of the dtype on disk, as "F32" or "BF16"."""
+        return self._file.get_slice(name).get_dtype()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        del self._file
+
+
+class Shards(Mapping[str, np.ndarray]):
+    """The tensors of several files, as their index tells where each is."""
+
+    def __init__(self, index: Path):
+        self.path = index
+        try:
+            places = json.loads(index.read_text())["weight_map"]
+            names = {str(k): Path(str(v)) for k, v in places.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{index} is damaged ({error}): expected an object with 'weight_map'; copy or "
+                "download it again"
+            ) from error
+        for file in set(names.values()):
+            if file.name != str(file):
+                raise UserError(f"{index}: shard {str(file)!r} is not a file name beside it")
+        files = {file: TensorFile(index.parent / file) for file in sorted(set(names.values()))}
+        for name, file in names.items():
+            if name not in files[file]:
+                raise UserError(
+                    f"{index.parent / file} lacks tensor {name}, which {index.name} says it holds: "
+                    "copy or download it again"
+                )
+        self._at = {name: files[file] for name, file in names.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._at[name][name]
+
+    def dtype(self, name: str) -> str:
+        """As of `TensorFile`."""
+        return self._at[name].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As of `TensorFile`."""
+        return self._at[name].shape(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._at))
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+
+Tensors = TensorFile | Shards
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file that torch's readers accept, with the rights of its directory."""
+    save_file(dict(tensors), path, {"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
+
+
+def open_tensors(directory: Path) -> Tensors:
+    """The weights of a Hugging Face directory.
+
+    Raises:
+      UserError: there are none, only pickled ones, or they are damaged.
+    """
+    if (directory / SINGLE).exists():
+        return TensorFile(directory / SINGLE)
+    if (directory / INDEX).exists():
+        return Shards(directory / INDEX)
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickled:
+        raise UserError(
+            f"{directory} holds {pickled[0]} and no {SINGLE}: pickled weights can run code and are "
+            'not read; convert them where you trust them: python -c "from transformers import '
+            f"AutoModelForMaskedLM as M; M.from_pretrained('{directory}')"
+            f".save_pretrained('{directory}-safetensors')\""
+        )
+    raise UserError(f"{directory} holds no weights: expected {SINGLE} or {INDEX}")

@@ -1,0 +1,342 @@
+"""Import of Hugging Face ESM-2 directories: spellings, shards, dtypes, and every refusal."""
+
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import run_command
+from random_models import logits_of
+from safetensors.numpy import load_file, save_file
+
+from moe_ablm.data.tokenizer import VOCABULARY
+from moe_ablm.errors import UserError
+from moe_ablm.interop.directory import import_directory
+from moe_ablm.interop.load import load_model
+from moe_ablm.interop.saved import flat_arrays
+
+FIXTURE = Path(__file__).parent / "fixtures" / "esm2_tiny.npz"
+CONFIG = {
+    "architectures": ["EsmForMaskedLM"],
+    "model_type": "esm",
+    "vocab_size": 33,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 1026,
+    "position_embedding_type": "rotary",
+    "layer_norm_eps": 1e-5,
+    "emb_layer_norm_before": False,
+    "token_dropout": True,
+    "mask_token_id": 32,
+    "pad_token_id": 1,
+}
+WORDS = "esm.embeddings.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return np.load(FIXTURE, allow_pickle=False)
+
+
+@pytest.fixture(scope="module")
+def tensors(stored):
+    return {k[2:]: stored[k] for k in stored.files if k[:2] == "w/" and "contact_head" not in k}
+
+
+def directory(path, tensors, config=CONFIG, **changes):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config | changes))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def older(tensors):
+    """With gamma and beta in the encoder's layers, as some versions write them."""
+    renamed = {}
+    for name, value in tensors.items():
+        if "esm.encoder.layer." in name and "LayerNorm" in name:
+            name = name.replace(".weight", ".gamma").replace(".bias", ".beta")
+        renamed[name] = value
+    assert sum(n.endswith((".gamma", ".beta")) for n in renamed) == 8
+    return renamed
+
+
+@pytest.mark.parametrize("spelling", ["weight", "gamma"])
+def test_logits_are_those_of_transformers(tmp_path, stored, tensors, spelling):
+    tensors = older(tensors) if spelling == "gamma" else tensors
+    for dropout in (True, False):
+        path = directory(tmp_path / str(dropout), tensors, token_dropout=dropout)
+        model = import_directory(path)
+        found = logits_of(model, stored["tokens"], stored["valid"])
+        expected = stored[f"logits_dropout_{dropout}".lower()]
+        np.testing.assert_allclose(found[stored["valid"]], expected[stored["valid"]], atol=1e-5)
+    assert (model.layout_name, model.length, model.notes) == ("esm", 1024, ())
+
+
+EXTRA = {
+    "contact_head.regression.weight": np.zeros((1, 8), np.float32),
+    "contact_head.regression.bias": np.zeros(1, np.float32),
+    "esm.contact_head.regression.weight": np.zeros((1, 8), np.float32),
+    "esm.embeddings.position_ids": np.zeros((1, 1026), np.int64),
+    "esm.embeddings.position_embeddings.weight": np.zeros((1026, 24), np.float32),
+    "esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq": np.zeros(3, np.float32),
+    "esm.encoder.layer.*.attention.self.rotary_embeddings.inv_freq": np.zeros(3, np.float32),
+}
+
+
+def test_what_the_language_model_does_not_use_is_ignored_with_a_note(tmp_path, tensors):
+    plain = import_directory(directory(tmp_path / "a", tensors))
+    twice = {"lm_head.decoder.weight": tensors[WORDS], "lm_head.decoder.bias": None}
+    twice["lm_head.decoder.bias"] = tensors["lm_head.bias"]
+    renamed = {k: v for k, v in tensors.items() if k != "lm_head.bias"}
+    model = import_directory(directory(tmp_path / "b", renamed | EXTRA | twice))
+    assert "contact_head" in model.notes[0] and "and 4 more" in model.notes[0]
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_shards_are_one_model(tmp_path, tensors):
+    single = import_directory(directory(tmp_path / "single", tensors))
+    path = directory(tmp_path / "shards", {})
+    (path / "model.safetensors").unlink()
+    write_shards(path, tensors)
+    for a, b in zip(
+        jax.tree.leaves(single.params), jax.tree.leaves(import_directory(path).params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def write_shards(path, tensors, **wrong):
+    names = sorted(tensors)
+    files = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in set(files.values()):
+        part = {n: np.ascontiguousarray(tensors[n]) for n in names if files[n] == file}
+        save_file(part, path / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files | wrong}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"), [(np.float16, "F16"), (ml_dtypes.bfloat16, "BF16"), (np.float64, "F64")]
+)
+def test_other_floats_are_converted_and_told(tmp_path, tensors, dtype, told):
+    path = directory(tmp_path / "d", {k: v.astype(dtype) for k, v in tensors.items()})
+    model = import_directory(path)
+    assert model.notes == (f"weights of {told} were converted to float32",)
+    found = flat_arrays(model.params)["embedding"]
+    np.testing.assert_array_equal(found, tensors[WORDS].astype(dtype).astype(np.float32))
+
+
+def test_a_decoder_of_its_own(tmp_path, tensors):
+    own = tensors | {"lm_head.decoder.weight": 2 * tensors[WORDS]}
+    path = directory(tmp_path / "d", own, tie_word_embeddings=False)
+    arrays = flat_arrays(import_directory(path).params)
+    np.testing.assert_array_equal(arrays["head/decoder"], 2 * tensors[WORDS])
+    with pytest.raises(UserError, match="lm_head.decoder.weight differs"):
+        import_directory(directory(tmp_path / "e", own))
+
+
+def test_the_licence_of_a_card_is_kept(tmp_path, tensors):
+    path = directory(tmp_path / "d", tensors)
+    (path / "README.md").write_text("---\nlicense: mit\ntags:\n- x\n---\n# A model\nlicense: no\n")
+    assert import_directory(path).facts == {"licence": "mit"}
+    (path / "README.md").write_text("# A model\nlicense: mit\n")
+    assert import_directory(path).facts == {}
+
+
+def without(tensors, *names):
+    return {k: v for k, v in tensors.items() if k not in names}
+
+
+CONFIGS = {
+    "classifier": ({"architectures": ["EsmForSequenceClassification"]}, "architectures is"),
+    "base model": ({"architectures": ["EsmModel"]}, "language-model head"),
+    "other kind": ({"model_type": "bert"}, "model_type is 'bert', expected 'esm' or 'balm'"),
+    "no kind": ({"model_type": None}, "model_type is None"),
+    "vocabulary size": ({"vocab_size": 30}, "vocab_size is 30, expected 33"),
+    "vocabulary": ({"vocab_list": ["<cls>", "<eos>"]}, "token 1 is '<eos>', expected '<pad>'"),
+    "short vocabulary": ({"vocab_list": ["<cls>"]}, "1 tokens, expected 33"),
+    "absolute": ({"position_embedding_type": "absolute"}, "expected 'rotary'.*ESM-1b"),
+    "no positions": ({"position_embedding_type": None}, "is 'absolute', expected 'rotary'"),
+    "norm before": ({"emb_layer_norm_before": True}, "emb_layer_norm_before is True"),
+    "eps": ({"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    "dropout": ({"token_dropout": "yes"}, "token_dropout is 'yes', expected True or False"),
+    "mask": ({"mask_token_id": 31}, "mask_token_id is 31, expected 32"),
+    "folding": ({"is_folding_model": True}, "is_folding_model is True"),
+    "rope": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+    "layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a positive"),
+    "width": ({"hidden_size": "24"}, "hidden_size is '24'"),
+    "heads": ({"num_attention_heads": 5}, "divisor of hidden_size .24."),
+    "odd heads": ({"num_attention_heads": 8}, "heads of an even width"),
+    "more layers": ({"num_hidden_layers": 3}, "lacks esm.encoder.layer.2.*and 13 more"),
+    "fewer layers": ({"num_hidden_layers": 1}, "holds esm.encoder.layer.1.*no place"),
+    "wider": (
+        {"intermediate_size": 50},
+        r"output.dense.weight has shape \(24, 48\), expected \(24, 50",
+    ),
+    "damaged": ({"moe_ablm": {"layout": "x"}}, "moe_ablm is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_models_are_refused(tmp_path, tensors, name):
+    changes, words = CONFIGS[name]
+    with pytest.raises(UserError, match=words) as error:
+        import_directory(directory(tmp_path / "d", tensors, **changes))
+    assert "\n" not in str(error.value)
+
+
+def weights_away(path):
+    (path / "model.safetensors").unlink()
+
+
+def pickled(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def not_json(path):
+    (path / "config.json").write_text("{")
+
+
+def other_tokens(path):
+    (path / "vocab.txt").write_text("\n".join(VOCABULARY).replace("L\nA", "A\nL"))
+
+
+def shards(path, **wrong):
+    tensors = load_file(path / "model.safetensors")
+    weights_away(path)
+    write_shards(path, tensors, **wrong)
+
+
+def lost_shard(path):
+    shards(path)
+    (path / "model-00002-of-00002.safetensors").unlink()
+
+
+def no_index(path):
+    shards(path)
+    (path / "model.safetensors.index.json").write_text("[]")
+
+
+FILES = {
+    "no weights": (weights_away, "holds no weights: expected model.safetensors"),
+    "pickle": (pickled, "pytorch_model.bin.*convert them.*save_pretrained"),
+    "cut": (cut, "no whole safetensors file"),
+    "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),
+    "no JSON": (not_json, "no valid JSON"),
+    "vocab.txt": (other_tokens, "vocab.txt: token 4 is 'A', expected 'L'"),
+    "lost shard": (lost_shard, "00002-of-00002.safetensors is not there"),
+    "shard elsewhere": (lambda path: shards(path, x="../x"), "'../x' is not a file name beside"),
+    "wrong shard": (
+        lambda path: shards(path, x="model-00001-of-00002.safetensors"),
+        "lacks tensor",
+    ),
+    "damaged index": (no_index, "index.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_directories_are_refused(tmp_path, tensors, name):
+    damage, words = FILES[name]
+    path = directory(tmp_path / "d", tensors)
+    damage(path)
+    with pytest.raises(UserError, match=words) as error:
+        import_directory(path)
+    assert "\n" not in str(error.value)
+
+
+TENSORS = {
+    "missing": (lambda t: without(t, "lm_head.bias"), "lacks lm_head.bias"),
+    "no head": (lambda t: {k: v for k, v in t.items() if "lm_head" not in k}, "lm_head.dense"),
+    "leftover": (lambda t: t | {"classifier.weight": t["lm_head.bias"]}, "holds classifier.weight"),
+    "both spellings": (
+        lambda t: t | {"esm.encoder.emb_layer_norm_after.gamma": t["lm_head.bias"]},
+        "holds both esm.encoder.emb_layer_norm_after",
+    ),
+    "shape": (lambda t: t | {WORDS: t[WORDS][:, :20]}, r"shape \(33, 20\), expected \(33, 24\)"),
+    "integers": (lambda t: t | {WORDS: t[WORDS].astype(np.int8)}, "dtype I8, expected one of"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_other_tensors_are_refused(tmp_path, tensors, name):
+    change, words = TENSORS[name]
+    with pytest.raises(UserError, match=words):
+        import_directory(directory(tmp_path / "d", change(tensors)))
+
+
+def test_the_verb(tmp_path, tensors, stored):
+    path = directory(tmp_path / "hf", tensors | EXTRA)
+    flags = ["--input", path, "--layout", "sep", "--out", tmp_path / "run"]
+    done = run_command("moe_ablm", "import", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "note: ignored" in done.stdout and "layout sep" in done.stdout
+    model = load_model(tmp_path / "run")
+    found = logits_of(model, stored["tokens"], stored["valid"])
+    expected = stored["logits_dropout_true"]
+    np.testing.assert_allclose(found[stored["valid"]], expected[stored["valid"]], atol=1e-5)
+
+
+def test_the_verb_refuses(tmp_path, tensors, run_quickly):
+    path = directory(tmp_path / "hf", tensors)
+    pickled(path)
+    result = run_quickly("moe_ablm", "import", "--input", path, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "pytorch_model.bin" in result.stderr
+    result = run_quickly("moe_ablm", "import", "--input", tmp_path / "no", "--out", tmp_path / "r")
+    assert result.returncode == 2 and "no is not there" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.hf
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["8m", "35m"])
+def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, size):
+    """Random weights of the real shapes, as transformers itself saves them."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    torch = pytest.importorskip("torch", reason="needs the extra `hf`")
+    from flax import nnx
+
+    from moe_ablm.model.spec import SIZES, Execution
+    from moe_ablm.training.state import make_definition
+
+    layers, d_model, ffn, heads = SIZES[size]
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": layers, "hidden_size": d_model, "num_attention_heads": heads}
+    config = {k: v for k, v in CONFIG.items() if k not in ("architectures", "model_type")}
+    config |= sizes | {"intermediate_size": ffn, "attn_implementation": "eager"}
+    theirs = transformers.EsmForMaskedLM(transformers.EsmConfig(**config)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    model = import_directory(tmp_path / "hf")
+    rng = np.random.default_rng(0)
+    tokens, valid = rng.integers(4, 24, (2, 64)), np.arange(64) < np.array([64, 41])[:, None]
+    tokens[:, [3, 9]] = 32
+    tokens = np.where(valid, tokens, 1)
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(tokens),
+            attention_mask=torch.from_numpy(valid).long(),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+    encoder = nnx.merge(make_definition(model.spec, Execution()), model.params)
+    np.testing.assert_allclose(
+        encoder(tokens, valid).logits[valid], expected.logits.numpy()[valid], atol=1e-5
+    )
+    pairs = zip(encoder.hidden_states(tokens, valid), expected.hidden_states, strict=True)
+    for found, other in pairs:
+        np.testing.assert_allclose(found[valid], other.numpy()[valid], atol=1e-5)
+    pairs = zip(encoder.attention_weights(tokens, valid), expected.attentions, strict=True)
+    for found, other in pairs:
+        mine = np.moveaxis(np.asarray(found), 1, 2)[valid]
+        np.testing.assert_allclose(mine, np.moveaxis(other.numpy(), 1, 2)[valid], atol=1e-5)
