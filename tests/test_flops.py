@@ -140,7 +140,7 @@ def matmul_flops(jaxpr, trips: int = 1) -> int:
             out = eqn.outvars[0].aval.size
             total += 2 * out * int(np.prod([a[i] for i in contracted]))
         inner = [p for p in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(p)]
-        times = trips if eqn.primitive.name == "while" else 1
+        times = {"while": trips, "scan": eqn.params.get("length")}.get(eqn.primitive.name, 1)
         total += times * sum(matmul_flops(getattr(p, "jaxpr", p), trips) for p in inner)
     return total
 
