@@ -28,9 +28,18 @@ VERBS = {
     "scan": "all single mutants, scored",
     "route": "experts of every residue and layer",
     "attention": "attention between heavy and light chain",
+    "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
     "fit": "a table of runs -> a scaling law",
 }
-ASKING = ("embed", "score", "infill", "scan", "route", "attention")  # that run an encoder
+ASKING = (
+    "embed",
+    "score",
+    "infill",
+    "scan",
+    "route",
+    "attention",
+    "evaluate",
+)  # that run an encoder
 
 
 def main(argv: list[str]) -> int:

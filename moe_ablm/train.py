@@ -30,8 +30,8 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.perplexity import evaluate
 from moe_ablm.evaluation.tables import region_table, stability_lines
+from moe_ablm.evaluation.validation import evaluate
 from moe_ablm.feed import Feed
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.start import require_same_function

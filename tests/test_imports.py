@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "parallel": {"errors"},
     "model": {"parallel", "errors"},
     "training": {"model", "parallel", "errors", "results"},
-    "evaluation": {"model", "data", "parallel", "errors", "results"},
+    "evaluation": {"model", "data", "inference", "interop", "parallel", "errors", "results"},
     "interop": {"model", "data", "training", "config", "errors"},
     "inference": {"model", "data", "interop", "parallel", "errors", "results"},
     "scaling": {"errors"},

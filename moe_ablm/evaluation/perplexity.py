@@ -1,28 +1,138 @@
-"""Masked-language-model loss on a fixed, fixedly masked set of antibodies."""
+"""Masked-language-model loss, accuracy and perplexity on pairs, heavy and light chains.
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+Uniform masks as in training (15 %, of which 80/10/10 masked, replaced, kept), drawn several times;
+loss is the mean over all masked residues of all draws.
+"""
 
-import jax
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
-from jax.sharding import Mesh
 
-from moe_ablm.parallel.mesh import global_batch
+from moe_ablm.data.masking import (
+    UNIFORM,
+    corrupt,
+    position_bits,
+    record_bits,
+    record_rates,
+    select,
+)
+from moe_ablm.data.regions import CHAINS, region_names
+from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated
+from moe_ablm.evaluation.estimates import Sample
+from moe_ablm.evaluation.outcome import Outcome, Table
+from moe_ablm.evaluation.subject import Subject
+from moe_ablm.inference.antibodies import Row, row_of
+from moe_ablm.inference.logits import EveryPosition
+
+TITLE = "Perplexity"
+MASK_RATE = 0.15
 
 
-class Evaluation(NamedTuple):
-    """Sums over the whole set, float64: `sums` by region cell, `routed [M, E, CELLS]` or None."""
+@dataclass(frozen=True)
+class Settings:
+    """Antibodies drawn from the test split, and how often each is masked anew."""
 
-    sums: tuple[np.ndarray, np.ndarray, np.ndarray]
-    routed: np.ndarray | None
+    antibodies: int = 2000
+    repeats: int = 3
 
 
-def evaluate(eval_step: Callable, params, batches: Iterable[dict], mesh: Mesh) -> Evaluation:
-    """Adds up `training.step.make_eval_step` over `batches` (this process's rows of each)."""
-    total = None
-    for batch in batches:
-        found = jax.tree.map(
-            lambda x: np.asarray(x, np.float64), eval_step(params, global_batch(batch, mesh))
-        )
-        total = found if total is None else jax.tree.map(np.add, total, found)
-    return Evaluation(tuple(total.sums), total.routed)
+def evaluate(subject: Subject, settings: Settings) -> Outcome:
+    """Loss, accuracy and perplexity of test sets, and by region of the pairs."""
+    everyone, notes = subject.antibodies(settings.antibodies)
+    samples = []
+    for name, members in test_sets(everyone).items():
+        if not members:
+            notes.append(f"no antibody with what the test set {name} needs: left out")
+            continue
+        found = masked_sums(subject, members, settings.repeats)
+        samples += _samples(members, found, {"test set": name})
+    metrics = ("loss", "accuracy", "perplexity")
+    tables = (
+        Table("Test sets", metrics, ("test set",), where=(("region", "all"),)),
+        Table("Pairs, by region", metrics, ("region",), where=(("test set", "paired"),)),
+    )
+    regime = subject.engine.model.regime
+    notes.append(f"training regime of the model: {regime or 'not known'}")
+    return Outcome(samples, tables=tables, notes=notes)
+
+
+def test_sets(everyone: Sequence[Annotated]) -> dict[str, list[Annotated]]:
+    """Pairs, and chains alone of all antibodies."""
+    sets = {"paired": [a for a in everyone if a.paired]}
+    for chain, other in zip(CHAINS, reversed(CHAINS), strict=True):
+        sets[chain] = [replace(a, **{other: NO_CHAIN}) for a in everyone if getattr(a, chain)]
+    return sets
+
+
+def masked_sums(subject: Subject, members: Sequence[Annotated], repeats: int) -> np.ndarray:
+    """Sums over the masked residues of each antibody by region.
+
+    Returns:
+      float64 `[n, 15, 3]`: loss in nats, hits, residues; the last region is that of residues
+      without one.
+    """
+    layout = subject.engine.model.layout
+    rows = [row_of(a.antibody, layout) for a in members]
+    cells = [a.region_index() for a in members]
+    keys = np.array([a.key for a in members], np.uint64)
+    sums = np.zeros((len(members), len(region_names()) + 1, 3))
+    for repeat in range(repeats):
+        chosen, corrupted = masked(rows, keys, subject.seed, repeat)
+        for i, log_probabilities in subject.engine.run(EveryPosition(), corrupted):
+            at = rows[i].places[chosen[i]]
+            truth = rows[i].tokens[at]
+            found = log_probabilities[at]
+            loss = -np.take_along_axis(found, truth[:, None].astype(int), axis=1)[:, 0]
+            values = np.stack([loss, found.argmax(1) == truth, np.ones(len(at))], 1)
+            np.add.at(sums[i], cells[i][chosen[i]], values)
+    return sums
+
+
+def masked(
+    rows: Sequence[Row], keys: np.ndarray, seed: int, repeat: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Masks of a draw.
+
+    Args:
+      rows: antibodies.
+      keys: uint64 `[n]`, identity of each.
+      seed, repeat: of the draw.
+
+    Returns:
+      For each antibody the residues to be predicted (indices among its residues), and its tokens
+      with 80/10/10 of them masked, replaced, kept.
+    """
+    residues = [row.tokens[row.places] for row in rows]
+    counts = np.array([len(r) for r in residues])
+    start, tokens = np.cumsum(counts) - counts, np.concatenate(residues)
+    bits = position_bits(record_bits(seed, keys, np.full(len(rows), repeat)), start, len(tokens))
+    everywhere = np.ones(len(tokens), bool)
+    rates = record_rates(UNIFORM, MASK_RATE, everywhere, None, start)
+    selected, rate = select(bits, everywhere, rates, start)
+    corrupted = np.split(corrupt(tokens, selected, bits, rate), start[1:])
+    out = []
+    for row, new in zip(rows, corrupted, strict=True):
+        copy = row.tokens.copy()
+        copy[row.places] = new
+        out.append(copy)
+    return [np.flatnonzero(part) for part in np.split(selected, start[1:])], out
+
+
+def _samples(members: Sequence[Annotated], sums: np.ndarray, labels: dict) -> list[Sample]:
+    units = [a.unit for a in members]
+    samples = []
+    parts = {"all": sums.sum(1)}
+    if labels["test set"] == "paired":
+        parts |= {name: sums[:, i] for i, name in enumerate(region_names())}
+    for region, part in parts.items():
+        if not part[:, 2].any():
+            continue
+        loss, hits, residues = part.T
+        about = labels | {"region": region}
+        samples += [
+            Sample("loss", units, loss, residues, about, unit="nats"),
+            Sample("accuracy", units, hits, residues, about, unit="share"),
+            Sample("perplexity", units, loss, residues, about, scale="exp"),
+        ]
+    return samples

@@ -3,6 +3,7 @@
 `import` and `upcycle` write such directories; a trained run is read from its checkpoints instead.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +57,15 @@ class Model:
     def layout_name(self) -> str:
         """Name of the layout among `data.tokenizer.LAYOUTS`."""
         return next(name for name, layout in LAYOUTS.items() if layout == self.layout)
+
+    def digest(self) -> str:
+        """SHA-256 of the parameters, the encoder and its layout."""
+        about = repr((asdict(self.spec), self.layout, self.length))
+        digest = hashlib.sha256(about.encode())
+        for path, variable in sorted(nnx.to_flat_state(self.params), key=lambda i: str(i[0])):
+            digest.update(str(path).encode())
+            digest.update(np.asarray(variable.get_value()).tobytes())
+        return digest.hexdigest()
 
 
 def parameter_shapes(spec: EncoderSpec) -> nnx.State:

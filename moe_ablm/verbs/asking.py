@@ -1,8 +1,6 @@
 """What the verbs that ask a model share: flags, the way from sequences to results, progress."""
 
 import argparse
-import dataclasses
-import hashlib
 import itertools
 import os
 import sys
@@ -12,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -209,25 +206,12 @@ def _command(
         read = sources
     return {
         "verb": args.verb,
-        "model": _digest(engine),
+        "model": engine.model.digest(),
         "input": read if args.input else [list(pair) for pair in read],
         "reading": [args.format, args.columns, args.on_bad_row],
         "precision": args.precision,
         "options": question.options,
     }
-
-
-def _digest(engine: "Engine") -> str:
-    """SHA-256 of the parameters, the encoder and its layout."""
-    from flax import nnx
-
-    model = engine.model
-    about = repr((dataclasses.asdict(model.spec), model.layout, model.length))
-    digest = hashlib.sha256(about.encode())
-    for path, variable in sorted(nnx.to_flat_state(model.params), key=lambda item: str(item[0])):
-        digest.update(str(path).encode())
-        digest.update(np.asarray(variable.get_value()).tobytes())
-    return digest.hexdigest()
 
 
 def _progress(verb: str) -> Progress:

@@ -1,0 +1,127 @@
+"""The antibodies that evaluations look at: chains with what is known of every residue."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.masking import mix
+from moe_ablm.data.regions import CHAINS, FR4
+from moe_ablm.data.tokenizer import decode
+from moe_ablm.inference.antibodies import Antibody
+
+COLUMNS = ("tokens", "germline", "region", "mutated", "segment")
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """One chain; arrays are uint8 `[n]`, all 0 where the dataset does not know.
+
+    Attributes:
+      letters: amino acids.
+      germline: the same with mutations of V and J reverted; of the same length.
+      region: codes of `data.regions.REGIONS`, 0 without annotation.
+      mutated: 1 where a residue of V or J is not the germline's; CDR3 of real data is 0.
+      segment: codes of `data.regions.SEGMENTS`, known of simulated chains.
+      v_gene, j_gene: "" where not known.
+    """
+
+    letters: str
+    germline: str
+    region: np.ndarray
+    mutated: np.ndarray
+    segment: np.ndarray
+    v_gene: str
+    j_gene: str
+
+    def __len__(self) -> int:
+        return len(self.letters)
+
+    @property
+    def mutations(self) -> int:
+        """Mutated residues."""
+        return int(self.mutated.sum())
+
+
+NO_CHAIN = Chain("", "", *(np.zeros(0, np.uint8),) * 3, "", "")
+
+
+@dataclass(frozen=True, eq=False)
+class Annotated:
+    """An antibody of a dataset.
+
+    Attributes:
+      name: its id, or its row.
+      unit: what is drawn in a bootstrap: the clonal cluster, as text.
+      heavy, light: `NO_CHAIN` where there is none.
+      key: identity of the record: masks are drawn from it, so that they are the same ones for
+        every model, whatever else is in the cohort.
+      label: of the dataset, or "".
+    """
+
+    name: str
+    unit: str
+    key: int
+    heavy: Chain
+    light: Chain
+    label: str = ""
+
+    @property
+    def antibody(self) -> Antibody:
+        """As the encoder reads it."""
+        return Antibody(self.name, self.heavy.letters, self.light.letters)
+
+    @property
+    def paired(self) -> bool:
+        """Whether both chains are there."""
+        return bool(self.heavy.letters and self.light.letters)
+
+    def chains(self) -> list[tuple[str, Chain]]:
+        """(name, chain) of the chains that are there, heavy first: the order of all residues."""
+        both = zip(CHAINS, (self.heavy, self.light), strict=True)
+        return [(name, chain) for name, chain in both if chain.letters]
+
+    def along(self, column: str) -> np.ndarray:
+        """`region`, `mutated` or `segment` of all residues, heavy chain first, uint8 `[n]`."""
+        return np.concatenate([getattr(chain, column) for _, chain in self.chains()])
+
+    def region_index(self) -> np.ndarray:
+        """Index in `region_names` of all residues, int64 `[n]`; -1 where not known."""
+        parts = [
+            np.where(chain.region > 0, CHAINS.index(name) * FR4 + chain.region.astype(int) - 1, -1)
+            for name, chain in self.chains()
+        ]
+        return np.concatenate(parts)
+
+
+def sample_rows(dataset: Dataset, split: str, count: int, seed: int) -> np.ndarray:
+    """Up to `count` rows of a split (int64, ascending), drawn by a hash of record and seed."""
+    rows = dataset.rows(split)
+    with np.errstate(over="ignore"):
+        order = np.argsort(mix(dataset.key[rows] + mix(np.uint64(seed))), kind="stable")
+    return np.sort(rows[order[:count]])
+
+
+def annotated(dataset: Dataset, rows: np.ndarray) -> list[Annotated]:
+    """Rows of a dataset with all that it knows of them, in the order of `rows`."""
+    names, clusters, labels = (dataset.column(c, rows) for c in ("id", "cluster", "label"))
+    keys = dataset.key[rows].tolist()
+    heavy, light = (_chains(dataset, rows, chain) for chain in CHAINS)
+    return [
+        Annotated(name or str(row), str(cluster), key, *chains, label)
+        for name, row, cluster, key, *chains, label in zip(
+            names, rows.tolist(), clusters, keys, heavy, light, labels, strict=True
+        )
+    ]
+
+
+def _chains(dataset: Dataset, rows: np.ndarray, chain: str) -> Sequence[Chain]:
+    flat = dataset.gather(rows, chain, COLUMNS)
+    ends = np.cumsum(dataset.lengths[chain][rows])[:-1]
+    parts = zip(*(np.split(flat[column], ends) for column in COLUMNS), strict=True)
+    genes = zip(*(dataset.column(f"{chain}_{gene}_gene", rows) for gene in "vj"), strict=True)
+    return [
+        Chain(decode(tokens), decode(germline), *codes, v, j) if len(tokens) else NO_CHAIN
+        for (tokens, germline, *codes), (v, j) in zip(parts, genes, strict=True)
+    ]

@@ -1,0 +1,151 @@
+"""`python -m moe_ablm evaluate`: everything that the studies asked of a model, in one report."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_ablm.config import suggestion
+from moe_ablm.errors import UserError
+from moe_ablm.model.spec import PRECISIONS
+
+FILES = {
+    "specificity": "antibodies with a label (CSV or parquet: h_sequence, l_sequence, label)",
+    "therapeutic": "named antibodies whose attention is drawn",
+    "fitness": "a table of variants with a measured value (FLAb, ProteinGym)",
+    "proteins": "a task in FLIP or TAPE format",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb; the names are relied on by scripts."""
+    parser.epilog = "--data: " + "; ".join(f"{name}: {text}" for name, text in FILES.items())
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="a trained run, or an import")
+    add("--input", type=Path, metavar="DIR", help="a dataset; its test split is held out")
+    add(
+        "--suite",
+        default="all",
+        metavar="NAME",
+        help="all, evaluations by name with commas between, or a config file "
+        "(configs/evaluation.py); default: all",
+    )
+    add(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="another input; repeatable",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, ...")
+    add("--seed", type=int, default=0, help="of all draws")
+    add("--precision", choices=tuple(PRECISIONS), default="float32", help="of the computation")
+    add("--devices", type=int, default=1, metavar="N", help="share out the rows")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates, or goes on; writes results and report.
+
+    Raises:
+      UserError: the model, the inputs or the suite are wrong; nothing is written.
+    """
+    suite, files = read_suite(args.suite), named_files(args.data)
+    from moe_ablm.data.dataset import Dataset
+    from moe_ablm.evaluation.results import same_command, write_results
+    from moe_ablm.evaluation.subject import Subject
+    from moe_ablm.evaluation.suite import run_suite
+    from moe_ablm.inference.buckets import Engine
+    from moe_ablm.interop.load import load_model
+
+    dataset = Dataset(args.input) if args.input else None
+    engine = Engine(load_model(args.run), args.precision, args.devices)
+    about = same_command(args.out, engine, dataset, files, args.seed)
+    subject = Subject(engine, dataset, args.out / "work", files, args.seed)
+    found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
+    for file in write_results(args.out, about, found):
+        print(file)
+
+
+def read_suite(name: str) -> dict[str, Any]:
+    """Settings by the name of the evaluation, in the order of the suite.
+
+    Raises:
+      UserError: no such evaluation, setting or file.
+    """
+    from moe_ablm.evaluation.suite import EVALUATIONS, module_of
+
+    if name.endswith(".py"):
+        chosen = _read_file(Path(name))
+    else:
+        names = EVALUATIONS if name == "all" else name.split(",")
+        chosen = {each.strip(): {} for each in names}
+    suite = {}
+    for each, values in chosen.items():
+        if each not in EVALUATIONS:
+            raise UserError(
+                f"--suite {name}: {each!r} is no evaluation{suggestion(each, EVALUATIONS)}; "
+                f"expected all, a config file, or some of {', '.join(EVALUATIONS)}"
+            )
+        suite[each] = _settings(module_of(each).Settings, values, f"--suite {name}: {each}")
+    return suite
+
+
+def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(
+                f"{where}.{key} is no setting{suggestion(key, fields)}; expected "
+                f"{', '.join(fields)}"
+            )
+        default = fields[key].default
+        if isinstance(default, float) and type(value) is int:
+            continue
+        if type(value) is not type(default):
+            raise UserError(
+                f"{where}.{key}={value!r}: expected {type(default).__name__}, as {default!r}"
+            )
+        if type(value) is int and value < 0:
+            raise UserError(f"{where}.{key}={value}: expected 0 or more")
+    return kind(**values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """What `get_config` of a config file returns, as plain mappings."""
+    if not path.is_file():
+        raise UserError(f"--suite {path}: there is no such file")
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("suite", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return json.loads(module.get_config().to_json())
+    except Exception as error:  # the file is a program of the user's
+        raise UserError(
+            f"--suite {path}: {type(error).__name__}: {error}; expected a file whose get_config() "
+            "returns a ConfigDict of settings by evaluation, as configs/evaluation.py"
+        ) from error
+
+
+def named_files(texts: list[str]) -> dict[str, tuple[Path, ...]]:
+    """`NAME=FILE` of every `--data`.
+
+    Raises:
+      UserError: another form, an unknown name, or no such file.
+    """
+    files: dict[str, tuple[Path, ...]] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or name not in FILES:
+            raise UserError(
+                f"--data {text}: expected NAME=FILE with NAME one of {', '.join(FILES)}"
+                f"{suggestion(name, FILES)}"
+            )
+        if not Path(path).exists():
+            raise UserError(f"--data {text}: there is no such file")
+        files[name] = (*files.get(name, ()), Path(path))
+    return files
