@@ -31,9 +31,7 @@ What remains different:
   vocabulary: 33 tokens (ESM-2's) against 32, which is 2 d_model + 1 parameters: 1,281 of the final
     model's 714,167,073. The older model had 33.
   dropout: 0.1 there, none here.
-  expert choice: BALM's gates are a softmax over the tokens, ours over the experts.
-  top-p: BALM leaves out the expert with which the threshold is reached (unless it is the first) and
-    balances first choices only; here that expert counts (Huang et al. 2024), and all choices.
+  top-p: BALM balances first choices only, here all choices count.
   z-loss: BALM counts padding.
   places: BALM rounds down, here up; shared experts make it differ by one of thousands.
   older: its experts have no biases, ours 230,400 (3 layers x 16 x (2 x 1920 + 960)) beside its
@@ -139,6 +137,8 @@ def _experts(c, router: str = "topk", capacity: float = 1.0, shared: int = 0) ->
     moe.shared = shared
     # BALM's top-p has no limit; expert choice has no k
     moe.k = {"topk": 2, "topp": moe.experts, "expert_choice": 1}[router]
+    moe.exceed = router != "topp"
+    moe.gate = "tokens" if router == "expert_choice" else "softmax"
     moe.capacity = capacity / moe.k
     moe.group = "batch"
     counted = moe.k if router == "topk" else 1  # choices of a token in the loss
@@ -161,6 +161,7 @@ def _older(c) -> None:
     moe.experts = 15
     moe.shared = 1
     moe.k = 6  # 15 x 128 / 320
+    moe.gate = "tokens"
     moe.pads = "none"
     moe.load_balance = 0.0
     moe.z_loss = 0.01 / 3

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import keyword
 import logging
+import os
 import sys
 
 from moe_ablm.allocator import restart_with_huge_pages
@@ -31,15 +32,8 @@ VERBS = {
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
     "fit": "a table of runs -> a scaling law",
 }
-ASKING = (
-    "embed",
-    "score",
-    "infill",
-    "scan",
-    "route",
-    "attention",
-    "evaluate",
-)  # that run an encoder
+# those that run an encoder
+ASKING = ("embed", "score", "infill", "scan", "route", "attention", "evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -62,6 +56,9 @@ def main(argv: list[str]) -> int:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        return 1
+    except BrokenPipeError:  # whoever read stdout, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

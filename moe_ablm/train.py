@@ -33,7 +33,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.tables import region_table, stability_lines
 from moe_ablm.evaluation.validation import evaluate
 from moe_ablm.feed import Feed
-from moe_ablm.interop.load import load_model
+from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
@@ -69,10 +69,11 @@ def run(config: Config, workdir: Path) -> dict:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
-    start = starting_parameters(config)
+    model = starting_model(config)
+    start, licence = (model.params, model.facts.get("licence")) if model else (None, None)
     identity = "" if start is None else states.params_sha256(start)
     feed = Feed(config, *open_datasets(config), start=identity)
-    owned = multihost.first_inside(work_directory(workdir, config, feed.identity))
+    owned = multihost.first_inside(work_directory(workdir, config, feed.identity, licence))
     with owned, jax.set_mesh(mesh):
         fingerprint = configs.fingerprint(config, feed.identity)
         finished = multihost.from_first(lambda: finished_run(workdir, fingerprint))
@@ -99,13 +100,13 @@ def open_datasets(config: Config) -> list[Dataset]:
     return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
 
 
-def starting_parameters(config: Config) -> nnx.State | None:
-    """The parameters of `train.init`; None: the run starts from random ones."""
+def starting_model(config: Config) -> Model | None:
+    """The model of `train.init`; None: the run starts from random parameters."""
     if config.train.init is None:
         return None
     model = load_model(config.train.init, "config.train.init")
     require_same_function(model, config.model.spec())
-    return model.params
+    return model
 
 
 def make_execution(config: Config) -> Execution:

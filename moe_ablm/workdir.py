@@ -19,8 +19,16 @@ PATIENCE = 1.0  # seconds for which another process may hold the lock
 
 
 @contextmanager
-def work_directory(workdir: Path, config: Config, dataset: str) -> Iterator[None]:
+def work_directory(
+    workdir: Path, config: Config, dataset: str, licence: str | None = None
+) -> Iterator[None]:
     """Takes a work directory for one process; makes it, with `config.json`, when it is new.
+
+    Args:
+      workdir: the directory.
+      config: of the run.
+      dataset: identity of its data.
+      licence: of the weights that it starts from, for the model cards of its exports.
 
     Raises:
       UserError: it holds a different run (the differing keys are named), is in use, or is no
@@ -37,6 +45,7 @@ def work_directory(workdir: Path, config: Config, dataset: str) -> Iterator[None
         content = {
             "fingerprint": configs.fingerprint(config, dataset),
             "dataset": dataset,
+            "licence": licence,
             "config": configs.to_dict(config),
         }
         write_atomically(workdir / "config.json", json.dumps(content, indent=1) + "\n")

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import subprocess
+from subprocess import PIPE
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_command
+from conftest import command, run_command
 from tiny_models import engine, tiny_model
 
 from moe_ablm import api
@@ -168,6 +170,14 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
     assert [json.loads(r) for r in out.open()] == [json.loads(r) for r in whole.open()]
 
 
+def test_a_reader_of_the_terminal_may_leave(runs):
+    argv, options = command("moe_ablm", "scan", "--run", runs / "dense", "--heavy", "EVQ" * 9)
+    with subprocess.Popen(argv, stdout=PIPE, stderr=PIPE, **options) as process:
+        process.stdout.close()
+        assert process.stderr.read().count("\n") <= 1  # that it compiled
+    assert process.returncode == 1
+
+
 WRONG = {
     "no input": (["score"], ("--input",)),
     "both inputs": (["score", "--input", "{pairs}", "--heavy", "EVQ"], ("not both",)),
@@ -180,6 +190,10 @@ WRONG = {
     "dense": (["route", "--heavy", "EVQ"], ("a dense model",)),
     "no file": (["embed", "--input", "{tmp}/pair.csv"], ("no such file", "pairs.csv")),
     "temperature": (["infill", "--heavy", "EV_", "--temperature", "0"], ("--temperature 0",)),
+    "none left": (
+        ["attention", "--input", "{alone}", "--on-bad-row", "skip"],
+        ("no antibody is left", "1 rejected: one chain only", "row 1 (line 2)"),
+    ),
     "run": (["embed", "--run", "{tmp}", "--heavy", "EVQ"], ("config.json",)),
 }
 
@@ -187,7 +201,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_is_one_line(name, runs, pairs, tmp_path, run_quickly):
     (verb, *flags), words = WRONG[name]
-    flags = [flag.format(pairs=pairs, tmp=tmp_path) for flag in flags]
+    alone = runs / "alone.csv"
+    alone.write_text("id,heavy,light\na,EVQ,\n")
+    flags = [flag.format(pairs=pairs, alone=alone, tmp=tmp_path) for flag in flags]
     result = run_quickly("moe_ablm", verb, "--run", runs / "dense", *flags)
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.strip().splitlines()

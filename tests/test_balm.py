@@ -174,6 +174,10 @@ def test_models_of_ours_go_out_and_come_back(tmp_path, name, activation):
 
 NO_PLACE = {
     "token dropout": ({}, "token dropout.*--format hf"),
+    "token dropout, experts": (
+        {"token_dropout": True, "moe": MoESpec("topk", experts=4)},
+        "train with model.token_dropout=False",
+    ),
     "separator": ({"token_dropout": False, "layout": "sep"}, "<null_1> between chains"),
     "soft": ({"moe": MoESpec("soft", experts=2, slots=2)}, "router soft"),
     "top-1": ({"moe": MoESpec("topk", experts=2, k=1)}, "not renormalised"),

@@ -11,11 +11,12 @@ from conftest import run_command
 from random_models import logits_of
 from safetensors.numpy import load_file, save_file
 
-from moe_ablm.data.tokenizer import VOCABULARY
+from moe_ablm import api
+from moe_ablm.data.tokenizer import AMINO_ACIDS, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.directory import import_directory
 from moe_ablm.interop.load import load_model
-from moe_ablm.interop.saved import flat_arrays
+from moe_ablm.interop.saved import flat_arrays, save_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "esm2_tiny.npz"
 CONFIG = {
@@ -287,6 +288,13 @@ def test_the_verb(tmp_path, tensors, stored):
     np.testing.assert_allclose(found[stored["valid"]], expected[stored["valid"]], atol=1e-5)
 
 
+def test_pickled_weights_given_by_name_are_refused(tmp_path):
+    (tmp_path / "esm2.pt").write_bytes(b"")
+    words = "is a file: expected .*model.safetensors; pickled weights can run code"
+    with pytest.raises(UserError, match=words):
+        import_directory(tmp_path / "esm2.pt")
+
+
 def test_the_verb_refuses(tmp_path, tensors, run_quickly):
     path = directory(tmp_path / "hf", tensors)
     pickled(path)
@@ -298,17 +306,11 @@ def test_the_verb_refuses(tmp_path, tensors, run_quickly):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.hf
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["8m", "35m"])
-def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, size):
-    """Random weights of the real shapes, as transformers itself saves them."""
+def saved_by_transformers(path, size):
+    """`EsmForMaskedLM` with random weights of a real shape, which it saves; and torch."""
     transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
     torch = pytest.importorskip("torch", reason="needs the extra `hf`")
-    from flax import nnx
-
-    from moe_ablm.model.spec import SIZES, Execution
-    from moe_ablm.training.state import make_definition
+    from moe_ablm.model.spec import SIZES
 
     layers, d_model, ffn, heads = SIZES[size]
     torch.manual_seed(0)
@@ -316,7 +318,21 @@ def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, siz
     config = {k: v for k, v in CONFIG.items() if k not in ("architectures", "model_type")}
     config |= sizes | {"intermediate_size": ffn, "attn_implementation": "eager"}
     theirs = transformers.EsmForMaskedLM(transformers.EsmConfig(**config)).eval()
-    theirs.save_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(path)
+    return theirs, torch
+
+
+@pytest.mark.hf
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["8m", "35m"])
+def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, size):
+    """Random weights of the real shapes, as transformers itself saves them."""
+    theirs, torch = saved_by_transformers(tmp_path / "hf", size)
+    from flax import nnx
+
+    from moe_ablm.model.spec import Execution
+    from moe_ablm.training.state import make_definition
+
     model = import_directory(tmp_path / "hf")
     rng = np.random.default_rng(0)
     tokens, valid = rng.integers(4, 24, (2, 64)), np.arange(64) < np.array([64, 41])[:, None]
@@ -340,3 +356,45 @@ def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, siz
     for found, other in pairs:
         mine = np.moveaxis(np.asarray(found), 1, 2)[valid]
         np.testing.assert_allclose(mine, np.moveaxis(other.numpy(), 1, 2)[valid], atol=1e-5)
+
+
+@pytest.mark.hf
+@pytest.mark.slow
+def test_the_verbs_say_what_transformers_says(tmp_path):
+    """Embeddings, exact and one-pass scores, mutants and attention of a pair."""
+    theirs, torch = saved_by_transformers(tmp_path / "hf", "8m")
+    save_model(import_directory(tmp_path / "hf"), tmp_path / "run")
+    model, pair = api.load(tmp_path / "run"), ("EVQLVESGGGLVQPGG", "DIQMTQSPSSLS")
+    chains = [[VOCABULARY.index(letter) for letter in chain] for chain in pair]
+    row = np.array([0, *chains[0], 0, 0, *chains[1], 2])
+    heavy, light = np.arange(1, 17), np.arange(19, 31)
+    places = np.concatenate([heavy, light])
+    masked = np.tile(row, (len(places), 1))
+    masked[np.arange(len(places)), places] = 32
+    with torch.no_grad():
+        whole = theirs(
+            torch.from_numpy(row[None]), output_hidden_states=True, output_attentions=True
+        )
+        exact = theirs(torch.from_numpy(masked)).logits.log_softmax(-1).numpy()
+    for layer in (0, 3, -1):
+        expected = whole.hidden_states[layer][0].numpy()[places]
+        found = api.embed(model, [pair], "residue", layer)[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    expected = exact[np.arange(len(places)), places, row[places]]
+    found = api.score(model, [pair], "residue")[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    logs = whole.logits[0].log_softmax(-1).numpy()[places]
+    wild = logs[np.arange(len(places)), row[places]]
+    found = api.score(model, [pair], "residue", one_pass=True)[0]
+    np.testing.assert_allclose(found, wild, atol=1e-5)
+    expected = logs[:, [VOCABULARY.index(letter) for letter in AMINO_ACIDS]] - wild[:, None]
+    found = api.scan(model, [pair], "wild-type-marginal")[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for layer in (0, -1):
+        expected, found = whole.attentions[layer][0].numpy(), api.attention(model, [pair], layer)[0]
+        for name, queries, keys in (
+            ("heavy_to_light", heavy, light),
+            ("light_to_heavy", light, heavy),
+        ):
+            between = expected[:, queries][:, :, keys]
+            np.testing.assert_allclose(found[name], between, atol=1e-5)

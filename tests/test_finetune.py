@@ -15,6 +15,7 @@ from moe_ablm import config as configs
 from moe_ablm import train
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
+from moe_ablm.interop.card import model_card
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import Model, flat_arrays, save_model
 from moe_ablm.interop.start import require_same_function
@@ -30,7 +31,8 @@ FEW = {"train__steps": 4, "train__warmup": 1, "eval__every": 4, "checkpoint__eve
 def start(tmp_path_factory):
     """An import for `tiny_config`, with every parameter random."""
     spec = tiny_config().model.spec()
-    model = Model(spec, random_params(spec), LAYOUTS["esm"], 256, "a test")
+    facts = {"licence": "cc-by-4.0"}
+    model = Model(spec, random_params(spec), LAYOUTS["esm"], 256, "a test", facts=facts)
     path = tmp_path_factory.mktemp("start") / "model"
     save_model(model, path)
     return model, path
@@ -66,6 +68,13 @@ def test_a_trained_run_is_a_model(tuned):
     plain = shutil.copytree(workdir, workdir.with_name("plain"))
     (plain / "config.json").write_text(json.dumps(content))
     assert params_sha256(load_model(plain).params) == summary["params_sha256"]
+
+
+def test_the_licence_of_the_start_goes_on_to_exports(tuned):
+    model = load_model(tuned[1])
+    assert model.facts["licence"] == "cc-by-4.0"
+    assert model_card(model, "X", "", None).startswith("---\nlicense: cc-by-4.0\n")
+    assert model_card(model, "X", "", "mit").startswith("---\nlicense: mit\n")
 
 
 def test_the_start_is_part_of_the_runs_identity_by_its_content(start, tuned, tmp_path):

@@ -159,6 +159,17 @@ def test_router_losses_weigh_as_in_balm():
     assert (choice.load_balance, choice.entropy_loss) == (0, 0)
 
 
+def test_routers_choose_as_in_balm():
+    topk, topp, choice = (
+        checked(balm_moe, f"router={r}").model.moe for r in ("topk", "topp", "expert_choice")
+    )
+    assert (topk.exceed, topk.gate) == (True, "softmax")
+    assert (topp.exceed, topp.gate, topp.k) == (False, "softmax", topp.experts)
+    assert (choice.exceed, choice.gate, choice.group) == (True, "tokens", "batch")
+    older = checked(balm_moe, "model=older").model.moe
+    assert (older.gate, older.group) == ("tokens", "sequence")
+
+
 def test_pad_ablation():
     found = {
         checked(balm_moe, arg).model.moe.policies()

@@ -285,7 +285,9 @@ def _require_balm(model: Model) -> None:
          "first on"),
     ):  # fmt: skip
         if wrong:
-            other = "; --format hf has it" if found.startswith("token dropout") else ""
+            fits = not sparse and spec.activation == "gelu"
+            other = "--format hf has it" if fits else "train with model.token_dropout=False"
+            other = f"; {other}" if found.startswith("token dropout") else ""
             raise UserError(
                 f"--format balm: {model.source} has {found}, which BALM has no place for{other}"
             )

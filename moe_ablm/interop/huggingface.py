@@ -9,7 +9,7 @@ from typing import Any
 from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.saved import Model, read_json
-from moe_ablm.interop.tensors import Tensors
+from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
 
 CONFIG = "config.json"
 OURS = "moe_ablm"  # key of config.json under which exports keep what Hugging Face has no place for
@@ -22,11 +22,16 @@ class HuggingFaceConfig:
     def __init__(self, directory: Path):
         if not directory.is_dir():
             found = "is a file" if directory.exists() else "is not there"
-            raise UserError(f"--input {directory} {found}: expected a Hugging Face directory")
+            refused = "; pickled weights can run code and are not read"
+            refused = refused if directory.suffix in PICKLES else ""
+            raise UserError(
+                f"--input {directory} {found}: expected a Hugging Face directory with {CONFIG} and "
+                f"{SINGLE}{refused}"
+            )
         if not (directory / CONFIG).exists():
             raise UserError(
                 f"--input {directory} has no {CONFIG}: expected a Hugging Face directory with "
-                f"{CONFIG} and model.safetensors"
+                f"{CONFIG} and {SINGLE}"
             )
         self.directory, self.file = directory, directory / CONFIG
         self._values = read_json(self.file)

@@ -69,6 +69,8 @@ def _trained(run: Path, name: str) -> Model:
         "data": {"sha256": content.get("dataset"), **_trained_on(data, record)},
         "metrics": _metrics(record["evaluation"]) if loss is not None else {},
     }
+    if content.get("licence"):
+        facts["licence"] = content["licence"]
     return Model(spec, params, layout, length, source, regime, (), facts)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
 
@@ -140,6 +141,9 @@ def _antibodies(sources: list, engine: "Engine", question: Question) -> Iterator
     model = engine.model
     if isinstance(sources[0], Source):
         yield from antibodies.read(sources, model.layout, model.length, question.refuse)
+        if not any(source.report.kept for source in sources):
+            why = why_nothing(source.report for source in sources)
+            raise UserError(f"no antibody is left: {why}")
         return
     letters = question.letters or antibodies.LETTERS
     for antibody in antibodies.given(sources, model.layout, model.length, letters):

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, required=True,
         help="hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="new directory to write")
-    add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as imported)")
+    add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
 
 
 def run(args: argparse.Namespace) -> None:
