@@ -125,10 +125,12 @@ def _positions(
             n = len(found.owner)
             numbers.append(Number(metric, compute(), about, low, high, n, "share"))
     values = np.full((len(units), 2), np.nan)
-    for owner in np.unique(found.owner):
-        own = found.owner == owner
-        ranking = Ranking.of(found.mutated[own], found.score[own])
-        values[owner] = [compute() for _, compute in _metrics(ranking)]
+    owners, first = np.unique(found.owner, return_index=True)  # owners ascend
+    each = zip(
+        owners, np.split(found.mutated, first[1:]), np.split(found.score, first[1:]), strict=True
+    )
+    for owner, mutated, scores in each:
+        values[owner] = [compute() for _, compute in _metrics(Ranking.of(mutated, scores))]
     known = np.isfinite(values).all(1)
     samples = [
         Sample(f"{metric}_within", units, np.where(known, column, 0), known.astype(float),

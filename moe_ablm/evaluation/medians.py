@@ -88,7 +88,8 @@ def has_seaborn() -> bool:
 def _draw(axis: Axes, groups: Mapping[str, np.ndarray]) -> None:
     names = list(groups)
     if not has_seaborn():
-        axis.boxplot([groups[name] for name in names], tick_labels=names, sym=".")
+        axis.boxplot([groups[name] for name in names], sym=".", manage_ticks=False)
+        axis.set_xticks(range(1, len(names) + 1), names)
         return
     import seaborn
 
