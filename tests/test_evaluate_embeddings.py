@@ -26,7 +26,7 @@ from moe_ablm.evaluation.embeddings import (
 from moe_ablm.evaluation.neighbours import (
     mean_of_neighbours,
     nearest,
-    share_by_chance,
+    others_like_me,
     share_like_me,
     silhouettes,
 )
@@ -97,14 +97,14 @@ def test_kin_are_no_neighbours_and_no_chance():
     found = embedded(80, 2, groups=groups)
     codes = np.unique(found.genes, return_inverse=True)[1]
     unit = found.vectors / np.linalg.norm(found.vectors, axis=1, keepdims=True)
-    mine, chance = nearest(found.vectors, groups, 5), share_by_chance(groups, codes)
+    mine, (same, rest) = nearest(found.vectors, groups, 5), others_like_me(groups, codes)
     purity = share_like_me(mine, codes)
     for i in range(80):
         others = [j for j in range(80) if all(group[i] != group[j] for group in groups)]
         best = sorted(others, key=lambda j: -float(unit[i] @ unit[j]))[:5]
         assert sorted(mine[i]) == sorted(best)
         assert purity[i] == pytest.approx(np.mean(codes[best] == codes[i]))
-        assert chance[i] == pytest.approx(np.mean(codes[others] == codes[i]))
+        assert (same[i], rest[i]) == (np.sum(codes[others] == codes[i]), len(others))
 
 
 def test_fewer_neighbours_than_asked_for():
@@ -158,13 +158,25 @@ def test_purity_above_chance_is_between_chance_and_all():
     means = dict(zip(GENES, rng.standard_normal((4, 12)), strict=True))
     vectors = found.vectors + np.array([means[gene] for gene in found.genes])
     samples, _ = of_genes(replace(found, vectors=vectors), 10, {})
-    purity, chance, _ = (s.number().value for s in samples)
+    purity, chance, best, _ = (s.number().value for s in samples)
     above = module._above_chance(samples, {})
-    assert above.value == pytest.approx((purity - chance) / (1 - chance))
+    assert above.value == pytest.approx((purity - chance) / (best - chance))
     assert 0 < above.low < above.value < above.high < 1
 
 
-def test_planted_mutations_are_found_and_noise_is_not(tmp_path):
+def test_a_gene_of_few_chains_cannot_fill_the_neighbours():
+    genes = np.repeat(["IGKV1-39", "IGKV3-20", "IGLV2-14"], (20, 6, 1))
+    vectors = np.eye(3)[np.unique(genes, return_inverse=True)[1]]
+    vectors = vectors + 0.01 * np.random.default_rng(0).standard_normal(vectors.shape)
+    samples, _ = of_genes(replace(embedded(27, 0), genes=genes, vectors=vectors), 10, {})
+    by_metric = {s.metric: s.total for s in samples}
+    np.testing.assert_allclose(by_metric["purity_at_best"], np.repeat([1, 0.5, 0], (20, 6, 1)))
+    np.testing.assert_allclose(by_metric["purity"], by_metric["purity_at_best"])
+    assert module._above_chance(samples, {}).value == pytest.approx(1)
+
+
+def test_planted_mutations_are_found_and_noise_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "COMPARED", 80)
     found = embedded(300, 6)
     noise = correlated(found, tmp_path)
     vectors = found.vectors.copy()

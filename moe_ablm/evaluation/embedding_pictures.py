@@ -32,14 +32,14 @@ def coordinates(method: str, vectors: np.ndarray, neighbours: int, seed: int) ->
         from umap import UMAP  # compiles with numba: seconds
 
         reducer = UMAP(n_neighbors=max(neighbours, 2), metric="cosine", random_state=seed, n_jobs=1)
-    else:
-        from sklearn.manifold import TSNE
+        return np.asarray(reducer.fit_transform(vectors))
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
-        perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
-        reducer = TSNE(
-            perplexity=perplexity, metric="cosine", init="pca", random_state=seed, n_jobs=1
-        )
-    return np.asarray(reducer.fit_transform(vectors))
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    reducer = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+    with threadpool_limits(1):  # threads wait for each other by spinning
+        return np.asarray(reducer.fit_transform(vectors))
 
 
 def draw_embeddings(

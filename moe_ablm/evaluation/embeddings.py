@@ -4,12 +4,14 @@ An antibody is shown to the model as it is, a pair as a pair; the final layer is
 residues of one chain (Burbach & Briney 2024, Patterns 5:100967, figure 2). The pictures are what
 UMAP and t-SNE make of these embeddings; the numbers are of the embeddings themselves, with cosine
 distances. `purity` is the share of a chain's nearest neighbours with its V gene, `purity_by_chance`
-what it is expected to be of neighbours drawn at random, `purity_above_chance` is (purity - chance)
-/ (1 - chance); `silhouette` is of clusters by V gene. `mutations_by_neighbours` is Spearman's
-correlation of the mutations of a chain with the mean of its neighbours', `mutations_by_distance` of
-the distance of two chains with the difference in their mutations. Neighbours of the same clonal
-cluster, or with the same sequence of this chain, are left out: they are alike whatever the model has
-learned. Intervals are over the antibodies that ask; who their neighbours are is not drawn again.
+what it is expected to be of neighbours drawn at random, `purity_at_best` what it could be where a
+gene has fewer chains than neighbours are looked at; `purity_above_chance` is (purity - chance) /
+(best - chance), by which groups of unequal size can be compared; `silhouette` is of clusters by V
+gene. `mutations_by_neighbours` is Spearman's correlation of the mutations of a chain with the mean
+of its neighbours', `mutations_by_distance` of the distance of two chains with the difference in
+their mutations. Neighbours of the same clonal cluster, or with the same sequence of this chain, are
+left out: they are alike whatever the model has learned. Intervals are over the antibodies that ask;
+who their neighbours are is not drawn again.
 """
 
 from collections.abc import Sequence
@@ -21,13 +23,21 @@ from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.embedding_pictures import METHODS, coordinates, draw_embeddings
-from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, derived, draw_counts, interval
+from moe_ablm.evaluation.estimates import (
+    DRAWS,
+    Number,
+    Sample,
+    derived,
+    draw_counts,
+    interval,
+    ratio,
+)
 from moe_ablm.evaluation.neighbours import (
     cosine_distances,
     kin,
     mean_of_neighbours,
     nearest,
-    share_by_chance,
+    others_like_me,
     share_like_me,
     silhouettes,
 )
@@ -42,7 +52,7 @@ COMPARED = 300  # chains whose distances to each other are compared with mutatio
 TABLES = (
     Table(
         "Neighbours with the same V gene, and silhouette of V genes",
-        ("purity", "purity_by_chance", "purity_above_chance", "silhouette"),
+        ("purity", "purity_by_chance", "purity_at_best", "purity_above_chance", "silhouette"),
         ("chain", "group"),
     ),
     Table(
@@ -153,7 +163,7 @@ def groups_of(found: Embedded) -> dict[str, Embedded]:
 
 
 def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sample], str]:
-    """Purity, what it is by chance, and silhouette, each chain's part; or why there are none."""
+    """Purity, what it is by chance and at best, and silhouettes; or why there are none."""
     found = found.where(found.genes != "")
     genes, codes = np.unique(found.genes, return_inverse=True)
     if not len(genes):
@@ -163,9 +173,11 @@ def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sampl
     if len(genes) == 1:
         return [], f"{genes[0]} is the only V gene"
     purity = share_like_me(nearest(found.vectors, found.groups, k), codes)
+    same, others = others_like_me(found.groups, codes)
     parts = {
         "purity": purity,
-        "purity_by_chance": share_by_chance(found.groups, codes),
+        "purity_by_chance": ratio(same, others),
+        "purity_at_best": ratio(np.minimum(same, k), np.minimum(others, k)),
         "silhouette": silhouettes(found.vectors, codes),
     }
     asked = np.isfinite(purity)
@@ -179,11 +191,10 @@ def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sampl
 
 
 def _above_chance(samples: Sequence[Sample], about: dict[str, str]) -> Number:
-    purity, chance = (s.total for s in samples[:2])
-    sums = np.stack([purity - chance, 1 - chance], axis=1)
-    return derived(
-        "purity_above_chance", samples[0].units, sums, lambda s: s[..., 0] / s[..., 1], about
-    )
+    purity, chance, best = (s.total for s in samples[:3])
+    sums = np.stack([purity - chance, best - chance], axis=1)
+    units = samples[0].units
+    return derived("purity_above_chance", units, sums, lambda s: ratio(s[..., 0], s[..., 1]), about)
 
 
 def of_mutations(

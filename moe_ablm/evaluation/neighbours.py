@@ -55,15 +55,17 @@ def share_like_me(neighbours: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return ratio(same.sum(1), there.sum(1))
 
 
-def share_by_chance(groups: Sequence[np.ndarray], codes: np.ndarray) -> np.ndarray:
-    """What `share_like_me` is expected to be of neighbours drawn at random, float64 `[n]`."""
-    share = np.empty(len(codes))
+def others_like_me(
+    groups: Sequence[np.ndarray], codes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those who share no group with each: how many have its code, and how many there are, `[n]`."""
+    counts = []
     for first in range(0, len(codes), BLOCK):
         rows = slice(first, first + BLOCK)
         others = ~kin(groups, rows)
         same = (codes[rows, None] == codes) & others
-        share[rows] = ratio(same.sum(1), others.sum(1))
-    return share
+        counts.append((same.sum(1), others.sum(1)))
+    return tuple(np.concatenate(parts) for parts in zip(*counts, strict=True))
 
 
 def mean_of_neighbours(neighbours: np.ndarray, values: np.ndarray) -> np.ndarray:
