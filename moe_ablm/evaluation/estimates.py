@@ -150,3 +150,31 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def derived(
+    metric: str,
+    units: Sequence[str],
+    sums: np.ndarray,
+    formula: Callable[[np.ndarray], np.ndarray],
+    labels: Mapping[str, str],
+    unit: str = "",
+    draws: int = DRAWS,
+) -> Number:
+    """A function of sums over antibodies, as a ratio of two means, with its interval.
+
+    Args:
+      metric, labels, unit: as of `Number`.
+      units: what is drawn again, one an antibody.
+      sums: float64 `[n, ...]`, each antibody's part.
+      formula: from sums `[..., *sums.shape[1:]]` to values `[...]`.
+      draws: of the bootstrap.
+    """
+    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
+    table = np.zeros((len(names), *sums.shape[1:]))
+    np.add.at(table, index, sums)
+    low = high = math.nan
+    if len(names) > 1:
+        counts = draw_counts(tuple(names.tolist()), draws)
+        low, high = interval(formula(np.tensordot(counts, table, 1)))
+    return Number(metric, float(formula(table.sum(0))), labels, low, high, len(units), unit)

@@ -1,6 +1,6 @@
 """Cross-chain attention: how much the residues of one chain look at those of the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import Antibody, row_of
-from moe_ablm.inference.buckets import Batch, Engine
+from moe_ablm.inference.buckets import Batch, Engine, Task
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder
 
@@ -25,11 +25,24 @@ class AttentionWeights:
         return encoder.attention_weights(batch.tokens, batch.valid)[self.layer]
 
 
+@dataclass(frozen=True)
+class MeanAttentionWeights:
+    """float32 `[B, L, L]`: the mean over heads of `AttentionWeights`, or of all layers' (None)."""
+
+    layer: int | None
+
+    def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
+        weights = encoder.attention_weights(batch.tokens, batch.valid)
+        chosen = weights if self.layer is None else [weights[self.layer]]
+        return sum(each.mean(1) for each in chosen) / len(chosen)
+
+
 class CrossAttention(NamedTuple):
     """Weights of one antibody; rows are part of a softmax over all tokens: sums below 1.
 
     Attributes:
-      heavy_to_light: float32 `[H, heavy residues, light residues]`, queries before keys.
+      heavy_to_light: float32 `[H, heavy residues, light residues]`, queries before keys; without
+        `H` where it is the mean over heads.
       light_to_heavy: `[H, light residues, heavy residues]`.
     """
 
@@ -66,16 +79,36 @@ def attention(
       UserError: an antibody has one chain, or there is no such layer.
     """
     task = AttentionWeights(attention_layer(layer, engine.model.spec.layers))
+    found = dict(_between_chains(engine, antibodies, task))
+    return [found[index] for index in range(len(antibodies))]
+
+
+def mean_attention(
+    engine: Engine, antibodies: Sequence[Antibody], layer: int | None = None
+) -> Iterator[tuple[int, CrossAttention]]:
+    """(number of the antibody, mean over heads of a layer, or of all layers), in any order.
+
+    What is held is bounded: an antibody's weights are forgotten before those of others are made.
+
+    Raises:
+      UserError: an antibody has one chain, or there is no such layer.
+    """
+    if layer is not None:
+        layer = attention_layer(layer, engine.model.spec.layers)
+    yield from _between_chains(engine, antibodies, MeanAttentionWeights(layer))
+
+
+def _between_chains(
+    engine: Engine, antibodies: Sequence[Antibody], task: Task
+) -> Iterator[tuple[int, CrossAttention]]:
     for antibody in antibodies:
         if reason := needs_both(antibody):
             raise UserError(f"{antibody.where or 'antibody'}: {antibody.name}: {reason}")
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
-    found: list = [None] * len(rows)
     for index, weights in engine.run(task, [row.tokens for row in rows]):
         heavy, light = np.split(rows[index].places, [len(antibodies[index].heavy)])
         pairs = (heavy, light), (light, heavy)
-        found[index] = CrossAttention(*(weights[:, q[:, None], k] for q, k in pairs))
-    return found
+        yield index, CrossAttention(*(weights[..., q[:, None], k] for q, k in pairs))
 
 
 def bytes_of(engine: Engine, antibody: Antibody) -> int:

@@ -109,7 +109,7 @@ def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
             raise UserError(
                 f"{where}.{key}={value!r}: expected {type(default).__name__}, as {default!r}"
             )
-        if type(value) is int and value < 0:
+        if type(value) is int and value < 0 <= default:  # a layer may count from the last
             raise UserError(f"{where}.{key}={value}: expected 0 or more")
     return kind(**values)
 

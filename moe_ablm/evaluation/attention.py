@@ -1,0 +1,241 @@
+"""Cross-chain attention: do the residues of one chain look at the CDRs of the other?
+
+The attention that a residue receives is the mean, over the residues of the other chain, of their
+attention to it, averaged over the heads of a layer. Of it, `cdr_over_fr` is the mean over CDR
+residues over the mean over FR residues, and `cdr_over_all` the share of all attention that CDRs
+receive over their share of residues (Burbach & Briney 2024, Patterns 5:100967, figure 4A and
+"Analysis of cross-chain attention", where it is 2.05 of ft-ESM and 1.44 of BALM-paired). Sums are
+over all antibodies before they are divided. CDRs are looked at whatever the partner is; so the same
+is told of the same chains with partners drawn at random, and what native pairing adds is
+`native_over_random`, the quotient of the two `cdr_over_fr`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from moe_ablm.data.regions import CHAINS, FR4, REGIONS, region_names
+from moe_ablm.evaluation.attention_maps import heat_maps
+from moe_ablm.evaluation.attention_pictures import draw_ratios
+from moe_ablm.evaluation.cohort import Annotated, Chain
+from moe_ablm.evaluation.estimates import Number, Sample, derived, ratio
+from moe_ablm.evaluation.outcome import Outcome, Picture, Table
+from moe_ablm.evaluation.subject import Subject, require_regions
+from moe_ablm.inference.antibodies import Antibody, tokens_of
+from moe_ablm.inference.attention import CrossAttention, mean_attention
+from moe_ablm.inference.buckets import Engine
+
+TITLE = "Cross-chain attention"
+# chains that receive it
+DIRECTIONS = {"both": (0, 1), "light to heavy": (0,), "heavy to light": (1,)}
+CDR, FR = (2, 4, 6), (1, 3, 5, 7)  # indices of REGIONS
+NATIVE, RANDOM = "native", "random"
+TABLES = (
+    Table(
+        "Attention to CDRs, relative to FRs and to all residues",
+        ("cdr_over_fr", "cdr_over_all"),
+        ("direction", "partner"),
+    ),
+    Table(
+        "Attention to CDRs: native over random partners", ("native_over_random",), ("direction",)
+    ),
+    Table(
+        "Attention to each CDR over that to all FRs", ("each_cdr_over_fr",), ("region",), "partner"
+    ),
+    Table(
+        "Attention to each region over the mean of its chain",
+        ("region_over_chain",),
+        ("region",),
+        "partner",
+    ),
+    Table(
+        "Attention to cysteines over others", ("cysteine_over_other",), ("direction",), "partner"
+    ),
+    Table(
+        "Share of attention that crosses chains", ("cross_chain_share",), ("direction",), "partner"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Pairs drawn from the test split; layer, from 0 or, if negative, from the last one."""
+
+    antibodies: int = 1000
+    layer: int = -1
+
+
+def evaluate(subject: Subject, settings: Settings) -> Outcome:
+    """Attention to CDRs, FRs, each region and cysteines, with native and with random partners."""
+    members, notes = subject.antibodies(settings.antibodies, paired=True)
+    require_regions(members)
+    maps, told = heat_maps(subject)
+    engine, n = subject.engine, len(members)
+    sums = {NATIVE: attention_sums(engine, members, np.arange(n), settings.layer)}
+    if n > 1:
+        drawn = random_partners(subject.generator("random partners"), n)
+        sums[RANDOM] = attention_sums(engine, members, drawn, settings.layer)
+        if missing := int((sums[RANDOM][:, 0, ..., 1].sum((1, 2)) == 0).sum()):
+            notes.append(f"{missing:,} pairs with a random partner are too long: left out")
+    else:
+        notes.append("one pair only: no random partners")
+    units = [a.unit for a in members]
+    notes.append(f"{n:,} pairs")
+    numbers = _numbers(units, sums)
+    picture = Picture(
+        "attention",
+        "Attention to CDRs over that to frameworks, and of each region relative to the mean of its "
+        "chain, with native and with random partners (95 % intervals)",
+        lambda: draw_ratios(numbers),
+    )
+    return Outcome(_samples(units, sums), numbers, TABLES, [picture, *maps], [*notes, *told])
+
+
+def random_partners(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Whose light chain each heavy chain gets: a random cycle, int64 `[n]`; never its own."""
+    cycle = rng.permutation(n)
+    partner = np.empty(n, np.int64)
+    partner[cycle] = np.roll(cycle, 1)
+    return partner
+
+
+def attention_sums(
+    engine: Engine, members: Sequence[Annotated], partner: np.ndarray, layer: int
+) -> np.ndarray:
+    """What the chains of each antibody receive from their partners.
+
+    Args:
+      engine: the model.
+      members: pairs.
+      partner: int64 `[n]`, whose light chain each heavy one is with.
+      layer: see `inference.attention`.
+
+    Returns:
+      float64 `[n, 2, 8, 2, 2]`: chain that receives, region, other residues or cysteines; sum of
+      the attention received, residues. 0 where a pair is longer than the model was trained for.
+    """
+    pairs = [
+        (i, j, Antibody(members[i].name, members[i].heavy.letters, members[j].light.letters))
+        for i, j in enumerate(partner.tolist())
+    ]
+    model = engine.model
+    pairs = [pair for pair in pairs if tokens_of(pair[2], model.layout) <= model.length]
+    sums = np.zeros((len(members), len(CHAINS), len(REGIONS), 2, 2))
+    for index, found in mean_attention(engine, [antibody for *_, antibody in pairs], layer):
+        heavy, light, _ = pairs[index]
+        to_heavy, to_light = received(found)
+        sums[heavy, 0] = chain_sums(members[heavy].heavy, to_heavy)
+        sums[light, 1] = chain_sums(members[light].light, to_light)
+    return sums
+
+
+def received(found: CrossAttention) -> tuple[np.ndarray, np.ndarray]:
+    """Attention that the residues of heavy and light chain receive, float64 `[n]` each."""
+    return tuple(
+        weights.mean(0, dtype=np.float64)
+        for weights in (found.light_to_heavy, found.heavy_to_light)
+    )
+
+
+def chain_sums(chain: Chain, attention: np.ndarray) -> np.ndarray:
+    """Attention and residues by region and by cysteine or not, float64 `[8, 2, 2]`."""
+    cysteine = np.frombuffer(chain.letters.encode(), np.uint8) == ord("C")
+    cell = chain.region.astype(int) * 2 + cysteine
+    size = 2 * len(REGIONS)
+    totals = np.bincount(cell, attention, size), np.bincount(cell, minlength=size)
+    return np.stack(totals, axis=-1).reshape(len(REGIONS), 2, 2)
+
+
+def attention_per_residue(
+    sums: np.ndarray, chains: Sequence[int], regions: Sequence[int]
+) -> np.ndarray:
+    """Mean attention that residues of some chains and regions receive.
+
+    Args:
+      sums: `[..., 2, 8, 2, 2]`, see `attention_sums`.
+      chains: that receive it.
+      regions: indices of `REGIONS`.
+    """
+    part = sums[..., list(chains), :, :, :][..., list(regions), :, :].sum((-4, -3, -2))
+    return ratio(part[..., 0], part[..., 1])
+
+
+def cdr_over_fr(sums: np.ndarray, chains: Sequence[int]) -> np.ndarray:
+    """Attention a residue of CDRs, over that a residue of FRs."""
+    return ratio(*(attention_per_residue(sums, chains, regions) for regions in (CDR, FR)))
+
+
+def cysteine_over_other(sums: np.ndarray, chains: Sequence[int]) -> np.ndarray:
+    """Attention a cysteine, over that any other residue."""
+    part = sums[..., list(chains), :, :, :].sum((-4, -3))
+    other, cysteine = np.moveaxis(ratio(part[..., 0], part[..., 1]), -1, 0)
+    return ratio(cysteine, other)
+
+
+def _numbers(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Number]:
+    numbers = []
+    for partner, table in sums.items():
+        for labels, formulas in _formulas():
+            about = labels | {"partner": partner}
+            numbers += [derived(m, units, table, f, about) for m, f in formulas.items()]
+    if RANDOM not in sums:
+        return numbers
+    both = np.stack([sums[NATIVE], sums[RANDOM]], axis=1)
+    for direction, chains in DIRECTIONS.items():
+
+        def gain(s: np.ndarray, chains: Sequence[int] = chains) -> np.ndarray:
+            native, random = np.moveaxis(cdr_over_fr(s, chains), -1, 0)
+            return ratio(native, random)
+
+        numbers.append(derived("native_over_random", units, both, gain, {"direction": direction}))
+    return numbers
+
+
+def _formulas() -> list[tuple[dict[str, str], dict[str, Callable]]]:
+    """(labels, functions of sums by metric) of what is told for native and random partners."""
+
+    def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Callable:
+        return lambda s: ratio(
+            attention_per_residue(s, chains, regions), attention_per_residue(s, *to)
+        )
+
+    found = []
+    for direction, chains in DIRECTIONS.items():
+        formulas = {
+            "cdr_over_fr": partial(cdr_over_fr, chains=chains),
+            "cdr_over_all": over(chains, CDR, chains, CDR + FR),
+            "cysteine_over_other": partial(cysteine_over_other, chains=chains),
+        }
+        found.append(({"direction": direction}, formulas))
+    for number, name in enumerate(region_names()):
+        chain, region = (number // FR4,), (number % FR4 + 1,)
+        formulas = {"region_over_chain": over(chain, region, chain, CDR + FR)}
+        if region[0] in CDR:
+            formulas["each_cdr_over_fr"] = over(chain, region, (0, 1), FR)
+        found.append(({"region": name}, formulas))
+    return found
+
+
+def _samples(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Sample]:
+    """Attention by region, and the share of a residue's attention that goes to the other chain."""
+    samples = []
+    for partner, table in sums.items():
+        by_region = table.sum(3)
+        parts = {name: by_region[:, i // FR4, i % FR4 + 1] for i, name in enumerate(region_names())}
+        for name, regions in (("CDR", CDR), ("FR", FR)):
+            parts[name] = by_region[:, :, list(regions)].sum((1, 2))
+        samples += [
+            Sample("attention_per_residue", units, *part.T, {"region": name, "partner": partner})
+            for name, part in parts.items()
+        ]
+        for chain, direction in enumerate(tuple(DIRECTIONS)[1:]):
+            total, residues = by_region[:, chain].sum(1).T
+            about = {"direction": direction, "partner": partner}
+            samples.append(
+                Sample(
+                    "cross_chain_share", units, total, np.minimum(residues, 1), about, unit="share"
+                )
+            )
+    return samples
