@@ -10,7 +10,7 @@ quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm report --run runs/quickstart
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: .venv/.test .venv/.hf
 	$(BIN)/python -m pytest --slow
@@ -38,7 +38,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/.test: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,eval]'
 	touch $@ .venv/.run
 
 .venv/.hf: setup.py | $(BIN)/python

@@ -33,7 +33,12 @@ setup(
         "pyyaml>=6,<7",
     ],
     extras_require={
-        "test": ["pytest>=8.3,<10", "hypothesis>=6.120,<7", "ruff>=0.14,<1"],
+        "test": [
+            "pytest>=8.3,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.120,<7",
+            "ruff>=0.14,<1",
+        ],
         "eval": ["scikit-learn>=1.6,<2", "umap-learn>=0.5.7,<1", "seaborn>=0.13.2,<1"],
         "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],
         "slurm": [],

@@ -94,7 +94,9 @@ def command(*arguments: str, **environment: str) -> tuple[list[str], dict]:
 @pytest.fixture(scope="session")
 def run_quickly(cache):
     """`run_command` for command lines that end in an error message: no new interpreter each."""
-    options = {"env": os.environ | {"COLUMNS": "120"}, "cwd": REPO, "text": True}
+    # a script's own folder comes first on its path: the checkout must be named
+    env = os.environ | {"COLUMNS": "120", "PYTHONPATH": str(REPO)}
+    options = {"env": env, "cwd": REPO, "text": True}
     server = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("command_server.py")],
         stdin=subprocess.PIPE,
