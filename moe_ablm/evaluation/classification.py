@@ -44,9 +44,9 @@ class Settings:
 
     most: int = 1000
     folds: int = 5
-    epochs: int = 10
+    epochs: int = 20
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     encoder_lr: float = 5e-5
     full: bool = False
 

@@ -50,7 +50,7 @@ class Training:
 
     epochs: int = 20
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     encoder_lr: float = 1e-4
     weight_decay: float = 0.01
     full: bool = False

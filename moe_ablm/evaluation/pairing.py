@@ -43,9 +43,9 @@ class Settings:
 
     antibodies: int = 2000
     folds: int = 5
-    epochs: int = 10
+    epochs: int = 20
     batch: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     same_gene: bool = False
 
 
