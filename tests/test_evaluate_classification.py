@@ -15,7 +15,7 @@ from moe_ablm.evaluation.labelled import drawn, read_labelled
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.subject import Subject
 
-QUICK = Settings(epochs=20, batch=32, lr=1e-2)
+QUICK = Settings(epochs=10, batch=32, lr=2e-2)
 MOTIF = "WHWHW"
 
 
