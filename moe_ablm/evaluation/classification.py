@@ -44,7 +44,7 @@ class Settings:
 
     most: int = 1000
     folds: int = 5
-    epochs: int = 20
+    epochs: int = 30
     batch: int = 32
     lr: float = 3e-3
     encoder_lr: float = 5e-5
@@ -53,6 +53,7 @@ class Settings:
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Scores of all tasks whose classes are there."""
+    shortcuts.require_sklearn()
     everyone, notes = read_labelled(subject.files_of("specificity"))
     by_class, left_out = _by_class(subject, everyone, settings.most)
     notes += left_out

@@ -43,7 +43,7 @@ class Settings:
 
     antibodies: int = 2000
     folds: int = 5
-    epochs: int = 20
+    epochs: int = 30
     batch: int = 32
     lr: float = 3e-3
     same_gene: bool = False
@@ -51,6 +51,7 @@ class Settings:
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Recognition by a head and by a baseline, and the zero-shot win rate, by kind of negatives."""
+    shortcuts.require_sklearn()
     everyone, notes = subject.antibodies(settings.antibodies, paired=True)
     groups = groups_of(everyone)
     if len(np.unique(groups)) < 2 * settings.folds:

@@ -53,7 +53,7 @@ def predictions(
     Raises:
       Skipped: scikit-learn is not installed.
     """
-    linear_model, extraction = _sklearn()
+    linear_model, extraction = require_sklearn()
 
     def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
         table = extraction.DictVectorizer()
@@ -66,7 +66,12 @@ def predictions(
     return out_of_fold(predict, folds)
 
 
-def _sklearn() -> tuple[Any, Any]:
+def require_sklearn() -> tuple[Any, Any]:
+    """Its modules `linear_model` and `feature_extraction`.
+
+    Raises:
+      Skipped: scikit-learn is not installed.
+    """
     try:
         from sklearn import feature_extraction, linear_model
     except ImportError as error:
