@@ -1,0 +1,189 @@
+"""Heads: what can be learned is, the same twice, and an antibody's prediction is its own."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import HEAVY, LIGHT, engine
+
+from moe_ablm.data.tokenizer import AMINO_ACIDS
+from moe_ablm.evaluation import heads
+from moe_ablm.evaluation.heads import Head, Inputs, Training, fit, inputs_of
+from moe_ablm.evaluation.outcome import Skipped
+from moe_ablm.inference.antibodies import Antibody
+
+CLASSES = Head("classification", 2)
+SHORT = Training(epochs=30, batch=16, lr=1e-2)
+MOTIF = "WWHWW"
+
+
+def antibodies(n: int, seed: int) -> tuple[list[Antibody], np.ndarray]:
+    """Chains of random residues without W and H; every second one has the motif somewhere."""
+    rng = np.random.default_rng(seed)
+    letters = [x for x in AMINO_ACIDS if x not in "WH"]
+    found = []
+    for i in range(n):
+        heavy = "".join(rng.choice(letters, rng.integers(20, 60)))
+        if i % 2:
+            at = rng.integers(0, len(heavy) - len(MOTIF))
+            heavy = heavy[:at] + MOTIF + heavy[at + len(MOTIF) :]
+        found.append(Antibody(str(i), heavy, "".join(rng.choice(letters, 20))))
+    return found, np.arange(n) % 2
+
+
+@pytest.fixture(scope="module")
+def motif():
+    return antibodies(64, 0), antibodies(60, 1)
+
+
+@pytest.mark.parametrize("router", ["dense", "topk"])
+def test_a_planted_motif_is_found(router, motif):
+    (train, classes), (test, truth) = motif
+    found = fit(engine(router), train, classes, CLASSES, SHORT)(test)
+    assert found.shape == (60, 2) and found.dtype == np.float32
+    np.testing.assert_allclose(np.exp(found).sum(1), 1, atol=1e-5)
+    assert (found.argmax(1) == truth).mean() > 0.9
+
+
+def test_labels_without_a_meaning_are_not(motif):
+    (train, _), (test, truth) = motif
+    drawn = np.random.default_rng(3).permutation(np.arange(64) % 2)
+    found = fit(engine(), train, drawn, CLASSES, SHORT)(test)
+    assert 0.25 < (found.argmax(1) == truth).mean() < 0.75
+
+
+def test_the_same_seed_gives_the_same_and_another_another(motif):
+    (train, classes), (test, _) = motif
+    one, two, other = (
+        fit(engine(), train, classes, CLASSES, Training(epochs=2, seed=seed))(test)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_prediction_does_not_depend_on_its_neighbours(full, motif):
+    """Neither on the batch, nor on the padding; with experts that choose, too."""
+    (train, classes), (test, _) = motif
+    mixed = [*test[:9], Antibody("long", HEAVY, LIGHT)]
+    predictor = fit(
+        engine("expert_choice batch"), train, classes, CLASSES, Training(epochs=1, full=full)
+    )
+    together = predictor(mixed)
+    alone = np.concatenate([predictor([antibody]) for antibody in mixed])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_padding_has_no_part(monkeypatch, motif):
+    (train, classes), (test, _) = motif
+    predictor = fit(engine(), train, classes, CLASSES, SHORT)
+    found = predictor(test)
+    monkeypatch.setattr(heads, "MULTIPLE", 160)
+    np.testing.assert_allclose(predictor(test), found, atol=1e-5)
+
+
+def test_attention_pooling_is_the_softmax_over_residues(motif):
+    (train, classes), (test, _) = motif
+    predictor = fit(engine(), train, classes, CLASSES, SHORT)
+    states = inputs_of(engine(), test, CLASSES, False).states
+    p = {k: np.asarray(v, np.float64) for k, v in predictor.params["head"].items()}
+    for found, state in zip(predictor(test), states, strict=True):
+        x = (state.astype(np.float64) - p["centre"]) / p["spread"]
+        weights = np.exp(x @ p["query"])
+        pooled = (x * weights / weights.sum()).sum(0)
+        inner = np.asarray(jax.nn.gelu(pooled @ p["inner"] + p["inner_bias"]), np.float64)
+        logits = inner @ p["outer"] + p["outer_bias"]
+        np.testing.assert_allclose(found, logits - np.logaddexp.reduce(logits), atol=1e-4)
+
+
+def test_full_fine_tuning_changes_the_encoder_and_frozen_does_not(motif):
+    (train, classes), (test, truth) = motif
+    base = engine("topk")
+    before = jax.tree.map(np.array, base.model.params)
+    training = Training(epochs=12, batch=16, lr=1e-2, encoder_lr=3e-3, full=True)
+    predictor = fit(base, train, classes, CLASSES, training)
+    changed = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), before, predictor.params["encoder"]
+    )
+    layers = jax.tree_util.tree_flatten_with_path(changed)[0]
+    moved = {jax.tree_util.keystr(path) for path, value in layers if value > 1e-4}
+    for part in ("embedding", "attention", "router", "experts"):
+        assert any(part in name for name in moved), (part, sorted(moved))
+    assert (predictor(test).argmax(1) == truth).mean() > 0.9
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, base.model.params))
+    assert "encoder" not in fit(base, train, classes, CLASSES, Training(epochs=1)).params
+
+
+@pytest.mark.parametrize("pooling", heads.POOLINGS)
+def test_a_regression_on_composition(pooling):
+    """The number of residues W, on a scale far from 1."""
+    rng = np.random.default_rng(5)
+    counts = rng.integers(0, 15, 120)
+    chains = [
+        "".join(rng.permutation(list("W" * k + "A" * (30 - k)))) for k in counts
+    ]  # fmt: skip
+    pairs = [Antibody(str(i), chain, "") for i, chain in enumerate(chains)]
+    head = Head("regression", 1, pooling)
+    predictor = fit(engine(), pairs[:80], 1000 + 10 * counts[:80], head, SHORT)
+    found = predictor(pairs[80:])
+    assert found.shape == (40,)
+    assert np.corrcoef(found, counts[80:])[0, 1] > 0.9
+    assert abs(found.mean() - (1000 + 10 * counts[80:].mean())) < 10
+
+
+def test_several_values_at_once():
+    rng = np.random.default_rng(6)
+    pairs = [Antibody(str(i), "".join(rng.choice(list("ACDW"), 20)), "") for i in range(60)]
+    values = np.array([[p.heavy.count("W"), -p.heavy.count("A")] for p in pairs], float)
+    found = fit(engine(), pairs, values, Head("regression", 2), SHORT)(pairs)
+    assert found.shape == (60, 2)
+    assert all(np.corrcoef(found[:, i], values[:, i])[0, 1] > 0.9 for i in range(2))
+
+
+def test_classes_of_residues():
+    """A residue's class is whether it is hydrophobic; every third has none."""
+    (train, _), (test, _) = antibodies(40, 7), antibodies(10, 8)
+
+    def classes(pairs):
+        found = [np.array([x in "AVILMFYW" for x in p.heavy + p.light], int) for p in pairs]
+        for each in found:
+            each[::3] = heads.IGNORED
+        return found
+
+    found = fit(engine(), train, classes(train), Head("residue", 2), SHORT)(test)
+    assert [f.shape for f in found] == [(p.residues, 2) for p in test]
+    known = [(f.argmax(1) == c)[c >= 0] for f, c in zip(found, classes(test), strict=True)]
+    assert np.concatenate(known).mean() > 0.95
+
+
+def test_the_best_epoch_on_validation_is_kept(motif):
+    """Validation against the training classes: the first epochs are the least wrong."""
+    (train, classes), (test, truth) = motif
+    last = fit(engine(), train, classes, CLASSES, SHORT)(test)
+    kept = fit(engine(), train, classes, CLASSES, SHORT, (test, 1 - truth))(test)
+
+    def loss(found):
+        return -found[np.arange(len(truth)), 1 - truth].mean()
+
+    assert loss(kept) < loss(last) / 2
+
+
+def test_inputs_made_once_serve_many_fits(motif):
+    (train, classes), (test, _) = motif
+    inputs, some = inputs_of(engine(), [*train, *test], CLASSES, False), Training(epochs=2)
+    assert isinstance(inputs, Inputs) and len(inputs) == 124
+    one = fit(engine(), inputs.take(range(64)), classes, CLASSES, some)
+    two = fit(engine(), train, classes, CLASSES, some)
+    np.testing.assert_array_equal(one(inputs.take(range(64, 124))), two(test))
+
+
+def test_more_hidden_states_than_memory_are_not_begun(monkeypatch, motif):
+    monkeypatch.setattr(heads, "MOST_BYTES", 1000)
+    with pytest.raises(Skipped, match="64 sequences"):
+        inputs_of(engine(), motif[0][0], CLASSES, False)
+
+
+def test_a_head_of_no_kind_is_refused():
+    for values in (("ranking", 1), ("regression", 0), ("regression", 1, "max")):
+        with pytest.raises(ValueError, match="expected a kind of"):
+            Head(*values)
