@@ -13,18 +13,27 @@ from moe_ablm.errors import UserError
 
 LARGEST = 2 << 30  # bytes that a file may give when decompressed
 LONGEST_LINE = 1 << 20  # characters
-_DAMAGED = (EOFError, OSError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile)
+_DAMAGED = (
+    *(EOFError, OSError, RuntimeError, NotImplementedError),
+    *(zlib.error, zipfile.BadZipFile, tarfile.TarError),
+)
 _LMDB = b"\xde\xc0\xef\xbe"  # at byte 16 of its first page
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in (2, 3, 4, 5))
 
 
 class Member(NamedTuple):
-    """A text file: `where` for messages, `stem` without suffixes, and its decoded content.
+    """A text file.
 
-    The content is to be read before the next member is asked for.
+    Attributes:
+      where: its name for messages.
+      stem: its name without suffixes.
+      head: its first characters.
+      text: its content, to be read before the next member is asked for.
     """
 
     where: str
     stem: str
+    head: str
     text: TextIO
 
     def lines(self) -> Iterator[str]:
@@ -60,7 +69,7 @@ def members(path: Path, largest: int = LARGEST) -> Iterator[Member]:
             return
         stream = io.BufferedReader(_Bounded(raw, budget), 1 << 16)
         if stream.peek(512)[257:262] == b"ustar":
-            yield from _tarred(path, stream)
+            yield from _tarred(path, stream, _Budget(path, largest))
         else:
             yield _member(path, "", stream)
 
@@ -80,12 +89,13 @@ def _zipped(path: Path, raw: BinaryIO, budget: "_Budget") -> Iterator[Member]:
             yield _member(path, info.filename, stream)
 
 
-def _tarred(path: Path, stream: BinaryIO) -> Iterator[Member]:
+def _tarred(path: Path, stream: BinaryIO, budget: "_Budget") -> Iterator[Member]:
     try:
-        archive = tarfile.open(fileobj=stream, mode="r|")
-        for info in archive:
-            if _wanted(info.name, not info.isfile()):
-                yield _member(path, info.name, archive.extractfile(info))
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            for info in archive:
+                if _wanted(info.name, not info.isfile()):
+                    inner = _Bounded(archive.extractfile(info), budget)
+                    yield _member(path, info.name, io.BufferedReader(inner, 1 << 16))
     except tarfile.TarError as error:
         raise _damaged(path, error) from error
 
@@ -98,9 +108,7 @@ def _wanted(name: str, directory: bool) -> bool:
 def _member(path: Path, inside: str, stream: io.BufferedReader) -> Member:
     where = f"{path}: {inside}" if inside else str(path)
     head = stream.peek(4096)[:4096]
-    if head[16:20] == _LMDB or head.startswith(
-        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    ):
+    if head[16:20] == _LMDB or head.startswith(_PICKLES):
         raise UserError(
             f"{where}: an LMDB database or a Python pickle; pickles can run code and are not read: "
             "give TAPE's raw data (JSON), or write the records of tape.datasets.LMDBDataset as "
@@ -110,7 +118,7 @@ def _member(path: Path, inside: str, stream: io.BufferedReader) -> Member:
         raise UserError(f"{where}: not a text file; expected CSV, FASTA or JSON in UTF-8")
     name = PurePosixPath(inside or path.name).name
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")
-    return Member(where, name.partition(".")[0], text)
+    return Member(where, name.partition(".")[0], head.decode("utf-8-sig", "replace"), text)
 
 
 class _Budget:
