@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 
 from moe_ablm.data.tokenizer import FIRST_AMINO_ACID, MASK
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.dots import dots
 from moe_ablm.evaluation.fitness_tables import Antibodies, Assay, Substitutions, read_assays
-from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.ranks import spearman_number
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import Antibody, row_of, tokens_of, windows
@@ -84,7 +85,12 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         "negative correlation is the good one"
     )
     table = Table("Spearman's correlation with fitness", ("spearman",), ("assay",), "score")
-    return Outcome(numbers=numbers, tables=(table,), notes=notes)
+    picture = Picture(
+        "fitness",
+        "Spearman's correlation of scores with measured fitness, 95 % intervals over variants.",
+        lambda: dots(numbers, ("assay",), "score", "Spearman's correlation"),
+    )
+    return Outcome(numbers=numbers, tables=(table,), pictures=(picture,), notes=notes)
 
 
 def drawn(subject: Subject, assay: Assay, settings: Settings) -> tuple[Assay | None, list[str]]:
@@ -94,9 +100,13 @@ def drawn(subject: Subject, assay: Assay, settings: Settings) -> tuple[Assay | N
       None where nothing can be told of it; notes on what was left out and why.
     """
     layout, longest = subject.engine.model.layout, subject.engine.model.length
-    notes, most = [], settings.variants
+    most = settings.antibodies if isinstance(assay, Antibodies) else settings.variants
+    count, notes = len(assay.fitness), []
+    if count > most:
+        order = subject.generator(f"fitness {assay.name}").permutation(count)
+        assay = assay.take(np.sort(order[:most]))
+        notes.append(f"{assay.name}: {most:,} of {count:,} variants drawn")
     if isinstance(assay, Antibodies):
-        most = settings.antibodies
         fits = np.array([tokens_of(a, layout) <= longest for a in assay.antibodies])
         if not fits.all():
             notes.append(
@@ -109,11 +119,6 @@ def drawn(subject: Subject, assay: Assay, settings: Settings) -> tuple[Assay | N
             f"{assay.name}: its {assay.wild_type.residues} residues are more than the {longest} "
             "tokens that the model was trained for: skipped"
         ]
-    count = len(assay.fitness)
-    if count > most:
-        order = subject.generator(f"fitness {assay.name}").permutation(count)
-        assay = assay.take(np.sort(order[:most]))
-        notes.append(f"{assay.name}: {most:,} of {count:,} variants drawn")
     if len(assay.fitness) < FEWEST or len(np.unique(assay.fitness)) < 2:
         told = f"{len(assay.fitness)} variants, {len(np.unique(assay.fitness))} different values"
         return None, [*notes, f"{assay.name}: {told} of fitness, too few to correlate: skipped"]

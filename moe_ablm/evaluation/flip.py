@@ -36,7 +36,8 @@ def read_csv(member: Member) -> list[Record]:
         "TARGET": named(header, ("target",), member.where),
         "SET": named(header, ("set",), member.where),
     }
-    columns |= {"VALIDATION": h for h in header if h.lower() == "validation"}
+    if "validation" in {h.lower() for h in header}:
+        columns["VALIDATION"] = named(header, ("validation",), member.where)
     empty = dict.fromkeys(_FIELDS, "")
     records = []
     for row in rows:

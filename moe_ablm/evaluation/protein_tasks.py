@@ -1,11 +1,8 @@
 """Supervised tasks on proteins: sequences with a value, a class, or a class of every residue."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from moe_ablm.inference.antibodies import Antibody
 
@@ -54,21 +51,6 @@ class Task:
     name: str
     kind: str
     splits: Sequence[Split]
-
-
-def drawn(proteins: Sequence[Protein], count: int, seed: int) -> list[Protein]:
-    """Up to `count` of them, in their order.
-
-    They are drawn by a hash of the sequence, so that splits that share proteins share draws.
-    """
-    if len(proteins) <= count:
-        return list(proteins)
-    salt = seed.to_bytes(8, "little")
-    keys = [
-        hashlib.blake2b(p.sequence.encode(), digest_size=8, salt=salt).digest() for p in proteins
-    ]
-    order = np.argsort(np.array([int.from_bytes(k) for k in keys], np.uint64), kind="stable")
-    return [proteins[i] for i in np.sort(order[:count])]
 
 
 def kind_of(pairs: Sequence[tuple[str, str]]) -> str:

@@ -10,23 +10,22 @@ on a window of 15 residues. A protein is shown to the encoder as one chain.
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.errors import UserError
 from moe_ablm.evaluation import protein_baselines as baselines
+from moe_ablm.evaluation.dots import dots
 from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.heads import IGNORED, Head, Inputs, Training, fit, inputs_of
-from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
+from moe_ablm.evaluation.protein_choice import chosen, fitting
 from moe_ablm.evaluation.protein_files import read_tasks
-from moe_ablm.evaluation.protein_tasks import UNKNOWN, Protein, Split, Task, drawn
+from moe_ablm.evaluation.protein_tasks import UNKNOWN, Protein, Split, Task
 from moe_ablm.evaluation.ranks import spearman_number
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import tokens_of
 
 TITLE = "Protein tasks, supervised"
-FEWEST = 3
 UNSEEN = -2  # a class that is not in the training set: never predicted, always missed
 
 
@@ -55,7 +54,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         try:
             found, told = evaluate_task(subject, task, settings)
         except Skipped as skipped:
-            found, told = [], [f"{task.name}: {skipped}"]
+            found, told = [], [str(skipped)]
         results += found
         notes += told
     if not results:
@@ -64,40 +63,27 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     notes.append(f"model: {how}, {settings.epochs} epochs, the best on the validation set kept")
     if not has_baselines():
         notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
-    rows = ("task", "split")
-    titles = {
-        "spearman": "Spearman's correlation on test sets",
-        "accuracy": "Accuracy on test sets",
-    }
-    tables = [Table(titles[metric], (metric,), rows, "predictor") for metric in titles]
+    return shown(results, notes)
+
+
+def shown(results: Sequence[Number | Sample], notes: Sequence[str]) -> Outcome:
+    """Results with a table and a figure for each metric."""
     numbers = [r for r in results if isinstance(r, Number)]
     samples = [r for r in results if isinstance(r, Sample)]
-    present = {r.metric for r in results}
-    return Outcome(samples, numbers, [t for t in tables if t.metrics[0] in present], notes=notes)
-
-
-def chosen(tasks: Sequence[Task], splits: str) -> list[Task]:
-    """The tasks with those of their test sets that a setting names.
-
-    Raises:
-      UserError: no task has such a test set.
-    """
-    if splits == "all":
-        return list(tasks)
-    names = [name.strip() for name in splits.split(",")]
-    known = sorted({name for task in tasks for split in task.splits for name in split.tests})
-    for name in names:
-        if name not in known:
-            raise UserError(f"proteins.splits={splits!r}: expected all, or of {', '.join(known)}")
-    kept = [
-        replace(task, splits=[_with_tests(split, names) for split in task.splits]) for task in tasks
-    ]
-    kept = [replace(task, splits=[s for s in task.splits if s.tests]) for task in kept]
-    return [task for task in kept if task.splits]
-
-
-def _with_tests(split: Split, names: Sequence[str]) -> Split:
-    return replace(split, tests={n: test for n, test in split.tests.items() if n in names})
+    parts = {"Spearman's correlation": numbers, "Accuracy": [s.number() for s in samples]}
+    rows, tables, pictures = ("task", "split"), [], []
+    for title, found in parts.items():
+        if found:
+            metric = found[0].metric
+            tables.append(Table(f"{title}, test sets", (metric,), rows, "predictor"))
+            pictures.append(
+                Picture(
+                    metric,
+                    f"{title} on test sets, 95 % intervals over proteins.",
+                    lambda found=found, title=title: dots(found, rows, "predictor", title),
+                )
+            )
+    return Outcome(samples, numbers, tables, pictures, notes)
 
 
 def evaluate_task(
@@ -108,13 +94,10 @@ def evaluate_task(
     Raises:
       Skipped: no split of it can be evaluated.
     """
-    splits, notes = [], []
-    for split in task.splits:
-        found, told = fitting(subject, split, settings)
-        splits += [found] if found else []
-        notes += [f"{task.name}: {each}" for each in told]
+    splits, notes = fitting(subject, task, settings.train, settings.test)
+    notes = [f"{task.name}: {each}" for each in notes]
     if not splits:
-        raise Skipped("; ".join(notes) or "no split")
+        raise Skipped("; ".join(notes))
     head = Head(task.kind, 1)
     known = {p.sequence: p.antibody for split in splits for p in split.everyone()}
     inputs = inputs_of(subject.engine, list(known.values()), head, settings.full)
@@ -125,30 +108,6 @@ def evaluate_task(
         results += found
         notes += [f"{task.name}: {each}" for each in told]
     return results, notes
-
-
-def fitting(subject: Subject, split: Split, settings: Settings) -> tuple[Split | None, list[str]]:
-    """Up to so many proteins of a split that the model can read; None where too few are left."""
-    layout, longest = subject.engine.model.layout, subject.engine.model.length
-    name, left_out = ", ".join(split.tests), 0
-    parts = {"train": split.train, "valid": split.valid, **split.tests}
-    for part, proteins in parts.items():
-        fits = [p for p in proteins if tokens_of(p.antibody, layout) <= longest]
-        left_out += len(proteins) - len(fits)
-        most = settings.train if part == "train" else settings.test
-        parts[part] = drawn(fits, most, subject.seed)
-    notes = []
-    if left_out:
-        notes.append(
-            f"{name}: {left_out:,} of {len(split.everyone()):,} proteins are longer than the "
-            f"{longest} tokens that the model was trained for: left out"
-        )
-    train, valid = parts.pop("train"), parts.pop("valid")
-    tests = {part: proteins for part, proteins in parts.items() if len(proteins) >= FEWEST}
-    if len({p.target for p in train}) < 2 or not tests:
-        told = f"{len(train)} proteins to train on and {sum(map(len, parts.values()))} to test on"
-        return None, [*notes, f"{name}: {told}, or one target only: skipped"]
-    return Split(train, valid, tests), notes
 
 
 def evaluate_split(
