@@ -295,13 +295,17 @@ def test_draws_are_noted_and_the_same_for_every_model(subject, table):
     again, _ = fitness.drawn(subject(path), assay, Settings(variants=20))
     assert some.variants == again.variants and len(some.fitness) == 20
     assert notes == ["assay: 20 of 60 variants drawn"]
-    assert all(assay.variants[int(f)] == v for f, v in zip(some.fitness, some.variants, strict=True))
+    assert all(
+        assay.variants[int(f)] == v for f, v in zip(some.fitness, some.variants, strict=True)
+    )
 
 
 def test_what_the_model_cannot_read_is_left_out_with_a_note(subject, table):
     long = "A" * 400
     substituted = table(f"mutant,mutated_sequence,DMS_score\nWT,{long},1\nA1C,C{long[1:]},2\n")
-    mixed = f"heavy,light,fitness\n{long},,1\n" + "".join(f"{HEAVY[:n]},,{n}\n" for n in (35, 38, 40))
+    mixed = f"heavy,light,fitness\n{long},,1\n" + "".join(
+        f"{HEAVY[:n]},,{n}\n" for n in (35, 38, 40)
+    )
     outcome = evaluate(subject(substituted, table(mixed, "mixed.csv")), Settings())
     assert [n.labels["assay"] for n in outcome.numbers] == ["mixed"] and outcome.numbers[0].n == 3
     assert "its 400 residues are more than the 320 tokens" in outcome.notes[0]

@@ -26,6 +26,7 @@ from moe_ablm.evaluation.ranks import spearman_number
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Protein tasks, supervised"
+BATCH = 32
 UNSEEN = -2  # a class that is not in the training set: never predicted, always missed
 
 
@@ -33,13 +34,15 @@ UNSEEN = -2  # a class that is not in the training set: never predicted, always 
 class Settings:
     """Most proteins of a training and of a test set, and how the head is trained.
 
-    `splits`: "all", or names with commas between; `full`: the encoder is trained, too.
+    `splits`: "all", or names with commas between; `steps`: at least so many, in whole passes over
+    the training set; `full`: the encoder is trained, too.
     """
 
     train: int = 2000
     test: int = 1000
     splits: str = "all"
-    epochs: int = 20
+    steps: int = 1000
+    lr: float = 3e-3
     full: bool = False
 
 
@@ -60,7 +63,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     if not results:
         raise Skipped("; ".join(notes))
     how = "encoder and head trained" if settings.full else "a head on the frozen encoder"
-    notes.append(f"model: {how}, {settings.epochs} epochs, the best on the validation set kept")
+    notes.append(f"model: {how}, the epoch of least loss on the validation set, if there is one")
     if not has_baselines():
         notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
     return shown(results, notes)
@@ -128,7 +131,8 @@ def evaluate_split(
     """
     names = classes_of(task.kind, split.train)
     head = Head(task.kind, max(len(names), 1))
-    training = Training(epochs=settings.epochs, full=settings.full, seed=subject.seed)
+    epochs = -(-settings.steps // -(-len(split.train) // BATCH))
+    training = Training(epochs, BATCH, settings.lr, full=settings.full, seed=subject.seed)
 
     def of(proteins: Sequence[Protein]) -> Inputs:
         return inputs.take([places[p.sequence] for p in proteins])
