@@ -236,6 +236,12 @@ def test_long_proteins_and_empty_splits_are_told(subject):
     assert "b: skipped: 1 proteins to train on" in notes[1]
 
 
+def test_one_class_of_residues_is_skipped(subject):
+    same = [Protein(s, "H" * len(s)) for s in ("EV", "DIQ", "WLC")]
+    kept, notes = fitting(subject(), Task("t", "residue", [Split(same, [], {"a": same})]), 9, 9)
+    assert kept == [] and "3 proteins to train on, with 1 different targets" in notes[0]
+
+
 def test_splits_by_name():
     fine = [Protein("EV", 1.0)]
     task = Task(
@@ -276,10 +282,14 @@ def test_labels_that_follow_from_the_residue_are_learned(subject, write):
     pytest.importorskip("sklearn")
     items = sequences(90)
     labels = ["".join("HE"[a in "DEKRHQN"] if a != "W" else "C" for a in s) for s in items]
-    outcome = evaluate(subject(write("ss.csv", flip_csv(split_rows(items, labels, 30)))), QUICK)
-    found = {s.labels["predictor"]: s.number() for s in outcome.samples}
-    assert found["model"].value > 0.85 and found["model"].n == 30 * 38
-    assert found[baselines.NAMES["residue"]].value > 0.95
+    records = [{"primary": s, "ss3": list(x)} for s, x in zip(items, labels, strict=True)]
+    parts = {"train": records[30:], "cb513": records[:10], "casp12": records[10:30]}
+    paths = [write(f"secondary_structure_{part}.json", some) for part, some in parts.items()]
+    outcome = evaluate(subject(*paths), QUICK)
+    found = {(s.labels["split"], s.labels["predictor"]): s.number() for s in outcome.samples}
+    for test, size in (("cb513", 10), ("casp12", 20)):
+        assert found[test, "model"].value > 0.85 and found[test, "model"].n == size * 38
+        assert found[test, baselines.NAMES["residue"]].value > 0.95
 
 
 def test_a_class_that_was_never_seen_is_missed_and_one_that_was_is_found(subject, write):

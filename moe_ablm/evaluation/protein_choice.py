@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.protein_tasks import Protein, Split, Task
+from moe_ablm.evaluation.protein_tasks import UNKNOWN, Protein, Split, Task
 from moe_ablm.evaluation.subject import Subject
 
 FEWEST = 3  # proteins of a test set
@@ -83,14 +83,16 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
                 f"{name}: {left_out:,} of {before:,} proteins are longer than the {longest} tokens "
                 "that the model was trained for: left out"
             )
-        tests = {name: found for name, found in found.tests.items() if len(found) >= FEWEST}
-        if tests and len({p.target for p in found.train}) > 1:
+        tests = {name: test for name, test in found.tests.items() if len(test) >= FEWEST}
+        targets = {p.target for p in found.train}
+        if task.kind == "residue":
+            targets = set("".join(targets)) - {UNKNOWN}
+        if tests and len(targets) > 1:
             kept.append(replace(found, tests=tests))
         else:
             notes.append(
-                f"{name}: skipped: {len(found.train)} proteins to train on, with "
-                f"{len({p.target for p in found.train})} different targets, and "
-                f"{sum(map(len, found.tests.values()))} to test on"
+                f"{name}: skipped: {len(found.train)} proteins to train on, with {len(targets)} "
+                f"different targets, and {sum(map(len, found.tests.values()))} to test on"
             )
     return kept, notes
 

@@ -121,7 +121,7 @@ def evaluate_split(
     inputs: Inputs,
     places: Mapping[str, int],
 ) -> tuple[list[Number | Sample], list[str]]:
-    """Trains the head and the baseline once, and tests them on each test set.
+    """Trains the head and the baseline, and tests them on each test set.
 
     Args:
       subject, task, settings: what is evaluated.
@@ -141,20 +141,19 @@ def evaluate_split(
     valid = learnable(task.kind, split.valid, names)
     checked = (of(valid), targets_of(task.kind, valid, names)) if valid else None
     predictor = fit(subject.engine, of(split.train), targets, head, training, checked)
-    results = []
+    asked = [p for test in split.tests.values() for p in test]
+    found = {"model": best(task.kind, predictor(of(asked)))}
+    if has_baselines():
+        name = baselines.NAMES[task.kind]
+        found[name] = baseline(task.kind, split.train, targets, asked, subject.seed)
+    results, first = [], 0
     for name, proteins in split.tests.items():
-        about = {"task": task.name, "split": name}
         truth = targets_of(task.kind, proteins, names)
-        found = predictor(of(proteins))
-        if task.kind == "residue":
-            found = [each.argmax(1) for each in found]
-        elif task.kind == "classification":
-            found = found.argmax(1)
-        results.append(compared(task.kind, proteins, truth, found, about | {"predictor": "model"}))
-        if has_baselines():
-            found = baseline(task.kind, split.train, targets, proteins, subject.seed)
-            about |= {"predictor": baselines.NAMES[task.kind]}
-            results.append(compared(task.kind, proteins, truth, found, about))
+        for predictor_name, predicted in found.items():
+            about = {"task": task.name, "split": name, "predictor": predictor_name}
+            part = predicted[first : first + len(proteins)]
+            results.append(compared(task.kind, proteins, truth, part, about))
+        first += len(proteins)
     sizes = ", ".join(f"{name} {len(test):,}" for name, test in split.tests.items())
     told = f"{len(split.train):,} proteins to train on, {len(valid):,} to validate; tests: {sizes}"
     return results, [told]
@@ -188,6 +187,13 @@ def learnable(kind: str, proteins: Sequence[Protein], names: Sequence[str]) -> l
     return [
         p for p in proteins if ({p.target} if kind == "classification" else set(p.target)) <= known
     ]
+
+
+def best(kind: str, outputs):
+    """Values, or the most probable classes of what a head says."""
+    if kind == "residue":
+        return [each.argmax(1) for each in outputs]
+    return outputs.argmax(1) if kind == "classification" else outputs
 
 
 def has_baselines() -> bool:
