@@ -145,7 +145,8 @@ def named_files(texts: list[str]) -> dict[str, tuple[Path, ...]]:
                 f"--data {text}: expected NAME=FILE with NAME one of {', '.join(FILES)}"
                 f"{suggestion(name, FILES)}"
             )
-        if not Path(path).exists():
-            raise UserError(f"--data {text}: there is no such file")
+        if not Path(path).is_file():
+            found = "a directory; expected a file" if Path(path).is_dir() else "no such file"
+            raise UserError(f"--data {text}: there is {found}")
         files[name] = (*files.get(name, ()), Path(path))
     return files
