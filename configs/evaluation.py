@@ -1,20 +1,28 @@
 """What is evaluated: evaluations in their order, with settings that differ from the defaults.
 
-    python -m moe_ablm evaluate --run runs/8m --input data/pairs --suite all --out evaluation/8m
-    python -m moe_ablm evaluate --run runs/8m --input data/pairs --suite configs/evaluation.py \
-        --out evaluation/8m
+    python -m moe_ablm evaluate --run runs/top2 --input data/pairs --suite configs/evaluation.py \
+        --data specificity=specificity.csv.gz --data therapeutic=therapeutic_mabs.csv \
+        --data proteins=gb1/splits.zip --out evaluation/top2
 
-A suite of one's own is such a file; an evaluation without settings is an empty mapping. Names and
-settings: docs/evaluation.md.
+Five minutes or so for an encoder of a million parameters on two cores. A suite of one's own is such
+a file; an evaluation without settings is an empty mapping. Names and settings: docs/evaluation.md.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Minutes for an encoder of a million parameters on two cores."""
+    """Smaller than the defaults, which `--suite all` has."""
     return ConfigDict(
         {
             "perplexity": {"antibodies": 1000, "repeats": 2},
+            "positions": {"antibodies": 60},
+            "mutations": {"antibodies": 400},
+            "attention": {"antibodies": 400},
+            "embeddings": {"antibodies": 1000},
+            "routing": {"antibodies": 600},
+            "pairing": {"antibodies": 600},
+            "classification": {"most": 300},
+            "proteins": {"train": 300, "test": 200, "splits": "sampled"},
         }
     )

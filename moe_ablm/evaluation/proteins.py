@@ -22,7 +22,7 @@ from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.protein_choice import chosen, fitting
 from moe_ablm.evaluation.protein_files import read_tasks
 from moe_ablm.evaluation.protein_tasks import UNKNOWN, Protein, Split, Task
-from moe_ablm.evaluation.ranks import spearman_number
+from moe_ablm.evaluation.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Protein tasks, supervised"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, draw_counts, interval
+from moe_ablm.evaluation.ranking import Ranking
 
 METRICS = ("accuracy", "F1", "AUC", "AUPR", "MCC")
 _AT_ONCE = 100  # draws; bounds the memory
@@ -66,18 +67,10 @@ def ranking_scores(
       score: `[n]`.
       weights: `[W, n]`.
     """
-    order = np.argsort(-score, kind="stable")
-    first = np.flatnonzero(np.diff(score[order], prepend=np.inf))
-    weights = weights[:, order]
-    up, down = (
-        np.add.reduceat(weights * part, first, axis=1)
-        for part in (positive[order], ~positive[order])
-    )
-    above, below = np.cumsum(up, 1), np.cumsum(down, 1)
-    ups, downs = above[:, -1], below[:, -1]
-    auc = _divided((down * (above - up / 2)).sum(1), ups * downs)
-    precision = up * above / np.maximum(above + below, 1e-300)
-    return auc, _divided(precision.sum(1), ups)
+    ranking = Ranking.of(positive, score)
+    found = [(ranking.auroc(each), ranking.average_precision(each)) for each in weights]
+    auc, precision = np.array(found, float).reshape(-1, 2).T
+    return auc, precision
 
 
 def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:

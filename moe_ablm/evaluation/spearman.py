@@ -1,6 +1,10 @@
-"""Spearman's rank correlation of observations that count several times."""
+"""Spearman's rank correlation of observations that count several times, and its interval."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from moe_ablm.evaluation.estimates import DRAWS, Number, draw_counts, interval
 
 
 class RankCorrelation:
@@ -35,3 +39,26 @@ class _Sorted:
         """Mean ranks, less a half, float64 `[n]`: ties share the mean of theirs."""
         size = np.bincount(self._tie, weights, self._ties)
         return (np.cumsum(size) - size / 2)[self._tie]
+
+
+def spearman_number(
+    x: np.ndarray,
+    y: np.ndarray,
+    units: Sequence[str],
+    labels: Mapping[str, str],
+    draws: int = DRAWS,
+) -> Number:
+    """Correlation and its percentile interval; ranks are taken anew in each draw.
+
+    Args:
+      x, y: `[n]`.
+      units: what is drawn again, one an entry; entries of one unit are drawn together.
+      labels: of the number.
+      draws: of the bootstrap.
+    """
+    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
+    correlate = RankCorrelation(x, y)
+    counts = draw_counts(tuple(names.tolist()), draws) if len(names) > 1 else []
+    low, high = interval(np.array([correlate(count[index]) for count in counts]))
+    value = correlate(np.ones(len(x), int))
+    return Number("spearman", value, labels, low, high, len(x))
