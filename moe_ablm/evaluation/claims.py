@@ -53,8 +53,14 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Of all findings that decide, together."""
-        return together([f.verdict for f in self.findings if f.decides])
+        """One where all kinds agree, else that of each: "holds for a, does not hold for b"."""
+        told: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if finding.decides:
+                told.setdefault(finding.verdict, []).append(finding.kind)
+        if len(told) == 1:
+            return next(iter(told))
+        return ", ".join(f"{verdict} for {' and '.join(kinds)}" for verdict, kinds in told.items())
 
 
 def claims_of(comparison: Comparison) -> list[Claim]:
@@ -72,11 +78,8 @@ def verdict_of(low: float, high: float, smallest: float) -> str:
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """One verdict of several: only where they agree."""
-    told = [v for v in verdicts if v != NONE]
-    if not told:
-        return NONE
-    return told[0] if len(set(told)) == 1 else OPEN
+    """Of several runs: only where they agree."""
+    return verdicts[0] if len(set(verdicts)) == 1 else OPEN
 
 
 def specialisation(comparison: Comparison) -> Claim:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -138,10 +139,12 @@ def _estimates(evaluation: str, samples: Mapping[str, Sequence[Sample]]) -> list
 def stability(runs: Sequence[Evaluated]) -> list[Number]:
     """Agreement of specialisation of every two seeds of a kind."""
     numbers = []
+    if importlib.util.find_spec("moe_ablm.evaluation.matching") is None:
+        return []
     for kind, members in by_kind(runs).items():
         routed = [r for r in members if r.done("routing")]
         for a, b in combinations(routed, 2):
-            routing = importlib.import_module("moe_ablm.evaluation.routing")
+            routing = importlib.import_module("moe_ablm.evaluation.matching")
             both = (r.content["evaluations"]["routing"] for r in (a, b))
             names = f"{a.directory.name}, {b.directory.name}"
             for number in routing.stability(*both):

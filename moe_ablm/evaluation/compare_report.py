@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from moe_ablm.evaluation.layout import name_written, numbers_table, written
 from moe_ablm.evaluation.outcome import Table
 from moe_ablm.evaluation.references import HEADLINES, Headline
 from moe_ablm.evaluation.report import facts_html, parameters_written
-from moe_ablm.evaluation.suite import as_json, module_of
+from moe_ablm.evaluation.suite import as_json
 from moe_ablm.evaluation.two_level import Estimate
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
 from moe_ablm.results import write_atomically
@@ -52,6 +52,7 @@ def write_comparison(
     write_atomically(numbers, results_csv(comparison.results))
     names = ", ".join(comparison.kinds)
     first = comparison.runs[0].content
+    seeds = ", ".join(f"{kind} {len(runs)}" for kind, runs in comparison.kinds.items())
     parts = [
         f"<h1>Comparison of {escape(names)}</h1>",
         facts_html(
@@ -66,7 +67,7 @@ def write_comparison(
         "<h2>Models</h2>",
         _models(comparison.runs),
         "<h2>Differences</h2>",
-        f'<p class="faint">{escape(READING)}</p>',
+        f'<p class="faint">{escape(READING)} Seeds: {escape(seeds)}.</p>',
         lines_html(comparison.notes) if comparison.notes else "",
         _headline_differences(comparison),
         *_forest(comparison, out),
@@ -128,39 +129,46 @@ def _value(run: Evaluated, name: str, headline: Headline) -> str:
 
 def _headline_differences(comparison: Comparison) -> str:
     """Of the headline numbers that are means over units."""
-    numbers = []
+    lines = []
     for name, headline in _headlines():
         wanted = {("metric", headline.metric), *headline.labels}
         for result in comparison.results:
             labels = {("metric", result.metric), *result.labels.items()}
             if result.evaluation == name and wanted <= labels:
-                numbers += _as_numbers(result, {"what": headline.text})
-    return _table("Headline numbers", numbers)
-
-
-def _as_numbers(result: Compared, labels: Mapping[str, str]) -> list[dict]:
-    """A difference, and how much seeds vary, as a line of a table has them."""
-    if not result.reference:
-        return []
-    e, kinds = result.estimate, f"{result.kind} less {result.reference}"
-    found = (
-        Number("", e.value, {**labels, ACROSS: kinds}, e.low, e.high, e.units, result.unit),
-        Number("", e.seed_sd, {**labels, ACROSS: "sd between seeds"}, n=e.units, unit=result.unit),
-    )
-    return [as_json(number) for number in found]
-
-
-def _table(title: str, numbers: Sequence[dict], rows: tuple[str, ...] = ()) -> str:
-    return numbers_table(numbers, asdict(Table(title, ("",), rows, ACROSS)))
+                lines.append((result, {"what": headline.text}))
+    return _table("Headline numbers", lines, "what")
 
 
 def _everything(comparison: Comparison) -> list[str]:
     """A table for each evaluation."""
-    numbers: dict[str, list[dict]] = {}
+    titles = {
+        name: kept["title"]
+        for run in comparison.runs
+        for name, kept in run.content["evaluations"].items()
+    }
+    lines: dict[str, list] = {}
     for result in comparison.results:
         labels = {"metric": name_written(result.metric)} | dict(result.labels)
-        numbers.setdefault(result.evaluation, []).extend(_as_numbers(result, labels))
-    return [_table(module_of(name).TITLE, each, ("metric",)) for name, each in numbers.items()]
+        lines.setdefault(result.evaluation, []).append((result, labels))
+    return [_table(titles[name], each, "metric") for name, each in lines.items()]
+
+
+def _table(title: str, lines: Sequence[tuple[Compared, dict[str, str]]], first: str) -> str:
+    """Differences with labels of their own; a column two kinds, and how much seeds vary."""
+    lines = [(result, labels) for result, labels in lines if result.reference]
+    numbers = [
+        Number("", e.value, labels | {ACROSS: f"{r.kind} less {r.reference}"}, e.low, e.high)
+        for r, labels in lines
+        for e in [r.estimate]
+    ]
+    numbers += [
+        Number("", r.estimate.seed_sd, labels | {ACROSS: "sd between seeds"}) for r, labels in lines
+    ]
+    kept = [
+        as_json(replace(number, n=r.estimate.units, unit=r.unit))
+        for number, (r, _) in zip(numbers, [*lines, *lines], strict=True)
+    ]
+    return numbers_table(kept, asdict(Table(title, ("",), (first,), ACROSS)))
 
 
 def _forest(comparison: Comparison, out: Path) -> list[str]:

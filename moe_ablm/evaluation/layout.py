@@ -16,7 +16,7 @@ Kept = Mapping[str, Any]
 def decimals(value: float, low: float | None, high: float | None) -> int:
     """How many a value deserves: the interval's width to two digits, else four of the value."""
     size = high - low if low is not None and high is not None else 0
-    if size > 0:
+    if size > 0 and math.isfinite(size):
         return max(0, min(6, 1 - math.floor(math.log10(size))))
     return max(0, min(6, 3 - math.floor(math.log10(abs(value))))) if value else 0
 
@@ -25,19 +25,27 @@ def written(value: float | None, places: int | None = None) -> str:
     """A value; "-" where it is not defined."""
     if value is None or not math.isfinite(value):
         return "-"
-    if value and abs(value) < 1e-4 and (places is None or places >= 6):
+    if 0 < abs(value) < 1e-4 and (places is None or places >= 6):
         return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
     # a real minus is as wide as a plus, and is not torn from its number at a line's end
     text = f"{value:,.{decimals(value, None, None) if places is None else places}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def interval_written(number: Kept) -> str:
+def deserved(number: Kept) -> int:
+    """`decimals` of a number."""
+    return decimals(number["value"] or 0, number["low"], number["high"])
+
+
+def interval_written(number: Kept, places: int | None = None) -> str:
     """As "0.293 [0.281, 0.305]"; without brackets where there is no interval."""
     value, low, high = (number[key] for key in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return written(value)
-    places = decimals(value, low, high)
+    if value is None or not math.isfinite(value):
+        return "-"
+    if places is None or 0 < abs(value) < 10**-places:
+        places = deserved(number)
+    if low is None or high is None or not math.isfinite(high - low):
+        return written(value, places)
     return f"{written(value, places)} [{written(low, places)}, {written(high, places)}]"
 
 
@@ -69,8 +77,8 @@ def numbers_table(numbers: Iterable[Kept], table: Mapping[str, Any]) -> str:
         row = grid.setdefault(tuple(labels.get(k, "") for k in keys), {})
         row.setdefault((labels.get(across, ""), number["metric"]), number)
     values = dict.fromkeys(n["labels"].get(across, "") for n in chosen)
-    have = {n["metric"] for n in chosen}
-    columns = [(v, m) for v in values for m in metrics if m in have]
+    have = {(n["labels"].get(across, ""), n["metric"]) for n in chosen}
+    columns = [(v, m) for v in values for m in metrics if (v, m) in have]
     html = cells_html(_head(keys, columns, chosen), _rows(grid, columns), table["title"])
     if len(grid) <= LONG:
         return html
@@ -102,13 +110,16 @@ def _drawn(columns: Sequence[tuple]) -> bool:
 
 
 def _rows(grid: Mapping[tuple, Mapping[tuple, Kept]], columns: Sequence[tuple]) -> list[str]:
-    axis = _axis([row[columns[0]] for row in grid.values() if columns[0] in row])
+    of = {c: [row[c] for row in grid.values() if c in row] for c in columns}
+    # one column, one number of decimals, so that its values can be compared at a glance
+    places = {c: sorted(map(deserved, numbers))[len(numbers) // 2] for c, numbers in of.items()}
+    axis = _axis(of[columns[0]])
     rows = []
     for labels, row in grid.items():
         cells = "".join(f"<th>{escape(str(label))}</th>" for label in labels)
         sizes = {row[c]["n"] for c in columns if c in row}
         for place, column in enumerate(columns):
-            cells += _cell(row.get(column), alone=len(sizes) > 1)
+            cells += _cell(row.get(column), places[column], alone=len(sizes) > 1)
             if place == 0 and _drawn(columns):
                 cells += f"<td>{whisker(row.get(column), axis)}</td>"
         n = f"{sizes.pop():,}" if len(sizes) == 1 else ""
@@ -116,11 +127,11 @@ def _rows(grid: Mapping[tuple, Mapping[tuple, Kept]], columns: Sequence[tuple]) 
     return rows
 
 
-def _cell(number: Kept | None, alone: bool) -> str:
+def _cell(number: Kept | None, places: int, alone: bool) -> str:
     """A value, its interval fainter; with its own n where the row's numbers have different ones."""
     if number is None:
         return '<td class="number">-</td>'
-    value, _, rest = interval_written(number).partition(" ")
+    value, _, rest = interval_written(number, places).partition(" ")
     if alone and number["n"]:
         rest += f" n={number['n']:,}"
     faint = f' <span class="faint">{escape(rest)}</span>' if rest else ""
