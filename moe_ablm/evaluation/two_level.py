@@ -7,14 +7,16 @@ Student's t with the standard deviation between seeds, pooled over the kinds (Da
 1997, section 3.8 on hierarchical data; Satterthwaite's degrees of freedom with equal variances).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special
 
 from moe_ablm.evaluation.estimates import (
     DRAWS,
+    LEVEL,
     Sample,
     draw_counts,
     interval,
@@ -22,9 +24,6 @@ from moe_ablm.evaluation.estimates import (
     ratio,
     scaled,
 )
-
-# values of Student's t that stand for the distribution
-QUANTILES = 200
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Kinds:
     def seed_sd(self) -> float:
         """Between seeds of a kind, pooled."""
         squares = sum(float(((v - v.mean()) ** 2).sum()) for v in self.values.values())
-        return float(np.sqrt(squares / self.degrees)) if self.degrees else float("nan")
+        return math.sqrt(squares / self.degrees) if self.degrees else math.nan
 
     def mean(self, kind: str) -> Estimate:
         """Of a kind."""
@@ -87,18 +86,28 @@ class Kinds:
     def _estimate(self, signs: Mapping[str, int]) -> Estimate:
         value = sum(sign * float(self.values[kind].mean()) for kind, sign in signs.items())
         drawn = sum(sign * self.drawn[kind] for kind, sign in signs.items())
-        if self.degrees:
-            variance = sum(1 / len(self.values[kind]) for kind in signs)
-            drawn = np.add.outer(
-                drawn, np.sqrt(variance) * self.seed_sd * student(self.degrees)
-            ).ravel()
+        error = self.seed_sd * math.sqrt(sum(1 / len(self.values[kind]) for kind in signs))
+        ends = blurred(drawn, error, self.degrees) if error > 0 else interval(drawn)
         seeds = min(len(self.values[kind]) for kind in signs)
-        return Estimate(value, *interval(drawn), self.units, seeds, self.seed_sd)
+        return Estimate(value, *ends, self.units, seeds, self.seed_sd)
 
 
-def student(degrees: int) -> np.ndarray:
-    """Evenly spaced quantiles of Student's t, float64 `[QUANTILES]`."""
-    return stats.t.ppf((np.arange(QUANTILES) + 0.5) / QUANTILES, degrees)
+def blurred(drawn: np.ndarray, error: float, degrees: int) -> tuple[float, float]:
+    """Percentile interval of bootstrap values, to each of which error x Student's t is added."""
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return math.nan, math.nan
+    ends = []
+    for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
+        shift = error * special.stdtrit(degrees, level)
+
+        def beyond(x: float, level: float = level) -> float:
+            return special.stdtr(degrees, (x - drawn) / error).mean() - level
+
+        low, high = float(drawn.min()) + shift, float(drawn.max()) + shift
+        margin = 1e-6 * error  # ends of the bracket have the right sign but for rounding
+        ends.append(optimize.brentq(beyond, low - margin, high + margin, xtol=1e-4 * error))
+    return ends[0], ends[1]
 
 
 def kinds_of(samples: Mapping[str, Sequence[Sample]], draws: int = DRAWS) -> Kinds | None:
