@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.dataset import ROWS_PER_BATCH, Dataset
 from moe_ablm.data.masking import mix
 from moe_ablm.data.regions import CHAINS, FR4
 from moe_ablm.data.tokenizer import decode
@@ -95,12 +95,37 @@ class Annotated:
         return np.concatenate(parts)
 
 
-def sample_rows(dataset: Dataset, split: str, count: int, seed: int) -> np.ndarray:
-    """Up to `count` rows of a split (int64, ascending), drawn by a hash of record and seed."""
-    rows = dataset.rows(split)
+def sample_rows(
+    dataset: Dataset, split: str, count: int, seed: int, within: np.ndarray | None = None
+) -> np.ndarray:
+    """Up to `count` rows of a split (int64, ascending), drawn by a hash of record and seed.
+
+    Args:
+      dataset, split: where they are drawn from.
+      count: how many.
+      seed: of the draw.
+      within: int64, rows that qualify, instead of a whole split.
+    """
+    rows = dataset.rows(split) if within is None else within
     with np.errstate(over="ignore"):
         order = np.argsort(mix(dataset.key[rows] + mix(np.uint64(seed))), kind="stable")
     return np.sort(rows[order[:count]])
+
+
+def mutation_counts(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Mutated residues of the chains of rows, int64 `[2, n]`, heavy first: cheaper than a cohort.
+
+    A residue counts that is marked as mutated and differs from a germline residue that is known.
+    """
+    counts = np.zeros((len(CHAINS), len(rows)), np.int64)
+    for first in range(0, len(rows), ROWS_PER_BATCH):
+        part = slice(first, first + ROWS_PER_BATCH)
+        for found, chain in zip(counts, CHAINS, strict=True):
+            flat = dataset.gather(rows[part], chain, ("tokens", "germline", "mutated"))
+            owner = np.repeat(np.arange(len(rows[part])), dataset.lengths[chain][rows[part]])
+            mutated = (flat["mutated"] > 0) & (flat["tokens"] != flat["germline"])
+            found[part] = np.bincount(owner[mutated], minlength=len(rows[part]))
+    return counts
 
 
 def annotated(dataset: Dataset, rows: np.ndarray) -> list[Annotated]:

@@ -33,7 +33,11 @@ class Subject:
     seed: int = 0
 
     def antibodies(
-        self, count: int, paired: bool = False, split: str = "test"
+        self,
+        count: int,
+        paired: bool = False,
+        split: str = "test",
+        within: np.ndarray | None = None,
     ) -> tuple[list[Annotated], list[str]]:
         """Held-out antibodies, the same ones for every model, and notes on those left out.
 
@@ -41,13 +45,14 @@ class Subject:
           count: how many are drawn; those that do not qualify are left out of them.
           paired: only such with both chains.
           split: of the dataset.
+          within: rows of it that qualify, instead of all.
 
         Raises:
           Skipped: there are none.
         """
         if self.dataset is None:
             raise Skipped("no dataset was given (--input DIR)")
-        found = annotated(self.dataset, sample_rows(self.dataset, split, count, self.seed))
+        found = annotated(self.dataset, sample_rows(self.dataset, split, count, self.seed, within))
         both = [a for a in found if a.paired or not paired]
         layout, longest = self.engine.model.layout, self.engine.model.length
         kept = [a for a in both if tokens_of(a.antibody, layout) <= longest]

@@ -1,0 +1,195 @@
+"""Whether the partner chain helps to predict mutations, and whether the germline foretells them.
+
+Pairs with mutations in both chains (Burbach & Briney 2024, Figure 3): all mutated residues of one
+chain are masked at once, beside the native partner, the partner with its mutations reverted to
+germline, the partner of another such pair, and without a partner. Cross-entropy is minus the
+log-probability of the residue that is there; likelihoods are probabilities of that residue, of the
+germline residue, and of the 18 others. The gain is the cross-entropy with another partner minus
+that with the native one: above 0 the native partner helps. Mutation prediction: one pass over the
+antibody reverted to germline ranks positions by 1 - probability of the germline residue (wild-type
+marginals, nothing masked); at mutated residues the most probable other residue, and class of
+residues (AGILMV, CSTPNQ, DE, KRH, FYW), are compared with what is there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.evaluation.cohort import Annotated, mutation_counts, sample_rows
+from moe_ablm.evaluation.estimates import Number, Sample, quotient
+from moe_ablm.evaluation.from_germline import from_germline
+from moe_ablm.evaluation.mutation_figures import draw_across
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
+from moe_ablm.evaluation.partners import (
+    PARTNERS,
+    SUMS,
+    masked_sums,
+    partner_letters,
+    random_partners,
+    room,
+)
+from moe_ablm.evaluation.subject import Subject
+
+TITLE = "Mutations across chains"
+NATIVE = PARTNERS[0]
+MUTATED, OTHER, ANY = "mutated", "other non-germline", "non-germline"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which pairs are used.
+
+    Attributes:
+      antibodies: most pairs, of those that qualify.
+      least: mutated residues in each of their chains.
+      candidates: antibodies of the test split that are looked through for them; 0: all.
+    """
+
+    antibodies: int = 500
+    least: int = 3
+    candidates: int = 0
+
+
+def evaluate(subject: Subject, settings: Settings) -> Outcome:
+    """Likelihoods and gains by masked chain and partner, and mutation prediction."""
+    everyone, notes = mutated_pairs(subject, settings)
+    samples, numbers = [], []
+    for masked in CHAINS:
+        drawn = random_partners(everyone, masked, room(subject), subject.seed)
+        if None in drawn:
+            notes.append(
+                f"{drawn.count(None):,} {masked} chains have no random partner: no other pair has "
+                "another sequence and clonal cluster"
+            )
+        found = {
+            p: masked_sums(subject, everyone, masked, partner_letters(everyone, masked, p, drawn))
+            for p in PARTNERS
+        }
+        across = across_chains([a.unit for a in everyone], masked, found)
+        samples += across
+        numbers += ratios(across)
+    predictions = from_germline(subject, everyone)
+    figure_of = [sample.number() for sample in samples]
+    samples += predictions[0]
+    numbers += predictions[1]
+    regime = subject.engine.model.regime
+    notes.append(
+        f"training regime of the model: {regime or 'not known'}; a model that never saw single "
+        "chains is outside of its training without a partner"
+    )
+    pictures = [Picture("across_chains", _CAPTION, lambda: draw_across(figure_of))]
+    return Outcome(samples, numbers, TABLES, pictures, notes)
+
+
+TABLES = (
+    Table(
+        "Gain of the native partner over another one, nats a masked mutation",
+        ("gain",),
+        ("masked",),
+        "partner",
+    ),
+    Table("Cross-entropy (nats) of masked mutations", ("cross_entropy",), ("masked",), "partner"),
+    Table("Likelihood at masked mutations", ("likelihood",), ("masked", "residue"), "partner"),
+    Table(
+        "Likelihood with the native partner, as a multiple of that with another",
+        ("likelihood_ratio",),
+        ("masked", "residue"),
+        "partner",
+    ),
+    Table(
+        "Where mutations are, from germline",
+        ("auroc", "average_precision", "auroc_within", "average_precision_within"),
+        ("chain", "predictor"),
+    ),
+    Table(
+        "What they become, top-1 accuracy without the germline residue",
+        ("class_accuracy", "residue_accuracy"),
+        ("chain", "predictor"),
+    ),
+)
+_CAPTION = (
+    "Mutated residues of one chain masked, by partner: cross-entropy, and likelihood of the "
+    "mutated residue and of other non-germline residues; bars are 95 % intervals."
+)
+
+
+def mutated_pairs(subject: Subject, settings: Settings) -> tuple[list[Annotated], list[str]]:
+    """Pairs of the test split with mutations in both chains, and notes.
+
+    Raises:
+      Skipped: there are none; the message says why.
+    """
+    dataset = subject.dataset
+    if dataset is None:
+        raise Skipped("no dataset was given (--input DIR)")
+    count = settings.candidates or len(dataset)
+    rows = sample_rows(dataset, "test", count, subject.seed)
+    if not len(rows):
+        raise Skipped(f"split test of {dataset.path} is empty")
+    paired = np.all([dataset.lengths[chain][rows] > 0 for chain in CHAINS], axis=0)
+    if not paired.any():
+        raise Skipped("the dataset has single chains only: partners need pairs")
+    counts = mutation_counts(dataset, rows)
+    if not counts.any():
+        raise Skipped("the dataset has no germline: prepare it with annotation")
+    least = max(settings.least, 1)
+    qualified = rows[paired & (counts >= least).all(0)]
+    if not len(qualified):
+        raise Skipped(f"none of {len(rows):,} antibodies has {least} mutations in each chain")
+    everyone, notes = subject.antibodies(settings.antibodies, paired=True, within=qualified)
+    notes.append(
+        f"{len(qualified):,} of {len(rows):,} antibodies have {least} or more mutated residues of "
+        f"V and J in each chain; {len(everyone):,} are used"
+    )
+    return everyone, notes
+
+
+def across_chains(units: Sequence[str], masked: str, found: dict[str, np.ndarray]) -> list[Sample]:
+    """Cross-entropy and likelihoods by partner, and gains.
+
+    Args:
+      units: clonal cluster of each antibody.
+      masked: the chain whose mutations are masked.
+      found: `partners.masked_sums` by partner.
+    """
+    samples = []
+    for partner, sums in found.items():
+        of = dict(zip(SUMS, sums.T, strict=True))
+        about = {"masked": masked, "partner": partner}
+        likelihoods = {
+            MUTATED: of["mutated"],
+            OTHER: of["other"],
+            ANY: of["mutated"] + of["other"],
+            "germline": of["germline"],
+        }
+        weight = of["residues"]
+        samples.append(
+            Sample("cross_entropy", units, of["cross_entropy"], weight, about, unit="nats")
+        )
+        samples += [
+            Sample("likelihood", units, total, weight, about | {"residue": name}, unit="share")
+            for name, total in likelihoods.items()
+        ]
+        if partner != NATIVE:
+            # the same residues are masked: the difference of means is the mean of differences
+            gain = np.where(weight > 0, of["cross_entropy"] - found[NATIVE][:, 0], 0)
+            samples.append(Sample("gain", units, gain, weight, about, unit="nats"))
+    return samples
+
+
+def ratios(samples: Sequence[Sample]) -> list[Number]:
+    """Likelihood of mutated and of other residues with the native partner, over another's."""
+    likelihoods = {
+        (s.labels["partner"], s.labels["residue"]): s for s in samples if s.metric == "likelihood"
+    }
+    return [
+        replace(
+            quotient(likelihoods[NATIVE, residue], likelihoods[partner, residue]),
+            metric="likelihood_ratio",
+            labels=likelihoods[partner, residue].labels,
+        )
+        for partner in PARTNERS[1:]
+        for residue in (MUTATED, OTHER, ANY)
+    ]

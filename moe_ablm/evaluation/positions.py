@@ -1,0 +1,234 @@
+"""Cross-entropy and accuracy of every residue while it alone is masked, by what it is.
+
+Each position of held-out antibodies is masked in turn (Salazar et al. 2020, eq. 1). The
+cross-entropy is minus the log-probability of the residue that is there, over all tokens; accuracy
+is the share of residues that are the most probable token. Shown by FR and CDR, by chain, for
+germline and mutated residues, by gene segment, and for chains without and with mutations
+(Burbach & Briney 2024, Figure 1: the median of a region in each antibody). Naturalness of an
+antibody is 1 / pseudo-perplexity.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from moe_ablm.data.regions import CDR3, CHAINS, REGIONS, SEGMENTS, region_names
+from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import Sample
+from moe_ablm.evaluation.exact import Likelihoods, exact_likelihoods
+from moe_ablm.evaluation.medians import group_medians, has_seaborn, letter_values, median_number
+from moe_ablm.evaluation.outcome import Outcome, Picture, Table
+from moe_ablm.evaluation.subject import Subject
+
+TITLE = "Per position"
+STATES = ("unmutated", "mutated")  # of a chain: no residue of V or J is mutated, or at least one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Antibodies drawn from the test split; each costs a pass over every one of its residues."""
+
+    antibodies: int = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Residues:
+    """What is known of all residues, antibody by antibody, heavy chain first; arrays `[n]`.
+
+    Attributes:
+      owner: int64, number of the antibody.
+      chain: index in `CHAINS`.
+      region: index in `region_names`, -1 where not known.
+      kind: "germline", "mutated", "CDR3" (where mutations are not told apart), or "".
+      segment: code of `SEGMENTS`.
+      state: of the residue's chain, of `STATES`, or "" where it is not known.
+    """
+
+    owner: np.ndarray
+    chain: np.ndarray
+    region: np.ndarray
+    kind: np.ndarray
+    segment: np.ndarray
+    state: np.ndarray
+
+
+def evaluate(subject: Subject, settings: Settings) -> Outcome:
+    """Means by group with every antibody's part, medians by region, and letter-value plots."""
+    everyone, notes = subject.antibodies(settings.antibodies)
+    likelihoods, rate = exact_likelihoods(subject, everyone)
+    residues = known_of(everyone)
+    notes += [rate, *_lacking(residues)]
+    units = [a.unit for a in everyone]
+    samples = naturalness(units, residues, likelihoods)
+    for labels, inside in groups(residues):
+        samples += _samples(units, residues.owner, likelihoods, labels, inside)
+    medians = region_medians(units, residues, likelihoods)
+    pictures = []
+    if medians:
+        if not has_seaborn():
+            notes.append(
+                "box plots instead of letter-value plots: seaborn is missing "
+                "(pip install 'moe_ablm[eval]')"
+            )
+        pictures = [Picture("medians", _CAPTION, lambda: _drawn(medians))]
+    numbers = [
+        median_number("median_cross_entropy", [units[i] for i in owners], values, labels, "nats")
+        for labels, owners, values in medians
+    ]
+    return Outcome(samples, numbers, TABLES, pictures, notes)
+
+
+TABLES = (
+    Table("Cross-entropy (nats) by region", ("cross_entropy",), ("region",), "chains"),
+    Table("Accuracy by region", ("accuracy",), ("region",), "chains"),
+    Table("Germline and mutated residues", ("cross_entropy", "accuracy"), ("chain", "residues")),
+    Table(
+        "Likelihood at mutated residues, of the residue that is there and of the germline's",
+        ("likelihood", "germline_likelihood"),
+        ("chain",),
+        where=(("residues", "mutated"),),
+    ),
+    Table("By gene segment", ("cross_entropy", "accuracy"), ("chain", "segment")),
+    Table("Naturalness, 1 / pseudo-perplexity", ("naturalness",), ("antibodies",)),
+)
+_CAPTION = (
+    "Median cross-entropy of each region in each antibody with every position masked in turn, for "
+    "chains without a mutation of V or J and with at least one."
+)
+
+
+def known_of(everyone: Sequence[Annotated]) -> Residues:
+    """All residues of antibodies.
+
+    Without a region a chain was not annotated: neither is its state known, nor the kind of its
+    residues. Where no chain at all is mutated, the germline is taken as not known.
+    """
+    owner = np.repeat(np.arange(len(everyone)), [a.antibody.residues for a in everyone])
+    chains = [(name, chain) for a in everyone for name, chain in a.chains()]
+    lengths = [len(chain) for _, chain in chains]
+    codes = [np.concatenate([a.along(c) for a in everyone]) for c in ("region", "segment")]
+    mutated = np.concatenate([a.along("mutated") for a in everyone]) > 0
+    states = ["" if not c.region.any() else STATES[c.mutations > 0] for _, c in chains]
+    kind = np.select(
+        [codes[0] == 0, codes[0] == CDR3, mutated], ["", "CDR3", "mutated"], "germline"
+    )
+    state = np.repeat(states, lengths)
+    if not mutated.any():
+        kind, state = np.full_like(kind, ""), np.full_like(state, "")
+    return Residues(
+        owner,
+        np.repeat([CHAINS.index(name) for name, _ in chains], lengths),
+        np.concatenate([a.region_index() for a in everyone]),
+        kind,
+        codes[1],
+        state,
+    )
+
+
+def _lacking(residues: Residues) -> Iterator[str]:
+    for number, chain in enumerate(CHAINS):
+        if not (residues.chain == number).any():
+            yield f"no {chain} chains: left out"
+    if not (residues.region >= 0).any():
+        yield "the dataset has no regions: left out (prepare it with annotation)"
+    if not (residues.state != "").any():
+        yield "the dataset has no germline: mutations are left out (prepare it with annotation)"
+    if not residues.segment.any():
+        yield "gene segments are not known (they are of simulated antibodies): left out"
+
+
+def groups(residues: Residues) -> Iterator[tuple[dict[str, str], np.ndarray]]:
+    """(labels, mask `[n]`) of all groups of residues."""
+    yield {"region": "all", "chains": "all"}, np.ones(len(residues.owner), bool)
+    states = {"all": np.ones(len(residues.owner), bool)}
+    states |= {state: residues.state == state for state in STATES}
+    for number, region in enumerate(region_names()):
+        for state, inside in states.items():
+            yield {"region": region, "chains": state}, inside & (residues.region == number)
+    for number, chain in enumerate(CHAINS):
+        own = residues.chain == number
+        yield {"chain": chain, "residues": "all"}, own
+        for kind in ("germline", "mutated", REGIONS[CDR3]):
+            yield {"chain": chain, "residues": kind}, own & (residues.kind == kind)
+        for code, segment in enumerate(SEGMENTS[1:], start=1):
+            yield {"chain": chain, "segment": segment}, own & (residues.segment == code)
+
+
+def _samples(
+    units: Sequence[str],
+    owner: np.ndarray,
+    found: Likelihoods,
+    labels: Mapping[str, str],
+    inside: np.ndarray,
+) -> list[Sample]:
+    """Means over the residues of a group; none where it is empty."""
+    values = {"cross_entropy": -found.log_likelihood, "accuracy": found.right}
+    if labels.get("residues") == "mutated":
+        values["likelihood"] = np.exp(found.log_likelihood)
+        values["germline_likelihood"] = np.exp(found.germline)
+    at, n = owner[inside], len(units)
+    weight = np.bincount(at, minlength=n).astype(float)
+    return [
+        Sample(
+            metric,
+            units,
+            np.bincount(at, per_residue[inside], n),
+            weight,
+            labels,
+            unit="nats" if metric == "cross_entropy" else "share",
+        )
+        for metric, per_residue in values.items()
+        if len(at)
+    ]
+
+
+def naturalness(units: Sequence[str], residues: Residues, likelihoods: Likelihoods) -> list[Sample]:
+    """Mean of exp(mean log-likelihood of an antibody), of all, and without and with mutations."""
+    n = len(units)
+    sums = np.bincount(residues.owner, likelihoods.log_likelihood, n)
+    natural = np.exp(sums / np.bincount(residues.owner, minlength=n))
+    mutated = np.bincount(residues.owner, residues.kind == "mutated", n) > 0
+    unknown = np.bincount(residues.owner, residues.state == "", n) > 0
+    members = {"all": np.ones(n, bool)}
+    members |= {"unmutated": ~mutated & ~unknown, "mutated": mutated & ~unknown}
+    return [
+        Sample(
+            "naturalness",
+            units,
+            np.where(inside, natural, 0),
+            inside.astype(float),
+            {"antibodies": name},
+            unit="share",
+        )
+        for name, inside in members.items()
+        if inside.any()
+    ]
+
+
+def region_medians(
+    units: Sequence[str], residues: Residues, likelihoods: Likelihoods
+) -> list[tuple[dict[str, str], np.ndarray, np.ndarray]]:
+    """(labels, antibodies, the median cross-entropy of each) by region and state of the chain."""
+    states = [state for state in STATES if (residues.state == state).any()]
+    found = []
+    for state in states or [""]:
+        for number, region in enumerate(region_names()):
+            inside = (residues.region == number) & (residues.state == state)
+            if inside.any():
+                owners, values = group_medians(
+                    residues.owner[inside], -likelihoods.log_likelihood[inside]
+                )
+                found.append(({"region": region, "chains": state or "all"}, owners, values))
+    return found
+
+
+def _drawn(medians: Sequence[tuple[dict[str, str], np.ndarray, np.ndarray]]) -> Figure:
+    named = {labels["region"] for labels, *_ in medians}
+    regions = [name for name in region_names() if name in named]
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for labels, _, values in medians:
+        empty = dict.fromkeys(regions, np.zeros(0))
+        panels.setdefault(f"{labels['chains']} chains", empty)[labels["region"]] = values
+    return letter_values(panels, "median cross-entropy (nats)")
