@@ -1,0 +1,195 @@
+"""What experts specialise in: which residues go to which expert, against what would be expected.
+
+An assignment is one expert computing for one residue (soft-MoE: the expert's share of the residue's
+output). Enrichment is log2 of P(expert | class) over P(expert). Its excess is log2 of what the
+expert takes of a class over what it would take if the routing knew only something simpler: the
+residue, chain and residue, or the position. Flagged are excesses with a false discovery rate
+below 5 % (Benjamini & Hochberg 1995) over all layers, experts and classes. Intervals leave out
+groups of clones in turn (jackknife). cdrh3_excess is the excess of the expert that takes most of
+CDRH3 beyond expectation, chosen among all layers on one half of the clones and measured on the
+other; mutual information is in bits and corrected for its bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ablm.data.regions import region_names
+from moe_ablm.evaluation.assignments import Assignments, assigned, routed
+from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import Number, Sample
+from moe_ablm.evaluation.findings import (
+    FALSE_DISCOVERIES,
+    Finding,
+    cell_numbers,
+    estimate_numbers,
+    information_numbers,
+    specialist_numbers,
+)
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
+from moe_ablm.evaluation.routing_figures import heat_map
+from moe_ablm.evaluation.slots import TABLES as SLOT_TABLES
+from moe_ablm.evaluation.slots import Slots
+from moe_ablm.evaluation.specialisation import jackknife, quotient
+from moe_ablm.evaluation.subject import Subject, require_regions
+from moe_ablm.evaluation.traits import (
+    ALIGNED,
+    CHAIN_AND_RESIDUE,
+    FROM_START,
+    Contrast,
+    contrasts,
+)
+
+TITLE = "Expert specialisation"
+SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn
+UNEVEN = ("topp", "expert_choice")  # routers by which residues have more or fewer experts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Antibodies drawn from the test split."""
+
+    antibodies: int = 1000
+
+
+TABLES = (
+    Table(
+        "CDRH3's expert, of all layers",
+        ("cdrh3_excess", "cdrh3_share", "cdrh3_relative", "cdrh3_over_others"), ("matched",),
+    ),
+    Table(
+        "Each region's expert: log2 excess, matched on chain and residue",
+        ("specialist_excess",), ("layer",), "region", (("matched", CHAIN_AND_RESIDUE),),
+    ),
+    Table(
+        "Number of each region's expert, matched on chain and residue",
+        ("specialist_expert",), ("layer",), "region", (("matched", CHAIN_AND_RESIDUE),),
+    ),
+    Table("Information of experts on traits, bits", ("information",), ("layer",), "trait"),
+    Table(
+        "... given what is matched, bits",
+        ("conditional_information",), ("layer", "matched"), "trait",
+    ),
+    Table("Share of the assignments", ("load",), ("layer",), "expert"),
+    Table(
+        "Share of each expert's assignments by region",
+        ("share",), ("layer", "expert"), "class", (("trait", "region"),),
+    ),
+)  # fmt: skip
+
+
+def evaluate(subject: Subject, settings: Settings) -> Outcome:
+    """Enrichments, specialists and information by layer; slots of soft-MoE."""
+    spec = subject.engine.model.spec
+    if not spec.moe_layers:
+        raise Skipped("a dense model has no experts")
+    antibodies, notes = subject.antibodies(settings.antibodies)
+    require_regions(antibodies)
+    compared = contrasts(antibodies)
+    layers, experts = spec.moe_layers, spec.moe.experts
+    sums = Assignments.empty(antibodies, compared, len(layers), experts)
+    slots = Slots(antibodies, layers, experts) if spec.moe.router == "soft" else None
+    for index, routing in routed(subject.engine, antibodies):
+        sums.add(index, *assigned(routing, experts))
+        if slots:
+            slots.add(index, routing)
+    found = findings(compared, sums.tables, layers)
+    numbers = [] if slots else gate_shares(sums, compared[0], layers)
+    for finding in found:
+        numbers += cell_numbers(finding) + information_numbers(finding)
+        numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
+    samples = load_samples(antibodies, sums, layers, spec.moe.router)
+    return Outcome(
+        samples + (slots.samples() if slots else []),
+        numbers,
+        TABLES + (SLOT_TABLES if slots else ()),
+        [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN],
+        notes + remarks(found),
+    )
+
+
+def findings(
+    compared: Sequence[Contrast], tables: Sequence[np.ndarray], layers: Sequence[int]
+) -> list[Finding]:
+    """What each contrast says."""
+    found, seen = [], set()
+    for contrast, table in zip(compared, tables, strict=True):
+        found.append(Finding.of(contrast, table, layers, contrast.trait not in seen))
+        seen.add(contrast.trait)
+    return found
+
+
+def load_samples(
+    antibodies: Sequence[Annotated], sums: Assignments, layers: Sequence[int], router: str
+) -> list[Sample]:
+    """Share of the assignments that experts take, also by gates, and of residues without any."""
+    units, samples = [a.unit for a in antibodies], []
+    residues = np.array([a.antibody.residues for a in antibodies], float)
+    kinds = {"load": sums.load} | ({} if router == "soft" else {"gate_load": sums.weight})
+    for m, layer in enumerate(map(str, layers)):
+        labels = {"layer": layer}
+        for metric, values in kinds.items():
+            total = values[:, m].sum(-1)
+            samples += [
+                Sample(metric, units, each, total, labels | {"expert": str(e)}, unit="share")
+                for e, each in enumerate(values[:, m].T)
+            ]
+        if router in UNEVEN:
+            alone = sums.alone[:, m]
+            samples.append(Sample("without_expert", units, alone, residues, labels, unit="share"))
+            samples += _experts_a_residue(antibodies, units, sums.by_region[:, m], labels)
+    return samples
+
+
+def _experts_a_residue(
+    antibodies: Sequence[Annotated], units: list[str], assigned: np.ndarray, labels: dict
+) -> list[Sample]:
+    regions = [a.region_index() for a in antibodies]
+    samples = []
+    for r, name in enumerate(region_names()):
+        count = np.array([(region == r).sum() for region in regions], float)
+        if count.any():
+            about = labels | {"region": name}
+            samples.append(Sample("experts_a_residue", units, assigned[:, r], count, about))
+    return samples
+
+
+def gate_shares(sums: Assignments, contrast: Contrast, layers: Sequence[int]) -> list[Number]:
+    """Share of each expert's gates by class of the first contrast."""
+    numbers = []
+    for m, layer in enumerate(layers):
+        shares = jackknife(sums.gates[:, :, m], lambda t: quotient(t, t.sum(1, keepdims=True)))
+        numbers += estimate_numbers("gate_share", shares, contrast, layer, {}, "share")
+    return numbers
+
+
+def picture(finding: Finding) -> Picture:
+    """Excesses of a contrast as a heat map."""
+    c = finding.contrast
+    values = np.stack([e.value for e in finding.estimates["excess"]])
+    flagged = finding.adjusted < FALSE_DISCOVERIES
+    return Picture(
+        f"excess_{c.trait}",
+        f"Experts by {c.trait}: log2 of what an expert takes over what it would take if only the "
+        f"{c.matched} decided. Dots: false discovery rate below {FALSE_DISCOVERIES:.0%}.",
+        lambda: heat_map(values, flagged, finding.layers, c.names, "log2 excess"),
+    )
+
+
+def remarks(found: Sequence[Finding]) -> list[str]:
+    """How many excesses are flagged, and where matching leaves little to compare."""
+    notes = []
+    for finding in found:
+        c, flagged = finding.contrast, int((finding.adjusted < FALSE_DISCOVERIES).sum())
+        notes.append(
+            f"{c.trait} matched on {c.matched}: {flagged:,} of {finding.adjusted.size:,} excesses "
+            "are flagged"
+        )
+        if c.matched == FROM_START:
+            told = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
+            notes.append(
+                f"at the same {FROM_START}, share of residues that are of another region: {told}; "
+                "near 0 nothing can exceed what the position predicts"
+            )
+    return notes
