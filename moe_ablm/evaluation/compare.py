@@ -1,8 +1,6 @@
 """Several evaluated models beside each other: kinds of model, seeds of a kind, and what holds."""
 
 import csv
-import importlib
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +9,7 @@ from typing import Any
 
 from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.evaluated import Evaluated, key
+from moe_ablm.evaluation.matching import stability as seed_agreement
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
 from moe_ablm.evaluation.two_level import Estimate, kinds_of
 
@@ -139,15 +138,12 @@ def _estimates(evaluation: str, samples: Mapping[str, Sequence[Sample]]) -> list
 def stability(runs: Sequence[Evaluated]) -> list[Number]:
     """Agreement of specialisation of every two seeds of a kind."""
     numbers = []
-    if importlib.util.find_spec("moe_ablm.evaluation.matching") is None:
-        return []
     for kind, members in by_kind(runs).items():
         routed = [r for r in members if r.done("routing")]
         for a, b in combinations(routed, 2):
-            routing = importlib.import_module("moe_ablm.evaluation.matching")
             both = (r.content["evaluations"]["routing"] for r in (a, b))
             names = f"{a.directory.name}, {b.directory.name}"
-            for number in routing.stability(*both):
+            for number in seed_agreement(*both):
                 labels = {"kind": kind, "seeds": names} | dict(number.labels)
                 numbers.append(Number(**vars(number) | {"labels": labels}))
     return numbers
