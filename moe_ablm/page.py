@@ -54,11 +54,10 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = 
 
 def cells_html(head: Sequence[str], rows: Sequence[str], title: str = "") -> str:
     """A table of cells that are HTML already: `head` of th, a string of cells a row."""
+    caption = f"<caption>{escape(title)}</caption>" if title else ""
+    first = f"<thead><tr>{''.join(head)}</tr></thead>" if head else ""
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table><caption>{escape(title)}</caption>'
-        f"<thead><tr>{''.join(head)}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="wide"><table>{caption}{first}<tbody>{body}</tbody></table></div>'
 
 
 def lines_html(lines: Sequence[str]) -> str:

@@ -17,11 +17,12 @@ from moe_ablm.evaluation.suite import SKIPPED, module_of
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
 
 READING = (
+    "Published values are of other models on other data: they say what size of number to expect. "
     "Brackets hold 95 % intervals. Where a metric is a mean over residues or antibodies they are "
     "percentile intervals of a bootstrap over clonal clusters; the notes of a section say where "
     "they are of another kind. They tell how much other antibodies of the same kind would change "
     "a number, not how much another training run would: for that, evaluate several seeds and use "
-    "`compare`."
+    "the verb compare."
 )
 
 
@@ -34,18 +35,18 @@ def write_report(out: Path, content: Mapping[str, Any], command: Sequence[str]) 
       command: the command line without its suite.
     """
     found = content["evaluations"]
-    model = content["model"]
+    name = content["model"]["source"].split(",")[0]
     parts = [
-        f"<h1>Evaluation of {escape(model['source'])}</h1>",
+        f"<h1>Evaluation of {escape(name)}</h1>",
         facts_html(_facts(content)),
         _contents(found),
         '<h2 id="summary">Summary</h2>',
         _summary(found),
         f'<p class="faint">{escape(READING)}</p>',
     ]
-    for name, kept in found.items():
-        parts += section(name, kept, out / name, command)
-    return write_page(out / "report.html", f"Evaluation of {model['source']}", parts)
+    for each, kept in found.items():
+        parts += section(each, kept, out / each, command)
+    return write_page(out / "report.html", f"Evaluation of {name}", parts)
 
 
 def facts_html(facts: Mapping[str, str]) -> str:
@@ -56,14 +57,13 @@ def facts_html(facts: Mapping[str, str]) -> str:
 
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     model, dataset = content["model"], content["dataset"]
-    tokens = model["tokens_seen"]
+    tokens = f"{model['tokens_seen']:,} tokens" if model["tokens_seen"] else ""
     files = [f"{name}: {file['name']}" for name, fs in content["files"].items() for file in fs]
     return {
+        "Model": model["source"],
         "Router": model["router"],
         "Parameters": parameters_written(model),
-        "Trained on": ", ".join(
-            [f"{tokens:,} tokens"] * bool(tokens) + [model["regime"]] * bool(model["regime"])
-        ),
+        "Trained on": ", ".join(filter(None, (tokens, model["regime"]))),
         "Weights": f"sha256 {model['sha256'][:16]}",
         "Dataset": f"{dataset['path']}, sha256 {dataset['sha256'][:16]}" if dataset else "none",
         "Files": ", ".join(files),
@@ -107,8 +107,10 @@ def _line(headline: Headline | None, number: Kept | None) -> str:
     if headline is None:
         return '<td colspan="3">see its section</td>'
     value, _, rest = interval_written(number).partition(" ")
+    others = [v for k, v in number["labels"].items() if k not in dict(headline.labels)]
+    text = headline.text + (f" ({', '.join(others)})" if others else "")
     return (
-        f'<td>{escape(headline.text)}</td><td style="white-space:nowrap"><b>{escape(value)}</b> '
+        f'<td>{escape(text)}</td><td style="white-space:nowrap"><b>{escape(value)}</b> '
         f'<span class="faint">{escape(rest)} {escape(number["unit"])}</span></td>'
         f'<td class="faint">{escape(headline.published)}</td>'
     )
