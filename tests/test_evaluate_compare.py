@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +17,6 @@ from synthetic_evaluations import (
 )
 from test_cli import refused
 
-from moe_ablm import __main__
 from moe_ablm.evaluation.claims import HOLDS, NONE, NOT, OPEN, claims_of, verdict_of
 from moe_ablm.evaluation.compare import compare
 from moe_ablm.evaluation.estimates import Sample
@@ -27,18 +25,6 @@ from moe_ablm.evaluation.two_level import kinds_of
 
 EFFECT = -0.05
 DENSE = "a dense model has no experts"
-
-
-@pytest.fixture
-def main(capsys):
-    """`python -m moe_ablm` in this process."""
-
-    def run(*arguments) -> subprocess.CompletedProcess:
-        capsys.readouterr()
-        code = __main__.main(["moe_ablm", *map(str, arguments)])
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return run
 
 
 def sample(values: np.ndarray, weight: np.ndarray | None = None, units=None, scale="identity"):
