@@ -237,8 +237,8 @@ def by_loops(records, germline, kept, chain):
             if mutated:
                 there = getattr(records[i], chain)[k]
                 chances = {aa: p[first + k, TOKEN[aa]] for aa in AMINO_ACIDS if aa != reverted}
-                best = max(CLASSES, key=lambda c: sum(chances.get(aa, 0) for aa in c))  # noqa: B023
-                hits["class_accuracy"].append(there in best)
+                of_class = [sum(chances.get(aa, 0) for aa in letters) for letters in CLASSES]
+                hits["class_accuracy"].append(there in CLASSES[np.argmax(of_class)])
                 hits["residue_accuracy"].append(there == max(chances, key=chances.get))
     return np.array(truth), np.array(score), np.array(own), hits
 

@@ -71,7 +71,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         samples += across
         numbers += ratios(across)
     predictions = from_germline(subject, everyone)
-    figure_of = [sample.number() for sample in samples]
+    shown = tuple(samples)
     samples += predictions[0]
     numbers += predictions[1]
     regime = subject.engine.model.regime
@@ -79,7 +79,9 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         f"training regime of the model: {regime or 'not known'}; a model that never saw single "
         "chains is outside of its training without a partner"
     )
-    pictures = [Picture("across_chains", _CAPTION, lambda: draw_across(figure_of))]
+    pictures = [
+        Picture("across_chains", _CAPTION, lambda: draw_across([s.number() for s in shown]))
+    ]
     return Outcome(samples, numbers, TABLES, pictures, notes)
 
 

@@ -83,6 +83,12 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
 TABLES = (
     Table("Cross-entropy (nats) by region", ("cross_entropy",), ("region",), "chains"),
     Table("Accuracy by region", ("accuracy",), ("region",), "chains"),
+    Table(
+        "Median over antibodies of the region's median cross-entropy (nats)",
+        ("median_cross_entropy",),
+        ("region",),
+        "chains",
+    ),
     Table("Germline and mutated residues", ("cross_entropy", "accuracy"), ("chain", "residues")),
     Table(
         "Likelihood at mutated residues, of the residue that is there and of the germline's",
