@@ -145,5 +145,7 @@ def specialist_numbers(finding: Finding) -> list[Number]:
     return numbers
 
 
-def _number(metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str):
+def _number(
+    metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str
+) -> Number:
     return Number(metric, value, labels, low, high, n, unit)

@@ -82,10 +82,9 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
       results_a, results_b: `["evaluations"]["routing"]` of two `results.json`.
 
     Returns:
-      For each layer that both have: `matched_correlation` (its interval is over experts' profiles
-      renamed: what chance gives is `chance_correlation`, with the middle 95 % of it),
-      `random_correlation` of experts that are not matched, and `matched_p`. None where an
-      evaluation was skipped.
+      For each layer that both have: `matched_correlation`; `chance_correlation`, the mean of what
+      matchings after renaming have, with their middle 95 %; `random_correlation`, of experts
+      paired at random; and `matched_p`. Nothing where an evaluation was skipped.
     """
     a, b = profiles(results_a), profiles(results_b)
     found = []

@@ -43,6 +43,7 @@ from moe_ablm.evaluation.traits import (
 
 TITLE = "Expert specialisation"
 SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn
+FEW = 2
 UNEVEN = ("topp", "expert_choice")  # routers by which residues have more or fewer experts
 
 
@@ -104,7 +105,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         samples + (slots.samples() if slots else []),
         numbers,
         TABLES + (SLOT_TABLES if slots else ()),
-        [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN],
+        [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN]
+        + ([slots.picture()] if slots else []),
         notes + remarks(found),
     )
 
@@ -186,6 +188,12 @@ def remarks(found: Sequence[Finding]) -> list[str]:
             f"{c.trait} matched on {c.matched}: {flagged:,} of {finding.adjusted.size:,} excesses "
             "are flagged"
         )
+        if c.residues.sum() < FEW * len(c.residues) * finding.adjusted.shape[-1]:
+            notes.append(
+                f"{c.trait} matched on {c.matched}: under {FEW} residues for each class, stratum "
+                "and expert; the conditional information is too large by what its correction "
+                "leaves: take more antibodies"
+            )
         if c.matched == FROM_START:
             told = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
             notes.append(

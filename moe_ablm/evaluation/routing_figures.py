@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 NUMBERED = 32  # experts of a panel
+MOST = 3.0  # what is more or less has the last colour: experts that never take a class
 
 
 def heat_map(
@@ -36,7 +37,7 @@ def heat_map(
         len(layers), 1, figsize=(2 + 0.42 * len(names), 1.4 + len(layers) * height),
         layout="constrained", squeeze=False,
     )  # fmt: skip
-    limit = max(float(np.quantile(np.abs(values), 0.99)), 0.1)
+    limit = float(np.clip(values.max(), 0.1, MOST))
     for axis, layer, table, mark in zip(axes[:, 0], layers, values, flagged, strict=True):
         image = axis.imshow(table.T, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.plot(*np.nonzero(mark), "k.", markersize=2)
@@ -44,5 +45,5 @@ def heat_map(
         axis.set_yticks(range(0, experts, math.ceil(experts / NUMBERED)))
         axis.tick_params(axis="y", labelsize=7)
         axis.set(title=f"layer {layer}", ylabel="expert")
-    figure.colorbar(image, ax=axes, location="right", label=label, shrink=0.8)
+    figure.colorbar(image, ax=axes, location="right", label=label, shrink=0.8, extend="both")
     return figure

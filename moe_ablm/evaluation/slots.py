@@ -7,7 +7,8 @@ import numpy as np
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.estimates import Sample
-from moe_ablm.evaluation.outcome import Table
+from moe_ablm.evaluation.outcome import Picture, Table
+from moe_ablm.evaluation.routing_figures import heat_map
 from moe_ablm.inference.route import Weights
 
 FLAT = 0.999  # entropy over its maximum: weights vary by 10 % (as the stability watch of training)
@@ -69,6 +70,19 @@ class Slots:
                 Sample("dispatch_ratio", units, mass, plain, labels, unit="ratio"),
             ]
         return found
+
+    def picture(self) -> Picture:
+        """Mass of the dispatch over that of a plain mean, as a heat map."""
+        mass, plain = self.mass.mean(0), self.plain.mean(0)
+        here = np.flatnonzero(plain)
+        values = np.log2(np.maximum(mass[..., here] / plain[here], 1e-6)).transpose(0, 2, 1)
+        names = [region_names()[r] for r in here]
+        return Picture(
+            "dispatch_region",
+            "What the slots of experts read, by region: log2 of the dispatch over that of a plain "
+            "mean of all residues.",
+            lambda: heat_map(values, np.zeros(values.shape, bool), self._layers, names, "log2"),
+        )
 
 
 def _spread(dispatch: np.ndarray, combine: np.ndarray) -> list[np.ndarray]:

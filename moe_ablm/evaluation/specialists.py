@@ -22,6 +22,7 @@ from moe_ablm.evaluation.traits import Contrast
 
 # of a class with others in its strata, for its excess to be compared with that of other classes
 LEAST_OVERLAP = 0.5
+DECIMALS = 6  # of gains: where strata leave nothing to gain, rounding must not choose
 
 
 class Half(NamedTuple):
@@ -53,7 +54,7 @@ def halves(table: np.ndarray, contrast: Contrast) -> tuple[Half, Half]:
 
 def chosen(layer: tuple[Half, Half], label: int) -> int:
     """The expert of a layer that both halves together choose for a class."""
-    return int(np.argmax(layer[0].gain[label] + layer[1].gain[label]))
+    return int(np.argmax(np.round(layer[0].gain[label] + layer[1].gain[label], DECIMALS)))
 
 
 def exclusive(contrast: Contrast) -> np.ndarray:
@@ -95,7 +96,7 @@ def specialists(
 
 
 def _choice(direction: Sequence[Half], label: int) -> tuple[int, int]:
-    gains = np.array([half.gain[label] for half in direction])
+    gains = np.round([half.gain[label] for half in direction], DECIMALS)
     return tuple(int(i) for i in np.unravel_index(np.argmax(gains), gains.shape))
 
 
