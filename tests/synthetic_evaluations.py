@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 
+from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation import report, suite
 from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
@@ -61,11 +62,17 @@ def gain_outcome(gain: float, spread: float = 0.5) -> Outcome:
     return Outcome([Sample("gain", UNITS, values, np.ones(len(UNITS)), labels, unit="nats")])
 
 
-def routing_outcome(value: float, half: float) -> Outcome:
-    """The number of the first claim."""
+def routing_outcome(value: float, half: float, order: tuple[int, ...] = (0, 1, 2)) -> Outcome:
+    """The number of the first claim; three experts with profiles, numbered in some order."""
     labels = {"matched": "chain and residue"}
-    number = Number("cdrh3_excess", value, labels, value - half, value + half, 500, "log2")
-    return Outcome(numbers=[number])
+    numbers = [Number("cdrh3_excess", value, labels, value - half, value + half, 500, "log2")]
+    profiles = np.random.default_rng(5).standard_normal((3, 14))
+    for expert, profile in zip(order, profiles, strict=True):
+        for region, enrichment in zip(region_names(), profile, strict=True):
+            about = {"layer": "1", "expert": str(expert), "trait": "region", "class": region}
+            about |= {"region": region}
+            numbers.append(Number("enrichment", float(enrichment), about, unit="log2"))
+    return Outcome(numbers=numbers)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,21 @@ from synthetic_evaluations import (
 )
 from test_cli import refused
 
-from moe_ablm.evaluation.claims import HOLDS, NONE, NOT, OPEN, claims_of, verdict_of
+from moe_ablm.evaluation import partners
+from moe_ablm.evaluation.claims import (
+    HOLDS,
+    MATCHED,
+    NONE,
+    NOT,
+    OPEN,
+    PARTNERS,
+    claims_of,
+    verdict_of,
+)
 from moe_ablm.evaluation.compare import compare
 from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.evaluated import read_evaluated, require_same_basis
+from moe_ablm.evaluation.traits import PLANNED
 from moe_ablm.evaluation.two_level import kinds_of
 
 EFFECT = -0.05
@@ -304,3 +315,20 @@ def test_wrong_command_lines(arguments, words, main, tmp_path):
 def test_one_evaluation_is_none_to_compare(evaluated, tmp_path, main):
     one = f"--input=dense={evaluated['dense'][0]}"
     refused(main("compare", one, "--out", tmp_path / "o"), "two evaluations")
+
+
+def test_labels_that_claims_look_for_are_those_of_the_evaluations():
+    assert {"native", *PARTNERS} == {*partners.PARTNERS}
+    assert {*MATCHED} == {matched for trait, matched in PLANNED if trait == "region"}
+
+
+def test_experts_of_two_seeds_are_matched_whatever_their_numbers(tmp_path):
+    runs = []
+    for name, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        routing = routing_outcome(0.5, 0.1, order)
+        path = write_evaluation(tmp_path / name, about("topk", name), routing=routing)
+        runs.append(read_evaluated("top2", path))
+    found = {n.metric: n for n in compare(runs).stability}
+    assert found["matched_correlation"].value == pytest.approx(1)
+    assert found["matched_p"].value < 0.01
+    assert dict(found["matched_p"].labels) == {"kind": "top2", "seeds": "a, b", "layer": "1"}

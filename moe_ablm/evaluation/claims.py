@@ -20,7 +20,7 @@ MATCHED = ("chain and residue", "residue", "distance from N-terminus")
 EQUAL = 0.05
 PARTNERS = {
     "random": "a random heavy chain",
-    "germline": "the germline of its own heavy chain",
+    "reverted": "its own heavy chain reverted to germline",
     "none": "no heavy chain",
 }
 
