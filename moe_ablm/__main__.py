@@ -30,6 +30,7 @@ VERBS = {
     "route": "experts of every residue and layer",
     "attention": "attention between heavy and light chain",
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
+    "compare": "evaluations of several models and seeds: differences, and what holds",
     "fit": "a table of runs -> a scaling law",
 }
 # those that run an encoder

@@ -114,6 +114,19 @@ def run_quickly(cache):
     server.wait()
 
 
+@pytest.fixture
+def main(capsys):
+    """`python -m moe_ablm` in this process."""
+    from moe_ablm import __main__
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        code = __main__.main(["moe_ablm", *map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs `python -m ARGUMENTS` in the checkout to its end."""
     argv, options = command(*arguments, **environment)

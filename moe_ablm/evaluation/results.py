@@ -1,14 +1,17 @@
-"""The directory of an evaluation: what it is of, `results.json` and `numbers.csv`."""
+"""The directory of an evaluation: what it is of, `results.json`, `numbers.csv`, `report.html`."""
 
 import csv
+import importlib.metadata
 import io
 import json
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.report import write_report
 from moe_ablm.evaluation.suite import SCHEMA
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
@@ -80,12 +83,36 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_results(out: Path, about: Mapping[str, Any], found: Mapping[str, dict]) -> list[Path]:
-    """Writes all numbers as `results.json` and `numbers.csv`; returns their names."""
-    content = {**about, "evaluations": dict(found)}
+def write_results(
+    out: Path, about: Mapping[str, Any], found: Mapping[str, dict], command: Sequence[str]
+) -> list[Path]:
+    """Writes all numbers and the report.
+
+    Args:
+      out: directory of the evaluation.
+      about: of `same_command`.
+      found: of `suite.run_suite`.
+      command: the command line without its suite and output, told in the report.
+
+    Returns:
+      Files that were written.
+    """
+    content = {**about, "versions": versions(), "evaluations": dict(found)}
     write_atomically(out / "results.json", json.dumps(content, indent=1))
     write_atomically(out / "numbers.csv", numbers_csv(found))
-    return [out / "results.json", out / "numbers.csv"]
+    return [out / "results.json", out / "numbers.csv", write_report(out, content, command)]
+
+
+def versions() -> dict[str, str]:
+    """Of what computed."""
+    names = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn", "umap-learn")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def numbers_csv(found: Mapping[str, dict]) -> str:

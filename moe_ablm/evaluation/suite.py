@@ -87,6 +87,8 @@ def read_kept(directory: Path, settings: Mapping[str, Any]) -> dict | None:
     try:
         content = json.loads((directory / "result.json").read_text())
         done = content["status"] == DONE and content["settings"] == json.loads(json.dumps(settings))
+        files = ["samples.parquet", *(picture["file"] for picture in content["pictures"])]
+        done = done and all((directory / file).is_file() for file in files)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if done else None

@@ -66,8 +66,16 @@ def run(args: argparse.Namespace) -> None:
     about = same_command(args.out, engine, dataset, files, args.seed)
     subject = Subject(engine, dataset, args.out / "work", files, args.seed)
     found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
-    for file in write_results(args.out, about, found):
+    for file in write_results(args.out, about, found, command_of(args)):
         print(file)
+
+
+def command_of(args: argparse.Namespace) -> list[str]:
+    """The command line without its suite and output."""
+    line = ["python", "-m", "moe_ablm", "evaluate", "--run", str(args.run)]
+    line += ["--input", str(args.input)] if args.input else []
+    line += [part for text in args.data for part in ("--data", text)]
+    return [*line, "--seed", str(args.seed), "--precision", args.precision]
 
 
 def read_suite(name: str) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""`python -m moe_ablm compare`: evaluations of several models, seeds of a kind taken together."""
+
+import argparse
+from pathlib import Path
+
+from moe_ablm.config import suggestion
+from moe_ablm.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    add = parser.add_argument
+    add(
+        "--input",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="a directory of `evaluate`; repeatable; the same name again: another seed of a kind",
+    )
+    add("--reference", metavar="NAME", help="the kind that others are compared with (the first)")
+    add("--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, ...")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares; writes results and report.
+
+    Raises:
+      UserError: an evaluation is unfinished or damaged, or they are not of the same data and
+        settings; nothing is written.
+    """
+    named = [_named(text) for text in args.input]
+    names = list(dict.fromkeys(name for name, _ in named))
+    if args.reference is not None and args.reference not in names:
+        raise UserError(
+            f"--reference {args.reference}: no such name{suggestion(args.reference, names)}; "
+            f"expected one of {', '.join(names)}"
+        )
+    from moe_ablm.evaluation.claims import claims_of
+    from moe_ablm.evaluation.compare import compare
+    from moe_ablm.evaluation.compare_report import write_comparison
+    from moe_ablm.evaluation.evaluated import read_evaluated, require_same_basis
+
+    runs = [read_evaluated(name, directory) for name, directory in named]
+    if len(runs) < 2:
+        raise UserError("--input is given once: a comparison needs two evaluations or more")
+    runs.sort(key=lambda r: r.kind != (args.reference or names[0]))
+    require_same_basis(runs)
+    comparison = compare(runs)
+    claims = claims_of(comparison)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        files = write_comparison(args.out, comparison, claims, command_of(args))
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    for claim in claims:
+        print(f"{claim.text} {claim.verdict}")
+    for file in files:
+        print(file)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise UserError(f"--input {text}: expected NAME=DIR, as dense=evaluation/dense")
+    return name, Path(path)
+
+
+def command_of(args: argparse.Namespace) -> list[str]:
+    """The command line."""
+    line = ["python", "-m", "moe_ablm", "compare"]
+    line += [part for text in args.input for part in ("--input", text)]
+    line += ["--reference", args.reference] if args.reference else []
+    return [*line, "--out", str(args.out)]
