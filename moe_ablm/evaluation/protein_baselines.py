@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
-from moe_ablm.evaluation.heads import IGNORED
+from moe_ablm.evaluation.head_inputs import IGNORED
 
 NAMES = {
     "regression": "ridge on residues",

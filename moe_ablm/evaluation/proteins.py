@@ -17,7 +17,8 @@ import numpy as np
 from moe_ablm.evaluation import protein_baselines as baselines
 from moe_ablm.evaluation.dots import dots
 from moe_ablm.evaluation.estimates import Number, Sample
-from moe_ablm.evaluation.heads import IGNORED, Head, Inputs, Training, fit, inputs_of
+from moe_ablm.evaluation.head_inputs import IGNORED, Head, Inputs, inputs_of
+from moe_ablm.evaluation.heads import Training, fit
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.protein_choice import chosen, fitting
 from moe_ablm.evaluation.protein_files import read_tasks
