@@ -70,7 +70,6 @@ def routing_outcome(value: float, half: float, order: tuple[int, ...] = (0, 1, 2
     for expert, profile in zip(order, profiles, strict=True):
         for region, enrichment in zip(region_names(), profile, strict=True):
             about = {"layer": "1", "expert": str(expert), "trait": "region", "class": region}
-            about |= {"region": region}
             numbers.append(Number("enrichment", float(enrichment), about, unit="log2"))
     return Outcome(numbers=numbers)
 
