@@ -9,11 +9,12 @@ from tiny_models import engine
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation import classification, shortcuts
+from moe_ablm.evaluation import classification
 from moe_ablm.evaluation.classification import FROZEN, TUNED, Settings
-from moe_ablm.evaluation.labelled import drawn, read_labelled
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
 
 QUICK = Settings(epochs=10, batch=32, lr=2e-2)
 MOTIF = "WHWHW"

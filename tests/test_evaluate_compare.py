@@ -18,7 +18,8 @@ from synthetic_evaluations import (
 from test_cli import refused
 
 from moe_ablm.evaluation import partners
-from moe_ablm.evaluation.claims import (
+from moe_ablm.evaluation.experts.traits import PLANNED
+from moe_ablm.evaluation.reporting.claims import (
     HOLDS,
     MATCHED,
     NONE,
@@ -28,11 +29,10 @@ from moe_ablm.evaluation.claims import (
     claims_of,
     verdict_of,
 )
-from moe_ablm.evaluation.compare import compare
-from moe_ablm.evaluation.estimates import Sample
-from moe_ablm.evaluation.evaluated import read_evaluated, require_same_basis
-from moe_ablm.evaluation.traits import PLANNED
-from moe_ablm.evaluation.two_level import kinds_of
+from moe_ablm.evaluation.reporting.compare import compare
+from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
+from moe_ablm.evaluation.statistics.estimates import Sample
+from moe_ablm.evaluation.statistics.two_level import kinds_of
 
 EFFECT = -0.05
 DENSE = "a dense model has no experts"

@@ -13,7 +13,6 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation import embeddings as module
 from moe_ablm.evaluation import neighbours
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
-from moe_ablm.evaluation.embedding_pictures import coordinates, draw_embeddings
 from moe_ablm.evaluation.embeddings import (
     Embedded,
     Settings,
@@ -31,7 +30,8 @@ from moe_ablm.evaluation.neighbours import (
     silhouettes,
 )
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.spearman import RankCorrelation
+from moe_ablm.evaluation.pictures.embeddings import coordinates, draw_embeddings
+from moe_ablm.evaluation.statistics.spearman import RankCorrelation
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import Antibody
 from moe_ablm.inference.embed import embed

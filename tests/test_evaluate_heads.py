@@ -6,10 +6,10 @@ import pytest
 from tiny_models import HEAVY, engine, tiny_model
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
-from moe_ablm.evaluation import head_inputs
-from moe_ablm.evaluation.head_inputs import IGNORED, POOLINGS, Head, Inputs, inputs_of
-from moe_ablm.evaluation.heads import Training, fit
 from moe_ablm.evaluation.outcome import Skipped
+from moe_ablm.evaluation.supervised import head_inputs
+from moe_ablm.evaluation.supervised.head_inputs import IGNORED, POOLINGS, Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised.heads import Training, fit
 from moe_ablm.inference.antibodies import Antibody
 
 CLASSES = Head("classification", 2)

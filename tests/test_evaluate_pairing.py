@@ -7,9 +7,8 @@ from tiny_models import engine
 
 from moe_ablm.data.dataset import Dataset, DatasetWriter, encode_batch
 from moe_ablm.data.simulate import SimulationParams, simulate
-from moe_ablm.evaluation import pairing, shortcuts
+from moe_ablm.evaluation import pairing
 from moe_ablm.evaluation.cohort import Annotated, annotated
-from moe_ablm.evaluation.folds import cdr3_of, clonal_folds
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.pairing import (
     MATCHED,
@@ -25,8 +24,10 @@ from moe_ablm.evaluation.pairing import (
     preference,
     strata_of,
 )
-from moe_ablm.evaluation.scores import score_numbers
+from moe_ablm.evaluation.statistics.scores import score_numbers
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised.folds import cdr3_of, clonal_folds
 from moe_ablm.inference.score import score
 
 TEST = 2

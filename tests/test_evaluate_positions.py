@@ -12,7 +12,8 @@ from tiny_models import tiny_model
 
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.data.tokenizer import CLS, EOS, MASK, VOCABULARY
-from moe_ablm.evaluation import exact, medians
+from moe_ablm.evaluation import exact
+from moe_ablm.evaluation.pictures import medians
 from moe_ablm.evaluation.positions import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.buckets import Engine

@@ -10,14 +10,15 @@ from tiny_models import engine
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation import protein_baselines as baselines
-from moe_ablm.evaluation import proteins, tape
+from moe_ablm.evaluation import proteins
+from moe_ablm.evaluation.formats import tape
+from moe_ablm.evaluation.formats.protein_choice import chosen, drawn, fitting, without_common_ends
+from moe_ablm.evaluation.formats.protein_files import read_tasks
+from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.protein_choice import chosen, drawn, fitting, without_common_ends
-from moe_ablm.evaluation.protein_files import read_tasks
-from moe_ablm.evaluation.protein_tasks import Protein, Split, Task
 from moe_ablm.evaluation.proteins import Settings, compared, evaluate
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised import protein_baselines as baselines
 
 QUICK = Settings(steps=400, lr=1e-2)
 

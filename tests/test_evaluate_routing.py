@@ -15,29 +15,18 @@ from tiny_models import engine, tiny_model
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
-from moe_ablm.evaluation import specialisation as sp
-from moe_ablm.evaluation.assignments import Assignments, assigned, groups_of
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
-from moe_ablm.evaluation.findings import (
+from moe_ablm.evaluation.experts import specialisation as sp
+from moe_ablm.evaluation.experts.assignments import Assignments, assigned, groups_of
+from moe_ablm.evaluation.experts.findings import (
     cell_numbers,
     information_numbers,
     specialist_numbers,
 )
-from moe_ablm.evaluation.matching import match, stability
-from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.routing import (
-    TABLES,
-    Settings,
-    evaluate,
-    findings,
-    load_samples,
-    remarks,
-)
-from moe_ablm.evaluation.slots import TABLES as SLOT_TABLES
-from moe_ablm.evaluation.slots import Slots
-from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.suite import as_json, run_suite
-from moe_ablm.evaluation.traits import (
+from moe_ablm.evaluation.experts.matching import match, stability
+from moe_ablm.evaluation.experts.slots import TABLES as SLOT_TABLES
+from moe_ablm.evaluation.experts.slots import Slots
+from moe_ablm.evaluation.experts.traits import (
     ALIGNED,
     CHAIN_AND_RESIDUE,
     FROM_START,
@@ -49,6 +38,17 @@ from moe_ablm.evaluation.traits import (
     traits,
     v_genes,
 )
+from moe_ablm.evaluation.outcome import Skipped
+from moe_ablm.evaluation.routing import (
+    TABLES,
+    Settings,
+    evaluate,
+    findings,
+    load_samples,
+    remarks,
+)
+from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.suite import as_json, run_suite
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.route import Choices, Weights
 

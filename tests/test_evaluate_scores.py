@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
-from moe_ablm.evaluation.estimates import DRAWS
-from moe_ablm.evaluation.folds import clonal_folds, clones, joined, numbered, out_of_fold
-from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers, scores
+from moe_ablm.evaluation.statistics.estimates import DRAWS
+from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers, scores
+from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, joined, numbered, out_of_fold
 
 
 def predictions(classes: int, n: int, seed: int, ties: bool) -> tuple[np.ndarray, np.ndarray]:

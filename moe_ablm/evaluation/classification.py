@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.evaluation import shortcuts
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import Number, Sample
-from moe_ablm.evaluation.folds import clonal_folds, clones, cross_validated
-from moe_ablm.evaluation.head_inputs import Head, Inputs, inputs_of
-from moe_ablm.evaluation.heads import Training
-from moe_ablm.evaluation.labelled import drawn, read_labelled
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
-from moe_ablm.evaluation.score_pictures import picture
-from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers
+from moe_ablm.evaluation.pictures.scores import picture
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
+from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, cross_validated
+from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised.heads import Training
+from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
 from moe_ablm.inference.antibodies import tokens_of
 
 TITLE = "Specificity classification"

@@ -22,16 +22,6 @@ import numpy as np
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.embedding_pictures import METHODS, coordinates, draw_embeddings
-from moe_ablm.evaluation.estimates import (
-    DRAWS,
-    Number,
-    Sample,
-    derived,
-    draw_counts,
-    interval,
-    ratio,
-)
 from moe_ablm.evaluation.neighbours import (
     cosine_distances,
     kin,
@@ -42,7 +32,17 @@ from moe_ablm.evaluation.neighbours import (
     silhouettes,
 )
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.spearman import RankCorrelation
+from moe_ablm.evaluation.pictures.embeddings import METHODS, coordinates, draw_embeddings
+from moe_ablm.evaluation.statistics.estimates import (
+    DRAWS,
+    Number,
+    Sample,
+    derived,
+    draw_counts,
+    interval,
+    ratio,
+)
+from moe_ablm.evaluation.statistics.spearman import RankCorrelation
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed

@@ -18,9 +18,7 @@ import numpy as np
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.cohort import Annotated, mutation_counts, sample_rows
-from moe_ablm.evaluation.estimates import Number, Sample, quotient
 from moe_ablm.evaluation.from_germline import from_germline
-from moe_ablm.evaluation.mutation_figures import draw_across
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.partners import (
     PARTNERS,
@@ -30,6 +28,8 @@ from moe_ablm.evaluation.partners import (
     random_partners,
     room,
 )
+from moe_ablm.evaluation.pictures.mutations import draw_across
+from moe_ablm.evaluation.statistics.estimates import Number, Sample, quotient
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Mutations across chains"

@@ -17,16 +17,22 @@ from functools import cached_property
 import numpy as np
 
 from moe_ablm.data.regions import CHAINS
-from moe_ablm.evaluation import shortcuts
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import Number, Sample
-from moe_ablm.evaluation.folds import cdr3_of, clonal_folds, cross_validated, joined, numbered
-from moe_ablm.evaluation.head_inputs import Head, inputs_of
-from moe_ablm.evaluation.heads import Training
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
-from moe_ablm.evaluation.score_pictures import picture
-from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers
+from moe_ablm.evaluation.pictures.scores import picture
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
+from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised.folds import (
+    cdr3_of,
+    clonal_folds,
+    cross_validated,
+    joined,
+    numbered,
+)
+from moe_ablm.evaluation.supervised.head_inputs import Head, inputs_of
+from moe_ablm.evaluation.supervised.heads import Training
 from moe_ablm.inference.score import score
 
 TITLE = "Native pairing recognition"

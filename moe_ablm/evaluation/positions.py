@@ -16,10 +16,15 @@ from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS, SEGMENTS, region_names
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.exact import Likelihoods, exact_likelihoods
-from moe_ablm.evaluation.medians import group_medians, has_seaborn, letter_values, median_number
 from moe_ablm.evaluation.outcome import Outcome, Picture, Table
+from moe_ablm.evaluation.pictures.medians import (
+    group_medians,
+    has_seaborn,
+    letter_values,
+    median_number,
+)
+from moe_ablm.evaluation.statistics.estimates import Sample
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Per position"

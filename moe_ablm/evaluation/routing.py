@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.data.regions import region_names
-from moe_ablm.evaluation.assignments import Assignments, assigned, routed
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import Number, Sample
-from moe_ablm.evaluation.findings import (
+from moe_ablm.evaluation.experts.assignments import Assignments, assigned, routed
+from moe_ablm.evaluation.experts.findings import (
     FALSE_DISCOVERIES,
     Finding,
     cell_numbers,
@@ -27,19 +26,20 @@ from moe_ablm.evaluation.findings import (
     information_numbers,
     specialist_numbers,
 )
-from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.routing_figures import heat_map
-from moe_ablm.evaluation.slots import TABLES as SLOT_TABLES
-from moe_ablm.evaluation.slots import Slots
-from moe_ablm.evaluation.specialisation import jackknife, quotient
-from moe_ablm.evaluation.subject import Subject, require_regions
-from moe_ablm.evaluation.traits import (
+from moe_ablm.evaluation.experts.slots import TABLES as SLOT_TABLES
+from moe_ablm.evaluation.experts.slots import Slots
+from moe_ablm.evaluation.experts.specialisation import jackknife, quotient
+from moe_ablm.evaluation.experts.traits import (
     ALIGNED,
     CHAIN_AND_RESIDUE,
     FROM_START,
     Contrast,
     contrasts,
 )
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
+from moe_ablm.evaluation.pictures.routing import heat_map
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
+from moe_ablm.evaluation.subject import Subject, require_regions
 
 TITLE = "Expert specialisation"
 SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn

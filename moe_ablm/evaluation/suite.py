@@ -21,8 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.results import write_atomically
 

@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> None:
             f"--reference {args.reference}: no such name{suggestion(args.reference, names)}; "
             f"expected one of {', '.join(names)}"
         )
-    from moe_ablm.evaluation.claims import claims_of
-    from moe_ablm.evaluation.compare import compare
-    from moe_ablm.evaluation.compare_report import write_comparison
-    from moe_ablm.evaluation.evaluated import read_evaluated, require_same_basis
+    from moe_ablm.evaluation.reporting.claims import claims_of
+    from moe_ablm.evaluation.reporting.compare import compare
+    from moe_ablm.evaluation.reporting.compare_report import write_comparison
+    from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
 
     runs = [read_evaluated(name, directory) for name, directory in named]
     if len(runs) < 2:

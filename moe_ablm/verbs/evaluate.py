@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """
     suite, files = read_suite(args.suite), named_files(args.data)
     from moe_ablm.data.dataset import Dataset
-    from moe_ablm.evaluation.results import same_command, write_results
+    from moe_ablm.evaluation.reporting.results import same_command, write_results
     from moe_ablm.evaluation.subject import Subject
     from moe_ablm.evaluation.suite import run_suite
     from moe_ablm.inference.buckets import Engine

@@ -1,0 +1,1 @@
+"""What experts specialise in: classes, nulls, specialists, slots, seeds."""

@@ -1,0 +1,151 @@
+"""What a contrast says of the experts of all layers, as numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from moe_ablm.evaluation.experts import specialisation
+from moe_ablm.evaluation.experts.specialisation import Estimate, discoveries, jackknife
+from moe_ablm.evaluation.experts.specialists import Half, chosen, halves, specialists
+from moe_ablm.evaluation.experts.traits import FROM_START, Contrast
+from moe_ablm.evaluation.statistics.estimates import Number
+
+FALSE_DISCOVERIES = 0.05
+CDRH3 = "CDRH3"
+ANY = "any"  # layer of a specialist sought in all of them
+UNMATCHED = {"share": specialisation.composition, "enrichment": specialisation.enrichment}
+MATCHED = {"expected": specialisation.predicted, "excess": specialisation.excess}
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """Estimates of a contrast.
+
+    Attributes:
+      contrast: what is compared.
+      layers: numbers of the M layers.
+      first: whether no contrast of the same trait came before: what needs no match is told once.
+      estimates: of each layer, `[X, E]`, by metric.
+      adjusted: `[M, X, E]`, p-values of `excess`, adjusted for how many they are.
+      information: of each layer, as `specialisation.information`, less its bias.
+      halves: of each layer; none of a single group of clones.
+    """
+
+    contrast: Contrast
+    layers: Sequence[int]
+    first: bool
+    estimates: Mapping[str, list[Estimate]]
+    adjusted: np.ndarray
+    information: list[Estimate]
+    halves: list[tuple[Half, Half]]
+
+    @classmethod
+    def of(
+        cls, contrast: Contrast, table: np.ndarray, layers: Sequence[int], first: bool
+    ) -> "Finding":
+        """From sums `[groups, cells, M, E]`."""
+        parts = [table[:, :, m] for m in range(len(layers))]
+
+        def each(statistic) -> list[Estimate]:
+            return [jackknife(part, partial(statistic, contrast=contrast)) for part in parts]
+
+        wanted = (UNMATCHED if first else {}) | MATCHED
+        estimates = {metric: each(statistic) for metric, statistic in wanted.items()}
+        adjusted = discoveries(np.stack([e.p_value() for e in estimates["excess"]]))
+        information = [e.corrected() for e in each(specialisation.information)]
+        sought = contrast.trait == "region" and len(table) > 1
+        two = [halves(part, contrast) for part in parts] if sought else []
+        return cls(contrast, layers, first, estimates, adjusted, information, two)
+
+
+def cell_numbers(finding: Finding) -> list[Number]:
+    """Of each layer, expert and class: share, enrichment, expected, excess and `excess_q`."""
+    numbers, matched = [], {"matched": finding.contrast.matched}
+    for m, layer in enumerate(finding.layers):
+        for metric, estimates in finding.estimates.items():
+            labels = {} if metric in UNMATCHED else matched
+            unit = "share" if metric == "share" else "log2"
+            of = estimates[m]
+            numbers += estimate_numbers(metric, of, finding.contrast, layer, labels, unit)
+        q = finding.adjusted[m]
+        no_error = Estimate(q, np.full(q.shape, np.nan), np.zeros(q.shape), 0)
+        numbers += estimate_numbers("excess_q", no_error, finding.contrast, layer, matched, "")
+    return numbers
+
+
+def estimate_numbers(
+    metric: str, estimate: Estimate, contrast: Contrast, layer: int, labels: dict, unit: str
+) -> list[Number]:
+    """Of an estimate `[X, E]`, a number a class and expert."""
+    low, high = estimate.interval()
+    counts = np.bincount(contrast.label, contrast.residues)
+    about = {"layer": str(layer), "trait": contrast.trait} | labels
+    return [
+        Number(
+            metric,
+            float(estimate.value[x, e]),
+            about | {"expert": str(e), "class": contrast.names[x]},
+            float(low[x, e]),
+            float(high[x, e]),
+            int(counts[x]),
+            unit,
+        )
+        for x, e in np.ndindex(estimate.value.shape)
+    ]
+
+
+def information_numbers(finding: Finding) -> list[Number]:
+    """Information by layer, in bits, and as a share of the entropy of experts."""
+    c, n = finding.contrast, int(finding.contrast.residues.sum())
+    told = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
+    if finding.first:
+        told.append(("information", 1, {"trait": c.trait}))
+    if c.matched == FROM_START:
+        told.append(("information", 2, {"trait": FROM_START}))
+    if finding.first and c.trait == "region":
+        told.append(("expert_entropy", 0, {}))
+    numbers = []
+    for layer, estimate in zip(finding.layers, finding.information, strict=True):
+        low, high = estimate.interval()
+        for metric, i, labels in told:
+            about = {"layer": str(layer)} | labels
+            for j, (name, unit) in enumerate(((metric, "bits"), (f"{metric}_share", "share"))):
+                ends = float(low[i, j]), float(high[i, j])
+                if (i, j) != (0, 1):  # the entropy over itself
+                    value = float(estimate.value[i, j])
+                    numbers.append(Number(name, value, about, *ends, n, unit))
+    return numbers
+
+
+def specialist_numbers(finding: Finding) -> list[Number]:
+    """Each region's expert by layer and among all layers; CDRH3's by itself, too."""
+    if not finding.halves:
+        return []
+    c, numbers = finding.contrast, []
+    counts = np.bincount(c.label, c.residues)
+    among = {str(layer): [two] for layer, two in zip(finding.layers, finding.halves, strict=True)}
+    for layer, two in among.items():
+        about = {"layer": layer, "matched": c.matched}
+        numbers += [
+            Number("specialist_expert", chosen(two[0], x), about | {"region": name}, unit="number")
+            for x, name in enumerate(c.names)
+        ]
+    for layer, candidates in (among | {ANY: finding.halves}).items():
+        for metric, estimates in specialists(candidates, c).items():
+            unit = "log2" if metric == "excess" else "share"
+            for x, name in enumerate(c.names):
+                low, high = (float(end) for end in estimates[x].interval())
+                result = float(estimates[x].value), low, high, int(counts[x]), unit
+                about = {"layer": layer, "region": name, "matched": c.matched}
+                numbers.append(_number(f"specialist_{metric}", about, *result))
+                if (layer, name) == (ANY, CDRH3):
+                    numbers.append(_number(f"cdrh3_{metric}", {"matched": c.matched}, *result))
+    return numbers
+
+
+def _number(
+    metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str
+) -> Number:
+    return Number(metric, value, labels, low, high, n, unit)

@@ -1,0 +1,109 @@
+"""What the slots of soft-MoE read and what tokens take from them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_ablm.data.regions import region_names
+from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.outcome import Picture, Table
+from moe_ablm.evaluation.pictures.routing import heat_map
+from moe_ablm.evaluation.statistics.estimates import Sample
+from moe_ablm.inference.route import Weights
+
+FLAT = 0.999  # entropy over its maximum: weights vary by 10 % (as the stability watch of training)
+METRICS = ("dispatch_entropy", "flat_slots", "slot_difference", "combine_entropy", "on_residues")
+TABLES = (
+    Table("Slots of soft-MoE: 1 is uniform", METRICS, ("layer",)),
+    Table(
+        "Dispatch of each expert over that of a plain mean",
+        ("dispatch_ratio",),
+        ("layer", "expert"),
+        "region",
+    ),
+)
+
+
+class Slots:
+    """Sums of each antibody, float64.
+
+    Attributes:
+      figures: `[antibodies, 5, M]`, those of `METRICS`.
+      mass: `[antibodies, M, E, 14]`, of the dispatch, by region.
+      plain: `[antibodies, 14]`, share of residues, which is the dispatch of a plain mean.
+    """
+
+    def __init__(self, antibodies: Sequence[Annotated], layers: Sequence[int], experts: int):
+        n, regions = len(antibodies), len(region_names())
+        self._antibodies, self._layers = antibodies, layers
+        self.figures = np.zeros((n, len(METRICS), len(layers)))
+        self.mass = np.zeros((n, len(layers), experts, regions))
+        self.plain = np.zeros((n, regions))
+
+    def add(self, index: int, weights: Weights) -> None:
+        """Adds an antibody."""
+        region = self._antibodies[index].region_index()
+        known = np.eye(len(region_names()))[region] * (region >= 0)[:, None]
+        dispatch = weights.dispatch.astype(np.float64)
+        on_residues = dispatch.sum(0)
+        dispatch = dispatch / np.maximum(on_residues, 1e-30)
+        self.figures[index] = [*_spread(dispatch, weights.combine), on_residues.mean((1, 2))]
+        self.mass[index] = np.einsum("nmes,nr->mer", dispatch, known) / dispatch.shape[-1]
+        self.plain[index] = known.mean(0)
+
+    def samples(self) -> list[Sample]:
+        """Means over antibodies, by layer; of the dispatch by expert and region, too."""
+        units, one = [a.unit for a in self._antibodies], np.ones(len(self._antibodies))
+        found = [
+            Sample(metric, units, self.figures[:, i, m], one, {"layer": str(layer)}, unit="share")
+            for i, metric in enumerate(METRICS)
+            for m, layer in enumerate(self._layers)
+        ]
+        for m, e, r in np.ndindex(self.mass.shape[1:]):
+            if not self.plain[:, r].any():
+                continue
+            about = (self._layers[m], e, region_names()[r])
+            labels = dict(zip(("layer", "expert", "region"), map(str, about), strict=True))
+            mass, plain = self.mass[:, m, e, r], self.plain[:, r]
+            found += [
+                Sample("dispatch_share", units, mass, one, labels, unit="share"),
+                Sample("dispatch_ratio", units, mass, plain, labels, unit="ratio"),
+            ]
+        return found
+
+    def picture(self) -> Picture:
+        """Mass of the dispatch over that of a plain mean, as a heat map."""
+        mass, plain = self.mass.mean(0), self.plain.mean(0)
+        here = np.flatnonzero(plain)
+        values = np.log2(np.maximum(mass[..., here] / plain[here], 1e-6)).transpose(0, 2, 1)
+        names = [region_names()[r] for r in here]
+        return Picture(
+            "dispatch_region",
+            "What the slots of experts read, by region: log2 of the dispatch over that of a plain "
+            "mean of all residues.",
+            lambda: heat_map(values, np.zeros(values.shape, bool), self._layers, names, "log2"),
+        )
+
+
+def _spread(dispatch: np.ndarray, combine: np.ndarray) -> list[np.ndarray]:
+    """Entropies over their maxima and how unlike the slots are, `[M]` each.
+
+    The last is the Jensen-Shannon divergence of all slots' weights over its maximum: 0 where all
+    slots read the same, 1 where no two read the same token.
+    """
+    n, layers, experts, slots = dispatch.shape
+    each = _entropy(dispatch, 0)
+    of_mean = _entropy(dispatch.mean((2, 3)), 0)
+    spread = each / np.log(max(n, 2))
+    unlike = (of_mean - each.mean((1, 2))) / np.log(max(min(n, experts * slots), 2))
+    taken = _entropy(combine.reshape(n, layers, -1).astype(np.float64), -1).mean(0)
+    return [
+        spread.mean((1, 2)),
+        (spread > FLAT).mean((1, 2)),
+        unlike,
+        taken / np.log(max(experts * slots, 2)),
+    ]
+
+
+def _entropy(p: np.ndarray, axis: int) -> np.ndarray:
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis)

@@ -1,0 +1,1 @@
+"""Tables of variants and tasks as others publish them."""

@@ -1,0 +1,104 @@
+"""Rows of delimited tables, and the values in them, with messages that name row and column."""
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from moe_ablm.data.readers.columns import listed, once
+from moe_ablm.data.readers.delimited import delimiter_of
+from moe_ablm.data.readers.report import place
+from moe_ablm.errors import UserError
+from moe_ablm.evaluation.formats.members import Member
+from moe_ablm.inference.antibodies import LETTERS
+
+_LONGEST = 50_000  # residues
+_LETTERS = frozenset(LETTERS)
+
+
+class Row(NamedTuple):
+    """A record of a file: `where` names it in messages; `values` by column."""
+
+    where: str
+    values: Mapping[str, str]
+
+    def fail(self, column: str, told: str) -> UserError:
+        """The error of a malformed value."""
+        return UserError(f"{self.where}: column {column}: {told}")
+
+    def number(self, column: str) -> float:
+        """A finite number.
+
+        Raises:
+          UserError: it is none.
+        """
+        text = self.values[column]
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.fail(column, f"found {text[:40]!r}, expected a number: mend or remove it")
+        return value
+
+    def sequence(self, column: str, empty: bool = False) -> str:
+        """Residues in upper case.
+
+        Raises:
+          UserError: another letter than the 20 amino acids and X, B, U, Z, O; none; too many.
+        """
+        text = self.values[column].strip().upper()
+        wrong = sorted(set(text) - _LETTERS)
+        if wrong:
+            at = text.index(wrong[0]) + 1
+            raise self.fail(column, f"{wrong[0]!r} at residue {at} is no amino acid")
+        if not text and not empty:
+            raise self.fail(column, "no sequence")
+        if len(text) > _LONGEST:
+            raise self.fail(column, f"{len(text)} residues, expected at most {_LONGEST}")
+        return text
+
+
+def read_rows(member: Member) -> tuple[list[str], Iterator[Row]]:
+    """Header and rows of a CSV or TSV file with a header.
+
+    Raises:
+      UserError: no header; while reading, a row with another number of fields.
+    """
+    lines = member.lines()
+    line = next(lines, "")
+    if not line.strip():
+        raise UserError(f"{member.where}: no header line: the file is empty, or begins with a gap")
+    delimiter = delimiter_of(line.encode())
+    header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+    return header, _rows(member, header, csv.reader(lines, delimiter=delimiter, strict=True))
+
+
+def _rows(member: Member, header: list[str], reader: Iterator[list[str]]) -> Iterator[Row]:
+    number = 0
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            number += 1
+            where = f"{member.where}: {place(number, reader.line_num + 1)}"
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{where}: found {len(fields)} columns, expected {len(header)} as in the header"
+                )
+            yield Row(where, dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"{member.where}: {place(number + 1)}: wrong quoting ({error})") from error
+
+
+def named(header: list[str], names: tuple[str, ...], where: str) -> str:
+    """The one column of a header that has one of some names, in any case.
+
+    Raises:
+      UserError: none, or several of that name.
+    """
+    found = next((h for name in names for h in header if h.lower() == name.lower()), None)
+    if found is None:
+        raise UserError(f"{where}: no column {' or '.join(names)}; found {listed(header)}")
+    once(header, found, where)
+    return found

@@ -1,0 +1,225 @@
+"""What holds of three claims of the studies, by these models and data."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.evaluation.reporting.compare import Comparison
+from moe_ablm.evaluation.reporting.evaluated import Evaluated
+from moe_ablm.evaluation.reporting.layout import interval_written
+from moe_ablm.evaluation.statistics.estimates import Number
+
+HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"
+# effects below these are none: 5 % more than expected, and a fifth of a percent of perplexity
+SMALLEST_EXCESS, SMALLEST_LOSS = math.log2(1.05), 0.002
+TOKEN_CHOICE = ("topk", "topp")
+# nulls of the routing evaluation; the first decides: what takes heavy chains takes CDRH3, too
+MATCHED = ("chain and residue", "residue", "distance from N-terminus")
+# active parameters and tokens that differ by more are not called equal
+EQUAL = 0.05
+PARTNERS = {
+    "random": "a random heavy chain",
+    "reverted": "its own heavy chain reverted to germline",
+    "none": "no heavy chain",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the models of a kind say of a claim; `decides`: it counts for the claim's verdict."""
+
+    kind: str
+    verdict: str
+    sentence: str
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and what became of it.
+
+    Attributes:
+      text: what is claimed, and by whom.
+      test: what was measured, and when it holds.
+      findings: of each kind of model.
+      notes: sentences beside.
+    """
+
+    text: str
+    test: str
+    findings: Sequence[Finding]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def verdict(self) -> str:
+        """One where all kinds agree, else that of each: "holds for a, does not hold for b"."""
+        told: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if finding.decides:
+                told.setdefault(finding.verdict, []).append(finding.kind)
+        if len(told) == 1:
+            return next(iter(told))
+        return ", ".join(f"{verdict} for {' and '.join(kinds)}" for verdict, kinds in told.items())
+
+
+def claims_of(comparison: Comparison) -> list[Claim]:
+    """The three claims."""
+    return [specialisation(comparison), pairing(comparison), experts_against_dense(comparison)]
+
+
+def verdict_of(low: float, high: float, smallest: float) -> str:
+    """Of an effect that is claimed to be above 0, with its interval."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return OPEN
+    if low > 0:
+        return HOLDS
+    return NOT if high < smallest else OPEN
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """Of several runs: only where they agree."""
+    return verdicts[0] if len(set(verdicts)) == 1 else OPEN
+
+
+def specialisation(comparison: Comparison) -> Claim:
+    """Token choice specialises on CDRH3."""
+    findings, notes = [], []
+    for kind, runs in comparison.kinds.items():
+        router = runs[0].model["router"]
+        for matched in MATCHED if router != "none" else ():
+            numbers = [_first(r.numbers("routing", "cdrh3_excess", matched=matched)) for r in runs]
+            decides = matched == MATCHED[0]
+            what = f"log2 excess over the same {matched}"
+            if router in TOKEN_CHOICE and (decides or any(numbers)):
+                findings.append(
+                    _of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, decides)
+                )
+            elif decides and router not in TOKEN_CHOICE:
+                told = _of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, False)
+                notes.append(f"For comparison {kind} ({router}): {told.sentence}.")
+    none = Finding("", NONE, "no model with token choice (topk, topp) among these")
+    return Claim(
+        "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
+        "The expert that takes most of CDRH3 beyond expectation, chosen on one half of the clones: "
+        "log2 of how much more of CDRH3 it takes, on the other half, than if its routing knew only "
+        f"chain and residue. It holds where the interval is above 0 in every run, and does not "
+        f"where it is below {SMALLEST_EXCESS:.2f} (5 % more) in every run.",
+        findings or [none],
+        notes,
+    )
+
+
+def pairing(comparison: Comparison) -> Claim:
+    """Native pairing helps light chains."""
+    findings, notes = [], []
+    for kind, runs in comparison.kinds.items():
+        if runs[0].model["regime"] == "unpaired":
+            notes.append(f"{kind} was trained on single chains: left out.")
+            continue
+        for partner, told in PARTNERS.items():
+            numbers, heavy = ([_gain(r, chain, partner) for r in runs] for chain in CHAINS[::-1])
+            decides = partner == "random"
+            what = f"nats gained over {told}"
+            if decides or any(numbers):
+                findings.append(
+                    _of_runs(kind, runs, numbers, "mutations", SMALLEST_LOSS, what, decides)
+                )
+            if decides and all(heavy):
+                of = _of_runs(kind, runs, heavy, "mutations", SMALLEST_LOSS, "", False)
+                notes.append(
+                    f"Heavy chains with a random light chain instead, {kind}{of.sentence}."
+                )
+    none = Finding("", NONE, "no model that was trained on pairs among these")
+    return Claim(
+        "Native pairing helps light chains (Burbach & Briney 2024).",
+        "All mutated residues of the light chain masked: cross-entropy with another heavy chain "
+        "less that with the native one, so that above 0 is a gain. A random heavy chain decides, "
+        "as it differs from the native one in nothing but the pairing; against its germline the "
+        "native chain also tells how mutated the antibody is. It holds where the interval is "
+        f"above 0 in every run, and does not where it is below {SMALLEST_LOSS} nats in every run.",
+        findings or [none],
+        notes,
+    )
+
+
+def _gain(run: Evaluated, masked: str, partner: str) -> Number | None:
+    return _first(run.numbers("mutations", "gain", masked=masked, partner=partner))
+
+
+def _first(numbers: Sequence[Number]) -> Number | None:
+    return numbers[0] if numbers else None
+
+
+def _of_runs(
+    kind: str,
+    runs: Sequence[Evaluated],
+    numbers: Sequence[Number | None],
+    evaluation: str,
+    smallest: float,
+    what: str,
+    decides: bool,
+) -> Finding:
+    """Of an effect within models: the same in every run."""
+    if not all(numbers):
+        return Finding(kind, NONE, why_not(runs, evaluation), decides)
+    verdict = together([verdict_of(n.low, n.high, smallest) for n in numbers])
+    told = "; ".join(interval_written(vars(n)) for n in numbers)
+    of = "one run" if len(runs) == 1 else f"{len(runs)} seeds"
+    return Finding(kind, verdict, f"{what}: {told} ({of})", decides)
+
+
+def why_not(runs: Sequence[Evaluated], evaluation: str) -> str:
+    """Why an evaluation has no number of runs."""
+    reasons = dict.fromkeys(r.why_not(evaluation) for r in runs if not r.done(evaluation))
+    return f"{evaluation}: {'; '.join(reasons) or 'it has no such number'}"
+
+
+def experts_against_dense(comparison: Comparison) -> Claim:
+    """MoE beats dense at equal active parameters."""
+    routers = {kind: runs[0].model["router"] for kind, runs in comparison.kinds.items()}
+    dense = next((kind for kind, router in routers.items() if router == "none"), None)
+    findings = [
+        _against(comparison, kind, dense, region)
+        for kind, router in routers.items()
+        if dense is not None and router != "none"
+        for region in ("all", "CDRH3")
+    ]
+    why = "no dense model among these" if dense is None else "no model with experts among these"
+    return Claim(
+        "MoE beats dense at equal active parameters (BALM-MoE, ICLR 2026 workshop).",
+        "Loss on masked residues of held-out pairs, dense less MoE, so that above 0 is a gain; the "
+        "interval is over antibodies, the same ones for all models, and over seeds. The loss on "
+        "all residues decides: it holds where the interval is above 0, and does not where it is "
+        f"below {SMALLEST_LOSS} nats.",
+        findings or [Finding("", NONE, why)],
+    )
+
+
+def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Finding:
+    decides = region == "all"
+    ours, theirs = (comparison.kinds[k][0].model for k in (kind, dense))
+    for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
+        if not equal(ours[name], theirs[name]):
+            sentence = f"{what} not equal: {_told(ours[name])}, of {dense} {_told(theirs[name])}"
+            return Finding(kind, NONE, sentence, decides)
+    labels = {"test set": "paired", "region": region}
+    found = comparison.difference("perplexity", "loss", dense, kind, **labels)
+    if found is None:
+        runs = [*comparison.kinds[kind], *comparison.kinds[dense]]
+        return Finding(kind, NONE, f"{region} residues: {why_not(runs, 'perplexity')}", decides)
+    seeds = f"{found.seeds} seeds each, sd between seeds {found.seed_sd:.4f}"
+    if math.isnan(found.seed_sd):
+        seeds = "one run each: what another seed would change is not in the interval"
+    where = "all residues" if decides else region
+    sentence = f"nats gained on {where}: {interval_written(vars(found))} ({seeds})"
+    return Finding(kind, verdict_of(found.low, found.high, SMALLEST_LOSS), sentence, decides)
+
+
+def equal(a: int | None, b: int | None) -> bool:
+    """Whether two sizes are known and the same but for `EQUAL`."""
+    return bool(a and b) and abs(a / b - 1) <= EQUAL
+
+
+def _told(value: int | None) -> str:
+    return f"{value:,}" if value else "not known"

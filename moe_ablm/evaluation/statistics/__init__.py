@@ -1,0 +1,1 @@
+"""Numbers with uncertainty: bootstrap, ranks, scores of classifiers."""

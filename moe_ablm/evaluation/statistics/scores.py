@@ -1,0 +1,136 @@
+"""Scores of classifiers, with intervals over clones, and against a baseline on the same draws.
+
+Accuracy; F1, the mean over classes; AUC (area under the ROC curve) and AUPR (average precision),
+of the second class of two, else the mean over classes against the rest; MCC (Gorodkin 2004, eq. 8).
+The definitions are scikit-learn's, computed for all draws of a bootstrap at once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_ablm.evaluation.statistics.estimates import DRAWS, Number, Sample, draw_counts, interval
+from moe_ablm.evaluation.statistics.ranking import Ranking
+
+METRICS = ("accuracy", "F1", "AUC", "AUPR", "MCC")
+_AT_ONCE = 100  # draws; bounds the memory
+
+
+def scores(
+    truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Scores under each of several weightings of the observations.
+
+    Args:
+      truth: classes, int `[n]`.
+      probabilities: of the classes (or any increasing function of them), `[n, C]`.
+      weights: not negative, `[W, n]`; None: all observations once.
+
+    Returns:
+      float64 `[W]` by the name of the metric; NaN where a class that it needs has no weight.
+    """
+    weights = np.ones((1, len(truth))) if weights is None else np.asarray(weights, float)
+    classes = probabilities.shape[1]
+    asked = [1] if classes == 2 else range(classes)
+    ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in asked]
+    auc, aupr = (np.mean([found[i] for found in ranked], axis=0) for i in range(2))
+    cells = truth * classes + probabilities.argmax(1)
+    confusion = (weights @ np.eye(classes**2)[cells]).reshape(-1, classes, classes)
+    accuracy, f1, mcc = _confusion_scores(confusion)
+    return dict(zip(METRICS, (accuracy, f1, auc, aupr, mcc), strict=True))
+
+
+def _confusion_scores(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Accuracy, macro F1 and MCC of confusion matrices `[W, truth, predicted]`."""
+    total, hits = confusion.sum((1, 2)), np.trace(confusion, axis1=1, axis2=2)
+    true, predicted = confusion.sum(2), confusion.sum(1)
+    diagonal = np.diagonal(confusion, axis1=1, axis2=2)
+    either = true + predicted
+    # a class that is neither there nor predicted has no F1, and no part in the mean
+    f1 = np.where(either > 0, 2 * diagonal / np.where(either > 0, either, 1), 0).sum(1)
+    f1 = _divided(f1, (either > 0).sum(1))
+    spread = [total**2 - (margin**2).sum(1) for margin in (true, predicted)]
+    product = np.sqrt(spread[0] * spread[1])
+    covariance = hits * total - (true * predicted).sum(1)
+    mcc = np.where(product > 0, covariance / np.where(product > 0, product, 1), 0.0)
+    return _divided(hits, total), f1, mcc
+
+
+def ranking_scores(
+    positive: np.ndarray, score: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUC and average precision of a score, float64 `[W]` each; equal scores are one threshold.
+
+    Args:
+      positive: bool `[n]`.
+      score: `[n]`.
+      weights: `[W, n]`.
+    """
+    ranking = Ranking.of(positive, score)
+    found = [(ranking.auroc(each), ranking.average_precision(each)) for each in weights]
+    auc, precision = np.array(found, float).reshape(-1, 2).T
+    return auc, precision
+
+
+def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a / np.where(b > 0, b, math.nan)
+
+
+def score_numbers(
+    truth: np.ndarray,
+    predicted: Mapping[str, np.ndarray],
+    baseline: str,
+    units: Sequence[str],
+    folds: np.ndarray,
+    labels: Mapping[str, str],
+) -> list[Number]:
+    """Scores of predictions, those of folds, and what is gained over the baseline.
+
+    Args:
+      truth: classes `[n]`.
+      predicted: probabilities `[n, C]` by the name of the predictor.
+      baseline: name of the predictor that the others are compared with.
+      units: what is drawn again, `[n]`.
+      folds: the fold in which each observation was held out, `[n]`.
+      labels: of all numbers; "predictor" is added.
+
+    Returns:
+      For each predictor the metrics but accuracy, of which `accuracy_sample` keeps every part,
+      "METRIC, sd of folds", and for all but the baseline "METRIC over baseline" (paired draws).
+    """
+    names, index = np.unique(np.asarray(units, np.str_), return_inverse=True)
+    enough = len(names) > 1
+    counts = draw_counts(tuple(names.tolist()), DRAWS) if enough else np.zeros((0, len(names)))
+    value, drawn, numbers = {}, {}, []
+    for name, probabilities in predicted.items():
+        value[name] = {k: float(v[0]) for k, v in scores(truth, probabilities).items()}
+        parts = [
+            scores(truth, probabilities, counts[i : i + _AT_ONCE][:, index])
+            for i in range(0, len(counts), _AT_ONCE)
+        ]
+        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [[]]) for k in METRICS}
+    for name, probabilities in predicted.items():
+        about = {**labels, "predictor": name}
+        held = [
+            scores(truth[folds == f], probabilities[folds == f]) for f in np.unique(folds).tolist()
+        ]
+        for metric in METRICS:
+            if metric != "accuracy":
+                ends = interval(drawn[name][metric])
+                numbers.append(Number(metric, value[name][metric], about, *ends, len(truth)))
+            spread = float(np.std([found[metric][0] for found in held], ddof=1))
+            numbers.append(Number(f"{metric}, sd of folds", spread, about, n=len(held)))
+            if name != baseline:
+                gain = value[name][metric] - value[baseline][metric]
+                ends = interval(drawn[name][metric] - drawn[baseline][metric])
+                numbers.append(Number(f"{metric} over baseline", gain, about, *ends, len(truth)))
+    return numbers
+
+
+def accuracy_sample(
+    truth: np.ndarray, probabilities: np.ndarray, units: Sequence[str], labels: Mapping[str, str]
+) -> Sample:
+    """Accuracy with every antibody's part."""
+    hits = (probabilities.argmax(1) == truth).astype(float)
+    return Sample("accuracy", units, hits, np.ones(len(hits)), labels, unit="share")

@@ -1,0 +1,1 @@
+"""Heads on an encoder, folds, and baselines without one."""

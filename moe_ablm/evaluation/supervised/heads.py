@@ -1,0 +1,264 @@
+"""Supervised heads: a small network on an encoder's hidden states, with the encoder frozen or not.
+
+The last layer gives a vector a residue. They are standardised, pooled - by attention with one
+learned query, or as their mean - and go through a hidden layer with GELU. Special tokens are
+context, but have no part in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from moe_ablm.evaluation.supervised.head_inputs import (
+    Head,
+    Inputs,
+    batch_of,
+    by_length,
+    goals_of,
+    inputs_of,
+    scale_of,
+)
+from moe_ablm.inference.antibodies import Antibody
+from moe_ablm.inference.buckets import Engine, alone
+from moe_ablm.inference.embed import HiddenStates
+from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.spec import Execution
+
+HIDDEN = 64
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True)
+class Training:
+    """AdamW with a linear warm-up over a tenth of the steps and a linear decay to 0.
+
+    Attributes:
+      epochs: passes over the training set.
+      batch: antibodies of a step.
+      lr: of the head.
+      encoder_lr: of the encoder, where `full`.
+      weight_decay: of the head's matrices.
+      full: the encoder is trained, too.
+      seed: of the head's weights and of the order.
+    """
+
+    epochs: int = 20
+    batch: int = 32
+    lr: float = 3e-3
+    encoder_lr: float = 1e-4
+    weight_decay: float = 0.01
+    full: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Outputs of a batch; hashable, so that what is compiled for it is used again.
+
+    `definition`: of the encoder where it is trained, else None.
+    """
+
+    head: Head
+    definition: nnx.GraphDef | None
+
+    def __call__(self, params: dict, batch: dict) -> jax.Array:
+        """float32 `[B, outputs]`, of residues `[B, R, outputs]`: log-probabilities or values."""
+        p, mask = params["head"], batch["mask"][..., None]
+        x = batch["states"] if "states" in batch else self._encoded(params["encoder"], batch)
+        x = x.astype(jnp.float32)
+        centre, spread = (jax.lax.stop_gradient(p[name]) for name in ("centre", "spread"))
+        if self.head.kind != "residue":
+            # pooled before it is standardised: the same, as weights add up to 1, for less work
+            scores = jnp.zeros((*x.shape[:2], 1))
+            if self.head.pooling == "attention":
+                scores = jnp.matmul(x, p["query"] / spread[:, None], precision=_PRECISION)
+            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=1)
+            x = jnp.einsum("brd,bro->bd", x, weights, precision=_PRECISION)
+        x = (x - centre) / spread
+        x = jax.nn.gelu(jnp.matmul(x, p["inner"], precision=_PRECISION) + p["inner_bias"])
+        x = jnp.matmul(x, p["outer"], precision=_PRECISION) + p["outer_bias"]
+        return x if self.head.kind == "regression" else jax.nn.log_softmax(x, axis=-1)
+
+    def _encoded(self, params: nnx.State, batch: dict) -> jax.Array:
+        encoder = nnx.merge(self.definition, params)
+        states = encoder.hidden_states(batch["tokens"].astype(jnp.int32), batch["valid"])[-1]
+        return jnp.take_along_axis(states, batch["places"][..., None], axis=1)
+
+    def loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """Sum over what has a target, and its number: cross-entropy (nats) or squared error."""
+        found, target, weight = self(params, batch), batch["target"], batch["weight"]
+        if self.head.kind == "regression":
+            each = ((found - target) ** 2).mean(-1)
+        else:
+            each = -jnp.take_along_axis(found, target[..., None], axis=-1)[..., 0]
+        return (each * weight).sum(), weight.sum()
+
+
+@partial(jax.jit, static_argnames="network")
+def _outputs(network: _Network, params: dict, batch: dict) -> jax.Array:
+    return network(params, batch)
+
+
+@partial(jax.jit, static_argnames="network")
+def _loss_sums(network: _Network, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    return network.loss(params, batch)
+
+
+@partial(jax.jit, static_argnames=("network", "weight_decay"))
+def _update(network: _Network, weight_decay: float, params, state, batch: dict, rates: dict):
+    def objective(params):
+        total, count = network.loss(params, batch)
+        return total / jnp.maximum(count, 1)
+
+    gradient = jax.grad(objective)(params)
+    updates, state = _optimizer(weight_decay).update(gradient, state, params)
+    updates = {k: jax.tree.map(lambda u, k=k: -rates[k] * u, updates[k]) for k in updates}
+    params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def _optimizer(weight_decay: float) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which differs between head and encoder."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, _decayed),
+    )
+
+
+def _decayed(params: dict) -> dict:
+    """Matrices of the head: a pre-trained encoder is not pulled to 0."""
+    return {k: jax.tree.map(lambda x, k=k: k == "head" and x.ndim > 1, params[k]) for k in params}
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A trained head, and its encoder."""
+
+    engine: Engine
+    network: _Network
+    params: dict
+    batch: int
+    scale: tuple[np.ndarray, np.ndarray]  # mean and standard deviation of a regression's targets
+
+    def __call__(self, antibodies: Sequence[Antibody] | Inputs) -> np.ndarray | list[np.ndarray]:
+        """Predictions, in the order of `antibodies`; they do not depend on each other.
+
+        Returns:
+          Classification: float32 log-probabilities `[n, outputs]`; regression: values `[n]`, or
+          `[n, outputs]` of several; residue: log-probabilities `[residues, outputs]` of each.
+        """
+        head, full = self.network.head, self.network.definition is not None
+        inputs = antibodies
+        if not isinstance(inputs, Inputs):
+            inputs = inputs_of(self.engine, antibodies, head, full)
+        found: list = [None] * len(inputs)
+        for members, batch in by_length(inputs, self.batch):
+            outputs = np.asarray(_outputs(self.network, self.params, batch))
+            for i, out in zip(members.tolist(), outputs, strict=False):
+                found[i] = out[: len(inputs.rows[i].places)] if head.kind == "residue" else out
+        if head.kind == "residue":
+            return found
+        values = np.array(found, np.float32).reshape(-1, head.outputs)
+        if head.kind == "classification":
+            return values
+        values = values * self.scale[1] + self.scale[0]
+        return values[:, 0] if head.outputs == 1 else values
+
+
+def fit(
+    engine: Engine,
+    antibodies: Sequence[Antibody] | Inputs,
+    targets: Sequence,
+    head: Head,
+    training: Training,
+    valid: tuple[Sequence[Antibody] | Inputs, Sequence] | None = None,
+) -> Predictor:
+    """Trains a head, in float32 and deterministically.
+
+    Args:
+      engine: the encoder; routers treat each antibody as if alone, in training, too.
+      antibodies: the training set, or `inputs_of` it.
+      targets: classes (integers), values (float `[n]` or `[n, outputs]`), or of "residue" the
+        classes of each residue, `IGNORED` where there is none.
+      head: what is predicted.
+      training: how.
+      valid: antibodies and targets; the epoch of least loss on them is kept, else the last one.
+    """
+    inputs = antibodies
+    if not isinstance(inputs, Inputs):
+        inputs = inputs_of(engine, antibodies, head, training.full)
+    definition = None
+    if training.full:
+        spec = alone(engine.model.spec)
+        definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[0]
+    network, scale = _Network(head, definition), scale_of(targets, head)
+    params = {"head": _initial(engine, inputs, head, training.seed)}
+    if training.full:
+        params["encoder"] = engine.model.params
+    goals = goals_of(targets, scale, head)
+    checked = None
+    if valid is not None:
+        given = valid[0]
+        if not isinstance(given, Inputs):
+            given = inputs_of(engine, given, head, training.full)
+        checked = given, goals_of(valid[1], scale, head)
+    params = _trained(network, params, inputs, goals, training, checked)
+    return Predictor(engine, network, params, training.batch, scale)
+
+
+def _trained(network, params, inputs: Inputs, goals: list, training: Training, checked) -> dict:
+    """Parameters after the last epoch, or after that of least loss on `checked`."""
+    rng = np.random.default_rng([training.seed, 1])
+    state = _optimizer(training.weight_decay).init(params)
+    size = min(training.batch, len(inputs))
+    steps, step = training.epochs * -(-len(inputs) // size), 0
+    best, least = params, np.inf
+    for _ in range(training.epochs):
+        order = rng.permutation(len(inputs))
+        for first in range(0, len(order), size):
+            batch = batch_of(inputs, order[first : first + size], size, goals)
+            share = min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1), 1)
+            rates = {"head": share * training.lr, "encoder": share * training.encoder_lr}
+            params, state = _update(network, training.weight_decay, params, state, batch, rates)
+            step += 1
+        loss = _mean_loss(network, params, *checked, size) if checked else -step
+        if loss < least:
+            best, least = params, loss
+    return best
+
+
+def _mean_loss(network, params, inputs: Inputs, goals: list, size: int) -> float:
+    sums = [_loss_sums(network, params, b) for _, b in by_length(inputs, size, goals)]
+    total, count = np.array(sums, np.float64).sum(0)
+    return float(total / max(count, 1))
+
+
+def _initial(engine: Engine, inputs: Inputs, head: Head, seed: int) -> dict:
+    """Weights of the head; the mean and spread of hidden states are constants of it."""
+    some = inputs.take(range(min(len(inputs), 256)))
+    states = some.states
+    if states is None:
+        task, rows = HiddenStates(engine.model.spec.layers), some.rows
+        states = [x[rows[i].places] for i, x in engine.run(task, [r.tokens for r in rows])]
+    states = np.concatenate(states).astype(np.float32)
+    width, rng = states.shape[1], np.random.default_rng([seed, 0])
+
+    def drawn(rows: int, columns: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((rows, columns)) / np.sqrt(rows), jnp.float32)
+
+    return {
+        "centre": jnp.asarray(states.mean(0)),
+        "spread": jnp.asarray(np.maximum(states.std(0), 1e-3)),
+        "query": jnp.zeros((width, 1)),  # attention begins as the mean
+        "inner": drawn(width, HIDDEN),
+        "inner_bias": jnp.zeros(HIDDEN),
+        "outer": drawn(HIDDEN, head.outputs),
+        "outer_bias": jnp.zeros(head.outputs),
+    }
