@@ -59,14 +59,18 @@ def numbers_table(numbers: Iterable[Kept], table: Mapping[str, Any]) -> str:
 
     Args:
       numbers: all of the evaluation.
-      table: an `outcome.Table` as JSON. Labels that differ but are named nowhere in it become
-        labels of rows, so that no number hides another.
+      table: an `outcome.Table` as JSON; numbers without one of its labels are left to others.
+        Labels that differ but are named nowhere in it become labels of rows, so that no number
+        hides another.
     """
     where, metrics, across = dict(table["where"]), list(table["metrics"]), table["columns"]
+    needed = {*table["rows"], *where} | ({across} if across else set())
     chosen = [
         n
         for n in numbers
-        if n["metric"] in metrics and all(n["labels"].get(k) == v for k, v in where.items())
+        if n["metric"] in metrics
+        and needed <= n["labels"].keys()
+        and all(n["labels"][k] == v for k, v in where.items())
     ]
     if not chosen:
         return ""
