@@ -66,7 +66,10 @@ def gain_outcome(gain: float, spread: float = 0.5) -> Outcome:
 def routing_outcome(value: float, half: float, order: tuple[int, ...] = (0, 1, 2)) -> Outcome:
     """The number of the first claim; three experts with profiles, numbered in some order."""
     labels = {"matched": "chain and residue"}
-    numbers = [Number("cdrh3_excess", value, labels, value - half, value + half, 500, "log2")]
+    numbers = [
+        Number(metric, value, labels, value - half, value + half, 500)
+        for metric in ("cdrh3_excess", "cdrh3_over_others")
+    ]
     profiles = np.random.default_rng(5).standard_normal((3, 14))
     for expert, profile in zip(order, profiles, strict=True):
         for region, enrichment in zip(region_names(), profile, strict=True):

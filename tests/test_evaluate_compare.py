@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,7 +199,31 @@ def test_claims_without_numbers_are_not_evaluated(evaluated, tmp_path):
     experts, light, dense = claims_of(compare([*runs, read_evaluated("big", alone)]))
     assert experts.verdict == NONE and "not part of its suite" in experts.findings[0].sentence
     assert "no pairs" in next(f.sentence for f in light.findings if f.kind == "big")
-    assert "active parameters not equal: 2,000, of dense 1,000" in dense.findings[0].sentence
+    assert dense.verdict == NONE and "not part of its suite" in dense.findings[0].sentence
+
+
+def test_unequal_active_parameters_are_told_and_not_judged(evaluated, tmp_path):
+    large = write_evaluation(
+        tmp_path / "x", about("soft", "x", params_active=2000), perplexity=loss_outcome(-0.5, 9)
+    )
+    runs = [*read(evaluated, "dense"), read_evaluated("large", large)]
+    finding = claims_of(compare(runs))[2].findings[0]
+    assert finding.verdict == NONE
+    assert "active parameters are not equal: 2,000, of dense 1,000" in finding.sentence
+    assert "nats gained on all residues" in finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("excess", "over", "expected"),
+    [(1.0, 0.1, HOLDS), (1.0, -0.1, NOT), (0.0, 0.1, NOT), (1.0, 0.0, OPEN)],
+)
+def test_every_region_has_its_expert_but_cdrh3_must_have_more_of_one(
+    tmp_path, excess, over, expected
+):
+    outcome = routing_outcome(excess, 0.05)
+    outcome.numbers[1] = replace(outcome.numbers[1], value=over, low=over - 0.05, high=over + 0.05)
+    directory = write_evaluation(tmp_path / "x", about("topk", "x"), routing=outcome)
+    assert claims_of(compare([read_evaluated("top2", directory)]))[0].verdict == expected
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def verdict_of(low: float, high: float, smallest: float) -> str:
     return NOT if high < smallest else OPEN
 
 
+def both(one: str, other: str) -> str:
+    """Of a claim that needs two things."""
+    if NOT in (one, other):
+        return NOT
+    return HOLDS if one == other == HOLDS else OPEN
+
+
 def together(verdicts: Sequence[str]) -> str:
     """Of several runs: only where they agree."""
     return verdicts[0] if len(set(verdicts)) == 1 else OPEN
@@ -87,27 +94,53 @@ def specialisation(comparison: Comparison) -> Claim:
     findings, notes = [], []
     for kind, runs in comparison.kinds.items():
         router = runs[0].model["router"]
-        for matched in MATCHED if router != "none" else ():
-            numbers = [_first(r.numbers("routing", "cdrh3_excess", matched=matched)) for r in runs]
-            decides = matched == MATCHED[0]
-            what = f"log2 excess over the same {matched}"
-            if router in TOKEN_CHOICE and (decides or any(numbers)):
-                findings.append(
-                    _of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, decides)
-                )
-            elif decides and router not in TOKEN_CHOICE:
-                told = _of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, False)
-                notes.append(f"For comparison {kind} ({router}): {told.sentence}.")
+        if router in TOKEN_CHOICE:
+            findings += [_more_than_others(kind, runs), *_excesses(kind, runs)]
+        elif router != "none":
+            over, excess = _more_than_others(kind, runs), _excesses(kind, runs)
+            notes.append(f"For comparison {kind} ({router}): {over.sentence}.")
+            notes += [f"{kind}: {finding.sentence}." for finding in excess[:1]]
     none = Finding("", NONE, "no model with token choice (topk, topp) among these")
     return Claim(
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
-        "The expert that takes most of CDRH3 beyond expectation, chosen on one half of the clones: "
-        "log2 of how much more of CDRH3 it takes, on the other half, than if its routing knew only "
-        f"chain and residue. It holds where the interval is above 0 in every run, and does not "
-        f"where it is below {SMALLEST_EXCESS:.2f} (5 % more) in every run.",
+        "The expert that takes most of CDRH3 beyond expectation is chosen on one half of the "
+        "clones. On the other: the excess is log2 of how much more of CDRH3 it takes than if its "
+        "routing knew only chain and residue. Routing by position alone gives every region such "
+        "an expert; so the excess is told relative to that of an expert of CDRH3 alone, less the "
+        "mean of the same for all other regions. It holds where both are above 0 in every run, "
+        f"and does not where the excess is below {SMALLEST_EXCESS:.2f} (5 % more) or CDRH3 below "
+        "the other regions in every run.",
         findings or [none],
         notes,
     )
+
+
+def _more_than_others(kind: str, runs: Sequence[Evaluated]) -> Finding:
+    """Whether CDRH3 has an expert, and more of one than other regions."""
+    found = [
+        [_first(r.numbers("routing", f"cdrh3_{m}", matched=MATCHED[0])) for r in runs]
+        for m in ("excess", "over_others")
+    ]
+    if not all(number for numbers in found for number in numbers):
+        return Finding(kind, NONE, why_not(runs, "routing"))
+    verdicts = [
+        both(verdict_of(e.low, e.high, SMALLEST_EXCESS), verdict_of(o.low, o.high, 0.0))
+        for e, o in zip(*found, strict=True)
+    ]
+    told = "; ".join(interval_written(vars(n)) for n in found[1])
+    sentence = f"more than the other regions' experts, relative: {told} ({_runs(runs)})"
+    return Finding(kind, together(verdicts), sentence)
+
+
+def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Finding]:
+    """Excesses of CDRH3's expert by what they are matched on."""
+    findings = []
+    for matched in MATCHED:
+        numbers = [_first(r.numbers("routing", "cdrh3_excess", matched=matched)) for r in runs]
+        if any(numbers):
+            what = f"log2 excess over the same {matched}"
+            findings.append(_of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, False))
+    return findings
 
 
 def pairing(comparison: Comparison) -> Claim:
@@ -165,8 +198,11 @@ def _of_runs(
         return Finding(kind, NONE, why_not(runs, evaluation), decides)
     verdict = together([verdict_of(n.low, n.high, smallest) for n in numbers])
     told = "; ".join(interval_written(vars(n)) for n in numbers)
-    of = "one run" if len(runs) == 1 else f"{len(runs)} seeds"
-    return Finding(kind, verdict, f"{what}: {told} ({of})", decides)
+    return Finding(kind, verdict, f"{what}: {told} ({_runs(runs)})", decides)
+
+
+def _runs(runs: Sequence[Evaluated]) -> str:
+    return "one run" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
 def why_not(runs: Sequence[Evaluated], evaluation: str) -> str:
@@ -198,11 +234,6 @@ def experts_against_dense(comparison: Comparison) -> Claim:
 
 def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Finding:
     decides = region == "all"
-    ours, theirs = (comparison.kinds[k][0].model for k in (kind, dense))
-    for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
-        if not equal(ours[name], theirs[name]):
-            sentence = f"{what} not equal: {_told(ours[name])}, of {dense} {_told(theirs[name])}"
-            return Finding(kind, NONE, sentence, decides)
     labels = {"test set": "paired", "region": region}
     found = comparison.difference("perplexity", "loss", dense, kind, **labels)
     if found is None:
@@ -213,7 +244,13 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Find
         seeds = "one run each: what another seed would change is not in the interval"
     where = "all residues" if decides else region
     sentence = f"nats gained on {where}: {interval_written(vars(found))} ({seeds})"
-    return Finding(kind, verdict_of(found.low, found.high, SMALLEST_LOSS), sentence, decides)
+    verdict = verdict_of(found.low, found.high, SMALLEST_LOSS)
+    ours, theirs = (comparison.kinds[k][0].model for k in (kind, dense))
+    for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
+        if not equal(ours[name], theirs[name]):
+            told = f"{what} are not equal: {_told(ours[name])}, of {dense} {_told(theirs[name])}"
+            verdict, sentence = NONE, f"{sentence}, but {told}"
+    return Finding(kind, verdict, sentence, decides)
 
 
 def equal(a: int | None, b: int | None) -> bool:
