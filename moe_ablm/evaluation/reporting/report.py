@@ -58,7 +58,7 @@ def facts_html(facts: Mapping[str, str]) -> str:
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     model, dataset = content["model"], content["dataset"]
     tokens = f"{model['tokens_seen']:,} tokens" if model["tokens_seen"] else ""
-    files = [f"{name}: {file['name']}" for name, fs in content["files"].items() for file in fs]
+    files = [f"{name}: {Path(file['name']).name}" for name, fs in content["files"].items() for file in fs]
     return {
         "Model": model["source"],
         "Router": model["router"],
