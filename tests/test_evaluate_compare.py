@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ from moe_ablm.evaluation.reporting.claims import (
 )
 from moe_ablm.evaluation.reporting.compare import compare
 from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
-from moe_ablm.evaluation.statistics.estimates import Sample
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.statistics.two_level import kinds_of
 
 EFFECT = -0.05
@@ -204,7 +205,7 @@ def test_claims_without_numbers_are_not_evaluated(evaluated, tmp_path):
 @pytest.mark.parametrize(
     ("ends", "expected"),
     [((0.1, 0.2), HOLDS), ((-0.2, -0.1), NOT), ((-0.1, 0.005), NOT), ((-0.1, 0.2), OPEN),
-     ((np.nan, np.nan), OPEN)],
+     ((np.nan, np.nan), OPEN), ((0.001, 0.005), NOT), ((0.001, 0.02), HOLDS)],
 )  # fmt: skip
 def test_verdicts(ends, expected):
     assert verdict_of(*ends, smallest=0.01) == expected
@@ -228,6 +229,51 @@ def test_the_verb_writes_results_numbers_and_report(evaluated, tmp_path, main):
     again = main("compare", *flags(evaluated), "--out", tmp_path / "b", "--reference=top2")
     assert again.returncode == 0
     assert (tmp_path / "b" / "results.json").read_text() == (out / "results.json").read_text()
+
+
+def test_an_evaluation_is_not_overwritten(evaluated, main):
+    out = evaluated["dense"][0]
+    before = (out / "results.json").read_text()
+    refused(main("compare", *flags(evaluated), "--out", out), str(out), "holds an evaluation")
+    assert (out / "results.json").read_text() == before
+
+
+def test_a_kind_whose_perplexity_was_skipped(evaluated, tmp_path, main):
+    skipped = write_evaluation(tmp_path / "x", about("topk", "x"), perplexity="no test split")
+    given = [f"--input=dense={evaluated['dense'][0]}", f"--input=x={skipped}"]
+    given.append(f"--input=top2={evaluated['top2'][0]}")
+    done = main("compare", *given, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "loss_by_region.png").exists()
+    assert "no test split" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_runs_of_a_kind_differ_in_their_seed_alone(evaluated):
+    runs = read(evaluated, "dense")
+    other = read_evaluated("dense", evaluated["top2"][0])
+    with pytest.raises(Exception, match="router topk, but none of .*dense0"):
+        require_same_basis([*runs, other])
+
+
+def test_every_seed_must_have_seen_as_many_tokens(evaluated, tmp_path):
+    more = about("topk", "x", tokens_seen=2 * 10**6)
+    path = write_evaluation(tmp_path / "x", more, perplexity=loss_outcome(EFFECT, 8))
+    runs = [*read(evaluated, "dense", "top2"), read_evaluated("top2", path)]
+    dense = claims_of(compare(runs))[2]
+    assert dense.verdict == NONE
+    assert "tokens seen not equal: 2,000,000, of dense 1,000,000" in dense.findings[0].sentence
+
+
+def test_whether_cdrh3_is_special_stands_beside(tmp_path):
+    routing = routing_outcome(0.8, 0.1)
+    labels = {"matched": "chain and residue"}
+    numbers = [*routing.numbers, Number("cdrh3_over_others", -0.1, labels, -0.2, -0.05)]
+    path = write_evaluation(
+        tmp_path / "x", about("topk", "x"), routing=replace(routing, numbers=numbers)
+    )
+    claim = claims_of(compare([read_evaluated("top2", path)]))[0]
+    assert claim.verdict == HOLDS
+    assert [f.verdict for f in claim.findings if not f.decides] == [NOT]
 
 
 def test_experts_of_the_same_number_are_not_compared(tmp_path):

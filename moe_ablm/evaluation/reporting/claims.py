@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.reporting.compare import Comparison
@@ -72,9 +73,9 @@ def verdict_of(low: float, high: float, smallest: float) -> str:
     """Of an effect that is claimed to be above 0, with its interval."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return OPEN
-    if low > 0:
-        return HOLDS
-    return NOT if high < smallest else OPEN
+    if high < smallest:  # also where it is above 0: too small to count
+        return NOT
+    return HOLDS if low > 0 else OPEN
 
 
 def together(verdicts: Sequence[str]) -> str:
@@ -98,16 +99,28 @@ def specialisation(comparison: Comparison) -> Claim:
             elif decides and router not in TOKEN_CHOICE:
                 told = _of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, False)
                 notes.append(f"For comparison {kind} ({router}): {told.sentence}.")
+        if router in TOKEN_CHOICE:
+            findings += _beyond_others(kind, runs)
     none = Finding("", NONE, "no model with token choice (topk, topp) among these")
     return Claim(
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
         "The expert that takes most of CDRH3 beyond expectation, chosen on one half of the clones: "
         "log2 of how much more of CDRH3 it takes, on the other half, than if its routing knew only "
-        f"chain and residue. It holds where the interval is above 0 in every run, and does not "
-        f"where it is below {SMALLEST_EXCESS:.2f} (5 % more) in every run.",
+        "chain and residue. It holds where in every run the interval is above 0 and reaches "
+        f"{SMALLEST_EXCESS:.2f} (5 % more), and does not where it is below that in every run. Any "
+        "region's expert passes in a model that routes by position: whether CDRH3 is special "
+        "stands beside.",
         findings or [none],
         notes,
     )
+
+
+def _beyond_others(kind: str, runs: Sequence[Evaluated]) -> list[Finding]:
+    """Whether CDRH3's expert takes more of it than the experts of other regions do of theirs."""
+    labels = {"matched": MATCHED[0]}
+    numbers = [_first(r.numbers("routing", "cdrh3_over_others", **labels)) for r in runs]
+    what = "excess relative to that of an expert of CDRH3 alone, less the other regions' mean"
+    return [_of_runs(kind, runs, numbers, "routing", 0, what, False)] if any(numbers) else []
 
 
 def pairing(comparison: Comparison) -> Claim:
@@ -136,8 +149,9 @@ def pairing(comparison: Comparison) -> Claim:
         "All mutated residues of the light chain masked: cross-entropy with another heavy chain "
         "less that with the native one, so that above 0 is a gain. A random heavy chain decides, "
         "as it differs from the native one in nothing but the pairing; against its germline the "
-        "native chain also tells how mutated the antibody is. It holds where the interval is "
-        f"above 0 in every run, and does not where it is below {SMALLEST_LOSS} nats in every run.",
+        "native chain also tells how mutated the antibody is. It holds where in every run the "
+        f"interval is above 0 and reaches {SMALLEST_LOSS} nats, and does not where it is below "
+        "that in every run.",
         findings or [none],
         notes,
     )
@@ -190,19 +204,20 @@ def experts_against_dense(comparison: Comparison) -> Claim:
         "MoE beats dense at equal active parameters (BALM-MoE, ICLR 2026 workshop).",
         "Loss on masked residues of held-out pairs, dense less MoE, so that above 0 is a gain; the "
         "interval is over antibodies, the same ones for all models, and over seeds. The loss on "
-        "all residues decides: it holds where the interval is above 0, and does not where it is "
-        f"below {SMALLEST_LOSS} nats.",
+        f"all residues decides: it holds where the interval is above 0 and reaches {SMALLEST_LOSS} "
+        "nats, and does not where it is below that.",
         findings or [Finding("", NONE, why)],
     )
 
 
 def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Finding:
     decides = region == "all"
-    ours, theirs = (comparison.kinds[k][0].model for k in (kind, dense))
+    both = list(product(*(comparison.kinds[k] for k in (kind, dense))))
     for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
-        if not equal(ours[name], theirs[name]):
-            sentence = f"{what} not equal: {_told(ours[name])}, of {dense} {_told(theirs[name])}"
-            return Finding(kind, NONE, sentence, decides)
+        for ours, theirs in ((a.model[name], b.model[name]) for a, b in both):
+            if not equal(ours, theirs):
+                sentence = f"{what} not equal: {_told(ours)}, of {dense} {_told(theirs)}"
+                return Finding(kind, NONE, sentence, decides)
     labels = {"test set": "paired", "region": region}
     found = comparison.difference("perplexity", "loss", dense, kind, **labels)
     if found is None:
