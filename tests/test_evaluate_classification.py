@@ -13,7 +13,7 @@ from moe_ablm.evaluation import classification
 from moe_ablm.evaluation.classification import FROZEN, TUNED, Settings
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised import folds, shortcuts
 from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
 
 QUICK = Settings(epochs=10, batch=32, lr=2e-2)
@@ -196,3 +196,9 @@ def test_real_antibodies_are_read_with_their_genes_and_mutations(shared_data, tm
     mutations = [(a.heavy.mutations, int(known[a.name]["mutations_heavy"])) for a in antibodies]
     assert np.mean(same_gene) > 0.98
     assert np.mean([x == y for x, y in mutations]) > 0.95
+
+
+def test_one_fold_is_refused():
+    one = np.zeros(4, np.int64)
+    with pytest.raises(UserError, match="folds=1: expected 2 or more"):
+        folds.clonal_folds(np.arange(4), one, 1, np.random.default_rng(0))

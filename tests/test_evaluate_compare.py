@@ -229,7 +229,7 @@ def test_every_region_has_its_expert_but_cdrh3_must_have_more_of_one(
 @pytest.mark.parametrize(
     ("ends", "expected"),
     [((0.1, 0.2), HOLDS), ((-0.2, -0.1), NOT), ((-0.1, 0.005), NOT), ((-0.1, 0.2), OPEN),
-     ((np.nan, np.nan), OPEN)],
+     ((np.nan, np.nan), OPEN), ((0.001, 0.005), NOT), ((0.001, 0.02), HOLDS)],
 )  # fmt: skip
 def test_verdicts(ends, expected):
     assert verdict_of(*ends, smallest=0.01) == expected
@@ -253,6 +253,40 @@ def test_the_verb_writes_results_numbers_and_report(evaluated, tmp_path, main):
     again = main("compare", *flags(evaluated), "--out", tmp_path / "b", "--reference=top2")
     assert again.returncode == 0
     assert (tmp_path / "b" / "results.json").read_text() == (out / "results.json").read_text()
+
+
+def test_an_evaluation_is_not_overwritten(evaluated, main):
+    out = evaluated["dense"][0]
+    before = (out / "results.json").read_text()
+    refused(main("compare", *flags(evaluated), "--out", out), str(out), "holds an evaluation")
+    assert (out / "results.json").read_text() == before
+
+
+def test_a_kind_whose_perplexity_was_skipped(evaluated, tmp_path, main):
+    skipped = write_evaluation(tmp_path / "x", about("topk", "x"), perplexity="no test split")
+    given = [f"--input=dense={evaluated['dense'][0]}", f"--input=x={skipped}"]
+    given.append(f"--input=top2={evaluated['top2'][0]}")
+    done = main("compare", *given, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "loss_by_region.png").exists()
+    assert "no test split" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_runs_of_a_kind_differ_in_their_seed_alone(evaluated):
+    runs = read(evaluated, "dense")
+    other = read_evaluated("dense", evaluated["top2"][0])
+    with pytest.raises(Exception, match="router topk, but none of .*dense0"):
+        require_same_basis([*runs, other])
+
+
+def test_every_seed_must_have_seen_as_many_tokens(evaluated, tmp_path):
+    more = about("topk", "x", tokens_seen=2 * 10**6)
+    path = write_evaluation(tmp_path / "x", more, perplexity=loss_outcome(EFFECT, 8))
+    runs = [*read(evaluated, "dense", "top2"), read_evaluated("top2", path)]
+    dense = claims_of(compare(runs))[2]
+    assert dense.verdict == NONE
+    told = "tokens seen are not equal: 2,000,000, of dense 1,000,000"
+    assert told in dense.findings[0].sentence
 
 
 def test_experts_of_the_same_number_are_not_compared(tmp_path):

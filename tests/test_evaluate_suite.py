@@ -85,12 +85,26 @@ def test_what_is_skipped_says_why_and_the_rest_goes_on(evaluate, tmp_path):
     done = evaluate(tmp_path / "o", "--suite=routing,perplexity,mutations")
     assert done.returncode == 0, done.stderr
     content = results(tmp_path / "o")["evaluations"]
-    assert [kept["status"] for kept in content.values()] == ["skipped", "done", "skipped"]
+    assert [kept["status"] for kept in content.values()] == ["done", "skipped", "skipped"]
     assert "dense model" in content["routing"]["reason"]
     assert "no germline" in content["mutations"]["reason"]
     assert "routing: skipped: " in done.stdout
     page = (tmp_path / "o" / "report.html").read_text()
     assert content["routing"]["reason"] in page and content["mutations"]["reason"] in page
+
+
+def test_a_smaller_suite_keeps_what_earlier_ones_found(evaluate, tmp_path):
+    assert evaluate(tmp_path, "--suite=positions,mutations").returncode == 0
+    before = results(tmp_path)["evaluations"]
+    done = evaluate(tmp_path, "--suite=perplexity")
+    assert done.returncode == 0 and "positions" not in done.stdout
+    after = results(tmp_path)["evaluations"]
+    assert list(after) == ["perplexity", "positions"]  # mutations were skipped: nothing to keep
+    assert after["positions"] == before["positions"]
+    assert {"perplexity", "positions"} == {
+        row["evaluation"] for row in csv.DictReader((tmp_path / "numbers.csv").open())
+    }
+    assert 'id="positions"' in (tmp_path / "report.html").read_text()
 
 
 def test_without_a_dataset_everything_is_skipped(evaluate, tmp_path):
@@ -113,6 +127,13 @@ def test_a_directory_holds_one_evaluation(change, words, evaluate, tmp_path):
     flags = change.pop("flags", [])
     refused(evaluate(tmp_path, "--suite=perplexity", *flags, **change), str(tmp_path), *words)
     assert (tmp_path / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: f.write_text('{"schema"')])
+def test_results_of_nobody_knows_what_are_refused(spoil, evaluate, tmp_path):
+    assert evaluate(tmp_path, "--suite=perplexity").returncode == 0
+    spoil(tmp_path / "evaluation.json")
+    refused(evaluate(tmp_path, "--suite=perplexity", run="topk"), "no evaluation.json")
 
 
 def test_a_run_that_moved_is_the_same(evaluate, tmp_path, monkeypatch):
@@ -169,8 +190,12 @@ def test_settings_of_a_suite_file_are_used_and_other_ones_are_done_anew(evaluate
         ("{'perplexitty': {}}", ("perplexitty", "did you mean", "perplexity")),
         ("{'perplexity': {'repeat': 1}}", ("perplexity.repeat", "repeats")),
         ("{'perplexity': {'repeats': 'many'}}", ("repeats='many'", "expected int")),
-        ("{'perplexity': {'repeats': -1}}", ("repeats=-1", "0 or more")),
+        ("{'perplexity': {'repeats': -1}}", ("repeats=-1", "1 or more")),
         ("{'perplexity': {'repeats': True}}", ("repeats=True", "expected int")),
+        ("{'perplexity': {'repeats': 0}}", ("repeats=0", "1 or more")),
+        ("{'perplexity': 5}", ("perplexity=5", "mapping")),
+        ("{'pairing': {'lr': float('nan')}}", ("lr=nan", "more than 0")),
+        ("{'pairing': {'lr': -1}}", ("lr=-1", "more than 0")),
         ("1 / 0", ("ZeroDivisionError",)),
     ],
 )
@@ -185,6 +210,7 @@ def test_wrong_suite_files(settings, words, evaluate, tmp_path):
     [
         (["--suite=perplexity,routin"], ("'routin'", "did you mean", "routing")),
         (["--suite=nowhere.py"], ("nowhere.py", "no such file")),
+        (["--suite=perplexity", "--seed=-1"], ("--seed -1", "0 or more")),
         (["--suite=perplexity", "--data=fitness"], ("NAME=FILE",)),
         (["--suite=perplexity", "--data=fitnes=x.csv"], ("fitnes", "did you mean")),
         (["--suite=perplexity", "--data=fitness=nowhere.csv"], ("nowhere.csv", "no such file")),
@@ -256,3 +282,20 @@ def test_an_evaluation_is_done_once_and_a_skipped_one_tried_again(tmp_path, monk
     assert "x: skipped: not yet" in told
     suite.run_suite(None, {"x": Settings(7)}, tmp_path, told.append)
     assert len(calls) == 3
+
+
+def test_what_is_broken_off_while_it_is_written_does_not_pass_for_what_was_before(
+    tmp_path, monkeypatch
+):
+    def evaluate(subject, settings):
+        draw = SimpleNamespace(name="p", caption="", draw=lambda: 1 / (settings.antibodies - 7))
+        sample = Sample("x", ["u"], np.ones(1), np.ones(1))
+        return Outcome([sample], pictures=[draw] if settings.antibodies == 7 else [])
+
+    module = SimpleNamespace(TITLE="T", __doc__="A.", Settings=Settings, evaluate=evaluate)
+    monkeypatch.setattr(suite, "module_of", lambda name: module)
+    suite.run_suite(None, {"x": Settings()}, tmp_path, str)
+    assert suite.read_kept(tmp_path / "x") is not None
+    with pytest.raises(ZeroDivisionError):
+        suite.run_suite(None, {"x": Settings(7)}, tmp_path, str)
+    assert suite.read_kept(tmp_path / "x") is None

@@ -75,6 +75,12 @@ def run_suite(
     return found
 
 
+def with_earlier(found: Mapping[str, dict], out: Path) -> dict[str, dict]:
+    """What a suite found and what others finished in `out` before, in the order of EVALUATIONS."""
+    both = {name: found.get(name) or read_kept(out / name) for name in EVALUATIONS}
+    return {name: kept for name, kept in both.items() if kept is not None}
+
+
 def told(kept: Mapping) -> str:
     """What became of an evaluation, in a line."""
     if kept["status"] == SKIPPED:
@@ -82,11 +88,16 @@ def told(kept: Mapping) -> str:
     return f"{len(kept['numbers']):,} numbers, {kept['seconds']:.1f} s"
 
 
-def read_kept(directory: Path, settings: Mapping[str, Any]) -> dict | None:
-    """What an earlier command found with the same settings; what was skipped is tried again."""
+def read_kept(directory: Path, settings: Mapping[str, Any] | None = None) -> dict | None:
+    """What an earlier command found, with the same settings if any are given.
+
+    None where there is nothing whole; what was skipped is tried again.
+    """
     try:
         content = json.loads((directory / "result.json").read_text())
-        done = content["status"] == DONE and content["settings"] == json.loads(json.dumps(settings))
+        done = content["status"] == DONE and content["schema"] == SCHEMA
+        if settings is not None:
+            done = done and content["settings"] == json.loads(json.dumps(settings))
         files = ["samples.parquet", *(picture["file"] for picture in content["pictures"])]
         done = done and all((directory / file).is_file() for file in files)
     except (OSError, ValueError, KeyError, TypeError):
@@ -110,6 +121,8 @@ def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> d
         content |= {"status": SKIPPED, "reason": str(skipped), "numbers": [], "tables": []}
         content |= {"pictures": [], "notes": []}
     else:
+        # broken off while samples and pictures are written, it must not pass for what it replaces
+        (directory / "result.json").unlink(missing_ok=True)
         content |= {"status": DONE, "reason": "", **_kept(outcome, directory)}
     content["seconds"] = time.monotonic() - start
     write_atomically(directory / "result.json", json.dumps(content, indent=1))

@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.evaluation.reporting.compare import compare
     from moe_ablm.evaluation.reporting.compare_report import write_comparison
     from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
+    from moe_ablm.evaluation.reporting.results import IDENTITY
 
+    if (args.out / IDENTITY).exists():
+        raise UserError(f"--out {args.out} holds an evaluation: choose another directory")
     runs = [read_evaluated(name, directory) for name, directory in named]
     if len(runs) < 2:
         raise UserError("--input is given once: a comparison needs two evaluations or more")

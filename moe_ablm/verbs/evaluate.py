@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ FILES = {
     "fitness": "a table of variants with a measured value (FLAb, ProteinGym)",
     "proteins": "a task in FLIP or TAPE format",
 }
+
+MOST_SEEDS = 1 << 63
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +56,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       UserError: the model, the inputs or the suite are wrong; nothing is written.
     """
+    if not 0 <= args.seed < MOST_SEEDS:
+        raise UserError(f"--seed {args.seed}: expected 0 or more, less than 2^63")
     suite, files = read_suite(args.suite), named_files(args.data)
     from moe_ablm.data.dataset import Dataset
     from moe_ablm.evaluation.reporting.results import same_command, write_results
     from moe_ablm.evaluation.subject import Subject
-    from moe_ablm.evaluation.suite import run_suite
+    from moe_ablm.evaluation.suite import run_suite, with_earlier
     from moe_ablm.inference.buckets import Engine
     from moe_ablm.interop.load import load_model
 
@@ -66,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     about = same_command(args.out, engine, dataset, files, args.seed)
     subject = Subject(engine, dataset, args.out / "work", files, args.seed)
     found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
+    found = with_earlier(found, args.out)
     for file in write_results(args.out, about, found, command_of(args)):
         print(file)
 
@@ -104,6 +110,8 @@ def read_suite(name: str) -> dict[str, Any]:
 
 def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}={values!r}: expected a mapping of settings, {{}} for defaults")
     for key, value in values.items():
         if key not in fields:
             raise UserError(
@@ -112,13 +120,16 @@ def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
             )
         default = fields[key].default
         if isinstance(default, float) and type(value) is int:
-            continue
+            value = float(value)
         if type(value) is not type(default):
             raise UserError(
                 f"{where}.{key}={value!r}: expected {type(default).__name__}, as {default!r}"
             )
-        if type(value) is int and value < 0 <= default:  # a layer may count from the last
-            raise UserError(f"{where}.{key}={value}: expected 0 or more")
+        least = min(default, 1) if type(value) is int else 0  # a layer may count from the last
+        if type(value) is int and value < least and default >= 0:
+            raise UserError(f"{where}.{key}={value}: expected {least} or more")
+        if type(value) is float and not 0 < value < math.inf:
+            raise UserError(f"{where}.{key}={value}: expected more than 0")
     return kind(**values)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.reporting.compare import Comparison
@@ -72,9 +73,9 @@ def verdict_of(low: float, high: float, smallest: float) -> str:
     """Of an effect that is claimed to be above 0, with its interval."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return OPEN
-    if low > 0:
-        return HOLDS
-    return NOT if high < smallest else OPEN
+    if high < smallest:  # also where it is above 0: too small to count
+        return NOT
+    return HOLDS if low > 0 else OPEN
 
 
 def both(one: str, other: str) -> str:
@@ -169,8 +170,9 @@ def pairing(comparison: Comparison) -> Claim:
         "All mutated residues of the light chain masked: cross-entropy with another heavy chain "
         "less that with the native one, so that above 0 is a gain. A random heavy chain decides, "
         "as it differs from the native one in nothing but the pairing; against its germline the "
-        "native chain also tells how mutated the antibody is. It holds where the interval is "
-        f"above 0 in every run, and does not where it is below {SMALLEST_LOSS} nats in every run.",
+        "native chain also tells how mutated the antibody is. It holds where in every run the "
+        f"interval is above 0 and reaches {SMALLEST_LOSS} nats, and does not where it is below "
+        "that in every run.",
         findings or [none],
         notes,
     )
@@ -226,8 +228,8 @@ def experts_against_dense(comparison: Comparison) -> Claim:
         "MoE beats dense at equal active parameters (BALM-MoE, ICLR 2026 workshop).",
         "Loss on masked residues of held-out pairs, dense less MoE, so that above 0 is a gain; the "
         "interval is over antibodies, the same ones for all models, and over seeds. The loss on "
-        "all residues decides: it holds where the interval is above 0, and does not where it is "
-        f"below {SMALLEST_LOSS} nats.",
+        f"all residues decides: it holds where the interval is above 0 and reaches {SMALLEST_LOSS} "
+        "nats, and does not where it is below that.",
         findings or [Finding("", NONE, why)],
     )
 
@@ -245,11 +247,14 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Find
     where = "all residues" if decides else region
     sentence = f"nats gained on {where}: {interval_written(vars(found))} ({seeds})"
     verdict = verdict_of(found.low, found.high, SMALLEST_LOSS)
-    ours, theirs = (comparison.kinds[k][0].model for k in (kind, dense))
+    pairs = list(product(*(comparison.kinds[k] for k in (kind, dense))))
     for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
-        if not equal(ours[name], theirs[name]):
-            told = f"{what} are not equal: {_told(ours[name])}, of {dense} {_told(theirs[name])}"
-            verdict, sentence = NONE, f"{sentence}, but {told}"
+        unequal = [(a.model[name], b.model[name]) for a, b in pairs]
+        unequal = [each for each in unequal if not equal(*each)]
+        if unequal:
+            ours, theirs = map(_told, unequal[0])
+            sentence += f", but {what} are not equal: {ours}, of {dense} {theirs}"
+            verdict = NONE
     return Finding(kind, verdict, sentence, decides)
 
 

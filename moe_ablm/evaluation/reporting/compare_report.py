@@ -21,7 +21,12 @@ from moe_ablm.evaluation.reporting.compare import Compared, Comparison, as_conte
 from moe_ablm.evaluation.reporting.evaluated import Evaluated
 from moe_ablm.evaluation.reporting.layout import name_written, numbers_table, written
 from moe_ablm.evaluation.reporting.references import HEADLINES, Headline
-from moe_ablm.evaluation.reporting.report import facts_html, parameters_written
+from moe_ablm.evaluation.reporting.report import (
+    facts_html,
+    headline_written,
+    parameters_written,
+    tokens_written,
+)
 from moe_ablm.evaluation.statistics.estimates import Number
 from moe_ablm.evaluation.statistics.two_level import Estimate
 from moe_ablm.evaluation.suite import as_json
@@ -105,11 +110,14 @@ def _models(runs: Sequence[Evaluated]) -> str:
     rows["directory"] = [run.directory.name for run in runs]
     rows["router"] = [run.model["router"] for run in runs]
     rows["parameters"] = [parameters_written(run.model) for run in runs]
-    rows["tokens seen"] = [f"{run.model['tokens_seen'] or 0:,}" for run in runs]
+    rows["tokens seen"] = [tokens_written(run.model) or "not known" for run in runs]
     for name, headline in _headlines():
-        cells = [_value(run, name, headline) for run in runs]
-        if any(cells):
-            rows[headline.text] = [cell or "-" for cell in cells]
+        about = {"evaluation": name, "metric": headline.metric}
+        found = (n for run in runs for n in run.numbers(**about, **dict(headline.labels)))
+        if first := next(found, None):
+            each = [run.numbers(**about, **first.labels) for run in runs]
+            told = headline_written(headline, first.labels)
+            rows[told] = [written(numbers[0].value) if numbers else "-" for numbers in each]
     head = [f"<th>{escape(cell)}</th>" for cell in ["", *rows.pop("")]]
     body = [
         f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -122,11 +130,6 @@ def _headlines() -> list[tuple[str, Headline]]:
     return [(name, headline) for name, each in HEADLINES.items() for headline in each]
 
 
-def _value(run: Evaluated, name: str, headline: Headline) -> str:
-    found = run.numbers(name, headline.metric, **dict(headline.labels))
-    return written(found[0].value) if found else ""
-
-
 def _headline_differences(comparison: Comparison) -> str:
     """Of the headline numbers that are means over units."""
     lines = []
@@ -135,7 +138,7 @@ def _headline_differences(comparison: Comparison) -> str:
         for result in comparison.results:
             labels = {("metric", result.metric), *result.labels.items()}
             if result.evaluation == name and wanted <= labels:
-                lines.append((result, {"what": headline.text}))
+                lines.append((result, {"what": headline_written(headline, result.labels)}))
     return _table("Headline numbers", lines, "what")
 
 
@@ -205,6 +208,8 @@ def draw_forest(
     step = 0.7 / len(found)
     for place, (kind, estimates) in enumerate(found.items()):
         kept = [(y, e) for y, e in enumerate(estimates) if e is not None]
+        if not kept:
+            continue
         y = np.array([y for y, _ in kept]) + step * (place - (len(found) - 1) / 2)
         value, low, high = np.array([(e.value, e.low, e.high) for _, e in kept]).T
         axis.errorbar(value, y, xerr=[value - low, high - value], fmt="o", ms=4, label=kind)

@@ -159,6 +159,7 @@ def require_same_basis(runs: Sequence[Evaluated]) -> None:
                     f"{where}: {name} was done with other settings than in {first.directory} "
                     f"({_short(found)} instead of {_short(expected)}): evaluate both the same way"
                 )
+    _require_kinds(runs)
     seen: dict[tuple, Path] = {}
     for run in runs:
         identity = (run.kind, run.model["sha256"])
@@ -168,6 +169,20 @@ def require_same_basis(runs: Sequence[Evaluated]) -> None:
                 f"other seed of {run.kind}: give each model once"
             )
         seen[identity] = run.directory
+
+
+def _require_kinds(runs: Sequence[Evaluated]) -> None:
+    """Raises `UserError` where runs of a kind differ in more than their seed."""
+    first: dict[str, Evaluated] = {}
+    for run in runs:
+        other = first.setdefault(run.kind, run)
+        for name in ("router", "regime", "params_total", "params_active"):
+            if run.model[name] != other.model[name]:
+                raise UserError(
+                    f"--input {run.kind}={run.directory}: {name} {run.model[name]}, but "
+                    f"{other.model[name]} of {other.directory}, so no other seed of {run.kind}: "
+                    "give it a name of its own"
+                )
 
 
 def _deciding(part: str, value: Any) -> Any:

@@ -57,8 +57,12 @@ def facts_html(facts: Mapping[str, str]) -> str:
 
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     model, dataset = content["model"], content["dataset"]
-    tokens = f"{model['tokens_seen']:,} tokens" if model["tokens_seen"] else ""
-    files = [f"{name}: {Path(file['name']).name}" for name, fs in content["files"].items() for file in fs]
+    tokens = f"{tokens_written(model)} tokens" if model["tokens_seen"] else ""
+    files = [
+        f"{name}: {Path(file['name']).name}"
+        for name, found in content["files"].items()
+        for file in found
+    ]
     return {
         "Model": model["source"],
         "Router": model["router"],
@@ -77,6 +81,17 @@ def parameters_written(model: Mapping[str, Any]) -> str:
     """Parameters of a model in words."""
     total, active = model["params_total"], model["params_active"]
     return f"{total:,}" if total == active else f"{total:,}, of which {active:,} active"
+
+
+def tokens_written(model: Mapping[str, Any]) -> str:
+    """Tokens that a model has seen; "" where that is not known."""
+    return f"{model['tokens_seen']:,}" if model["tokens_seen"] else ""
+
+
+def headline_written(headline: Headline, labels: Mapping[str, str]) -> str:
+    """A headline in words, with the labels that tell its number from others that would fit."""
+    others = [v for k, v in labels.items() if k not in dict(headline.labels)]
+    return headline.text + (f" ({', '.join(others)})" if others else "")
 
 
 def _contents(found: Mapping[str, Kept]) -> str:
@@ -107,8 +122,7 @@ def _line(headline: Headline | None, number: Kept | None) -> str:
     if headline is None:
         return '<td colspan="3">see its section</td>'
     value, _, rest = interval_written(number).partition(" ")
-    others = [v for k, v in number["labels"].items() if k not in dict(headline.labels)]
-    text = headline.text + (f" ({', '.join(others)})" if others else "")
+    text = headline_written(headline, number["labels"])
     return (
         f'<td>{escape(text)}</td><td style="white-space:nowrap"><b>{escape(value)}</b> '
         f'<span class="faint">{escape(rest)} {escape(number["unit"])}</span></td>'

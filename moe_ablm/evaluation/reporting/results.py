@@ -52,6 +52,11 @@ def same_command(
     }
     file = out / IDENTITY
     before = _read(file)
+    if not before and any(p.is_file() for p in (out / "results.json", *out.glob("*/result.json"))):
+        raise UserError(
+            f"--out {out} holds results, but no {IDENTITY} that says of what: choose a new name or "
+            "remove it"
+        )
     if before and _deciding(before) != _deciding(about):
         parts = [k for k in about if before.get(k) != about[k]]
         raise UserError(

@@ -8,6 +8,7 @@ from scipy.sparse.csgraph import connected_components
 
 from moe_ablm.data.regions import CDR3
 from moe_ablm.data.split import hash64, link
+from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated, Chain
 from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs
 from moe_ablm.evaluation.supervised.heads import Training, fit
@@ -83,7 +84,12 @@ def clonal_folds(
       classes: int `[n]`.
       count: folds.
       rng: of the order.
+
+    Raises:
+      UserError: fewer than two folds.
     """
+    if count < 2:
+        raise UserError(f"folds={count}: expected 2 or more, one to be held out at a time")
     _, groups = np.unique(groups, return_inverse=True)
     content = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(content, (groups, classes), 1)
