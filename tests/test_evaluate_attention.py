@@ -235,6 +235,29 @@ def test_one_pair_has_no_random_partner(dataset, tmp_path):
     outcome.pictures[0].draw()
 
 
+def test_native_and_random_are_of_the_same_residues(monkeypatch, dataset, tmp_path):
+    """What has no random partner prefers CDRs most, and has no part in the quotient."""
+    longest = max(len(r.heavy) + len(r.light) for r in RECORDS)
+    tight = Engine(tiny_model(length=longest + 2))  # a token or two short for some random pairs
+    members, _ = subject(dataset, tmp_path, tight).antibodies(100, paired=True)
+    drawn = random_partners(subject(dataset, tmp_path).generator("random partners"), len(members))
+    alone = {
+        letters
+        for i, j in enumerate(drawn)
+        if len(members[i].heavy) + len(members[j].light) + 4 > longest + 2
+        for letters in (members[i].heavy.letters, members[j].light.letters)
+    }
+    assert 0 < len(alone) < len(members)
+    plant(
+        monkeypatch,
+        lambda a, cdr, letters: np.where(cdr, 9.0 if "".join(letters) in alone else 2.0, 1.0),
+    )
+    outcome = evaluate(subject(dataset, tmp_path, tight), Settings())
+    for number in found(outcome, "native_over_random").values():
+        assert (number.value, number.low, number.high) == pytest.approx((1, 1, 1))
+    assert found(outcome, "cdr_over_fr")["both", "native"].value > 2
+
+
 def test_random_pairs_that_are_too_long_are_left_out(tmp_path):
     short = random_records(6, 1, 9, 9) + random_records(6, 2, 16, 16)
     mixed = [Record(a.heavy, b.light, a.heavy_cdr, b.light_cdr)

@@ -9,7 +9,7 @@ from moe_ablm.data.dataset import SPLITS, Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import annotated, mutation_counts, sample_rows
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.subject import Subject, require_mutations, require_regions
+from moe_ablm.evaluation.subject import Subject, require_regions
 
 TEST = SPLITS.index("test")
 
@@ -124,13 +124,10 @@ def test_data_without_annotation_are_told_apart(written, tmp_path):
     dataset, *_ = written
     known = annotated(dataset, np.arange(3))
     require_regions(known)
-    require_mutations(known)
     bare = write_dataset(tmp_path / "d", [Record("ACDEFG", "KLMN")])
     unknown = annotated(bare, np.arange(1))
     with pytest.raises(Skipped, match="no regions"):
         require_regions(unknown)
-    with pytest.raises(Skipped, match="no germline"):
-        require_mutations(unknown)
 
 
 def test_random_numbers_are_of_a_purpose_and_a_seed(tmp_path):

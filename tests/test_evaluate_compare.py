@@ -33,7 +33,7 @@ from moe_ablm.evaluation.reporting.claims import (
 from moe_ablm.evaluation.reporting.compare import compare
 from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
 from moe_ablm.evaluation.statistics.estimates import Sample
-from moe_ablm.evaluation.statistics.two_level import kinds_of
+from moe_ablm.evaluation.statistics.two_level import blurred, kinds_of
 
 EFFECT = -0.05
 DENSE = "a dense model has no experts"
@@ -162,6 +162,14 @@ def test_with_many_units_the_seed_level_is_the_two_sample_t_interval():
     expected = stats.ttest_ind(values["b"], values["a"]).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
     assert found.seeds == 2
+
+
+@pytest.mark.parametrize("apart", [1e-17, 1e-15, 1e-12])
+def test_seeds_that_differ_by_rounding_alone_have_an_interval(apart):
+    """Antibodies that are all alike: draws do not vary, and the ends are the value."""
+    low, high = blurred(np.full(1000, 0.3), apart, 3)
+    assert (low, high) == pytest.approx((0.3, 0.3), abs=1e-11)
+    assert low <= 0.3 <= high
 
 
 def test_only_units_that_all_models_have_are_compared():

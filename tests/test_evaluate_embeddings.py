@@ -273,13 +273,15 @@ def test_what_is_not_known_is_said(monkeypatch, dataset, tmp_path):
     assert any("more than 15 are needed" in note for note in few.notes)
 
 
-def test_reasons_for_no_purity():
+def test_reasons_for_no_purity(tmp_path):
     found = embedded(30, 9)
     one = replace(found, genes=np.full(30, "IGKV1-39"))
     assert of_genes(one, 5, {}) == ([], "IGKV1-39 is the only V gene")
     assert of_genes(found, 30, {}) == ([], "30 with a V gene, more than 30 are needed")
     same = replace(found, groups=(np.zeros(30, int), np.arange(30)))
     assert of_genes(same, 5, {}) == ([], "all are of one clonal cluster or sequence")
+    about = {"chain": "light"}
+    assert of_mutations(Subject(None, None, tmp_path), same, 5, about) == ([], module.KIN)
 
 
 def test_without_genes_and_germline_it_is_skipped(tmp_path):

@@ -15,6 +15,7 @@ from tiny_models import engine, tiny_model
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
+from moe_ablm.evaluation import routing
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
 from moe_ablm.evaluation.experts import specialisation as sp
 from moe_ablm.evaluation.experts.assignments import Assignments, assigned, groups_of
@@ -42,6 +43,7 @@ from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.routing import (
     TABLES,
     Settings,
+    bounded,
     evaluate,
     findings,
     load_samples,
@@ -449,7 +451,7 @@ def test_slots_by_hand():
     combine = np.full((n, 1, 2, 1), 0.5, np.float32)
     slots = Slots([pair], [3], 2)
     slots.add(0, Weights(dispatch, combine))
-    numbers = [s.number() for s in slots.samples()]
+    numbers = [*(s.number() for s in slots.samples()), *slots.numbers()]
     half = math.log(4) / math.log(8)
     expected = {
         "dispatch_entropy": (half + 1) / 2,
@@ -467,6 +469,47 @@ def test_slots_by_hand():
         about = {"expert": str(expert), "region": region}
         assert value(numbers, "dispatch_share", **about).value == pytest.approx(share)
         assert value(numbers, "dispatch_ratio", **about).value == pytest.approx(over)
+
+
+def test_slots_of_clones_are_summed_before_they_are_divided():
+    """Intervals by a loop that leaves out each clone; memory does not grow with antibodies."""
+    rng = np.random.default_rng(0)
+    cohort_, weights = [], []
+    for i in range(200):
+        n = int(rng.integers(4, 9))
+        region = [1] * (n - 2) + [6] * 2
+        chain_ = known("ACDEFGHI"[:n], region, [0] * n, "")
+        cohort_.append(Annotated(str(i), f"clone{i // 10}", i, chain_, NO_CHAIN))
+        dispatch = rng.random((n, 1, 2, 3)).astype(np.float32)
+        weights.append(Weights(dispatch / dispatch.sum(0), np.full_like(dispatch, 1 / 6)))
+    slots = Slots(cohort_, [3], 2)
+    for i, each in enumerate(weights):
+        slots.add(i, each)
+    assert len(slots.mass) == 20
+    numbers = slots.numbers()
+    mass = np.array([w.dispatch[-2:, 0, 1].sum(0).mean() for w in weights])
+    plain = np.array([2 / len(w.dispatch) for w in weights])
+    clone = np.arange(200) // 10
+    for metric, over in (("dispatch_share", np.ones(200)), ("dispatch_ratio", plain)):
+        told = value(numbers, metric, expert="1", region="CDRH3")
+        assert told.value == pytest.approx(mass.sum() / over.sum(), rel=1e-5)
+        left = [mass[clone != c].sum() / over[clone != c].sum() for c in range(20)]
+        half = stats.t.ppf(0.975, 19) * math.sqrt(19) * np.std(left)
+        assert told.high - told.low == pytest.approx(2 * half, rel=1e-4)
+    assert {n.labels["region"] for n in numbers} == {"FRH1", "CDRH3"}
+
+
+def test_too_many_numbers_are_told_in_part(antibodies, monkeypatch):
+    found = analysed(antibodies[:20], at_random, 8)
+    cells = [n for finding in found.values() for n in cell_numbers(finding)]
+    assert bounded(cells) == (cells, [])
+    monkeypatch.setattr(routing, "MOST", len(cells) - 1)
+    kept, (note,) = bounded(cells)
+    # regions: share, enrichment, excess, q; residues: enrichment
+    assert len(kept) == 3 * 8 * (4 * 14 + 20) and f"told are {len(kept):,}" in note
+    everything = stability(*({"numbers": [as_json(n) for n in each]} for each in (cells, cells)))
+    part = stability(*({"numbers": [as_json(n) for n in each]} for each in (kept, kept)))
+    assert part == everything and len(part) == 12
 
 
 def test_a_shuffled_copy_is_matched_and_strangers_are_not():
@@ -569,12 +612,19 @@ def test_soft_moe_in_a_suite(dataset, tmp_path):
 
 def test_expert_choice_tells_how_many_experts_a_residue_has(dataset, tmp_path):
     outcome = evaluate(Subject(engine("expert_choice"), dataset, tmp_path), Settings(20))
+    assert not any("one clonal cluster" in note for note in outcome.notes)
     numbers = [s.number(10) for s in outcome.samples]
     alone = value(numbers, "without_expert", layer="0").value
     assert 0.2 < alone < 1  # a quarter of two experts a residue
     mean = [n for n in numbers if n.metric == "experts_a_residue" and n.labels["layer"] == "0"]
     assert len(mean) >= 10 and 0 < np.mean([n.value for n in mean]) < 1
     assert "gate_share" in {n.metric for n in outcome.numbers}
+
+
+def test_one_antibody_has_no_intervals_and_says_so(dataset, tmp_path):
+    outcome = evaluate(Subject(engine("expert_choice"), dataset, tmp_path), Settings(1))
+    assert any("one clonal cluster" in note for note in outcome.notes)
+    assert all(math.isnan(n.low) for n in outcome.numbers)
 
 
 def test_stability_without_results_is_empty():

@@ -182,7 +182,9 @@ def _numbers(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Number]:
             numbers += [derived(m, units, table, f, about) for m, f in formulas.items()]
     if RANDOM not in sums:
         return numbers
-    both = np.stack([sums[NATIVE], sums[RANDOM]], axis=1)
+    # of the same residues: without chains that have no random partner
+    there = sums[RANDOM][..., 1].sum((2, 3))[..., None, None, None] > 0
+    both = np.stack([sums[NATIVE] * there, sums[RANDOM]], axis=1)
     for direction, chains in DIRECTIONS.items():
 
         def gain(s: np.ndarray, chains: Sequence[int] = chains) -> np.ndarray:

@@ -48,6 +48,7 @@ from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed
 
 TITLE = "Embeddings"
+KIN = "all are of one clonal cluster or sequence"
 COMPARED = 300  # chains whose distances to each other are compared with mutations
 TABLES = (
     Table(
@@ -182,7 +183,7 @@ def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sampl
     }
     asked = np.isfinite(purity)
     if not asked.any():
-        return [], "all are of one clonal cluster or sequence"
+        return [], KIN
     units = found.units[asked]
     return [
         Sample(metric, units, values[asked], np.ones(len(units)), about, unit="share")
@@ -208,6 +209,8 @@ def of_mutations(
         return [], f"{len(found)} with known mutations, more than {k} are needed"
     predicted = mean_of_neighbours(nearest(found.vectors, found.groups, k), found.mutations)
     asked = np.isfinite(predicted)
+    if not asked.any():
+        return [], KIN
     units = found.units[asked]
     by_neighbours = _correlation(
         "mutations_by_neighbours", (predicted[asked], found.mutations[asked]), units, about

@@ -135,7 +135,10 @@ def mutated_pairs(subject: Subject, settings: Settings) -> tuple[list[Annotated]
         raise Skipped("the dataset has single chains only: partners need pairs")
     counts = mutation_counts(dataset, rows)
     if not counts.any():
-        raise Skipped("the dataset has no germline: prepare it with annotation")
+        raise Skipped(
+            "no residue is mutated: the dataset has no germline (prepare it with annotation), or "
+            "its antibodies are all unmutated"
+        )
     least = max(settings.least, 1)
     qualified = rows[paired & (counts >= least).all(0)]
     if not len(qualified):

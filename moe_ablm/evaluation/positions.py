@@ -145,7 +145,10 @@ def _lacking(residues: Residues) -> Iterator[str]:
     if not (residues.region >= 0).any():
         yield "the dataset has no regions: left out (prepare it with annotation)"
     if not (residues.state != "").any():
-        yield "the dataset has no germline: mutations are left out (prepare it with annotation)"
+        yield (
+            "no residue is mutated: the dataset has no germline (prepare it with annotation), or "
+            "its antibodies are all unmutated; mutations are left out"
+        )
     if not residues.segment.any():
         yield "gene segments are not known (they are of simulated antibodies): left out"
 

@@ -26,6 +26,7 @@ from moe_ablm.evaluation.experts.findings import (
     information_numbers,
     specialist_numbers,
 )
+from moe_ablm.evaluation.experts.matching import PROFILE
 from moe_ablm.evaluation.experts.slots import TABLES as SLOT_TABLES
 from moe_ablm.evaluation.experts.slots import Slots
 from moe_ablm.evaluation.experts.specialisation import jackknife, quotient
@@ -44,6 +45,7 @@ from moe_ablm.evaluation.subject import Subject, require_regions
 TITLE = "Expert specialisation"
 SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn
 FEW = 2
+MOST = 100_000  # numbers of layers, experts and classes, above which some are left out
 UNEVEN = ("topp", "expert_choice")  # routers by which residues have more or fewer experts
 
 
@@ -96,10 +98,14 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         if slots:
             slots.add(index, routing)
     found = findings(compared, sums.tables, layers)
-    numbers = [] if slots else gate_shares(sums, compared[0], layers)
+    numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
+    cells, told = bounded([n for finding in found for n in cell_numbers(finding)])
+    numbers += cells
     for finding in found:
-        numbers += cell_numbers(finding) + information_numbers(finding)
+        numbers += information_numbers(finding)
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
+    if len(sums.gates) == 1:
+        notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
     samples = load_samples(antibodies, sums, layers, spec.moe.router)
     return Outcome(
         samples + (slots.samples() if slots else []),
@@ -107,7 +113,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         TABLES + (SLOT_TABLES if slots else ()),
         [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN]
         + ([slots.picture()] if slots else []),
-        notes + remarks(found),
+        notes + told + remarks(found),
     )
 
 
@@ -120,6 +126,30 @@ def findings(
         found.append(Finding.of(contrast, table, layers, contrast.trait not in seen))
         seen.add(contrast.trait)
     return found
+
+
+def bounded(cells: list[Number]) -> tuple[list[Number], list[str]]:
+    """Numbers of layers, experts and classes, and a note where there are more than `MOST`.
+
+    Then regions are told, with one match, and what seeds are compared by (`matching.PROFILE`).
+    """
+    if len(cells) <= MOST:
+        return cells, []
+    kept = [n for n in cells if _essential(n)]
+    return kept, [
+        f"{len(cells):,} numbers of layers, experts and classes are too many: told are "
+        f"{len(kept):,}, share and enrichment by region, enrichment by residue, and excess by "
+        f"region matched on {CHAIN_AND_RESIDUE}"
+    ]
+
+
+def _essential(number: Number) -> bool:
+    trait, metric = number.labels["trait"], number.metric
+    if metric in ("excess", "excess_q"):
+        return trait == "region" and number.labels["matched"] == CHAIN_AND_RESIDUE
+    return (metric == "share" and trait == "region") or (
+        metric == "enrichment" and trait in PROFILE
+    )
 
 
 def load_samples(

@@ -88,9 +88,3 @@ def require_regions(antibodies: list[Annotated]) -> None:
     """Raises `Skipped` where no residue has a region."""
     if not any(chain.region.any() for a in antibodies for _, chain in a.chains()):
         raise Skipped("the dataset has no regions: prepare it with annotation")
-
-
-def require_mutations(antibodies: list[Annotated]) -> None:
-    """Raises `Skipped` where no residue is marked as mutated."""
-    if not any(chain.mutated.any() for a in antibodies for _, chain in a.chains()):
-        raise Skipped("the dataset has no germline: prepare it with annotation")

@@ -6,9 +6,11 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.experts.assignments import GROUPS, groups_of
+from moe_ablm.evaluation.experts.specialisation import jackknife, quotient
 from moe_ablm.evaluation.outcome import Picture, Table
 from moe_ablm.evaluation.pictures.routing import heat_map
-from moe_ablm.evaluation.statistics.estimates import Sample
+from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.inference.route import Weights
 
 FLAT = 0.999  # entropy over its maximum: weights vary by 10 % (as the stability watch of training)
@@ -25,20 +27,22 @@ TABLES = (
 
 
 class Slots:
-    """Sums of each antibody, float64.
+    """Sums, float64.
 
     Attributes:
       figures: `[antibodies, 5, M]`, those of `METRICS`.
-      mass: `[antibodies, M, E, 14]`, of the dispatch, by region.
-      plain: `[antibodies, 14]`, share of residues, which is the dispatch of a plain mean.
+      mass: `[groups of clones, M, E, 14]`, of the dispatch, by region.
+      plain: `[groups, 14]`, share of residues, which is the dispatch of a plain mean.
     """
 
     def __init__(self, antibodies: Sequence[Annotated], layers: Sequence[int], experts: int):
         n, regions = len(antibodies), len(region_names())
         self._antibodies, self._layers = antibodies, layers
+        self._group = groups_of([a.unit for a in antibodies], GROUPS[1])
+        groups = self._group.max() + 1
         self.figures = np.zeros((n, len(METRICS), len(layers)))
-        self.mass = np.zeros((n, len(layers), experts, regions))
-        self.plain = np.zeros((n, regions))
+        self.mass = np.zeros((groups, len(layers), experts, regions))
+        self.plain = np.zeros((groups, regions))
 
     def add(self, index: int, weights: Weights) -> None:
         """Adds an antibody."""
@@ -48,32 +52,49 @@ class Slots:
         on_residues = dispatch.sum(0)
         dispatch = dispatch / np.maximum(on_residues, 1e-30)
         self.figures[index] = [*_spread(dispatch, weights.combine), on_residues.mean((1, 2))]
-        self.mass[index] = np.einsum("nmes,nr->mer", dispatch, known) / dispatch.shape[-1]
-        self.plain[index] = known.mean(0)
+        group = self._group[index]
+        self.mass[group] += np.einsum("nmes,nr->mer", dispatch, known) / dispatch.shape[-1]
+        self.plain[group] += known.mean(0)
 
     def samples(self) -> list[Sample]:
-        """Means over antibodies, by layer; of the dispatch by expert and region, too."""
+        """Means over antibodies, by layer."""
         units, one = [a.unit for a in self._antibodies], np.ones(len(self._antibodies))
-        found = [
+        return [
             Sample(metric, units, self.figures[:, i, m], one, {"layer": str(layer)}, unit="share")
             for i, metric in enumerate(METRICS)
             for m, layer in enumerate(self._layers)
         ]
-        for m, e, r in np.ndindex(self.mass.shape[1:]):
-            if not self.plain[:, r].any():
-                continue
-            about = (self._layers[m], e, region_names()[r])
-            labels = dict(zip(("layer", "expert", "region"), map(str, about), strict=True))
-            mass, plain = self.mass[:, m, e, r], self.plain[:, r]
-            found += [
-                Sample("dispatch_share", units, mass, one, labels, unit="share"),
-                Sample("dispatch_ratio", units, mass, plain, labels, unit="ratio"),
-            ]
+
+    def numbers(self) -> list[Number]:
+        """Mass of the dispatch by layer, expert and region, and over that of a plain mean."""
+        antibodies = np.bincount(self._group)[:, None, None]
+        found = []
+        for m, layer in enumerate(self._layers):
+            for metric, unit, over in (
+                ("dispatch_share", "share", np.broadcast_to(antibodies, self.plain[:, None].shape)),
+                ("dispatch_ratio", "ratio", self.plain[:, None]),
+            ):
+                table = np.concatenate([self.mass[:, m], over], axis=1)
+                estimate = jackknife(table, lambda t: quotient(t[:, :-1], t[:, -1:]))
+                low, high = estimate.interval()
+                found += [
+                    Number(
+                        metric,
+                        float(estimate.value[e, r]),
+                        {"layer": str(layer), "expert": str(e), "region": region_names()[r]},
+                        float(low[e, r]),
+                        float(high[e, r]),
+                        len(self._antibodies),
+                        unit,
+                    )
+                    for e, r in np.ndindex(estimate.value.shape)
+                    if self.plain[:, r].any()
+                ]
         return found
 
     def picture(self) -> Picture:
         """Mass of the dispatch over that of a plain mean, as a heat map."""
-        mass, plain = self.mass.mean(0), self.plain.mean(0)
+        mass, plain = self.mass.sum(0), self.plain.sum(0)
         here = np.flatnonzero(plain)
         values = np.log2(np.maximum(mass[..., here] / plain[here], 1e-6)).transpose(0, 2, 1)
         names = [region_names()[r] for r in here]

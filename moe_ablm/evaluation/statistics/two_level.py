@@ -105,7 +105,8 @@ def blurred(drawn: np.ndarray, error: float, degrees: int) -> tuple[float, float
             return special.stdtr(degrees, (x - drawn) / error).mean() - level
 
         low, high = float(drawn.min()) + shift, float(drawn.max()) + shift
-        margin = 1e-6 * error  # ends of the bracket have the right sign but for rounding
+        # ends of the bracket have the right sign but for rounding
+        margin = 1e-6 * error + 4 * np.spacing(max(abs(low), abs(high)))
         ends.append(optimize.brentq(beyond, low - margin, high + margin, xtol=1e-4 * error))
     return ends[0], ends[1]
 
