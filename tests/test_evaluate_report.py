@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from browser import browse
+from conftest import REPO
 from synthetic_evaluations import (
     about,
     gain_outcome,
@@ -237,8 +238,18 @@ def test_a_comparison_in_a_browser(tmp_path):
     assert "What holds" in seen["text"] and "nats gained on all residues" in seen["text"]
 
 
+@pytest.mark.parametrize("name", ["comparison", "top2"])
+def test_the_reports_of_the_docs_in_a_browser(tmp_path, name):
+    page = tmp_path / f"{name}.html"
+    page.write_bytes((REPO / "docs" / "reports" / page.name).read_bytes())
+    seen = browse(page)
+    assert seen["console"] == [] and seen["scripts"] == 0 and seen["lost"] == []
+    assert seen["images"] and min(seen["images"]) > 100 and seen["beyond"] <= 0
+    assert {"comparison": "What holds", "top2": "Expert specialisation"}[name] in seen["text"]
+
+
 def test_the_browser_sees_what_is_wrong(tmp_path):
-    """The two tests above are worth what this one is."""
+    """The tests above are worth what this one is."""
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<!doctype html><body style='width:3000px'><img src='data:image/png;base64,AAAA'>"
