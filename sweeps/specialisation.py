@@ -4,7 +4,7 @@
     python sweeps/specialisation.py --data=data/pairs --seeds=2 --jobs=2
     python -m moe_ablm evaluate --run runs/specialisation/CELL --input data/pairs --out DIR
 
-Configs of configs/compare_routers.py, five times as long: ten minutes a run on two cores.
+Configs of configs/compare_routers.py, five times as long.
 """
 
 import sys
