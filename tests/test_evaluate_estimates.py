@@ -8,10 +8,10 @@ from scipy import stats
 
 from moe_ablm.evaluation.statistics.estimates import (
     Sample,
-    difference,
     draw_counts,
     interval,
     merged,
+    quotient,
     ratio,
     redrawn,
     scaled,
@@ -95,15 +95,15 @@ def test_units_are_drawn_as_often_as_chance_has_it():
     assert counts.var() == pytest.approx(1 - 1 / N, rel=0.02)
 
 
-def test_a_difference_is_paired():
+def test_a_quotient_is_paired():
     noise = 0.01 * RNG.standard_normal(N) * WEIGHT
-    a = Sample("loss", UNITS, TOTAL + 0.5 * WEIGHT + noise, WEIGHT)
+    a = Sample("loss", UNITS, 1.5 * TOTAL + noise, WEIGHT)
     b = Sample("loss", UNITS, TOTAL, WEIGHT)
-    found = difference(a, b)
-    assert found.value == pytest.approx(0.5 + noise.sum() / WEIGHT.sum(), rel=1e-9)
-    assert found.low < 0.5 < found.high and found.high - found.low < 0.005
-    same = difference(b, b)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    found = quotient(a, b)
+    assert found.value == pytest.approx(1.5 + noise.sum() / TOTAL.sum(), rel=1e-9)
+    assert found.low < 1.5 < found.high and found.high - found.low < 0.005
+    same = quotient(b, b)
+    assert (same.value, same.low, same.high) == (1, 1, 1)
 
 
 def test_what_is_not_defined_is_nan():

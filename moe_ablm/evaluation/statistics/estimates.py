@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -82,21 +82,12 @@ def merged(units: Sequence[str], total: np.ndarray, weight: np.ndarray) -> Merge
     return Merged(tuple(names[kept].tolist()), sums[0][kept], sums[1][kept])
 
 
-def difference(a: Sample, b: Sample, draws: int = DRAWS) -> Number:
-    """How much more `a` is than `b`, on the scale on which they are told.
+def quotient(a: Sample, b: Sample, draws: int = DRAWS) -> Number:
+    """How many times `b` is `a`, on the scale on which they are told; without a unit.
 
     Paired: of the units that both have, each draw takes the same ones for both (Efron &
-    Tibshirani 1993, chapter 6); metric, labels and unit are those of `a`.
+    Tibshirani 1993, chapter 6); metric and labels are those of `a`.
     """
-    return _paired(a, b, np.subtract, draws)
-
-
-def quotient(a: Sample, b: Sample, draws: int = DRAWS) -> Number:
-    """How many times `b` is `a`, paired as `difference`; without a unit."""
-    return replace(_paired(a, b, ratio, draws), unit="")
-
-
-def _paired(a: Sample, b: Sample, combine: Callable, draws: int) -> Number:
     tables = [merged(sample.units, sample.total, sample.weight) for sample in (a, b)]
     common = set(tables[0].units) & set(tables[1].units)
     values, drawn = [], []
@@ -105,9 +96,8 @@ def _paired(a: Sample, b: Sample, combine: Callable, draws: int) -> Number:
         table = Merged(tuple(table.units[i] for i in kept), table.total[kept], table.weight[kept])
         values.append(scaled(ratio(table.total.sum(), table.weight.sum()), sample.scale))
         drawn.append(scaled(redrawn(table, draws), sample.scale))
-    low, high = interval(combine(*drawn))
-    value = float(combine(*values))
-    return Number(a.metric, value, a.labels, low, high, len(common), a.unit)
+    low, high = interval(ratio(*drawn))
+    return Number(a.metric, float(ratio(*values)), a.labels, low, high, len(common))
 
 
 def ratio(total: np.ndarray | float, weight: np.ndarray | float) -> np.ndarray:
