@@ -27,7 +27,7 @@ from contest import contest, ratio, serve
 from train_step import BATCH, LENGTH, batch
 
 from moe_ablm.allocator import TUNABLES
-from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, MoESpec
+from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, TopK
 
 TARGET, STRETCH = 2.5, 4.0
 # precision and routing group
@@ -47,7 +47,7 @@ BALM_MASK = 31  # its <mask>, in a vocabulary of 32
 
 def spec(group: str) -> EncoderSpec:
     """Ours."""
-    moe = MoESpec("topk", experts=8, k=2, capacity=0.5, group=group)
+    moe = TopK(experts=8, k=2, capacity=0.5, group=group)
     return EncoderSpec(*SIZES["8m"], token_dropout=False, activation="swiglu", tied=False, moe=moe)
 
 

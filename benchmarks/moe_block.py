@@ -17,19 +17,27 @@ from contest import contest, ratio, serve
 from flax import nnx
 
 from moe_ablm.allocator import TUNABLES
-from moe_ablm.model.ffn import FeedForward
+from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import (
+    PRECISIONS,
+    SIZES,
+    EncoderSpec,
+    Execution,
+    ExpertChoice,
+    Soft,
+    TopK,
+)
 from moe_ablm.training.throughput import default_precision
 
 LENGTH, K = 256, 2
-TOPK = MoESpec("topk", experts=8, k=K)
+TOPK = TopK(experts=8, k=K)
 CONTENDERS = {
     "dense": None,
     "top-2, capacity 1.25": replace(TOPK, capacity=1.25),
     "top-2, dropless": TOPK,
-    "expert choice": replace(TOPK, router="expert_choice"),
-    "soft, k * L slots": replace(TOPK, router="soft", slots=K * LENGTH // 8),
+    "expert choice": ExpertChoice(experts=8, k=K),
+    "soft, k * L slots": Soft(experts=8, slots=K * LENGTH // 8),
     "top-2 of 64, capacity 1.25": replace(TOPK, experts=64, capacity=1.25),
     "top-2 of 64, dropless": replace(TOPK, experts=64),
 }
@@ -48,7 +56,7 @@ def gradient(width: str, name: str, precision: str):
     """Jitted gradient of a block in its parameters and input, and its arguments' shapes."""
     layers, d, f, heads = SIZES[width]
     moe = CONTENDERS[name]
-    spec = EncoderSpec(layers, d, f, heads, moe=moe or MoESpec())
+    spec = EncoderSpec(layers, d, f, heads, moe=moe)
     execution = Execution(*PRECISIONS[precision])
     if moe is None:
         make = lambda: FeedForward(spec, K * f, execution, nnx.Rngs(0))  # noqa: E731

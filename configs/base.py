@@ -38,6 +38,10 @@ def get_config() -> ConfigDict:
 
     model.activation = "gelu"  # gelu (ESM-2), swiglu (BALM), of dense FFNs and experts alike
     model.tied = True  # the decoder of the LM head is the embedding (ESM-2); False: its own (BALM)
+    # in training; bits are a function of the step, the antibody and the position (docs/training.md)
+    model.attention_dropout = 0.0  # of attention weights
+    model.hidden_dropout = 0.0  # of what attention and FFN add to the residual stream
+    model.embedding_dropout = 0.0
 
     model.moe = moe = ConfigDict()
     # none (dense), topk, topp, expert_choice, soft, sequence (one decision per antibody)
@@ -57,6 +61,7 @@ def get_config() -> ConfigDict:
     moe.group = "sequence"  # tokens that compete for capacity: of an antibody, or of the batch
     moe.slots = 64  # soft: slots of each expert an antibody
     moe.l2 = False  # soft: router inputs and weights of unit length, with a learned scale
+    moe.l2_scale = placeholder(float)  # start of that scale; None: sqrt(d_model), logits of sd 1
     moe.ffn = placeholder(int)  # width of an expert; None: model.ffn
     moe.widths = placeholder(tuple)  # unequal widths, one an expert; topk, topp, sequence
     moe.shared = 0  # experts that compute for every token, beside the routed ones
@@ -111,6 +116,8 @@ def get_config() -> ConfigDict:
     c.compute = compute = ConfigDict()
     compute.precision = "auto"  # float32, bfloat16, bfloat16_operands (CPUs with AMX), auto
     compute.scan = placeholder(bool)  # layers under lax.scan; None: on accelerators only
-    compute.remat = False  # recompute layers in the backward pass
+    # what the backward pass recomputes: none, matmuls (all but outputs of matmuls and attention),
+    # full (whole layers); None: none on CPU, matmuls on accelerators, full where that does not fit
+    compute.remat = placeholder(str)
     compute.loader_threads = 2
     return c

@@ -9,8 +9,8 @@ and of what the backward pass needs. A single combination that does not fit is r
 Rules, in this order:
   * the batch is split over all devices, whatever the axes are called;
   * experts are spread over an axis inside a node or slice where their weights are large: at width
-    1280, or width 640 with 32 experts or more; not dropless ones, whose weights would travel;
-  * "fsdp" is as small, and remat off, as long as it fits; fsdp stays inside a node or slice.
+    1280, or width 640 with 32 experts or more;
+  * "fsdp" is as small, and as little recomputed, as fits; fsdp stays inside a node or slice.
 """
 
 import argparse
@@ -24,12 +24,22 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import (
+    PRECISIONS,
+    SIZES,
+    EncoderSpec,
+    Execution,
+    ExpertChoice,
+    Soft,
+    TopK,
+)
 from moe_ablm.training.memory import abstract_mesh, activation_bytes, state_bytes
 
 GIB = 1 << 30
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
 SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
+# remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
+REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
 ROUTERS = ("none", "top2", "top2-capacity", "expert_choice", "soft")
 
 GPU_FLAGS = (
@@ -114,7 +124,7 @@ class Plan:
     Attributes:
       data, expert, fsdp: the mesh.
       rows: of a micro-batch, a device.
-      remat: whether layers are recomputed in the backward pass.
+      remat: what the backward pass recomputes (`Execution.remat`).
       state: parameters, moments (and average).
       gradients: as large as the parameters.
       activations: kept for the backward pass, with those of a layer that is being worked on.
@@ -126,7 +136,7 @@ class Plan:
     expert: int
     fsdp: int
     rows: int
-    remat: bool
+    remat: str
     state: int
     gradients: int
     activations: int
@@ -170,7 +180,7 @@ def plan(spec: EncoderSpec, where: Hardware, batch: int, length: int, accumulate
         )
     expert = _expert_axis(spec, where)
     widths = [n for n in (1, 2, 4, 8) if (where.near // expert) % n == 0]
-    for remat in (False, True):
+    for remat in REMAT[where.kind]:
         for fsdp in widths:
             found = _weigh(spec, where, rows // where.devices, length, (expert, fsdp), remat)
             if found.fits:
@@ -178,15 +188,13 @@ def plan(spec: EncoderSpec, where: Hardware, batch: int, length: int, accumulate
     raise UserError(
         f"it does not fit {where.name}: {found.total / GIB:.1f} GiB a device, of "
         f"{USABLE * where.memory / GIB:.1f} that can be used, with {found.rows} rows, fsdp={fsdp} "
-        "and remat: use more devices, train.accumulate, or a smaller batch"
+        "and full remat: use more devices, train.accumulate, or a smaller batch"
     )
 
 
 def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
     moe = spec.moe
-    stay = moe.router == "soft" or moe.limit is not None  # rows travel to them
-    large = spec.d_model >= 1280 or (spec.d_model >= 640 and moe.experts >= 32)
-    if moe.router == "none" or not (stay and large):
+    if moe is None or not (spec.d_model >= 1280 or (spec.d_model >= 640 and moe.experts >= 32)):
         return 1
     return gcd(moe.experts, where.near, 8)
 
@@ -197,16 +205,16 @@ def _weigh(
     rows: int,
     length: int,
     axes: tuple[int, int],
-    remat: bool,
+    remat: str,
 ) -> Plan:
     """What a device holds with one choice of axes (expert, fsdp) and remat."""
     expert, fsdp = axes
     data = where.devices // (expert * fsdp)
     precision = "bfloat16" if where.kind != "cpu" else "float32"
-    execution = Execution(*PRECISIONS[precision], scan=where.kind != "cpu", remat=remat)
+    execution = Execution(*PRECISIONS[precision], remat=remat, backend=where.kind)
     params, state = state_bytes(spec, abstract_mesh(data, expert, fsdp))
     kept, _ = activation_bytes(spec, execution, length)
-    _, layer = activation_bytes(spec, replace(execution, remat=False), length)
+    _, layer = activation_bytes(spec, replace(execution, remat="none"), length)
     whole = state_bytes(spec, abstract_mesh(1, expert, 1))[0]  # rows travel to spread experts
     gathered = 2 * whole // spec.layers if fsdp > 1 else 0  # and the next layer's, meanwhile
     activations = rows * (kept + layer)
@@ -220,11 +228,11 @@ def encoder(size: str, router: str, experts: int) -> EncoderSpec:
       UserError: it is none.
     """
     moes = {
-        "none": MoESpec(),
-        "top2": MoESpec("topk", experts=experts),
-        "top2-capacity": MoESpec("topk", experts=experts, capacity=1.25),
-        "expert_choice": MoESpec("expert_choice", experts=experts),
-        "soft": MoESpec("soft", experts=experts),
+        "none": None,
+        "top2": TopK(experts=experts),
+        "top2-capacity": TopK(experts=experts, capacity=1.25),
+        "expert_choice": ExpertChoice(experts=experts),
+        "soft": Soft(experts=experts),
     }
     if size not in SIZES or router not in moes:
         raise UserError(
@@ -247,8 +255,7 @@ def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
         numbers = [f"{part / GIB:.2f}" for part in parts]
         mesh = f"{found.data} x {found.expert} x {found.fsdp}"
         limit = f"{USABLE * found.hardware.memory / GIB:.0f}"
-        remat = "yes" if found.remat else "no"
-        made.add_row(name, size, router, mesh, str(found.rows), remat, *numbers, limit)
+        made.add_row(name, size, router, mesh, str(found.rows), found.remat, *numbers, limit)
     return made
 
 

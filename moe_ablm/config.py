@@ -21,14 +21,13 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import (
     ACTIVATIONS,
-    GATES,
-    GROUPS,
+    FAMILIES,
     PRECISIONS,
-    ROUTERS,
+    REMAT,
     SIZES,
-    TOKEN_ROUTERS,
     EncoderSpec,
-    MoESpec,
+    Router,
+    TokenChoice,
 )
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
 
@@ -49,6 +48,77 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The section `model.moe`: one flat list of keys for all router families, as on disk."""
+
+    router: str = "none"
+    experts: int = 8
+    k: int = 2
+    threshold: float = 0.7
+    exceed: bool = True
+    gate: str = "softmax"
+    renormalise: bool | None = None
+    capacity: float | None = None
+    group: str = "sequence"
+    slots: int = 64
+    l2: bool = False
+    l2_scale: float | None = None
+    ffn: int | None = None
+    widths: tuple[int, ...] | None = None
+    shared: int = 0
+    placement: str = "alternate"
+    first_dense: int = 1
+    pads: str = "excluded"
+    jitter: float = 0.0
+    balance_rate: float = 0.0
+    load_balance: float = 0.01
+    z_loss: float = 0.001
+    entropy_loss: float = 0.0
+
+    def spec(self) -> Router | None:
+        """The router family with the keys that it has; None: dense.
+
+        Raises:
+          UserError: a key is set that the family does not have.
+        """
+        if self.router == "none":
+            return None
+        family = FAMILIES[self.router]
+        owned = {f.name for f in dataclasses.fields(family)}
+        for key, reason in REFUSED.items():
+            default = getattr(MoEConfig, key)
+            if key not in owned and getattr(self, key) != default:
+                raise UserError(
+                    f"config.model.moe.{key}={getattr(self, key)!r}: expected {default!r} with "
+                    f"model.moe.router={self.router!r}{reason}"
+                )
+        _choice("model.moe.gate", self.gate, family.gates)
+        return family(**{key: getattr(self, key) for key in owned})
+
+    @classmethod
+    def of(cls, spec: Router | None) -> "MoEConfig":
+        """The flat section of a router; keys that its family does not have keep their defaults."""
+        if spec is None:
+            return cls()
+        return cls(router=spec.name, **dataclasses.asdict(spec))
+
+
+# keys that must not be set where a family does not have them, and why; all others are ignored there
+REFUSED = {
+    "widths": ", whose experts all do equal work; unequal ones need "
+    + ", ".join(n for n, family in FAMILIES.items() if issubclass(family, TokenChoice)),
+    "balance_rate": ", which is balanced by construction",
+    "capacity": ", which has no queues",
+    "group": ", where antibodies never meet",
+    "pads": "",
+    "jitter": ": tokens of an antibody would be routed apart",
+    "exceed": "",
+    "l2": "",
+    "l2_scale": "",
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     size: str
     layers: int | None
@@ -58,7 +128,10 @@ class ModelConfig:
     token_dropout: bool
     activation: str
     tied: bool
-    moe: MoESpec
+    attention_dropout: float
+    hidden_dropout: float
+    embedding_dropout: float
+    moe: MoEConfig
 
     def spec(self) -> EncoderSpec:
         """The encoder that this section describes."""
@@ -78,7 +151,10 @@ class ModelConfig:
             token_dropout=self.token_dropout,
             activation=self.activation,
             tied=self.tied,
-            moe=self.moe,
+            moe=self.moe.spec(),
+            attention_dropout=self.attention_dropout,
+            hidden_dropout=self.hidden_dropout,
+            embedding_dropout=self.embedding_dropout,
         )
 
 
@@ -120,7 +196,7 @@ class MeshConfig:
 class ComputeConfig:
     precision: str
     scan: bool | None
-    remat: bool
+    remat: str | None
     loader_threads: int
 
 
@@ -139,8 +215,24 @@ class Config:
     compute: ComputeConfig
 
 
-# keys of later versions, with what earlier ones did: a run that leaves them so is the same run
-LATER = {"config.model.moe.exceed": True, "config.train.init": None, "config.train.freeze": 0}
+DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
+
+
+def _earlier_l2_scale(moe: Mapping[str, Any]) -> float | None:
+    return 1.0 if moe.get("l2") else None
+
+
+# keys of later versions, with what earlier ones did (a value, or a function of the section): a run
+# that leaves them so is the same run
+LATER: dict[str, Any] = {
+    "config.model.moe.exceed": True,
+    "config.model.moe.l2_scale": _earlier_l2_scale,
+    **{f"config.model.{name}": 0.0 for name in DROPOUTS},
+    "config.train.init": None,
+    "config.train.freeze": 0,
+}
+# keys that were switches: what False and True meant
+EARLIER_BOOLEANS = {"config.compute.remat": ("none", "full")}
 # hardware, and what is only seen of a run; datasets and what the run starts from count by their
 # content, not by their paths
 OUTSIDE_IDENTITY = (
@@ -170,25 +262,35 @@ def encoder_of_run(model: Mapping[str, Any]) -> EncoderSpec:
     if not isinstance(model, Mapping) or not isinstance(model.get("moe", {}), Mapping):
         raise UserError("config.model: expected a section with keys")
     later = {"activation": EncoderSpec.activation, "tied": EncoderSpec.tied}
-    moe = dataclasses.asdict(MoESpec()) | dict(model.get("moe", {}))
+    stored = dict(model.get("moe", {}))
+    moe = dataclasses.asdict(MoEConfig()) | {"l2_scale": _earlier_l2_scale(stored)} | stored
     config = _build(ModelConfig, later | dict(model) | {"moe": moe}, "config.model")
     _check_model(config)
     return config.spec()
 
 
+def encoder_to_mapping(spec: EncoderSpec) -> dict[str, Any]:
+    """Plain nested dict of an encoder, as written to `model.json`; dropout belongs to training."""
+    tree = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    moe = dataclasses.asdict(MoEConfig.of(spec.moe))
+    if moe["l2_scale"] == _earlier_l2_scale(moe):
+        del moe["l2_scale"]
+    return {k: v for k, v in tree.items() if k not in DROPOUTS} | {"moe": moe}
+
+
 def encoder_from_mapping(tree: Mapping[str, Any]) -> EncoderSpec:
-    """An encoder from the nested dict that `dataclasses.asdict` makes of it, checked.
+    """An encoder from `encoder_to_mapping`, checked.
 
     Raises:
       UserError: a key is unknown or missing, or a value wrong.
     """
-    spec = _build(EncoderSpec, tree, "encoder")
-    sizes = (spec.layers, spec.d_model, spec.ffn, spec.heads)
-    given = (spec.token_dropout, spec.activation, spec.tied, spec.moe)
-    _check_model(ModelConfig("stored", *sizes, *given))
-    _require(spec.vocabulary == EncoderSpec.vocabulary, "model.vocabulary", spec.vocabulary,
+    tree = dict(tree)
+    vocabulary = tree.pop("vocabulary", None)
+    _require(vocabulary == EncoderSpec.vocabulary, "model.vocabulary", vocabulary,
              f"{EncoderSpec.vocabulary}, ESM-2's")  # fmt: skip
-    return spec
+    model = _build(ModelConfig, {"size": "stored", **tree}, "config.model")
+    _check_model(model)
+    return model.spec()
 
 
 def to_dict(config: Config) -> dict:
@@ -207,13 +309,24 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def identity(config: Config, dataset: str) -> dict[str, Any]:
     """The part of a config that decides the result, flat, with the dataset's content hash."""
+    tree = to_dict(config)
     kept = {
         key: value
-        for key, value in flatten(to_dict(config)).items()
+        for key, value in flatten(tree).items()
         if not any(key == out or key.startswith(f"{out}.") for out in OUTSIDE_IDENTITY)
-        and (f"config.{key}" not in LATER or value != LATER[f"config.{key}"])
+        and (f"config.{key}" not in LATER or value != _earlier(f"config.{key}", tree))
     }
     return kept | {"dataset": dataset}
+
+
+def _earlier(name: str, tree: Mapping[str, Any]) -> Any:
+    """What versions did that did not have the key `name`; `tree` is the whole config."""
+    value = LATER[name]
+    if not callable(value):
+        return value
+    for part in name.split(".")[1:-1]:
+        tree = tree[part]
+    return value(tree)
 
 
 def fingerprint(config: Config, dataset: str) -> str:
@@ -257,8 +370,11 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             raise UserError(f"{where}.{key} is not a config key{near}")
     values = {}
     for name, kind in fields.items():
+        if isinstance(tree.get(name), bool) and f"{where}.{name}" in EARLIER_BOOLEANS:
+            tree[name] = EARLIER_BOOLEANS[f"{where}.{name}"][tree[name]]
         if name not in tree and f"{where}.{name}" in LATER:
-            tree[name] = LATER[f"{where}.{name}"]
+            value = LATER[f"{where}.{name}"]
+            tree[name] = value(tree) if callable(value) else value
         if name not in tree:
             raise UserError(f"{where}.{name} is missing: start from configs/base.py")
         if dataclasses.is_dataclass(kind):
@@ -314,6 +430,8 @@ def _check(c: Config) -> None:
     _check_data(c.data)
     _choice("train.schedule", c.train.schedule, SCHEDULES)
     _choice("compute.precision", c.compute.precision, ("auto", *PRECISIONS))
+    if c.compute.remat is not None:
+        _choice("compute.remat", c.compute.remat, REMAT)
     _require(0 <= c.seed < 2**32, "seed", c.seed, "0 to 2^32 - 1")
     _require(0 < c.data.mask_rate < 1, "data.mask_rate", c.data.mask_rate, "between 0 and 1")
     for name in ("data.length", "data.simulated_pairs", "train.steps", "train.batch",
@@ -334,7 +452,8 @@ def _check(c: Config) -> None:
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
              f"a divisor of train.batch ({c.train.batch})")  # fmt: skip
     _check_model(c.model)
-    layers = c.model.spec().layers
+    spec = c.model.spec()
+    layers = spec.layers
     _require(0 <= c.train.freeze <= layers, "train.freeze", c.train.freeze,
              f"0 (off) to the number of layers ({layers})")  # fmt: skip
     _require(not (c.train.freeze and c.model.moe.balance_rate), "model.moe.balance_rate",
@@ -372,7 +491,9 @@ def _check_model(m: ModelConfig) -> None:
             f"{', '.join(SIZES)}, or another name with model.layers, d_model, ffn and heads given"
         )
     _choice("model.activation", m.activation, ACTIVATIONS)
-    _choice("model.moe.router", m.moe.router, ROUTERS)
+    _choice("model.moe.router", m.moe.router, ("none", *FAMILIES))
+    for name in DROPOUTS:
+        _require(0 <= getattr(m, name) < 1, f"model.{name}", getattr(m, name), "0 (off) to below 1")
     spec = m.spec()
     for name in ("layers", "d_model", "ffn", "heads"):
         _require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
@@ -382,58 +503,19 @@ def _check_model(m: ModelConfig) -> None:
         )
     _require(spec.head_dim % 2 == 0, "model.heads", spec.heads,
              f"an even head width, not d_model / heads = {spec.head_dim}")  # fmt: skip
-    if m.moe.router != "none":
-        _check_moe(spec)
+    if spec.moe:
+        _check_moe(spec, spec.moe)
 
 
-def _check_moe(spec: EncoderSpec) -> None:
-    m = spec.moe
-    _choice("model.moe.group", m.group, GROUPS)
-    _choice("model.moe.gate", m.gate, GATES)
-    for name in ("experts", "k", "slots"):
-        _require(getattr(m, name) > 0, f"model.moe.{name}", getattr(m, name), "a positive number")
-    for name in ("shared", "first_dense", "balance_rate", "load_balance", "z_loss", "entropy_loss"):
-        _require(getattr(m, name) >= 0, f"model.moe.{name}", getattr(m, name), "0 or more")
-    _require(m.k <= m.experts, "model.moe.k", m.k, f"1 to model.moe.experts ({m.experts})")
-    _require(0 < m.threshold <= 1, "model.moe.threshold", m.threshold, "above 0, at most 1")
-    _require(0 <= m.jitter < 1, "model.moe.jitter", m.jitter, "0 (off) to below 1")
-    _require(m.ffn is None or m.ffn > 0, "model.moe.ffn", m.ffn, "a positive number or None")
-    _require(m.capacity is None or m.capacity > 0, "model.moe.capacity", m.capacity,
-             "more than 0, which would give the experts no slot; or None (dropless)")  # fmt: skip
-    _check_combination(m)
-    if m.widths is not None:
-        _require(len(m.widths) == m.experts and min(m.widths) > 0, "model.moe.widths", m.widths,
-                 f"a positive width for each of model.moe.experts ({m.experts})")  # fmt: skip
+def _check_moe(spec: EncoderSpec, moe: Router) -> None:
+    for key, expected in moe.problems():
+        _require(False, f"model.moe.{key}", getattr(moe, key), expected)
     try:
-        m.policies()
         layers = spec.moe_layers
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     if not layers:
         raise UserError(
-            f"config.model.moe: placement={m.placement!r} with first_dense={m.first_dense} "
+            f"config.model.moe: placement={moe.placement!r} with first_dense={moe.first_dense} "
             f"leaves none of the {spec.layers} layers to experts; use router='none' or change them"
         )
-
-
-def _check_combination(m: MoESpec) -> None:
-    """What one router can do and another cannot."""
-    router = f"with model.moe.router={m.router!r}"
-    token_choice = m.router in TOKEN_ROUTERS
-    _require(m.widths is None or token_choice, "model.moe.widths", m.widths,
-             f"None {router}, whose experts all do equal work; "
-             f"unequal ones need {', '.join(TOKEN_ROUTERS)}")  # fmt: skip
-    _require(not m.balance_rate or token_choice, "model.moe.balance_rate", m.balance_rate,
-             f"0 {router}, which is balanced by construction")  # fmt: skip
-    _require(m.capacity is None or m.router not in ("soft", "sequence"), "model.moe.capacity",
-             m.capacity, f"None {router}, which has no queues")  # fmt: skip
-    _require(m.group == "sequence" or m.router not in ("soft", "sequence"), "model.moe.group",
-             m.group, f"'sequence' {router}, where antibodies never meet")  # fmt: skip
-    _require(m.pads == "excluded" or m.router not in ("soft", "sequence"), "model.moe.pads",
-             m.pads, f"'excluded' {router}")  # fmt: skip
-    _require(not m.jitter or m.router != "sequence", "model.moe.jitter", m.jitter,
-             f"0 {router}: tokens of an antibody would be routed apart")  # fmt: skip
-    _require(m.exceed or m.router == "topp", "model.moe.exceed", m.exceed, f"True {router}")
-    _require(m.gate != "tokens" or m.router == "expert_choice", "model.moe.gate", m.gate,
-             f"softmax or sigmoid {router}, where tokens choose")  # fmt: skip
-    _require(not m.l2 or m.router == "soft", "model.moe.l2", m.l2, f"False {router}")

@@ -23,6 +23,7 @@ from moe_ablm.data.mixture import (
 from moe_ablm.data.sequences import Sequences
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
+from moe_ablm.model.spec import Row
 
 EVALUATION_SEED = 20_240_601  # of the validation masks: the same for every run, whatever its seed
 EVALUATION_MASK_RATE = 0.15
@@ -70,6 +71,11 @@ class Feed:
         """
         names = [dataset.identity for dataset in self._datasets] + [self._start] * bool(self._start)
         return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
+
+    @property
+    def row(self) -> Row:
+        """Shape of the training rows, from which FLOPs follow."""
+        return Row(*self.mixture.row_means, packed=self.mixture.batching.kind == "packed")
 
     def train_batches(self, first_step: int) -> Iterator[Batch]:
         """This process's rows of the batches of `first_step` and later.

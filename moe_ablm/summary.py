@@ -18,12 +18,25 @@ class Record:
     """What must survive a restart beside the arrays; saved with every checkpoint."""
 
     tokens_seen: int = 0
+    # where the number of a token's experts varies: how many computed, over how many tokens
+    choices: float = 0.0
+    choices_of: int = 0
     best_loss: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0
     collapsed: bool = False  # and given up
     evaluation: dict[str, Any] = field(default_factory=dict)  # of the newest, with its "step"
     stability: dict[str, Any] = field(default_factory=dict)  # state of the stability watch
+
+    def count_choices(self, choices: float, tokens: int) -> None:
+        """Counts an update of `tokens` that had so many experts on average."""
+        self.choices += choices * tokens
+        self.choices_of += tokens
+
+    @property
+    def mean_choices(self) -> float | None:
+        """Experts that computed for a token on average; None: not counted."""
+        return self.choices / self.choices_of if self.choices_of else None
 
 
 def run_summary(
@@ -46,23 +59,24 @@ def run_summary(
       tokens_per_second: mean of this process.
       train_loss: mean of the last logged training losses.
     """
-    spec, moe = config.model.spec(), config.model.moe
-    per_token = flops.train_flops_per_token(spec, feed.mixture.tokens_per_sequence)
+    spec = config.model.spec()
+    per_token = flops.train_flops_per_token(spec, feed.row, record.mean_choices)
     return {
         "fingerprint": configs.fingerprint(config, feed.identity),
         "status": status,
         "step": int(state.step),
         "params_sha256": params_sha256(state.params),
         "params_total": flops.params_total(spec),
-        "params_active": flops.params_active(spec),
+        "params_active": flops.params_active(spec, record.mean_choices),
         "unique_tokens": feed.unique_tokens,
         "tokens_seen": record.tokens_seen,
         "flops": record.tokens_seen * per_token,
         "seed": config.seed,
         "size": config.model.size,
         "data_fraction": config.data.fraction,
-        "router": moe.router,
-        "experts": moe.experts if moe.router != "none" else 1,
+        "router": config.model.moe.router,
+        "experts": spec.moe.experts if spec.moe else 1,
+        "choices": record.mean_choices,
         "train_loss_final": train_loss,
         "valid_loss_final": record.evaluation.get("loss"),
         "valid_loss_best": record.best_loss,

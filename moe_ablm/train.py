@@ -114,8 +114,10 @@ def make_execution(config: Config) -> Execution:
     c = config.compute
     precision = default_precision() if c.precision == "auto" else c.precision
     activations, operands = PRECISIONS[precision]
-    scan = jax.default_backend() != "cpu" if c.scan is None else c.scan
-    return Execution(activations, operands, scan, c.remat)
+    backend = jax.default_backend()
+    scan = backend != "cpu" if c.scan is None else c.scan
+    remat = c.remat or ("none" if backend == "cpu" else "matmuls")
+    return Execution(activations, operands, scan, remat, backend)
 
 
 def _check_divides(config: Config, mesh: Mesh) -> None:
@@ -126,8 +128,8 @@ def _check_divides(config: Config, mesh: Mesh) -> None:
             f"of {rows} rows cannot be split over {mesh.size} devices: use a multiple of "
             f"{mesh.size * config.train.accumulate}"
         )
-    moe, ways = config.model.moe, config.mesh.expert
-    if moe.router != "none" and moe.experts % ways:
+    moe, ways = config.model.spec().moe, config.mesh.expert
+    if moe and moe.experts % ways:
         raise UserError(
             f"config.mesh.expert={ways} does not divide config.model.moe.experts={moe.experts}"
         )
@@ -142,15 +144,13 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec, self.start = config.model.spec(), start
         self.execution = make_execution(config)
-        length = feed.mixture.tokens_per_sequence
-        self.flops_per_token = flops.train_flops_per_token(self.spec, length)
         self.optimizer = make_optimizer(config.train)
         self.schedule = make_schedule(config.train)
         definition = states.make_definition(self.spec, self.execution)
         train_step = make_train_step(
             definition,
             self.optimizer,
-            config.model.moe,
+            self.spec,
             config.train.accumulate,
             config.train.ema,
             config.seed,
@@ -159,8 +159,7 @@ class Trainer:
         self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
-        moe, layers = config.model.moe, self.spec.moe_layers
-        self.watch = StabilityWatch(moe, layers, config.train.warmup)
+        self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
         self.clock = Clock()
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
@@ -240,12 +239,15 @@ class Trainer:
                 raise Diverged(f"step {step}: {name} is {float(value)}")
         tokens = int(metrics.tokens)
         self.record.tokens_seen += tokens
+        if self.spec.moe and self.spec.moe.token_choice and self.spec.moe.varying:
+            self.record.count_choices(float(metrics.router.choices.mean()), tokens)
         self.watch.update(step, losses["loss"], metrics.router)
         speed = self.clock.tick(tokens)
         self.progress.update(step, losses["loss"], speed)
         if step % self.config.log.every and step != self.config.train.steps:
             return
-        flop_rate = speed * self.flops_per_token
+        per_token = flops.train_flops_per_token(self.spec, self.feed.row, self.record.mean_choices)
+        flop_rate = speed * per_token
         values = losses | norms | {
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_seen": self.record.tokens_seen,

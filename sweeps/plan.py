@@ -22,6 +22,7 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
+from moe_ablm.model.spec import Row
 from sweeps.grid import Point
 from sweeps.planned import Planned
 from sweeps.study import Recipe
@@ -103,7 +104,7 @@ def _planned(
     fingerprint = configs.fingerprint(config, data.identity)
     name = re.sub(r"[^A-Za-z0-9.=-]", ".", label)[:_NAME].strip(".-=") + f"-{fingerprint[:8]}"
     workdir = out.resolve() / name
-    spec, moe = config.model.spec(), config.model.moe
+    spec = config.model.spec()
     tokens = data.tokens_per_step * config.train.steps
     cell = Cell(
         name=name,
@@ -111,7 +112,7 @@ def _planned(
         workdir=workdir,
         fingerprint=fingerprint,
         tokens=tokens,
-        flops=tokens * flops.train_flops_per_token(spec, data.tokens_per_sequence),
+        flops=tokens * flops.train_flops_per_token(spec, data.row),
     )
     return Planned(
         cell=cell,
@@ -120,8 +121,8 @@ def _planned(
         seed=config.seed,
         params_total=flops.params_total(spec),
         params_active=flops.params_active(spec),
-        experts=moe.experts if moe.router != "none" else 1,
-        router=moe.router,
+        experts=spec.moe.experts if spec.moe else 1,
+        router=config.model.moe.router,
         unique_tokens=data.unique_tokens,
     )
 
@@ -141,7 +142,7 @@ def _require_apart(own: Mapping[str, object], extra: Sequence[str]) -> None:
 class _Data:
     identity: str
     unique_tokens: int
-    tokens_per_sequence: float
+    row: Row
     tokens_per_step: float
 
 
@@ -154,7 +155,7 @@ def _data(config: Config) -> _Data:
     return _Data(
         identity=feed.identity,
         unique_tokens=feed.unique_tokens,
-        tokens_per_sequence=feed.mixture.tokens_per_sequence,
+        row=feed.row,
         tokens_per_step=feed.mixture.epochs(steps) * feed.unique_tokens / steps,
     )
 

@@ -16,25 +16,25 @@ from flax import nnx
 
 from moe_ablm.model import dispatch, experts, grouped, layers, linear, moe, routers, routing
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, ExpertChoice, Sequence, Soft, TopK, TopP
 
 D, F, E = 6, 8, 4
 CAPACITY = {"experts": E, "capacity": 0.75}
 BLOCKS = {
-    "top1": MoESpec("topk", experts=E, k=1),
-    "topk": MoESpec("topk", experts=E),
-    "topk capacity": MoESpec("topk", **CAPACITY),
-    "topk sigmoid": MoESpec("topk", experts=E, gate="sigmoid", renormalise=False, balance_rate=0.1),
-    "topk batch": MoESpec("topk", group="batch", **CAPACITY),
-    "topp": MoESpec("topp", experts=E, k=3, threshold=0.6),
-    "topp capacity": MoESpec("topp", experts=E, k=3, threshold=0.9, renormalise=True, capacity=0.5),
-    "expert choice": MoESpec("expert_choice", experts=E),
-    "expert choice batch": MoESpec("expert_choice", group="batch", **CAPACITY),
-    "soft": MoESpec("soft", experts=E, slots=3),
-    "soft l2": MoESpec("soft", experts=E, slots=3, l2=True),
-    "sequence": MoESpec("sequence", experts=E),
-    "shared": MoESpec("topk", shared=2, **CAPACITY),
-    "unequal": MoESpec("topk", widths=(4, 8, 12, 4), shared=1, **CAPACITY),
+    "top1": TopK(experts=E, k=1),
+    "topk": TopK(experts=E),
+    "topk capacity": TopK(**CAPACITY),
+    "topk sigmoid": TopK(experts=E, gate="sigmoid", renormalise=False, balance_rate=0.1),
+    "topk batch": TopK(group="batch", **CAPACITY),
+    "topp": TopP(experts=E, k=3, threshold=0.6),
+    "topp capacity": TopP(experts=E, k=3, threshold=0.9, renormalise=True, capacity=0.5),
+    "expert choice": ExpertChoice(experts=E),
+    "expert choice batch": ExpertChoice(group="batch", **CAPACITY),
+    "soft": Soft(experts=E, slots=3),
+    "soft l2": Soft(experts=E, slots=3, l2=True),
+    "sequence": Sequence(experts=E),
+    "shared": TopK(shared=2, **CAPACITY),
+    "unequal": TopK(widths=(4, 8, 12, 4), shared=1, **CAPACITY),
 }
 SWIGLU = ("shared", "unequal")
 ALONE = tuple(name for name in BLOCKS if "batch" not in name)  # no antibody sees another

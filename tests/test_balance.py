@@ -10,13 +10,13 @@ from flax import nnx
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.routers import Tokens, route
 from moe_ablm.model.routing import load_entropy, summarise
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, TopK
 from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.state import TrainState
 from moe_ablm.training.step import make_train_step
 
-SPARSE = MoESpec("topk", experts=4, balance_rate=0.125, placement="every", first_dense=0)
+SPARSE = TopK(experts=4, balance_rate=0.125, placement="every", first_dense=0)
 
 
 def balances(params: nnx.State) -> dict[tuple, np.ndarray]:
@@ -63,7 +63,7 @@ def test_a_biased_router_becomes_balanced():
     """A router that likes expert 0 best: its gates stay, its load evens out."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((4, 64, 4)) + [1.5, 0.5, 0, -1], jnp.float32)
-    moe, rate = MoESpec("topk", experts=4, k=1, balance_rate=0.02), 0.02
+    moe, rate = TopK(experts=4, k=1, balance_rate=0.02), 0.02
     tokens = Tokens(jnp.ones((4, 64), bool))
 
     @jax.jit

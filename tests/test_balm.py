@@ -14,7 +14,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import export_balm
 from moe_ablm.interop.balm_config import BALM_VOCABULARY
 from moe_ablm.interop.directory import import_directory
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import ExpertChoice, Soft, TopK, TopP
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEPT = np.array([VOCABULARY.index(token) for token in BALM_VOCABULARY])  # our ids of BALM's tokens
@@ -151,10 +151,10 @@ def test_a_round_trip_is_bitwise(tmp_path, name):
 
 OURS = {
     "dense, tied": {},
-    "top-2": {"moe": MoESpec("topk", experts=4)},
-    "shared": {"moe": MoESpec("topk", experts=4, shared=2, ffn=8, placement="every")},
-    "unequal": {"moe": MoESpec("topk", experts=3, widths=(8, 24, 16), shared=1)},
-    "every other": {"layers": 5, "moe": MoESpec("topk", experts=2, placement="2,4")},
+    "top-2": {"moe": TopK(experts=4)},
+    "shared": {"moe": TopK(experts=4, shared=2, ffn=8, placement="every")},
+    "unequal": {"moe": TopK(experts=3, widths=(8, 24, 16), shared=1)},
+    "every other": {"layers": 5, "moe": TopK(experts=2, placement="2,4")},
 }
 
 
@@ -175,19 +175,19 @@ def test_models_of_ours_go_out_and_come_back(tmp_path, name, activation):
 NO_PLACE = {
     "token dropout": ({}, "token dropout.*--format hf"),
     "token dropout, experts": (
-        {"token_dropout": True, "moe": MoESpec("topk", experts=4)},
+        {"token_dropout": True, "moe": TopK(experts=4)},
         "train with model.token_dropout=False",
     ),
     "separator": ({"token_dropout": False, "layout": "sep"}, "<null_1> between chains"),
-    "soft": ({"moe": MoESpec("soft", experts=2, slots=2)}, "router soft"),
-    "top-1": ({"moe": MoESpec("topk", experts=2, k=1)}, "not renormalised"),
-    "top-p": ({"moe": MoESpec("topp", experts=2)}, "counts the expert"),
-    "top-p of k": ({"moe": MoESpec("topp", experts=4, exceed=False)}, "at most k experts"),
-    "expert choice": ({"moe": MoESpec("expert_choice", experts=2)}, "no softmax over tokens"),
-    "sigmoid": ({"moe": MoESpec("topk", experts=2, gate="sigmoid")}, "sigmoid gates"),
-    "balance": ({"moe": MoESpec("topk", experts=2, balance_rate=0.1)}, "auxiliary-loss-free"),
-    "placement": ({"layers": 5, "moe": MoESpec("topk", experts=2, placement="1,4")}, "layers 1, 4"),
-    "few": ({"layers": 5, "moe": MoESpec("topk", experts=2, placement="1,2")}, "layers 1, 2"),
+    "soft": ({"moe": Soft(experts=2, slots=2)}, "router soft"),
+    "top-1": ({"moe": TopK(experts=2, k=1)}, "not renormalised"),
+    "top-p": ({"moe": TopP(experts=2)}, "counts the expert"),
+    "top-p of k": ({"moe": TopP(experts=4, exceed=False)}, "at most k experts"),
+    "expert choice": ({"moe": ExpertChoice(experts=2)}, "no softmax over tokens"),
+    "sigmoid": ({"moe": TopK(experts=2, gate="sigmoid")}, "sigmoid gates"),
+    "balance": ({"moe": TopK(experts=2, balance_rate=0.1)}, "auxiliary-loss-free"),
+    "placement": ({"layers": 5, "moe": TopK(experts=2, placement="1,4")}, "layers 1, 4"),
+    "few": ({"layers": 5, "moe": TopK(experts=2, placement="1,2")}, "layers 1, 2"),
 }
 
 

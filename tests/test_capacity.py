@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moe_ablm.model.capacity import capacity, place_in_queue, places, tokens_of_antibody
-from moe_ablm.model.spec import MoESpec
+
+from moe_ablm.model.spec import ExpertChoice, TopK
 
 places_found = jax.jit(place_in_queue)
 
@@ -28,18 +28,18 @@ places_found = jax.jit(place_in_queue)
     ],
 )
 def test_capacity_by_hand(limit, k, experts, tokens, expected):
-    spec = MoESpec("topk", experts=experts, k=k, capacity=limit)
+    spec = TopK(experts=experts, k=k, capacity=limit)
     assert capacity(tokens, spec) == expected
 
 
 def test_capacity_of_expert_choice_is_a_fair_share():
     """k * tokens / E by default (Zhou et al. 2022)."""
-    assert capacity(64, MoESpec("expert_choice", experts=8, k=2)) == 16
-    assert capacity(64, MoESpec("expert_choice", experts=8, k=2, capacity=0.5)) == 8
+    assert capacity(64, ExpertChoice(experts=8, k=2)) == 16
+    assert capacity(64, ExpertChoice(experts=8, k=2, capacity=0.5)) == 8
 
 
 def test_places_are_the_capacities_of_many():
-    spec = MoESpec("topk", experts=3, k=2, capacity=0.7)
+    spec = TopK(experts=3, k=2, capacity=0.7)
     counts = np.array([[0, 5], [9, 2]])
     found = places(jnp.asarray(counts), 9, spec)
     assert found.dtype == jnp.int32

@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 from test_optimizer import spec as optimizer_spec
 
-from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.model.spec import EncoderSpec, TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints, checksums
 from moe_ablm.training.optimizer import make_optimizer
 
-SPEC = EncoderSpec(2, 8, 16, 2, moe=MoESpec("topk", experts=4))
+SPEC = EncoderSpec(2, 8, 16, 2, moe=TopK(experts=4))
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moe_ablm.model.capacity import capacity
 
 from moe_ablm.model import flops
-from moe_ablm.model.capacity import capacity
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, TopK
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, global_batch, make_mesh
 from moe_ablm.training.losses import CELLS
 from moe_ablm.training.optimizer import make_optimizer
@@ -32,9 +32,9 @@ from moe_ablm.training.state import abstract_state, init_state, make_definition
 from moe_ablm.training.step import make_train_step
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]  # data, expert, fsdp
-TOPK = MoESpec("topk", experts=8, k=2)
+TOPK = TopK(experts=8, k=2)
 MOES = {
-    "none": MoESpec(),
+    "none": None,
     "dropless": TOPK,
     "capacity": replace(TOPK, capacity=1.0),
     "topp": replace(TOPK, router="topp", k=3, capacity=0.5),

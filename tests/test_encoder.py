@@ -14,7 +14,7 @@ from moe_ablm.interop.esm2 import params_from_huggingface
 from moe_ablm.model import flops
 from moe_ablm.model.attention import Packing
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, ExpertChoice, Soft, TopK
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # numel of `EsmForMaskedLM(config)` of transformers 5.23.0, and of its contact head, which is no
@@ -74,10 +74,10 @@ def test_parameter_counts_equal_those_of_huggingface(size):
 
 SPECS = {
     "dense": tiny_spec(),
-    "top1": tiny_spec(moe=MoESpec("topk", experts=4, k=1)),
-    "top2": tiny_spec(moe=MoESpec("topk", experts=4, k=2, placement="every", first_dense=0)),
-    "expert choice": tiny_spec(moe=MoESpec("expert_choice", experts=4)),
-    "soft": tiny_spec(tied=False, activation="swiglu", moe=MoESpec("soft", experts=4, slots=3)),
+    "top1": tiny_spec(moe=TopK(experts=4, k=1)),
+    "top2": tiny_spec(moe=TopK(experts=4, k=2, placement="every", first_dense=0)),
+    "expert choice": tiny_spec(moe=ExpertChoice(experts=4)),
+    "soft": tiny_spec(tied=False, activation="swiglu", moe=Soft(experts=4, slots=3)),
 }
 
 

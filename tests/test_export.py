@@ -13,7 +13,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.directory import import_directory
 from moe_ablm.interop.esm2 import export_esm2
 from moe_ablm.interop.saved import save_model
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import TopK
 
 FILES = ["README.md", "config.json", "model.safetensors", "special_tokens_map.json",
          "tokenizer_config.json", "vocab.txt"]  # fmt: skip
@@ -65,7 +65,7 @@ def test_the_tokenizer_files_hold_the_vocabulary(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"moe": MoESpec("topk", experts=4)}, "experts in layers 1.*--format balm"),
+        ({"moe": TopK(experts=4)}, "experts in layers 1.*--format balm"),
         ({"activation": "swiglu"}, "activation swiglu.*--format balm"),
     ],
 )

@@ -19,7 +19,7 @@ from moe_ablm.interop.card import model_card
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import Model, flat_arrays, save_model
 from moe_ablm.interop.start import require_same_function
-from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.optimizer import frozen_mask
 from moe_ablm.training.state import params_sha256
 
@@ -116,7 +116,7 @@ OTHERS = {
     "layers": (dataclasses.replace(SPEC, layers=3), "model.layers=2 .there 3"),
     "heads": (dataclasses.replace(SPEC, heads=4), "model.heads=2 .there 4"),
     "dropout": (dataclasses.replace(SPEC, token_dropout=False), "model.token_dropout=True"),
-    "dense": (dataclasses.replace(SPEC, moe=MoESpec()), "model.moe.router='topk' .there 'none'"),
+    "dense": (dataclasses.replace(SPEC, moe=None), "model.moe.router='topk' .there 'none'"),
     "k": (
         dataclasses.replace(SPEC, moe=dataclasses.replace(SPEC.moe, k=3)),
         "model.moe.k=2 .there 3",

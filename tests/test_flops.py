@@ -5,30 +5,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moe_ablm.model.ffn import FeedForward
+from moe_ablm.model.grouped import BLOCK, grouped_ffn
 
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.ffn import FeedForward
-from moe_ablm.model.grouped import BLOCK, grouped_ffn
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import (
+    SIZES,
+    EncoderSpec,
+    Execution,
+    ExpertChoice,
+    Sequence,
+    Soft,
+    TopK,
+    TopP,
+)
 
 MOES = {
-    "none": MoESpec(),
-    "top1 alternate": MoESpec("topk", experts=4, k=1),
-    "top2 every": MoESpec("topk", experts=8, k=2, placement="every", first_dense=0),
-    "top2 last": MoESpec("topk", experts=3, k=2, placement="last_2", first_dense=0),
-    "all of all": MoESpec("topk", experts=3, k=3, placement="1,2"),
-    "capacity": MoESpec("topk", experts=4, k=2, capacity=0.75),
-    "balanced": MoESpec("topk", experts=4, k=2, gate="sigmoid", balance_rate=0.1),
-    "shared": MoESpec("topp", experts=4, k=2, shared=2),
-    "unequal": MoESpec("topk", experts=4, k=2, widths=(8, 16, 24, 8), shared=1),
-    "narrow": MoESpec("topk", experts=4, k=2, ffn=7),
-    "expert choice": MoESpec("expert_choice", experts=4, k=2),
-    "expert choice half": MoESpec("expert_choice", experts=4, k=2, capacity=0.5),
-    "soft": MoESpec("soft", experts=4, slots=5),
-    "soft l2": MoESpec("soft", experts=4, slots=5, l2=True),
-    "sequence": MoESpec("sequence", experts=4, k=2),
+    "none": None,
+    "top1 alternate": TopK(experts=4, k=1),
+    "top2 every": TopK(experts=8, k=2, placement="every", first_dense=0),
+    "top2 last": TopK(experts=3, k=2, placement="last_2", first_dense=0),
+    "all of all": TopK(experts=3, k=3, placement="1,2"),
+    "capacity": TopK(experts=4, k=2, capacity=0.75),
+    "balanced": TopK(experts=4, k=2, gate="sigmoid", balance_rate=0.1),
+    "shared": TopP(experts=4, k=2, shared=2),
+    "unequal": TopK(experts=4, k=2, widths=(8, 16, 24, 8), shared=1),
+    "narrow": TopK(experts=4, k=2, ffn=7),
+    "expert choice": ExpertChoice(experts=4, k=2),
+    "expert choice half": ExpertChoice(experts=4, k=2, capacity=0.5),
+    "soft": Soft(experts=4, slots=5),
+    "soft l2": Soft(experts=4, slots=5, l2=True),
+    "sequence": Sequence(experts=4, k=2),
 }
 SPARSE = {"none": 0, "top2 every": 4}  # layers, else 2
 # experts that compute for an average token in training
@@ -84,12 +93,12 @@ def test_counts_by_hand():
 WIDE = {"layers": 1, "d_model": 1024, "ffn": 1024, "heads": 4}
 EVERY = {"placement": "every", "first_dense": 0, "experts": 4}
 COUNTED = {
-    "dense": (MoESpec(), False),
-    "topk": (MoESpec("topk", capacity=1.25, **EVERY), True),
-    "topp": (MoESpec("topp", capacity=0.5, shared=1, **EVERY), True),
-    "expert choice": (MoESpec("expert_choice", **EVERY), False),
-    "expert choice, small": (MoESpec("expert_choice", capacity=0.3, **EVERY), True),
-    "soft": (MoESpec("soft", slots=24, **EVERY), False),
+    "dense": (None, False),
+    "topk": (TopK(capacity=1.25, **EVERY), True),
+    "topp": (TopP(capacity=0.5, shared=1, **EVERY), True),
+    "expert choice": (ExpertChoice(**EVERY), False),
+    "expert choice, small": (ExpertChoice(capacity=0.3, **EVERY), True),
+    "soft": (Soft(slots=24, **EVERY), False),
 }
 
 
@@ -151,23 +160,23 @@ def _is_jaxpr(x) -> bool:
 
 # router, training, and assignments a token in the blocks of the dropless way (0: no loop)
 PROGRAMS = {
-    "none": (MoESpec(), False, 0),
-    "top1": (MoESpec("topk", experts=4, k=1), False, 1),
+    "none": (None, False, 0),
+    "top1": (TopK(experts=4, k=1), False, 1),
     "top2 every": (MOES["top2 every"], True, 2),
-    "top2 capacity": (MoESpec("topk", experts=4, capacity=1.25), True, 0),
-    "top2 capacity, inference": (MoESpec("topk", experts=4, capacity=1.25), False, 2),
-    "top2 batch": (MoESpec("topk", experts=4, capacity=0.5, group="batch"), True, 1),
-    "topp": (MoESpec("topp", experts=4, k=3), False, 3),  # at most
-    "topp capacity": (MoESpec("topp", experts=4, k=3, capacity=0.5), True, 0),
-    "shared": (MoESpec("topk", experts=4, shared=2), True, 2),
+    "top2 capacity": (TopK(experts=4, capacity=1.25), True, 0),
+    "top2 capacity, inference": (TopK(experts=4, capacity=1.25), False, 2),
+    "top2 batch": (TopK(experts=4, capacity=0.5, group="batch"), True, 1),
+    "topp": (TopP(experts=4, k=3), False, 3),  # at most
+    "topp capacity": (TopP(experts=4, k=3, capacity=0.5), True, 0),
+    "shared": (TopK(experts=4, shared=2), True, 2),
     # parts of 32: 1, 2, 3, 2, so 2 on average and 4 of a token's two experts
-    "unequal": (MoESpec("topk", experts=4, widths=(32, 64, 96, 64)), True, 4),
-    "expert choice": (MoESpec("expert_choice", experts=4, capacity=0.75), True, 0),
-    "expert choice, inference": (MoESpec("expert_choice", experts=4), False, 0),
-    "expert choice batch": (MoESpec("expert_choice", experts=4, group="batch"), True, 2),
-    "soft": (MoESpec("soft", experts=4, slots=5), True, 0),
-    "soft l2, inference": (MoESpec("soft", experts=4, slots=5, l2=True), False, 0),
-    "sequence": (MoESpec("sequence", experts=4), True, 2),
+    "unequal": (TopK(experts=4, widths=(32, 64, 96, 64)), True, 4),
+    "expert choice": (ExpertChoice(experts=4, capacity=0.75), True, 0),
+    "expert choice, inference": (ExpertChoice(experts=4), False, 0),
+    "expert choice batch": (ExpertChoice(experts=4, group="batch"), True, 2),
+    "soft": (Soft(experts=4, slots=5), True, 0),
+    "soft l2, inference": (Soft(experts=4, slots=5, l2=True), False, 0),
+    "sequence": (Sequence(experts=4), True, 2),
 }
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_ablm.model.ffn import ACTIVATE, HIDDEN
+from moe_ablm.model.grouped import BLOCK, MANY, block_rows, block_size, grouped_ffn, take_rows
 
 from moe_ablm.model import grouped
 from moe_ablm.model.experts import ExpertWeights
-from moe_ablm.model.ffn import ACTIVATE, HIDDEN
-from moe_ablm.model.grouped import BLOCK, MANY, block_rows, block_size, grouped_ffn, take_rows
 
 D, F, E = 6, 10, 3
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moe_ablm.model.ffn import FeedForward, gelu, swiglu
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.ffn import FeedForward, gelu, swiglu
 from moe_ablm.model.layers import INIT_STD, LayerNorm, Linear, constant, normal
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, Soft, TopK, TopP
 
 
 def test_normal_has_its_spread_letters_and_seed():
@@ -145,11 +145,9 @@ def test_feed_forward_is_linear_activation_linear(activation, halves):
     "spec",
     [
         EncoderSpec(2, 8, 20, 2),
-        EncoderSpec(2, 8, 20, 2, tied=False, moe=MoESpec("topk", experts=3, balance_rate=0.1)),
-        EncoderSpec(2, 8, 20, 2, moe=MoESpec("soft", experts=3, slots=5, l2=True)),
-        EncoderSpec(
-            2, 8, 20, 2, activation="swiglu", moe=MoESpec("topp", experts=3, ffn=11, shared=2)
-        ),
+        EncoderSpec(2, 8, 20, 2, tied=False, moe=TopK(experts=3, balance_rate=0.1)),
+        EncoderSpec(2, 8, 20, 2, moe=Soft(experts=3, slots=5, l2=True)),
+        EncoderSpec(2, 8, 20, 2, activation="swiglu", moe=TopP(experts=3, ffn=11, shared=2)),
     ],
     ids=["dense", "untied balanced", "soft l2", "swiglu shared"],
 )

@@ -14,7 +14,7 @@ from moe_ablm import config as configs
 from moe_ablm.errors import UserError
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import flat_arrays, read_model, save_model
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
@@ -143,7 +143,7 @@ def test_no_directory(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    model = random_model(moe=MoESpec("topk", experts=4, widths=(8, 16, 8, 8), shared=1))
+    model = random_model(moe=TopK(experts=4, widths=(8, 16, 8, 8), shared=1))
     model = replace(model, notes=("a note",))
     save_model(model, tmp_path / "saved")
     return model, tmp_path / "saved"

@@ -11,13 +11,13 @@ from conftest import REPO
 from launch import meshes
 from launch.meshes import encoder, hardware, plan
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import memory
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.state import init_state
 
-TINY = EncoderSpec(4, 16, 32, 2, moe=MoESpec("topk", experts=4))
+TINY = EncoderSpec(4, 16, 32, 2, moe=TopK(experts=4))
 
 
 @pytest.mark.parametrize(

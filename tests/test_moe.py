@@ -18,6 +18,7 @@ import moe_blocks
 import numpy as np
 import pytest
 from flax import nnx
+from moe_ablm.model.ffn import FeedForward
 from moe_blocks import (
     BLOCKS,
     COTANGENT,
@@ -34,9 +35,8 @@ from moe_blocks import (
     value_and_grad,
 )
 
-from moe_ablm.model.ffn import FeedForward
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, Soft, TopK
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, make_mesh
 
 FLOAT64 = Execution("float64", "float64")
@@ -132,7 +132,7 @@ def both_of(spec: EncoderSpec, other: EncoderSpec, training: bool):
 
 def test_one_expert_is_the_dense_ffn():
     """The gate of the only expert is 1; only padding differs, where the dense FFN computes too."""
-    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("topk", experts=1, k=1))
+    spec = EncoderSpec(1, D, F, 2, moe=TopK(experts=1, k=1))
     definition, params = block(spec)
     dense = FeedForward(EncoderSpec(1, D, F, 2), F, Execution(), nnx.Rngs(0))
     weights = {name: a[0] for name, a in named(params).items()}
@@ -181,7 +181,7 @@ def test_the_width_of_experts_can_be_their_own():
 
 def test_bfloat16_routes_in_float32():
     """Logits that bfloat16 cannot tell apart still decide."""
-    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("topk", experts=2, k=1))
+    spec = EncoderSpec(1, D, F, 2, moe=TopK(experts=2, k=1))
     moe = MoE(spec, Execution("bfloat16", "bfloat16"), nnx.Rngs(0))
     moe.router[...] = jnp.zeros((D, 2)).at[0].set(jnp.asarray([1.0, 1.0 + 2.0**-12]))
     x = jnp.ones((1, 2, D), jnp.bfloat16).at[0, 1, 0].set(-1.0)
@@ -194,7 +194,7 @@ def test_bfloat16_routes_in_float32():
 
 def test_jitter_is_noise_of_the_router_alone():
     """A factor within 1 +- jitter on what the router sees; by its key, and none without a key."""
-    spec = EncoderSpec(1, D, F, 2, moe=MoESpec("soft", experts=E, slots=3, jitter=0.5))
+    spec = EncoderSpec(1, D, F, 2, moe=Soft(experts=E, slots=3, jitter=0.5))
     definition, params = block(spec)
     moe = nnx.merge(definition, params)
     x, valid = jnp.asarray(X[:1], "f4"), jnp.ones((1, L), bool)

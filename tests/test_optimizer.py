@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, TopK
 from moe_ablm.training.optimizer import decay_mask, make_optimizer, make_schedule
 from moe_ablm.training.spec import OptimizerSpec
 
@@ -38,7 +38,7 @@ def test_no_warmup():
 
 
 def test_weights_decay_and_biases_and_norms_do_not():
-    moe = MoESpec("topk", experts=2, k=1)
+    moe = TopK(experts=2, k=1)
     encoder = Encoder(EncoderSpec(2, 8, 16, 2, moe=moe), Execution(), nnx.Rngs(0))
     params = nnx.split(encoder)[1]
     decayed, kept = set(), set()

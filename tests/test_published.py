@@ -3,12 +3,12 @@
 import itertools
 
 import pytest
+from moe_ablm.model.capacity import capacity
 
 from configs import balm_moe, soft_moe_protein
 from moe_ablm.config import Config, from_mapping
 from moe_ablm.errors import UserError
 from moe_ablm.model import flops
-from moe_ablm.model.capacity import capacity
 
 # What BALM's classes have: the sum over `parameters()`, and `count_parameters(only_active=True)`
 # (commit 36a8001, vocabulary 32)

@@ -13,7 +13,7 @@ from moe_blocks import gate_table, in_float64, jit
 from moe_ablm.model import routers
 from moe_ablm.model.routers import Tokens
 from moe_ablm.model.routing import summarise
-from moe_ablm.model.spec import TOKEN_ROUTERS, MoESpec
+from moe_ablm.model.spec import TOKEN_ROUTERS, ExpertChoice, TopK, TopP
 
 E = 4
 # probabilities of four tokens and two pads; the logits of token i are log p + SHIFT[i], so that
@@ -40,7 +40,7 @@ jitted = jit(plan_and_statistics, static_argnums=(2, 4))
 def route(spec, logits=LOGITS, valid=VALID, training=False, antibody=None, balance=None):
     """Plan and statistics; `spec` may be the K of top-k."""
     if isinstance(spec, int):
-        spec = MoESpec("topk", experts=E, k=spec)
+        spec = TopK(experts=E, k=spec)
     tokens = Tokens(jnp.asarray(valid), None if antibody is None else jnp.asarray(antibody))
     balance = None if balance is None else jnp.asarray(balance)
     return jitted(jnp.asarray(logits), tokens, spec, balance, training)
@@ -88,7 +88,7 @@ def test_plan_against_a_full_sort():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((5, 40, 7)).astype(np.float32)
     valid = rng.random((5, 40)) < 0.7
-    spec = MoESpec("topk", experts=7, k=3)
+    spec = TopK(experts=7, k=3)
     plan, stats = route(spec, logits, valid)
     best = np.argsort(-logits, axis=-1, kind="stable")[..., :3]
     np.testing.assert_array_equal(plan.experts, np.where(valid[..., None], best, 7))
@@ -140,14 +140,14 @@ def test_sigmoid_gates_by_hand():
     odds = np.array([[[1.0, 3, 1 / 3, 9]]])  # sigmoids 1/2, 3/4, 1/4, 9/10: their sum is 2.4
     logits = np.log(odds).astype("f4")
     valid = np.ones((1, 1), bool)
-    spec = MoESpec("topk", experts=E, k=2, gate="sigmoid", renormalise=False)
+    spec = TopK(experts=E, k=2, gate="sigmoid", renormalise=False)
     plan, stats = route(spec, logits, valid)
     np.testing.assert_array_equal(plan.experts, [[[3, 1]]])
     np.testing.assert_allclose(plan.gates, [[[0.9, 0.75]]], rtol=1e-6)
     np.testing.assert_allclose(stats.load_balance, E / 2 * (0.9 + 0.75) / 2.4, rtol=1e-6)
     shares = np.array([0.5, 0.75, 0.25, 0.9]) / 2.4
     np.testing.assert_allclose(stats.entropy_loss, -(shares * np.log(shares)).sum(), rtol=1e-6)
-    plan, _ = route(MoESpec("topk", experts=E, k=2, gate="sigmoid"), logits, valid)
+    plan, _ = route(TopK(experts=E, k=2, gate="sigmoid"), logits, valid)
     np.testing.assert_allclose(plan.gates, [[[0.9 / 1.65, 0.75 / 1.65]]], rtol=1e-6)
 
 
@@ -156,10 +156,7 @@ def test_sigmoid_gates_by_hand():
 )
 def test_renormalising_is_asked_for_or_not(renormalise, gates):
     """By default gates of K > 1 choices sum to 1, those of a single one are plain."""
-    one, two = (
-        route(MoESpec("topk", experts=E, k=k, renormalise=renormalise))[0].gates[0, 0]
-        for k in (1, 2)
-    )
+    one, two = (route(TopK(experts=E, k=k, renormalise=renormalise))[0].gates[0, 0] for k in (1, 2))
     np.testing.assert_allclose(one, gates[:1], rtol=1e-5)
     total = 1 if renormalise is not False else 0.7
     np.testing.assert_allclose(two, np.array([0.4, 0.3]) / 0.7 * total, rtol=1e-5)
@@ -181,7 +178,7 @@ def test_a_balance_changes_the_choice_and_not_the_gate():
 
 def test_top_p_takes_as_few_as_reach_the_threshold():
     # token (.4 .3 .2 .1): .4 < .65 <= .7; (.1 .1 .1 .7): .7; uniform: .25 .5 .75; (... .7): .7
-    plan, stats = route(MoESpec("topp", experts=E, k=4, threshold=0.65))
+    plan, stats = route(TopP(experts=E, k=4, threshold=0.65))
     np.testing.assert_array_equal(
         plan.experts, [[[0, 1, E, E], [3, E, E, E], [0, 1, 2, E]], [[2, E, E, E], [E] * 4, [E] * 4]]
     )
@@ -197,7 +194,7 @@ def test_top_p_takes_as_few_as_reach_the_threshold():
 
 def test_top_p_of_balm_stays_within_the_threshold():
     """But for the best expert, which every token has."""
-    plan, _ = route(MoESpec("topp", experts=E, k=4, threshold=0.65, exceed=False))
+    plan, _ = route(TopP(experts=E, k=4, threshold=0.65, exceed=False))
     np.testing.assert_array_equal(
         plan.experts, [[[0, E, E, E], [3, E, E, E], [0, 1, E, E]], [[2, E, E, E], [E] * 4, [E] * 4]]
     )
@@ -205,7 +202,7 @@ def test_top_p_of_balm_stays_within_the_threshold():
 
 def test_expert_choice_of_balm_takes_shares_of_tokens():
     """Softmax over the tokens of an antibody: two places, of three tokens and of one."""
-    spec = MoESpec("expert_choice", experts=E, k=2, capacity=1.0, gate="tokens")
+    spec = ExpertChoice(experts=E, k=2, capacity=1.0, gate="tokens")
     plan, _ = route(spec)
     weight = np.exp(LOGITS[0].astype("f8"))
     shares = weight / weight.sum(0)
@@ -215,10 +212,10 @@ def test_expert_choice_of_balm_takes_shares_of_tokens():
 
 
 def test_top_p_takes_at_most_k():
-    plan, _ = route(MoESpec("topp", experts=E, k=2, threshold=1.0))
+    plan, _ = route(TopP(experts=E, k=2, threshold=1.0))
     np.testing.assert_array_equal(plan.experts[0], [[0, 1], [3, 0], [0, 1]])
     np.testing.assert_allclose(plan.gates[0], [[0.4, 0.3], [0.7, 0.1], [0.25, 0.25]], rtol=1e-5)
-    renormalised = route(MoESpec("topp", experts=E, k=2, threshold=0.65, renormalise=True))[0]
+    renormalised = route(TopP(experts=E, k=2, threshold=0.65, renormalise=True))[0]
     np.testing.assert_allclose(
         renormalised.gates[0], [[4 / 7, 3 / 7], [1, 0], [0.5, 0.5]], rtol=1e-5
     )
@@ -230,7 +227,7 @@ def test_top_p_takes_at_most_k():
 # one antibody of six tokens, two experts; places: ceil(.5 * 6 / 2) = 2
 FIRST = np.array([0.9, 0.6, 0.8, 0.2, 0.8, 0.4])
 TWO = np.log(np.stack([FIRST, 1 - FIRST], -1))[None].astype("f4")
-HALF = MoESpec("topk", experts=2, k=1, capacity=0.5)
+HALF = TopK(experts=2, k=1, capacity=0.5)
 
 
 def test_the_best_scores_find_a_place_and_ties_go_to_the_first():
@@ -264,7 +261,7 @@ def test_padding_takes_no_place_and_gives_none():
 def test_antibodies_of_a_row_have_places_of_their_own():
     """Tokens 0 1 2 and 3 4: two places, ceil(.75), and one, ceil(.5), as in rows of their own."""
     antibody = np.array([[1, 1, 1, 2, 2, 0]])
-    spec = MoESpec("topk", experts=2, k=1, capacity=0.75)  # ceil(1.125) = 2, ceil(.75) = 1
+    spec = TopK(experts=2, k=1, capacity=0.75)  # ceil(1.125) = 2, ceil(.75) = 1
     logits = np.where(np.arange(6)[:, None] == 3, TWO[0, 4], TWO[0])[None]  # 3 asks for expert 0
     plan, stats = route(spec, logits, antibody > 0, True, antibody)
     np.testing.assert_array_equal(plan.experts[0, :, 0], [0, 2, 0, 0, 2, 2])
@@ -274,7 +271,7 @@ def test_antibodies_of_a_row_have_places_of_their_own():
 def test_gates_are_renormalised_before_a_choice_is_turned_away():
     """So a token keeps the weight of the expert that took it, as without a capacity."""
     logits = np.log([[[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]]).astype("f4")
-    spec = MoESpec("topk", experts=3, k=2, capacity=0.5)  # ceil(2 / 3) = 1
+    spec = TopK(experts=3, k=2, capacity=0.5)  # ceil(2 / 3) = 1
     plan, _ = route(spec, logits, np.ones((1, 2), bool), training=True)
     np.testing.assert_array_equal(plan.experts, [[[3, 1], [0, 2]]])
     np.testing.assert_allclose(plan.gates, [[[0, 0.3 / 0.8], [0.6 / 0.9, 0.3 / 0.9]]], rtol=1e-5)
@@ -285,7 +282,7 @@ def test_gates_are_renormalised_before_a_choice_is_turned_away():
 
 def test_expert_choice_by_hand():
     """Three tokens, four experts, one place each: ceil(.5 * 2 * 3 / 4); two pads take none."""
-    spec = MoESpec("expert_choice", experts=E, k=2, capacity=0.5)
+    spec = ExpertChoice(experts=E, k=2, capacity=0.5)
     plan, stats = route(spec)
     # the best of each column: .4 of token 0; .3 of 0; .25 of 2; .7 of 1. In row 1: one token
     expected = [
@@ -309,7 +306,7 @@ def test_expert_choice_by_hand():
 def test_expert_choice_counts_the_tokens_that_no_one_chose(capacity, alone):
     """Both experts want the same of four tokens: one, two and three places each."""
     logits = np.log([[[0.9, 0.4], [0.8, 0.3], [0.1, 0.1], [0.1, 0.1]]]).astype("f4")
-    spec = MoESpec("expert_choice", experts=2, k=2, gate="sigmoid", capacity=capacity)
+    spec = ExpertChoice(experts=2, k=2, gate="sigmoid", capacity=capacity)
     _, stats = route(spec, logits, np.ones((1, 4), bool))
     assert float(stats.dropped) == alone
 
@@ -455,7 +452,7 @@ def test_policies_differ_from_each_other_and_from_excluding():
     """Or the tests above would compare one thing eight times."""
     found = {}
     for policy in ["excluded", *POLICIES]:
-        spec = MoESpec("topk", experts=E, k=2, capacity=0.5, pads=policy)
+        spec = TopK(experts=E, k=2, capacity=0.5, pads=policy)
         plan, stats = route_noise(spec)
         found[policy] = (table(plan, E).tobytes(), float(stats.load_balance))
     assert len(set(found.values())) == len(found)
@@ -479,7 +476,7 @@ def losses(k: int, valid):
     weights = np.random.default_rng(2).standard_normal((*valid.shape, k))
 
     def objective(logits):
-        spec = MoESpec("topk", experts=logits.shape[-1], k=k)
+        spec = TopK(experts=logits.shape[-1], k=k)
         plan, stats = plan_and_statistics(logits, Tokens(valid), spec, None, False)
         return (plan.gates * weights).sum() + stats.load_balance + 0.1 * stats.z_loss
 
@@ -505,7 +502,7 @@ def test_padding_has_no_gradient_and_tokens_do(k):
 
 def test_the_gate_of_top1_teaches_the_router():
     """A gate renormalised to 1 would have no gradient (Switch, section 2.1)."""
-    spec, tokens = MoESpec("topk", experts=E, k=1), Tokens(jnp.asarray(VALID))
+    spec, tokens = TopK(experts=E, k=1), Tokens(jnp.asarray(VALID))
 
     def gate(logits):
         return plan_and_statistics(logits, tokens, spec, None, False)[0].gates.sum()

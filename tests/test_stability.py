@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from moe_ablm.model.capacity import capacity
 
 from moe_ablm import train
-from moe_ablm.model.capacity import capacity
 from moe_ablm.model.moe import Layer, RouterWeights
 from moe_ablm.model.routers import Tokens, route, soft
 from moe_ablm.model.routing import RouterStats, summarise
-from moe_ablm.model.spec import ROUTERS, EncoderSpec, MoESpec
+from moe_ablm.model.spec import ROUTERS, EncoderSpec, ExpertChoice, Soft, TopK
 from moe_ablm.training.stability import (
     StabilityWatch,
     Thresholds,
@@ -48,7 +48,7 @@ def stats(load=EVEN, dropped=0.0, spread=0.8, logit_rms=1.0, layers=2, bad_layer
 
 def watch_of(router="topk", warmup=0, **changes) -> StabilityWatch:
     layers = () if router == "none" else (1, 3)
-    return StabilityWatch(MoESpec(router=router, experts=E, **changes), layers, warmup)
+    return StabilityWatch(MoEConfig(router=router, experts=E, **changes).spec(), layers, warmup)
 
 
 def feed(watch: StabilityWatch, parts, losses=None) -> StabilityWatch:
@@ -112,7 +112,7 @@ def test_a_healthy_run_is_stable_with_every_router(router):
         watch.update(step, 2 + np.exp(-step / 100) + 0.05 * rng.standard_normal(), each)
     found = watch.summary()
     assert (found["verdict"], found["events"]) == ("stable", [])
-    assert {s.name for s in signals_of(MoESpec(router=router))} | {"loss_spike"} == set(
+    assert {s.name for s in signals_of(MoEConfig(router=router).spec())} | {"loss_spike"} == set(
         found["worst"]
     )
 
@@ -164,26 +164,26 @@ def test_a_dispatch_that_forms_late_has_not_collapsed():
 def test_the_entropy_limit_knows_how_many_experts_a_token_has():
     # half way between K and E experts: sqrt(K E) of them, evenly
     for k, effective in ((1, np.sqrt(8)), (2, 4), (4, np.sqrt(32))):
-        limits = {s.name: s.limit for s in signals_of(MoESpec(router="topk", experts=8, k=k))}
+        limits = {s.name: s.limit for s in signals_of(TopK(experts=8, k=k))}
         assert limits["load_entropy"] == pytest.approx(np.log(effective) / np.log(8))
-    assert "load_entropy" not in {s.name for s in signals_of(MoESpec(router="topk", k=8))}
+    assert "load_entropy" not in {s.name for s in signals_of(TopK(k=8))}
 
 
 def test_unseen_tokens_are_compared_with_experts_that_choose_independently():
-    (limit,) = (s.limit for s in signals_of(MoESpec(router="expert_choice")) if s.name == "dropped")
+    (limit,) = (s.limit for s in signals_of(ExpertChoice()) if s.name == "dropped")
     logits = np.random.default_rng(0).standard_normal((16, 256, E)).astype(np.float32)
     tokens = 256
 
     @jax.jit
     def unseen(logits):  # sigmoids of different experts do not compete as softmaxes do
-        spec = MoESpec(router="expert_choice", gate="sigmoid")
+        spec = ExpertChoice(gate="sigmoid")
         _, rows = route(logits, Tokens(jnp.ones((16, tokens), bool)), spec)
         return summarise(rows, balanced=False).dropped
 
     independent = float(unseen(logits))
     same = float(unseen(np.repeat(logits[..., :1], E, -1)))
     assert independent == pytest.approx(0.75**8, abs=0.02)
-    assert same == pytest.approx(1 - capacity(tokens, MoESpec(router="expert_choice")) / tokens)
+    assert same == pytest.approx(1 - ExpertChoice().places(tokens) / tokens)
     assert independent < limit < same
 
 
@@ -280,7 +280,7 @@ def test_router_side_l2_disables_the_dispatch_at_initialisation():
 
     @functools.partial(jax.jit, static_argnums=0)
     def measured(l2, scale):
-        spec = EncoderSpec(2, d, d, 4, moe=MoESpec(router="soft", slots=slots, l2=l2))
+        spec = EncoderSpec(2, d, d, 4, moe=Soft(slots=slots, l2=l2))
         layer = Layer(spec, "float32", training=True, packed=False)
         logits = layer.soft_logits(x, RouterWeights(kernel, scale, None))
         return summarise(soft(logits, valid)[1], balanced=False).spread

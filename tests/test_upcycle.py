@@ -11,7 +11,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import flat_arrays, save_model
 from moe_ablm.interop.upcycle import upcycle
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import TopK
 
 ROWS = np.random.default_rng(1).integers(4, 24, (3, 20))
 VALID = np.arange(20) < np.array([20, 13, 7])[:, None]
@@ -21,7 +21,7 @@ VALID = np.arange(20) < np.array([20, 13, 7])[:, None]
 @pytest.mark.parametrize(("k", "placement"), [(2, "every"), (3, "1")])
 def test_the_function_is_that_of_the_dense_model(activation, k, placement):
     dense = random_model(activation=activation)
-    moe = MoESpec("topk", experts=4, k=k, placement=placement, first_dense=0)
+    moe = TopK(experts=4, k=k, placement=placement, first_dense=0)
     sparse = upcycle(dense, moe, seed=0)
     assert sparse.spec.moe_layers == ((0, 1) if placement == "every" else (1,))
     before, after = (logits_of(m, ROWS, VALID) for m in (dense, sparse))
@@ -43,7 +43,7 @@ def with_arrays(model, values):
 
 def test_experts_are_copies_and_routers_differ_by_layer_and_seed():
     dense = random_model()
-    moe = MoESpec("topk", experts=4, placement="every", first_dense=0)
+    moe = TopK(experts=4, placement="every", first_dense=0)
     first, again, other = (arrays(upcycle(dense, moe, seed)) for seed in (0, 0, 1))
     for e in range(4):
         np.testing.assert_array_equal(
@@ -67,15 +67,15 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_refusals(name):
     changes, words = WRONG[name]
-    moe = replace(MoESpec("topk", experts=4), **changes)
+    moe = replace(TopK(experts=4), **changes)
     with pytest.raises(UserError, match=words):
         upcycle(random_model(), moe, 0)
 
 
 def test_experts_are_not_upcycled_again():
-    model = upcycle(random_model(), MoESpec("topk", experts=4), 0)
+    model = upcycle(random_model(), TopK(experts=4), 0)
     with pytest.raises(UserError, match="has experts already .layers 1."):
-        upcycle(model, MoESpec("topk", experts=4), 0)
+        upcycle(model, TopK(experts=4), 0)
 
 
 def test_the_verb(tmp_path):
@@ -85,7 +85,7 @@ def test_the_verb(tmp_path):
     done = run_command("moe_ablm", "upcycle", *flags, "--out", tmp_path / "moe")
     assert done.returncode == 0, done.stderr
     assert "--config.model.moe.experts=4" in done.stdout
-    assert same(load_model(tmp_path / "moe"), upcycle(model, MoESpec("topk", 4, 2), 0))
+    assert same(load_model(tmp_path / "moe"), upcycle(model, TopK(4, 2), 0))
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,17 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.interop.load import Model
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution, ExpertChoice, Sequence, Soft, TopK, TopP
 
 MOE = {
-    "dense": MoESpec(),
-    "topk": MoESpec("topk", experts=4, placement="every", first_dense=0),
-    "topp": MoESpec("topp", experts=4, k=3, threshold=0.6, placement="every", first_dense=0),
-    "expert_choice": MoESpec(
-        "expert_choice", experts=4, capacity=0.25, placement="every", first_dense=0
-    ),
-    "expert_choice batch": MoESpec(
-        "expert_choice", experts=4, group="batch", placement="every", first_dense=0
-    ),
-    "pads routed": MoESpec("expert_choice", experts=4, group="batch", pads="probabilities,aux"),
-    "soft": MoESpec("soft", experts=4, slots=3, placement="every", first_dense=0),
-    "sequence": MoESpec("sequence", experts=4, placement="every", first_dense=0),
+    "dense": None,
+    "topk": TopK(experts=4, placement="every", first_dense=0),
+    "topp": TopP(experts=4, k=3, threshold=0.6, placement="every", first_dense=0),
+    "expert_choice": ExpertChoice(experts=4, capacity=0.25, placement="every", first_dense=0),
+    "expert_choice batch": ExpertChoice(experts=4, group="batch", placement="every", first_dense=0),
+    "pads routed": ExpertChoice(experts=4, group="batch", pads="probabilities,aux"),
+    "soft": Soft(experts=4, slots=3, placement="every", first_dense=0),
+    "sequence": Sequence(experts=4, placement="every", first_dense=0),
 }
 HEAVY = (
     "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVY"

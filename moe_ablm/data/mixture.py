@@ -277,12 +277,12 @@ class Mixture:
         return float(self._before[step] * unit @ self._chains_per_row / self._unique_chains)
 
     @property
-    def tokens_per_sequence(self) -> float:
-        """Mean tokens of a sequence over the run."""
+    def row_means(self) -> tuple[float, float, float]:
+        """Means over the rows of the run: length with padding, tokens without, sequences."""
         rows = self._before[-1]
-        counts = [n * len(s.sequences) / s.rows for n, s in zip(rows, self.streams, strict=True)]
-        tokens = [n * s.size.mean() for n, s in zip(counts, self.streams, strict=True)]
-        return float(sum(tokens) / sum(counts))
+        each = [(s.length, s.size.sum() / s.rows, len(s.sequences) / s.rows) for s in self.streams]
+        length, tokens, sequences = rows @ np.array(each) / rows.sum()
+        return float(length), float(tokens), float(sequences)
 
 
 def _chains(stream: Stream) -> int:

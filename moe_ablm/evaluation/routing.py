@@ -41,12 +41,12 @@ from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.pictures.routing import heat_map
 from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject, require_regions
+from moe_ablm.model.spec import Router
 
 TITLE = "Expert specialisation"
 SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn
 FEW = 2
 MOST = 100_000  # numbers of layers, experts and classes, above which some are left out
-UNEVEN = ("topp", "expert_choice")  # routers by which residues have more or fewer experts
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     compared = contrasts(antibodies)
     layers, experts = spec.moe_layers, spec.moe.experts
     sums = Assignments.empty(antibodies, compared, len(layers), experts)
-    slots = Slots(antibodies, layers, experts) if spec.moe.router == "soft" else None
+    slots = Slots(antibodies, layers, experts) if spec.moe.slots_of_expert else None
     for index, routing in routed(subject.engine, antibodies):
         sums.add(index, *assigned(routing, experts))
         if slots:
@@ -106,7 +106,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
     if len(sums.gates) == 1:
         notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
-    samples = load_samples(antibodies, sums, layers, spec.moe.router)
+    samples = load_samples(antibodies, sums, layers, spec.moe)
     return Outcome(
         samples + (slots.samples() if slots else []),
         numbers,
@@ -153,12 +153,12 @@ def _essential(number: Number) -> bool:
 
 
 def load_samples(
-    antibodies: Sequence[Annotated], sums: Assignments, layers: Sequence[int], router: str
+    antibodies: Sequence[Annotated], sums: Assignments, layers: Sequence[int], router: Router
 ) -> list[Sample]:
     """Share of the assignments that experts take, also by gates, and of residues without any."""
     units, samples = [a.unit for a in antibodies], []
     residues = np.array([a.antibody.residues for a in antibodies], float)
-    kinds = {"load": sums.load} | ({} if router == "soft" else {"gate_load": sums.weight})
+    kinds = {"load": sums.load} | ({} if router.slots_of_expert else {"gate_load": sums.weight})
     for m, layer in enumerate(map(str, layers)):
         labels = {"layer": layer}
         for metric, values in kinds.items():
@@ -167,7 +167,7 @@ def load_samples(
                 Sample(metric, units, each, total, labels | {"expert": str(e)}, unit="share")
                 for e, each in enumerate(values[:, m].T)
             ]
-        if router in UNEVEN:
+        if router.varying:
             alone = sums.alone[:, m]
             samples.append(Sample("without_expert", units, alone, residues, labels, unit="share"))
             samples += _experts_a_residue(antibodies, units, sums.by_region[:, m], labels)

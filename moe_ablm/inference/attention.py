@@ -12,7 +12,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import Antibody, row_of
 from moe_ablm.inference.buckets import Batch, Engine, Task
 from moe_ablm.inference.output import vectors
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AttentionWeights:
     layer: int
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
-        return encoder.attention_weights(batch.tokens, batch.valid)[self.layer]
+        return _weights(encoder, batch)[self.layer]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,13 @@ class MeanAttentionWeights:
     layer: int | None
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
-        weights = encoder.attention_weights(batch.tokens, batch.valid)
+        weights = _weights(encoder, batch)
         chosen = weights if self.layer is None else [weights[self.layer]]
         return sum(each.mean(1) for each in chosen) / len(chosen)
+
+
+def _weights(encoder: Encoder, batch: Batch) -> tuple[jax.Array, ...]:
+    return encoder(batch.tokens, batch.valid, observe=Observe(attention=True)).attention
 
 
 class CrossAttention(NamedTuple):

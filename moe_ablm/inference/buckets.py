@@ -49,7 +49,7 @@ def alone(spec: EncoderSpec) -> EncoderSpec:
     Experts that choose among all tokens of a batch, and policies that route padding, would make a
     result depend on neighbours.
     """
-    return replace(spec, moe=replace(spec.moe, group="sequence", pads="excluded"))
+    return replace(spec, moe=spec.moe and spec.moe.alone())
 
 
 class Engine:
@@ -79,7 +79,8 @@ class Engine:
         self.model, self.precision = model, precision
         self._mesh = _mesh(devices)
         self._tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 65_536)
-        execution, spec = Execution(*PRECISIONS[precision]), alone(model.spec)
+        execution = Execution(*PRECISIONS[precision], backend=jax.default_backend())
+        spec = alone(model.spec)
         self._definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[
             0
         ]

@@ -11,7 +11,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import Antibody, labels, row_of
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.output import vectors
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
 
 LEVELS = ("antibody", "chain", "residue")
 
@@ -23,7 +23,8 @@ class HiddenStates:
     layer: int
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
-        return encoder.hidden_states(batch.tokens, batch.valid)[self.layer].astype("float32")
+        output = encoder(batch.tokens, batch.valid, observe=Observe(hidden=True))
+        return output.hidden[self.layer].astype("float32")
 
 
 def layer_number(layer: int, layers: int) -> int:

@@ -12,9 +12,8 @@ from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import Antibody, labels, row_of
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.output import vectors
-from moe_ablm.model import routers
-from moe_ablm.model.encoder import Context, Encoder
-from moe_ablm.model.moe import Layer, Rows, antibody_means
+from moe_ablm.model.encoder import Encoder, Observe
+from moe_ablm.model.routing import SoftPlan
 
 
 class Choices(NamedTuple):
@@ -42,25 +41,12 @@ class Routing:
     """`Choices` or `Weights`, arrays `[B, L, M, ...]`."""
 
     def __call__(self, encoder: Encoder, batch: Batch) -> Choices | Weights:
-        x, context, found = encoder.embed(batch.tokens, batch.valid), Context(batch.valid), []
-        for layer in encoder.layers:
-            if layer.sparse:
-                attended = x + layer.attention(layer.attention_norm(x), *context)
-                found.append(_plan(encoder, layer.ffn, layer.ffn_norm(attended), batch.valid))
-            x, _ = layer(x, context)
-        return jax.tree.map(lambda *layers: jax.numpy.stack(layers, axis=2), *found)
-
-
-def _plan(encoder: Encoder, moe, x: jax.Array, valid: jax.Array) -> Choices | Weights:
-    """What the router of `moe` (`model.moe.MoE`) decides for `x [B, L, D]`."""
-    spec, router = encoder.spec, moe.router_weights()
-    block = Layer(spec, encoder.execution.operands, training=False, packed=False)
-    if spec.moe.router == "soft":
-        plan, _ = routers.soft(block.soft_logits(x, router), valid)
-        return Weights(plan.dispatch, plan.combine)
-    seen = antibody_means(x, valid, None) if spec.moe.router == "sequence" else x
-    plan, _ = block.route(Rows(x, seen, valid, None, None), router)
-    return Choices(plan.experts, plan.gates)
+        routing = encoder(batch.tokens, batch.valid, observe=Observe(plans=True)).routing
+        # layers after tokens, in what was `[M, B, L, ...]`
+        plan = jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 2), routing.plan)
+        if isinstance(plan, SoftPlan):
+            return Weights(plan.dispatch, plan.combine)
+        return Choices(plan.experts, plan.gates)
 
 
 def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weights]:
@@ -82,7 +68,7 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
     """About how much memory the table of an antibody takes."""
     moe = engine.model.spec.moe
-    each = 2 * 4 * moe.experts * moe.slots if moe.router == "soft" else 64 * moe.choices
+    each = 8 * moe.experts * moe.slots_of_expert or 64 * moe.choices
     return antibody.residues * len(engine.model.spec.moe_layers) * each
 
 
@@ -95,7 +81,7 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
     """
     found, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
     names = {name: np.array(values) for name, values in labels(antibodies).items()}
-    if engine.model.spec.moe.router == "soft":
+    if isinstance(found[0], Weights):
         dispatch, combine = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         residue, layer, expert = np.indices(combine.shape[:3]).reshape(3, -1)
         columns = {name: values[residue] for name, values in names.items()}

@@ -7,11 +7,12 @@ tokens / experts whatever k is, and its router losses are means over layers (con
 from dataclasses import replace
 from typing import Any
 
+from moe_ablm.config import MoEConfig
 from moe_ablm.data.tokenizer import NULL, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.saved import Model
-from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Queued, Router, TopK
 
 BALM_VOCABULARY = tuple(t for i, t in enumerate(VOCABULARY) if i != NULL)
 BALM_MASK = BALM_VOCABULARY.index("<mask>")
@@ -53,7 +54,7 @@ def encoder_spec(config: HuggingFaceConfig) -> tuple[EncoderSpec, list[str]]:
     return replace(spec, moe=moe), notes
 
 
-def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[MoESpec, list[str]]:
+def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router, list[str]]:
     written = str(config["router_type"] or "top-k").lower().replace("_", "-").replace(" ", "-")
     router = {"topk": "top-k", "topp": "top-p"}.get(written, written)
     if router not in _ROUTERS:
@@ -73,11 +74,11 @@ def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[MoESpec, li
     k = {"top-k": min(config.number("num_experts_per_tok", 1), experts), "top-p": experts}
     k = k.get(router, 1)
     placement, first_dense = _placement(config, spec.layers)
-    placed = MoESpec("topk", placement=placement, first_dense=first_dense)
+    placed = TopK(placement=placement, first_dense=first_dense)
     sparse = len(replace(spec, moe=placed).moe_layers)
     if not sparse:
         raise UserError(f"{config.file}: num_initial_dense_layers leaves no layer to experts")
-    moe = MoESpec(
+    moe = MoEConfig(
         router=_ROUTERS[router],
         experts=experts,
         k=k,
@@ -99,10 +100,10 @@ def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[MoESpec, li
     if router == "expert-choice":
         # results may not depend on what else is in the batch, which BALM's do
         moe = replace(moe, pads="excluded")
-    return moe, _notes(config, router, moe)
+    return moe.spec(), _notes(config, router, moe)
 
 
-def _notes(config: HuggingFaceConfig, router: str, moe: MoESpec) -> list[str]:
+def _notes(config: HuggingFaceConfig, router: str, moe: MoEConfig) -> list[str]:
     notes = []
     if router == "expert-choice":
         notes.append(
@@ -208,7 +209,7 @@ def balm_settings(model: Model) -> dict[str, Any]:
     Raises:
       UserError: BALM has no place for something that the model does.
     """
-    spec, moe = model.spec, model.spec.moe
+    spec = model.spec
     _require_balm(model)
     settings = {
         "model_type": "balm",
@@ -228,11 +229,13 @@ def balm_settings(model: Model) -> dict[str, Any]:
         "mlm_activation": "gelu",
         "torch_dtype": "float32",
     }
-    if not spec.moe_layers:
+    if not spec.moe:
         return settings
+    moe = MoEConfig.of(spec.moe)
     router = next(theirs for theirs, name in _ROUTERS.items() if name == moe.router)
     first, sparse = spec.moe_layers[0], len(spec.moe_layers)
-    policies = moe.policies()
+    limit = spec.moe.limit if isinstance(spec.moe, Queued) else None
+    policies = spec.moe.policies()
     if "excluded" in policies:
         policies = {"probabilities", "aux"} if router == "top-k" else {"aux"}
     return settings | {
@@ -252,7 +255,7 @@ def balm_settings(model: Model) -> dict[str, Any]:
         "router_z_loss_coef": moe.z_loss * sparse,
         "router_dynamic_loss_coef": moe.entropy_loss * sparse,
         "expert_capacity_type": "multiplier",
-        "expert_capacity": -1 if moe.limit is None else moe.limit * moe.k,
+        "expert_capacity": -1 if limit is None else limit * moe.k,
         "expert_intermediate_size": list(moe.widths) if moe.widths else spec.expert_widths[0],
         "shared_expert_intermediate_size": spec.shared_ffn // max(moe.shared, 1) or None,
         "expert_activation": spec.activation,
@@ -261,7 +264,7 @@ def balm_settings(model: Model) -> dict[str, Any]:
 
 
 def _require_balm(model: Model) -> None:
-    spec, moe = model.spec, model.spec.moe
+    spec, moe = model.spec, MoEConfig.of(model.spec.moe)
     sparse = spec.moe_layers
     strides = {b - a for a, b in zip(sparse, sparse[1:], strict=False)}
     regular = not sparse or sparse[-1] + max(strides, default=2) >= spec.layers

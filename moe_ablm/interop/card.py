@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from moe_ablm.config import MoEConfig
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.interop.saved import Model
 from moe_ablm.model import flops
@@ -52,10 +53,11 @@ def _architecture(model: Model) -> str:
         f"- decoder {'tied to the embedding' if spec.tied else 'of its own'}, token dropout "
         f"{'on' if spec.token_dropout else 'off'}",
     ]
-    if spec.moe_layers:
+    if moe:
+        flat = MoEConfig.of(moe)
         lines.append(
             f"- layers {', '.join(map(str, spec.moe_layers))}: {moe.experts} experts, "
-            f"{moe.router}, k {moe.k}, {moe.shared} shared; padding policy {moe.pads}"
+            f"{moe.name}, k {flat.k}, {moe.shared} shared; padding policy {flat.pads}"
         )
     return "## Architecture\n\n" + "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Model:
 
     def digest(self) -> str:
         """SHA-256 of the parameters, the encoder and its layout."""
-        about = repr((asdict(self.spec), self.layout, self.length))
+        about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         digest = hashlib.sha256(about.encode())
         for path, variable in sorted(nnx.to_flat_state(self.params), key=lambda i: str(i[0])):
             digest.update(str(path).encode())
@@ -125,12 +125,14 @@ def save_model(model: Model, out: Path) -> None:
     Raises:
       UserError: the encoder has settings out of their range, or `out` cannot be written.
     """
-    configs.encoder_from_mapping(asdict(model.spec))  # what is written can be read
+    configs.encoder_from_mapping(
+        configs.encoder_to_mapping(model.spec)
+    )  # what is written can be read
     with new_directory(out) as directory:
         write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
         content = {
             "schema": SCHEMA,
-            "encoder": asdict(model.spec),
+            "encoder": configs.encoder_to_mapping(model.spec),
             "layout": model.layout_name,
             "length": model.length,
             "source": model.source,

@@ -2,13 +2,16 @@
 
 from dataclasses import fields
 
+from moe_ablm.config import DROPOUTS, MoEConfig
 from moe_ablm.errors import UserError
 from moe_ablm.interop.huggingface import some
 from moe_ablm.interop.saved import Model
-from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.model.spec import EncoderSpec
 
-# what training may change: who competes for how many places, and the router losses
-_FREE = ("capacity", "group", "pads", "jitter", "load_balance", "z_loss", "entropy_loss")
+# what training may change: who competes for how many places, the router losses, where scales start
+_FREE = (
+    "capacity", "group", "pads", "jitter", "load_balance", "z_loss", "entropy_loss", "l2_scale"
+)  # fmt: skip
 # compared by what they mean instead
 _MEANT = ("ffn", "widths", "placement", "first_dense", "renormalise")
 
@@ -35,15 +38,16 @@ def require_same_function(model: Model, spec: EncoderSpec) -> None:
 
 def _settings(spec: EncoderSpec) -> dict:
     """What decides an encoder's function, by config key."""
-    dense = [f.name for f in fields(EncoderSpec) if f.name not in ("moe", "vocabulary")]
-    settings = {f"model.{name}": getattr(spec, name) for name in dense}
-    sparse, moe = bool(spec.moe_layers), spec.moe
-    names = [f.name for f in fields(MoESpec) if f.name not in _FREE + _MEANT]
-    settings |= {f"model.moe.{name}": getattr(moe, name) if sparse else None for name in names}
-    default = moe.router in ("topk", "sequence") and moe.k > 1
-    renormalised = default if moe.renormalise is None else moe.renormalise
-    settings["model.moe.router"] = moe.router if sparse else "none"
-    settings["model.moe.renormalise"] = renormalised if sparse else None
+    settings = {
+        f"model.{f.name}": getattr(spec, f.name)
+        for f in fields(EncoderSpec)
+        if f.name not in ("moe", "vocabulary", *DROPOUTS)
+    }
+    moe = MoEConfig.of(spec.moe if spec.moe_layers else None)
+    for field in fields(MoEConfig):
+        if field.name not in _FREE + _MEANT:
+            settings[f"model.moe.{field.name}"] = getattr(moe, field.name)
+    settings["model.moe.renormalise"] = getattr(spec.moe, "renormalised", None)
     settings["model.moe.placement"] = spec.moe_layers
-    settings["model.moe.ffn"] = spec.expert_widths if sparse else None
+    settings["model.moe.ffn"] = spec.expert_widths
     return settings

@@ -7,10 +7,10 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.interop.saved import Model, fill, flat_arrays, parameter_shapes
 from moe_ablm.model.layers import INIT_STD
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import TopK
 
 
-def upcycle(model: Model, moe: MoESpec, seed: int) -> Model:
+def upcycle(model: Model, moe: TopK, seed: int) -> Model:
     """Sparse upcycling (Komatsuzaki et al. 2023): copied experts, fresh routers.
 
     With renormalised top-k the gates of a token sum to 1 and all its experts agree, so that the
@@ -18,7 +18,7 @@ def upcycle(model: Model, moe: MoESpec, seed: int) -> Model:
 
     Args:
       model: dense.
-      moe: of the result; its router is "topk".
+      moe: of the result.
       seed: of the routers, drawn from N(0, 0.02^2).
 
     Raises:
@@ -34,7 +34,7 @@ def upcycle(model: Model, moe: MoESpec, seed: int) -> Model:
             f"--k {moe.k}: expected 2 to --experts ({moe.experts}); the gate of a single expert "
             "would either scale the output or leave the router without a gradient"
         )
-    moe = replace(moe, router="topk", renormalise=True)
+    moe = replace(moe, renormalise=True)
     spec = replace(model.spec, moe=moe)
     try:
         layers = spec.moe_layers

@@ -1,4 +1,8 @@
-"""Bidirectional self-attention with rotary positions; padding takes no part in it."""
+"""Bidirectional self-attention with rotary positions; padding takes no part in it.
+
+`attend` chooses between three ways to compute the same: cuDNN's fused kernel (bfloat16 on GPU),
+`cpu.attend`, and `attend_by_blocks`, which serves all else and never holds all weights.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -7,114 +11,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_ablm.model import cpu
+from moe_ablm.model.dropout import kept_weights
 from moe_ablm.model.layers import Linear
-from moe_ablm.model.linear import dot, dot_transposed, partitioned, row_major
+from moe_ablm.model.linear import affine, dot_transposed, wide
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 MASKED = -1e30
+QUERIES = 64  # of a block: [B, H, 64, L] weights are held at once
 
 
-class Packing(NamedTuple):
-    """Where each token of rows that hold several antibodies belongs.
+class Dropped(NamedTuple):
+    """Dropout of attention weights: counters uint32 `[B, L]` of the tokens, and a layer's key."""
 
-    Attributes:
-      antibody: integers `[B, L]`, the number of the antibody within its row, 0 at padding.
-      position: integers `[B, L]`, position within the antibody.
-    """
-
-    antibody: jax.Array
-    position: jax.Array
-
-    def same(self) -> jax.Array:
-        """bool `[B, L, L]`: whether two tokens belong to one antibody."""
-        antibody = self.antibody
-        return (antibody[:, :, None] == antibody[:, None, :]) & (antibody > 0)[:, None, :]
+    counters: jax.Array
+    key: jax.Array
 
 
-def rotary(x: jax.Array, position: jax.Array | None = None, base: float = 10_000.0) -> jax.Array:
+def rotary(
+    x: jax.Array,
+    position: jax.Array | None = None,
+    length: int | None = None,
+    base: float = 10_000.0,
+) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, eq. 34; halves rotated as in ESM-2).
 
     Args:
       x: queries or keys `[B, L, H, D/H]`.
-      position: integers `[B, L]`; None: 0 to L - 1 in every row.
+      position: integers `[B, L]`, each below `length`; None: 0 to L - 1 in every row.
+      length: None: L.
       base: of the geometric series of wavelengths.
 
     Returns:
       An array like `x`; a token at position p is rotated by p times the frequencies.
     """
-    length, dim = x.shape[1], x.shape[-1]
+    length, dim, dtype = length or x.shape[1], x.shape[-1], wide(x.dtype)
     frequency = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     angle = np.outer(np.arange(length), np.concatenate([frequency, frequency]))[:, None, :]
-    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
     if position is not None:
         cos, sin = jnp.asarray(cos)[position], jnp.asarray(sin)[position]
     left, right = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-right, left], axis=-1) * sin
-
-
-def _heads_first(x: jax.Array, dtype: str) -> jax.Array:
-    return row_major(jnp.swapaxes(x, 1, 2).astype(dtype))
-
-
-def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array, operands: str) -> jax.Array:
-    """Softmax over keys of `q k^T + bias`, float32 `[B, H, L, L]`.
-
-    Args:
-      q, k: heads first, `[B, H, L, D/H]`; `q` is scaled already.
-      bias: `[B, 1, L or 1, L]`, 0 or `MASKED`.
-      operands: dtype of the factors.
-    """
-    return jax.nn.softmax(dot_transposed(q, k, operands) + bias, axis=-1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, bias, operands):
-    if jax.default_backend() != "cpu" or partitioned():
-        return _attend_forward(q, k, v, bias, operands)[0]
-    return _attend_row_by_row(q, k, v, bias, operands)
-
-
-def _attend_row_by_row(q, k, v, bias, operands):
-    """Without a gradient nothing is kept, and the weights of one row stay in a CPU's cache.
-
-    A forward pass of the 8M encoder takes 1.1 (float32) to 1.2 times (bfloat16 operands) less.
-    """
-
-    def attend_one(row):
-        q, k, v, bias = row
-        scores = dot_transposed(q, k, operands) + bias
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        # divided afterwards: there are fewer outputs than weights
-        return dot(weights, v, operands) / weights.sum(-1, keepdims=True)
-
-    heads = [_heads_first(x, operands) for x in (q, k, v)]
-    out = jax.lax.map(attend_one, (*heads, bias))
-    return jnp.swapaxes(out, 1, 2).astype(q.dtype)
-
-
-def _attend_forward(q, k, v, bias, operands):
-    dtype = q.dtype
-    q, k, v = (_heads_first(x, operands) for x in (q, k, v))
-    weights = attention_weights(q, k, bias, operands).astype(operands)
-    out = dot(weights, v, operands)
-    return jnp.swapaxes(out, 1, 2).astype(dtype), (q, k, v, weights, out, jnp.zeros((), dtype))
-
-
-def _attend_backward(operands, residuals, gradient):
-    """Every product is laid out row-major with heads first: 4x faster than autodiff on CPU."""
-    q, k, v, weights, out, like = residuals
-    gradient = row_major(jnp.swapaxes(gradient, 1, 2).astype(jnp.float32))
-    mean = (gradient * out).sum(-1, keepdims=True)
-    dv = dot(row_major(jnp.swapaxes(weights, 2, 3)), gradient, operands)
-    dweights = dot_transposed(gradient, v, operands)
-    dscores = (weights.astype(jnp.float32) * (dweights - mean)).astype(operands)
-    dq = dot(dscores, k, operands)
-    dk = dot(row_major(jnp.swapaxes(dscores, 2, 3)), q, operands)
-    return *(jnp.swapaxes(d, 1, 2).astype(like.dtype) for d in (dq, dk, dv)), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return (x * cos + jnp.concatenate([-right, left], axis=-1) * sin).astype(x.dtype)
 
 
 def attend(
@@ -122,33 +64,101 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array,
-    operands: str,
+    execution: Execution,
     packing: Packing | None = None,
+    dropped: Dropped | None = None,
+    rate: float = 0.0,
 ) -> jax.Array:
-    """Attention of every position to the valid ones of its row, or of its antibody when packed.
+    """Attention of queries to the valid keys of their row, or of their antibody when packed.
 
     Args:
-      q, k, v: `[B, L, H, D/H]`; `q` is scaled already.
+      q: `[B, Q, H, D/H]`, scaled already; Q is L, or fewer where rows are not packed.
+      k, v: `[B, L, H, D/H]`.
       valid: bool `[B, L]`, False at padding, which stands at the end of each row.
-      operands: dtype of matmul factors.
+      execution: backend and dtypes.
       packing: given when rows hold several antibodies.
+      dropped: given where weights are dropped out at `rate`.
+      rate: of dropout.
 
     Returns:
-      `[B, L, H, D/H]`, in the dtype of `q`; rows of padding hold no meaning.
+      `[B, Q, H, D/H]`, in the dtype of `q`; rows of padding hold no meaning.
     """
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and packing is None and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0:
-        lengths = valid.sum(-1, dtype=jnp.int32)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=1.0,
-            query_seq_lengths=lengths,
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
+    heads, head_dim = q.shape[2:]
+    if execution.backend == "gpu" and q.dtype == jnp.bfloat16 and not head_dim % 8 and not dropped:
+        return _attend_cudnn(q, k, v, valid, packing)
+    bias = attention_bias(valid, packing)
+    if execution.backend != "cpu":
+        return checkpoint_name(
+            attend_by_blocks(q, k, v, bias, execution, dropped, rate), "attended"
         )
-    return _attend(q, k, v, attention_bias(valid, packing), operands)
+    keep = None
+    if dropped:
+        keep = kept_weights(dropped.counters, dropped.counters, heads, rate, dropped.key)
+    return checkpoint_name(cpu.attend(q, k, v, bias, keep, execution.operands, rate), "attended")
+
+
+def _attend_cudnn(q, k, v, valid, packing):
+    lengths = valid.sum(-1, dtype=jnp.int32)
+    fused = partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
+    if packing is None:
+        queries = jnp.minimum(lengths, q.shape[1])
+        return fused(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=lengths)
+    return fused(q, k, v, mask=packing.same()[:, None])
+
+
+def attend_by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array,
+    execution: Execution,
+    dropped: Dropped | None = None,
+    rate: float = 0.0,
+) -> jax.Array:
+    """Attention for `QUERIES` queries at a time, weights recomputed in the backward pass.
+
+    As in Rabe & Staats (2021), without their blocks of keys: rows are short. Arguments and result
+    are those of `attend`; `bias` is that of `attention_bias`.
+    """
+    b, queries, heads, n = q.shape
+    length, dtype = k.shape[1], wide(q.dtype)
+    # as batches of products; `wide`, so that gradients of keys and values are summed so
+    keys = k.transpose(0, 2, 3, 1).reshape(b * heads, n, length).astype(dtype)
+    values = v.transpose(0, 2, 1, 3).reshape(b * heads, length, n).astype(dtype)
+    size = min(queries, QUERIES)
+    blocks = -(-queries // size)
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        """Blocks of queries first, of an array `[..., queries, ...]`."""
+        extra = [(0, 0)] * x.ndim
+        extra[axis] = (0, blocks * size - queries)
+        shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, extra).reshape(shape), axis, 0)
+
+    @jax.checkpoint
+    def attend_block(block):
+        rows, bias, counters = block
+        scores = affine(rows.reshape(b * heads, size, n).astype(dtype), keys, None, execution)
+        weights = jax.nn.softmax(scores.reshape(b, heads, size, length) + bias, axis=-1)
+        if dropped:
+            keep = kept_weights(counters, dropped.counters, heads, rate, dropped.key)
+            weights = jnp.where(keep, weights * (1 / (1 - rate)), 0)
+        out = affine(weights.reshape(b * heads, size, length), values, None, execution)
+        return out.reshape(b, heads, size, n).astype(q.dtype)
+
+    rows = split(jnp.swapaxes(q, 1, 2), 2)
+    each = (
+        rows,
+        jnp.broadcast_to(bias, (blocks, *bias.shape)) if bias.shape[2] == 1 else split(bias, 2),
+        split(dropped.counters, 1) if dropped else jnp.zeros((blocks, 0)),
+    )
+    out = (
+        attend_block(jax.tree.map(lambda x: x[0], each))[None]
+        if blocks == 1
+        else lax.map(attend_block, each)
+    )
+    out = jnp.moveaxis(out, 0, 2).reshape(b, heads, blocks * size, n)[:, :, :queries]
+    return jnp.swapaxes(out, 1, 2)
 
 
 def attention_bias(valid: jax.Array, packing: Packing | None = None) -> jax.Array:
@@ -162,26 +172,62 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         d = spec.d_model
-        self.heads, self.head_dim, self.operands = spec.heads, spec.head_dim, execution.operands
+        self.heads, self.head_dim, self.rate = spec.heads, spec.head_dim, spec.attention_dropout
+        self.execution = execution
         self.qkv = Linear(d, 3 * d, "DF", execution, rngs)
         self.out = Linear(d, d, "FD", execution, rngs)
 
     def _project(
         self, x: jax.Array, packing: Packing | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (scaled), keys and values `[B, L, H, D/H]`."""
         b, length, _ = x.shape
-        qkv = self.qkv(x).reshape(b, length, 3, self.heads, self.head_dim)
+        qkv = checkpoint_name(self.qkv(x), "qkv")
+        qkv = qkv.reshape(b, length, 3, self.heads, self.head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         position = None if packing is None else packing.position
         return rotary(q * self.head_dim**-0.5, position), rotary(k, position), v
 
-    def __call__(self, x: jax.Array, valid: jax.Array, packing: Packing | None = None) -> jax.Array:
-        """`x [B, L, D]`, `valid` bool `[B, L]` -> `[B, L, D]`."""
-        out = attend(*self._project(x, packing), valid, self.operands, packing)
-        return self.out(out.reshape(x.shape))
+    def _project_one(self, x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`_project` with the query of one position of each row alone: `[B, 1, H, D/H]`."""
+        b, length, d = x.shape
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
+        one = take_position(x, at)
+        q = affine(one, kernel[:, :d], bias[:d], self.execution)
+        q = q.reshape(b, 1, self.heads, self.head_dim) * self.head_dim**-0.5
+        kv = affine(x, kernel[:, d:], bias[d:], self.execution)
+        kv = kv.reshape(b, length, 2, self.heads, self.head_dim)
+        return rotary(q, at[:, None], length), rotary(kv[:, :, 0]), kv[:, :, 1]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        packing: Packing | None = None,
+        at: jax.Array | None = None,
+        dropped: Dropped | None = None,
+    ) -> jax.Array:
+        """`[B, L, D] -> [B, L, D]`, or `[B, 1, D]` of one position of each row.
+
+        Args:
+          x: `[B, L, D]`.
+          valid: bool `[B, L]`.
+          packing: given when rows hold several antibodies.
+          at: integers `[B]`; None: all positions.
+          dropped: given in training with dropout.
+        """
+        q, k, v = self._project(x, packing) if at is None else self._project_one(x, at)
+        out = attend(q, k, v, valid, self.execution, packing, dropped, self.rate)
+        return checkpoint_name(self.out(out.reshape(*out.shape[:2], -1)), "attention_out")
 
     def weights(self, x: jax.Array, valid: jax.Array, packing: Packing | None = None) -> jax.Array:
-        """Attention weights of `__call__`, float32 `[B, H, L, L]`; 0 for keys of padding."""
+        """Attention weights of `__call__`, `wide` `[B, H, L, L]`; 0 for keys of padding."""
         q, k, _ = self._project(x, packing)
-        q, k = (_heads_first(a, self.operands) for a in (q, k))
-        return attention_weights(q, k, attention_bias(valid, packing), self.operands)
+        q, k = (jnp.swapaxes(a, 1, 2) for a in (q, k))
+        scores = dot_transposed(q, k, self.execution.operands)
+        return jax.nn.softmax(scores + attention_bias(valid, packing), axis=-1)
+
+
+def take_position(x: jax.Array, at: jax.Array) -> jax.Array:
+    """`[B, L, ...]` -> `[B, 1, ...]`: position `at [B]` of each row."""
+    return x[jnp.arange(x.shape[0]), at][:, None]

@@ -1,9 +1,10 @@
 """Brings tokens to experts and back: three ways, chosen by what the plan looks like.
 
-* `dropless`: every assignment is computed, in blocks sorted by expert. Tokens stay where they are;
-  on a mesh the experts' weights are gathered to them.
-* `limited`: every antibody has C rows of every expert. On a mesh the weights stay where they are
-  and the rows travel, by one all-to-all there and one back.
+* `dropless`: every assignment is computed, in groups sorted by expert. On a mesh the rows travel to
+  the devices that own the experts where they fit in arrays of fixed shape; else, in that step, the
+  experts' weights are gathered to the rows.
+* `limited`: every antibody has C rows of every expert, which travel by one all-to-all there and one
+  back.
 * `softly`: the rows of an expert are weighted means of tokens; they travel like those of `limited`.
 """
 
@@ -14,71 +15,175 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_ablm.model.experts import ExpertWeights, expert_ffn
-from moe_ablm.model.grouped import block_rows, grouped_ffn, take_rows
-from moe_ablm.model.linear import matmul
+from moe_ablm.model.experts import (
+    ExpertWeights,
+    block_size,
+    expert_ffn,
+    grouped_ffn,
+    sort_by_expert,
+)
+from moe_ablm.model.linear import affine, wide
 from moe_ablm.model.routing import Plan, SoftPlan
+from moe_ablm.model.spec import Execution
+from moe_ablm.parallel.mesh import BATCH_AXES
 
 Experts = Callable[[jax.Array], jax.Array]  # `[E, T, D] -> [E, T, D]`
+SLACK = 2.0  # places for rows that travel, over the mean number of rows between two devices
+
+
+@jax.custom_vjp
+def take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`x[index]`, zeros where `index` is the number of rows; its gradient is a gather too.
+
+    Scattered sums are slow on accelerators, and on GPUs depend on their order.
+
+    Args:
+      x: `[N, D]`.
+      index: int32, any shape, 0..N.
+      inverse: int32 `[N, M]`, the flat positions of `index` that read each row, padded with
+        `index.size`: the gradient of row n is the sum of those M rows.
+    """
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _take_rows_forward(x, index, inverse):
+    return take_rows(x, index, inverse), inverse
+
+
+def _take_rows_backward(inverse, gradient):
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    read = rows.at[inverse].get(mode="fill", fill_value=0)
+    total = read.astype(wide(read.dtype)).sum(1)
+    return total.astype(gradient.dtype), None, None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def combine(out: jax.Array, slot: jax.Array, assignment: jax.Array, gates: jax.Array) -> jax.Array:
+    """Sums the rows of each token by gate: `[T, D]`, `wide`.
+
+    Args:
+      out: `[rows, D]`.
+      slot: int32 `[T, K]`, row of each assignment; `rows`: none.
+      assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K`: none.
+      gates: `[T, K]`.
+    """
+    return (take_rows(out, slot, assignment[:, None]) * gates[..., None]).sum(1)
 
 
 def dropless(
-    x: jax.Array, plan: Plan, weights: ExpertWeights, activation: str, operands: str
+    x: jax.Array,
+    plan: Plan,
+    weights: ExpertWeights,
+    activation: str,
+    execution: Execution,
+    axis: str | None = None,
 ) -> jax.Array:
     """Sends every token to all of its experts and sums their outputs by gate.
 
     Args:
       x: `[B, L, D]`.
       plan: experts and gates `[B, L, K]`.
-      weights: of all E experts.
-      activation: of `ffn.ACTIVATE`.
-      operands: dtype of matmul factors.
+      weights: of the experts of this device.
+      activation: of `layers.ACTIVATE`.
+      execution: backend and dtypes.
+      axis: mesh axis over which the experts are spread; None: they are all here.
 
     Returns:
       `[B, L, D]`; 0 for tokens that are not routed.
     """
     b, length, d = x.shape
     k = plan.experts.shape[-1]
-    blocks = block_rows(plan.experts.reshape(-1, k), weights.up.shape[0])
-    rows = take_rows(x.reshape(-1, d), blocks.assignment // k, blocks.slot)
-    out = grouped_ffn(rows, weights, blocks.expert, blocks.used, activation, operands)
-    chosen = take_rows(out, blocks.slot, blocks.assignment[:, None])
-    gates = plan.gates.reshape(-1, k, 1)
-    return (chosen * gates).sum(1).astype(x.dtype).reshape(b, length, d)
+    ffn = partial(_local, activation=activation, execution=execution)
+    if axis is not None:
+        ffn = partial(_over_devices, local=ffn, axis=axis)
+    out = ffn(x.reshape(-1, d), plan.experts.reshape(-1, k), plan.gates.reshape(-1, k), weights)
+    return out.astype(x.dtype).reshape(b, length, d)
+
+
+def _local(x, chosen, gates, weights, activation, execution):
+    """`[T, D]` from experts that are all here; `chosen`, `gates` `[T, K]`."""
+    experts = weights.up.shape[0]
+    block = block_size(chosen.size, experts, execution.backend)
+    slot, assignment, groups = sort_by_expert(chosen, experts, block)
+    rows = take_rows(x, assignment // chosen.shape[1], slot)
+    out = grouped_ffn(rows, weights, groups, block, activation, execution)
+    return combine(out, slot, assignment, gates)
+
+
+def _over_devices(x, chosen, gates, weights, local, axis):
+    """`_local` with the experts spread over `axis`.
+
+    Assignments are sorted by the device that owns their expert and travel in `[ways, places]`
+    arrays. Whether all fit is decided for the whole mesh at once, so that all devices take the
+    same branch; nothing is ever dropped.
+    """
+    ways, mine = lax.axis_size(axis), weights.up.shape[0]
+    t, k = chosen.shape
+    places = min(-(-int(SLACK * t * k) // ways), t * k)
+    owner = jnp.where(chosen < ways * mine, chosen // mine, ways)
+    one_hot = jax.nn.one_hot(owner.reshape(-1), ways, dtype=jnp.int32)
+    rank = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1).reshape(t, k)
+    fits = lax.pmin((one_hot.sum(0).max() <= places).astype(jnp.int32), BATCH_AXES) > 0
+
+    def travel(x, weights):
+        slot = jnp.where((owner < ways) & (rank < places), owner * places + rank, ways * places)
+        assignment = jnp.full(ways * places, t * k, jnp.int32)
+        order = jnp.arange(t * k, dtype=jnp.int32)
+        assignment = assignment.at[slot.reshape(-1)].set(order, mode="drop")
+        rows = take_rows(x, assignment // k, slot)
+        expert = jnp.append(chosen.reshape(-1) % mine, mine)[assignment]
+        exchange = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
+        rows, expert = checkpoint_name(exchange(rows), "rows"), exchange(expert)
+        ones = jnp.ones((rows.shape[0], 1), wide(x.dtype))
+        out = local(rows, expert[:, None], ones, weights).astype(x.dtype)
+        return combine(checkpoint_name(exchange(out), "rows"), slot, assignment, gates)
+
+    def gather(x, weights):
+        whole = jax.tree.map(lambda w: lax.all_gather(w, axis, tiled=True), weights)
+        return local(x, chosen, gates, whole)
+
+    if places == t * k:
+        return travel(x, weights)
+    return lax.cond(fits, travel, gather, x, weights)
 
 
 def sharded_experts(
-    weights: ExpertWeights, activation: str, operands: str, axis: str | None
+    weights: ExpertWeights, activation: str, execution: Execution, axis: str | None
 ) -> Experts:
     """All experts as one function of their rows `[E, T, D]`.
 
     Args:
       weights: this device's experts.
-      activation: of `ffn.ACTIVATE`.
-      operands: dtype of matmul factors.
+      activation: of `layers.ACTIVATE`.
+      execution: backend and dtypes.
       axis: mesh axis over which the experts are spread; None: they are all here.
     """
-    compute = partial(expert_ffn, weights=weights, activation=activation, operands=operands)
+    compute = partial(expert_ffn, weights=weights, activation=activation, execution=execution)
     if axis is None:
         return compute
 
     def travel(x: jax.Array) -> jax.Array:
         there = lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True)
-        return lax.all_to_all(compute(there), axis, split_axis=1, concat_axis=0, tiled=True)
+        out = compute(checkpoint_name(there, "rows"))
+        back = lax.all_to_all(out, axis, split_axis=1, concat_axis=0, tiled=True)
+        return checkpoint_name(back, "rows")
 
     return travel
 
 
-def limited(x: jax.Array, plan: Plan, capacity: int, count: int, experts: Experts) -> jax.Array:
+def limited(x: jax.Array, plan: Plan, places: int, count: int, experts: Experts) -> jax.Array:
     """Gathers the admitted tokens into `[E, B * C, D]` and adds the experts' outputs by gate.
 
     Nothing of size tokens x experts x capacity is built, only indices of the E * C rows.
 
     Args:
       x: `[B, L, D]`.
-      plan: with places in the queues, those of admitted tokens below `capacity`.
-      capacity: C.
+      plan: with places in the queues, those of admitted tokens below `places`.
+      places: C.
       count: E.
       experts: `[E, B * C, D] -> [E, B * C, D]`.
 
@@ -87,45 +192,36 @@ def limited(x: jax.Array, plan: Plan, capacity: int, count: int, experts: Expert
     """
     b, length, d = x.shape
     k = plan.experts.shape[-1]
-    taken = plan.experts < count
-    slot = jnp.where(taken, plan.experts * capacity + plan.place, count * capacity)
-    row = lax.broadcasted_iota(jnp.int32, (b, length * k), 0)
-    # which assignment sits in each slot; `length * k`: none
-    assignment = jnp.full((b, count * capacity), length * k, jnp.int32)
-    assignment = assignment.at[row, slot.reshape(b, -1)].set(
-        lax.broadcasted_iota(jnp.int32, row.shape, 1), mode="drop"
-    )
-    token = jnp.where(assignment < length * k, row[:, :1] * length + assignment // k, b * length)
-    flat = jnp.concatenate([x.reshape(-1, d), jnp.zeros((1, d), x.dtype)])
-    rows = flat[_by_expert(token, count)]
-    gates = jnp.pad(plan.gates.reshape(b, -1), ((0, 0), (0, 1)))
-    gates = _by_expert(jnp.take_along_axis(gates, assignment, axis=1), count)
-    out = experts(rows) * gates[..., None]
-    total = jnp.zeros((b * length + 1, d), jnp.float32).at[_by_expert(token, count)].add(out)
-    return total[:-1].astype(x.dtype).reshape(b, length, d)
+    assert plan.place is not None
+    # rows are ordered by expert, row of the batch and place
+    row = lax.broadcasted_iota(jnp.int32, plan.experts.shape, 0)
+    slot = (plan.experts * b + row) * places + plan.place
+    slot = jnp.where(plan.experts < count, slot, count * b * places).reshape(-1, k)
+    # which assignment sits in each slot; `b * length * k`: none
+    assignment = jnp.full(count * b * places, b * length * k, jnp.int32)
+    order = lax.iota(jnp.int32, b * length * k)
+    assignment = assignment.at[slot.reshape(-1)].set(order, mode="drop")
+    rows = take_rows(x.reshape(-1, d), assignment // k, slot)
+    out = experts(rows.reshape(count, b * places, d)).reshape(-1, d)
+    total = combine(out, slot, assignment, plan.gates.reshape(-1, k))
+    return total.astype(x.dtype).reshape(b, length, d)
 
 
-def _by_expert(x: jax.Array, count: int) -> jax.Array:
-    """`[B, E * C, ...] -> [E, B * C, ...]`."""
-    b = x.shape[0]
-    return x.reshape(b, count, -1, *x.shape[2:]).swapaxes(0, 1).reshape(count, -1, *x.shape[2:])
-
-
-def softly(x: jax.Array, plan: SoftPlan, experts: Experts, operands: str) -> jax.Array:
+def softly(x: jax.Array, plan: SoftPlan, experts: Experts, execution: Execution) -> jax.Array:
     """Slots as weighted means of tokens, tokens as weighted means of the experts' outputs.
 
     Args:
       x: `[B, L, D]`.
       plan: weights `[B, L, E, S]`.
       experts: `[E, B * S, D] -> [E, B * S, D]`.
-      operands: dtype of matmul factors.
+      execution: dtypes.
     """
     b, length, e, s = plan.dispatch.shape
     dispatch = plan.dispatch.reshape(b, length, e * s).swapaxes(1, 2).astype(x.dtype)
-    slots = matmul(dispatch, x, operands)
-    out = experts(_by_expert(slots, e))
+    slots = affine(dispatch, x, None, execution)
+    out = experts(slots.reshape(b, e, s, -1).swapaxes(0, 1).reshape(e, b * s, -1))
     out = out.reshape(e, b, s, -1).swapaxes(0, 1).reshape(b, e * s, -1)
-    return matmul(plan.combine.reshape(b, length, e * s).astype(x.dtype), out, operands)
+    return affine(plan.combine.reshape(b, length, e * s).astype(x.dtype), out, None, execution)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -4,41 +4,79 @@ Parameters are kept layer by layer; running equal layers under `lax.scan` is a w
 (`Execution.scan`), not a way to store them, so checkpoints do not depend on it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from moe_ablm.model.attention import Packing, SelfAttention
-from moe_ablm.model.ffn import FeedForward, gelu
-from moe_ablm.model.layers import LayerNorm, Linear, constant, normal
+from moe_ablm.model.attention import Dropped, SelfAttention, take_position
+from moe_ablm.model.dropout import drop, token_counters
+from moe_ablm.model.layers import KEPT, FeedForward, LayerNorm, Linear, constant, gelu, normal
+from moe_ablm.model.linear import wide
 from moe_ablm.model.moe import MoE, Routed
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 MASK_TOKEN = 32  # of data.tokenizer, whose vocabulary is ESM-2's
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> that token_dropout assumes in training
 
 
+class Observe(NamedTuple):
+    """What a forward pass returns beside logits and routing statistics."""
+
+    hidden: bool = False
+    attention: bool = False
+    plans: bool = False
+
+
 class Output(NamedTuple):
-    """Result of an encoder: `logits [B, L, V]`; with M MoE layers, their routing `[M, ...]`."""
+    """Result of an encoder.
+
+    Attributes:
+      logits: at least float32 `[B, L, V]`; `[B, 1, V]` of one position of each row.
+      routing: of the M MoE layers, arrays `[M, ...]`; None: dense. Plans only if asked for.
+      hidden: outputs `[B, L, D]` of the embedding and of each layer, the last one normalised; empty
+        unless asked for.
+      attention: weights `[B, H, L, L]` of each layer; empty unless asked for.
+    """
 
     logits: jax.Array
     routing: Routed | None
+    hidden: tuple[jax.Array, ...] = ()
+    attention: tuple[jax.Array, ...] = ()
+
+
+NOTHING = Observe()
 
 
 class Context(NamedTuple):
-    """What every layer is told beside its input: `valid [B, L]`, and how rows are packed."""
+    """What every layer is given beside its input.
+
+    Attributes:
+      valid: bool `[B, L]`.
+      packing: given when rows hold several antibodies.
+      counters: uint32 `[B, L]` of `dropout.token_counters`; None: nothing is dropped out.
+    """
 
     valid: jax.Array
     packing: Packing | None = None
+    counters: jax.Array | None = None
+
+
+class Seen(NamedTuple):
+    """What a layer reports: its routing, and its attention weights if asked for."""
+
+    routing: Routed | None
+    attention: jax.Array | None
 
 
 class Block(nnx.Module):
     """One pre-LN transformer layer, dense or with experts."""
 
     def __init__(self, spec: EncoderSpec, sparse: bool, execution: Execution, rngs: nnx.Rngs):
-        self.sparse = sparse
+        self.sparse, self.spec = sparse, spec
         self.attention_norm = LayerNorm(spec.d_model)
         self.attention = SelfAttention(spec, execution, rngs)
         self.ffn_norm = LayerNorm(spec.d_model)
@@ -48,29 +86,62 @@ class Block(nnx.Module):
             self.ffn = FeedForward(spec, spec.ffn, execution, rngs)
 
     def __call__(
-        self, x: jax.Array, context: Context, training: bool = False, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Routed | None]:
-        """`x [B, L, D]` -> `[B, L, D]` and this layer's routing; `key` and `training`: of `MoE`."""
-        x = x + self.attention(self.attention_norm(x), *context)
-        y = self.ffn_norm(x)
-        if not self.sparse:
-            return x + self.ffn(y), None
-        out, routed = self.ffn(y, *context, training, key)
-        return x + out, routed
+        self,
+        x: jax.Array,
+        context: Context,
+        training: bool = False,
+        key: jax.Array | None = None,
+        observe: Observe = NOTHING,
+        at: jax.Array | None = None,
+    ) -> tuple[jax.Array, Seen]:
+        """`x [B, L, D]` -> `[B, L, D]` and what was asked for.
+
+        Args:
+          x: output of the layer before.
+          context: of the batch.
+          training, key: of `Encoder`.
+          observe: what is reported.
+          at: integers `[B]`, the one position of each row that is wanted: `[B, 1, D]`.
+        """
+        valid, packing, counters = context
+        dropped = None
+        if counters is not None and self.spec.attention_dropout:
+            dropped = Dropped(counters, jax.random.fold_in(key, 1))
+        y = self.attention_norm(x)
+        weights = self.attention.weights(y, valid, packing) if observe.attention else None
+        # routers that decide for each token alone need that token alone
+        alone = at is not None and (not self.sparse or self.spec.moe.independent)
+        x, valid = (take_position(x, at), jnp.ones((len(x), 1), bool)) if alone else (x, valid)
+        y = self.attention(y, context.valid, packing, at if alone else None, dropped)
+        x = x + self._drop(y, counters, key, 2)
+        y, routing = self.ffn_norm(x), None
+        if self.sparse:
+            y, routing = self.ffn(y, valid, packing, training, key, observe.plans)
+        else:
+            y = self.ffn(y)
+        x = x + self._drop(y, counters, key, 3)
+        return take_position(x, at) if at is not None and not alone else x, Seen(routing, weights)
+
+    def _drop(self, y, counters, key, place: int) -> jax.Array:
+        if counters is None or not self.spec.hidden_dropout:
+            return y
+        return drop(y, counters, self.spec.hidden_dropout, jax.random.fold_in(key, place))
 
 
 class LMHead(nnx.Module):
     """Dense, GELU, layer norm, and a decoder with a bias: the embedding, or one of its own."""
 
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
+        self.backend = execution.backend
         self.dense = Linear(spec.d_model, spec.d_model, "DF", execution, rngs)
         self.norm = LayerNorm(spec.d_model)
         self.bias = constant(0.0, (spec.vocabulary,), "V")
         self.decoder = None if spec.tied else normal(rngs, (spec.vocabulary, spec.d_model), "VD")
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """`x [B, L, D]`, `embedding [V, D]` -> float32 logits `[B, L, V]`."""
-        x = self.norm(gelu(self.dense(x))).astype(jnp.float32)
+        """`x [B, L, D]`, `embedding [V, D]` -> logits `[B, L, V]`, at least float32."""
+        x = self.norm(gelu(self.dense(x), self.backend))
+        x = x.astype(wide(x.dtype))
         decoder = embedding if self.decoder is None else self.decoder[...]
         return jnp.dot(x, decoder.T, precision=jax.lax.Precision.HIGHEST) + self.bias[...]
 
@@ -96,7 +167,7 @@ class Encoder(nnx.Module):
         With token_dropout (ESM-2) the embeddings of <mask> are zeroed and the rest rescaled by
         (1 - 0.15 * 0.8) / (1 - observed mask ratio), antibody by antibody. Padding embeds to 0.
         """
-        x = self.embedding[...][tokens]
+        x = look_up(self.embedding[...], tokens)
         if self.spec.token_dropout:
             masked = (tokens == MASK_TOKEN) & valid
             if packing is None:
@@ -105,7 +176,7 @@ class Encoder(nnx.Module):
                 counts = [(packing.same() & a[:, None, :]).sum(-1) for a in (masked, valid)]
             ratio = counts[0] / jnp.maximum(counts[1], 1)
             scale = (1 - TRAINED_MASK_RATIO) / jnp.maximum(1 - ratio, 1e-6)  # all masked: not NaN
-            x = jnp.where(masked[..., None], 0.0, x) * scale[..., None]
+            x = jnp.where(masked[..., None], 0.0, x) * scale[..., None].astype(x.dtype)
         return (x * valid[..., None]).astype(self.execution.activations)
 
     def __call__(
@@ -115,45 +186,52 @@ class Encoder(nnx.Module):
         packing: Packing | None = None,
         training: bool = False,
         key: jax.Array | None = None,
+        observe: Observe = NOTHING,
+        at: jax.Array | None = None,
     ) -> Output:
-        """Logits of every position.
+        """Logits of every position, or of one position of each row.
 
         Args:
           tokens: integers `[B, L]`.
           valid: bool `[B, L]`, False at padding, which stands at the end of each row.
           packing: given when rows hold several antibodies, which then do not see each other.
           training: whether experts have a limited capacity; in inference token choice is dropless.
-          key: of the routers' jitter; None: no jitter.
+          key: of the step, for dropout and the routers' jitter; None: neither.
+          observe: what else is returned; layers are then unrolled.
+          at: integers `[B]`: logits of that position alone, for which the last layer and the head
+            compute no other where they can; rows are not packed.
         """
-        x, context = self.embed(tokens, valid, packing), Context(valid, packing)
-        x, routing = self._run_layers(x, context, training, key)
-        return Output(self.head(self.final_norm(x), self.embedding[...]), routing)
-
-    def hidden_states(
-        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
-    ) -> list[jax.Array]:
-        """Outputs `[B, L, D]` of the embedding and of each layer, the last one normalised."""
-        x = self.embed(tokens, valid, packing)
-        states = [x]
-        for layer in self.layers:
-            x, _ = layer(x, Context(valid, packing))
-            states.append(x)
-        return [*states[:-1], self.final_norm(states[-1])]
-
-    def attention_weights(
-        self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
-    ) -> list[jax.Array]:
-        """Attention weights of each layer, float32 `[B, H, L, L]`."""
-        x, weights = self.embed(tokens, valid, packing), []
-        for layer in self.layers:
-            weights.append(layer.attention.weights(layer.attention_norm(x), valid, packing))
-            x, _ = layer(x, Context(valid, packing))
-        return weights
-
-    def _run_layers(
-        self, x: jax.Array, context: Context, training: bool, key: jax.Array | None
-    ) -> tuple[jax.Array, Routed | None]:
+        x, counters = self.embed(tokens, valid, packing), None
+        if key is not None and self.spec.drops:
+            counters = token_counters(tokens, valid, packing, key)
+            x = drop(x, counters, self.spec.embedding_dropout, jax.random.fold_in(key, 0))
+        context = Context(valid, packing, counters)
         keys = None if key is None else jax.random.split(key, len(self.layers))
+        if any(observe) or at is not None:
+            x, routing, hidden, attention = self._observed(x, context, training, keys, observe, at)
+        else:
+            hidden = attention = ()
+            x, routing = self._run_layers(x, context, training, keys)
+        x = self.final_norm(x)
+        if observe.hidden:
+            hidden = (*hidden[:-1], x)
+        return Output(self.head(x, self.embedding[...]), routing, hidden, attention)
+
+    def _observed(self, x, context, training, keys, observe, at):
+        """The layers one by one: `x`, routing, hidden states and attention weights."""
+        routings, states, weights = [], [x], []
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            key = None if keys is None else keys[i]
+            x, seen = layer(x, context, training, key, observe, at if last else None)
+            routings += [] if seen.routing is None else [seen.routing]
+            weights += [seen.attention] if observe.attention else []
+            states.append(x)
+        hidden = tuple(states) if observe.hidden else ()
+        return x, _stack(routings), hidden, tuple(weights)
+
+    def _run_layers(self, x, context, training, keys) -> tuple[jax.Array, Routed | None]:
+        """All layers as `Execution` says: `x` and the routing of the MoE layers."""
         routings = []
         for start, period, repeats in self._runs():
             groups = [range(start + i, start + i + period) for i in _steps(period, repeats)]
@@ -163,12 +241,11 @@ class Encoder(nnx.Module):
             def body(x, states, definitions=definitions):
                 found = []
                 for definition, (state, key) in zip(definitions, states, strict=True):
-                    x, routing = nnx.merge(definition, state)(x, context, training, key)
-                    found += [] if routing is None else [routing]
+                    x, seen = nnx.merge(definition, state)(x, context, training, key)
+                    found += [] if seen.routing is None else [seen.routing]
                 return x, _stack(found)
 
-            if self.execution.remat:
-                body = jax.checkpoint(body)
+            body = remat(body, self.execution)
             states = [
                 [
                     (state, None if keys is None else keys[i])
@@ -198,6 +275,43 @@ class Encoder(nnx.Module):
             runs.append((start, period, counts[period]))
             start += period * counts[period]
         return runs
+
+
+def remat(body, execution: Execution):
+    """`body` with what its backward pass recomputes, by `Execution.remat`."""
+    if execution.remat == "none":
+        return body
+    policy = None if execution.remat == "full" else _keep_matmuls
+    # layers that are unrolled must not be merged with the ones computed again
+    return jax.checkpoint(body, policy=policy, prevent_cse=not execution.scan)
+
+
+def _keep_matmuls(primitive, *arguments: Any, **parameters: Any) -> bool:
+    """Remat policy: keeps what `KEPT` names, and what cuDNN's attention returns."""
+    named = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or named(primitive, *arguments, **parameters)
+
+
+@jax.custom_vjp
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`table [V, D]` at integers `tokens`; its gradient is a product, not a scattered sum.
+
+    Scattered sums of floats depend on their order on GPUs, and are slow where V is small.
+    """
+    return table[tokens]
+
+
+def _look_up_backward(residuals, gradient):
+    tokens, rows = residuals
+    one_hot = jax.nn.one_hot(tokens.reshape(-1), rows.shape[0], axis=0, dtype=gradient.dtype)
+    columns = gradient.reshape(-1, gradient.shape[-1])
+    return jnp.dot(one_hot, columns, precision=lax.Precision.HIGHEST), None
+
+
+look_up.defvjp(
+    lambda table, tokens: (table[tokens], (tokens, jnp.zeros((len(table), 0)))), _look_up_backward
+)
 
 
 def _steps(period: int, repeats: int) -> range:

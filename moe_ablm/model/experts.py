@@ -1,14 +1,24 @@
-"""The experts' weights, and all experts at work on equally many rows each."""
+"""The experts' weights, and all experts at work: on equally many rows each, or on groups of rows.
 
-from typing import NamedTuple
+Groups of unequal size go through one seam, `grouped_matmul`, with an implementation per backend
+(`IMPLEMENTATIONS`). Rows are sorted by expert and every expert's rows are padded to whole blocks,
+so that nothing of size tokens x experts is built.
+"""
+
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_ablm.model.ffn import ACTIVATE
-from moe_ablm.model.linear import matmul
+from moe_ablm.model import cpu
+from moe_ablm.model.layers import ACTIVATE
+from moe_ablm.model.linear import affine, dot, wide
 from moe_ablm.model.routing import Plan
+from moe_ablm.model.spec import Execution
 
 
 class ExpertWeights(NamedTuple):
@@ -23,11 +33,16 @@ class ExpertWeights(NamedTuple):
     down_bias: jax.Array
 
 
-def expert_ffn(x: jax.Array, weights: ExpertWeights, activation: str, operands: str) -> jax.Array:
+def expert_ffn(
+    x: jax.Array, weights: ExpertWeights, activation: str, execution: Execution
+) -> jax.Array:
     """`down_e(activate(up_e(x_e)))`: `[E, T, D] -> [E, T, D]`, in the dtype of `x`."""
-    up_bias, down_bias = (b[:, None].astype(x.dtype) for b in (weights.up_bias, weights.down_bias))
-    hidden = ACTIVATE[activation](matmul(x, weights.up, operands) + up_bias)
-    return matmul(hidden, weights.down, operands) + down_bias
+    hidden = checkpoint_name(affine(x, weights.up, weights.up_bias, execution), "up")
+    hidden = ACTIVATE[activation](hidden, execution.backend)
+    return checkpoint_name(affine(hidden, weights.down, weights.down_bias, execution), "down")
+
+
+# experts of unequal width
 
 
 def narrow_experts(widths: tuple[int, ...], chunk: int) -> np.ndarray:
@@ -55,3 +70,216 @@ def split_wide(plan: Plan, table: np.ndarray) -> Plan:
     gates = jnp.where(experts < table.max(), plan.gates[..., None], 0.0)
     shape = (*experts.shape[:2], -1)
     return Plan(experts.reshape(shape), gates.reshape(shape), None)
+
+
+# groups of rows
+
+BLOCK = {"cpu": (128, 256), "gpu": (128, 512), "tpu": (128, 512)}  # rows: smallest, largest
+MANY = {"cpu": 512, "gpu": 4096, "tpu": 4096}  # rows an expert from which large blocks waste little
+
+
+def block_size(assignments: int, experts: int, backend: str) -> int:
+    """Rows of a block for so many assignments."""
+    return BLOCK[backend][assignments >= MANY[backend] * experts]
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which expert, in whole blocks.
+
+    Attributes:
+      sizes: int32 `[E]`, rows of each expert, with its padding.
+      expert: int32 `[blocks]`, the expert of each block; of unused ones the last.
+      used: int32, number of blocks that hold at least one row.
+    """
+
+    sizes: jax.Array
+    expert: jax.Array
+    used: jax.Array
+
+
+class Sorted(NamedTuple):
+    """Where every assignment sits among the rows that are sorted by expert.
+
+    Attributes:
+      slot: int32 `[T, K]`, row of each assignment; `rows` where it is not routed.
+      assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K` where it is empty.
+      groups: of the rows.
+    """
+
+    slot: jax.Array
+    assignment: jax.Array
+    groups: Groups
+
+
+def sort_by_expert(chosen: jax.Array, experts: int, block: int) -> Sorted:
+    """Sorts assignments by expert and pads each expert's rows to whole blocks.
+
+    Args:
+      chosen: int32 `[T, K]`, E where an assignment is not routed.
+      experts: E.
+      block: rows of a block.
+    """
+    t, k = chosen.shape
+    blocks = -(-t * k // block) + experts
+    rows = blocks * block
+    one_hot = jax.nn.one_hot(chosen.reshape(-1), experts, dtype=jnp.int32)
+    position = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1).reshape(t, k)
+    blocks_of = -(-one_hot.sum(0) // block)
+    ends = jnp.cumsum(blocks_of)
+    starts = jnp.append(ends - blocks_of, blocks)
+    slot = jnp.where(chosen < experts, starts[chosen] * block + position, rows)
+    assignment = jnp.full(rows, t * k, jnp.int32)
+    assignment = assignment.at[slot.reshape(-1)].set(
+        jnp.arange(t * k, dtype=jnp.int32), mode="drop", unique_indices=False
+    )
+    expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    expert = jnp.minimum(expert, experts - 1).astype(jnp.int32)
+    return Sorted(slot, assignment, Groups(blocks_of * block, expert, ends[-1]))
+
+
+def grouped_ffn(
+    x: jax.Array,
+    weights: ExpertWeights,
+    groups: Groups,
+    block: int,
+    activation: str,
+    execution: Execution,
+) -> jax.Array:
+    """`down_e(activate(up_e(x)))` for rows sorted by expert.
+
+    Args:
+      x: `[rows, D]`, in whole blocks of equal size.
+      weights: of all experts.
+      groups: of the rows.
+      block: rows of a block.
+      activation: of `layers.ACTIVATE`.
+      execution: backend, dtypes and implementation.
+
+    Returns:
+      `[rows, D]` in the dtype of `x`; rows of unused blocks hold no meaning.
+    """
+    activate = partial(ACTIVATE[activation], backend=execution.backend)
+    if execution.backend == "cpu" and execution.grouped is None:
+        return cpu.grouped_ffn(x, weights, groups, block, activate, execution.operands)
+    product = partial(grouped_matmul, groups=groups, block=block, execution=execution)
+    hidden = checkpoint_name(product(x, weights.up, weights.up_bias), "up")
+    return checkpoint_name(product(activate(hidden), weights.down, weights.down_bias), "down")
+
+
+def grouped_matmul(
+    rows: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+    groups: Groups,
+    block: int,
+    execution: Execution,
+) -> jax.Array:
+    """`rows @ weights[e] + bias[e]` of the expert e that each row belongs to.
+
+    Args:
+      rows: `[rows, N]`, sorted by expert, in whole blocks.
+      weights: `[E, N, M]`.
+      bias: `[E, M]`.
+      groups: of the rows.
+      block: rows of a block.
+      execution: which implementation; dtype of operands.
+
+    Returns:
+      `[rows, M]` in the dtype of `rows`; gradients of weights and biases are summed `wide`. Rows of
+      unused blocks hold no meaning, and their gradients must be 0.
+    """
+    name = execution.grouped or DEFAULT[execution.backend]
+    return _grouped_matmul(rows, weights, bias, groups, block, name, execution.operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _grouped_matmul(rows, weights, bias, groups, block, name, operands):
+    factors = rows.astype(operands), weights.astype(operands)
+    out = IMPLEMENTATIONS[name].product(*factors, groups, block)
+    out = out.reshape(-1, block, out.shape[-1]) + bias[groups.expert][:, None]
+    return out.astype(rows.dtype).reshape(rows.shape[0], -1)
+
+
+def _grouped_matmul_forward(rows, weights, bias, groups, block, name, operands):
+    out = _grouped_matmul(rows, weights, bias, groups, block, name, operands)
+    return out, (rows.astype(operands), weights, groups, jnp.zeros((), rows.dtype))
+
+
+def _grouped_matmul_backward(block, name, operands, residuals, gradient):
+    rows, weights, groups, like = residuals
+    how, factor = IMPLEMENTATIONS[name], gradient.astype(operands)
+    transposed = jnp.swapaxes(weights.astype(operands), 1, 2)
+    dx = how.product(factor, transposed, groups, block).astype(like.dtype)
+    dweights = how.weight_gradient(rows, factor, groups, block)
+    sums = gradient.astype(wide(operands)).reshape(-1, block, gradient.shape[-1]).sum(1)
+    dbias = _sum_by_expert(sums, groups)
+    return dx, dweights, dbias, None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+
+
+def _sum_by_expert(blocks: jax.Array, groups: Groups) -> jax.Array:
+    """`[blocks, ...] -> [E, ...]`: a product, since scattered sums of floats depend on their order."""
+    count = groups.sizes.shape[0]
+    mine = jax.nn.one_hot(groups.expert, count, axis=0, dtype=blocks.dtype)
+    here = jnp.arange(blocks.shape[0]) < groups.used
+    mine = jnp.where(here, mine, 0)
+    return jnp.tensordot(mine, blocks, 1, precision=lax.Precision.HIGHEST)
+
+
+class GroupedMatmul(Protocol):
+    """An implementation of grouped products; factors have the dtype of operands, sums are `wide`."""
+
+    @staticmethod
+    def product(rows, weights, groups: Groups, block: int) -> jax.Array:
+        """`[rows, N] x [E, N, M] -> [rows, M]`."""
+        ...
+
+    @staticmethod
+    def weight_gradient(rows, gradient, groups: Groups, block: int) -> jax.Array:
+        """`[rows, N] x [rows, M] -> [E, N, M]`."""
+        ...
+
+
+class Batched:
+    """One batched product over blocks, each with a copy of its expert's weights: plain XLA."""
+
+    @staticmethod
+    def product(rows, weights, groups, block):
+        blocks = rows.reshape(-1, block, rows.shape[-1])
+        out = dot(blocks, weights[groups.expert], str(rows.dtype))
+        return out.reshape(rows.shape[0], -1)
+
+    @staticmethod
+    def weight_gradient(rows, gradient, groups, block):
+        columns = rows.reshape(-1, block, rows.shape[-1]).swapaxes(1, 2)
+        products = dot(columns, gradient.reshape(-1, block, gradient.shape[-1]), str(rows.dtype))
+        return _sum_by_expert(products, groups)
+
+
+class Ragged:
+    """`lax.ragged_dot`: native on TPU; elsewhere as the jax version lowers it."""
+
+    @staticmethod
+    def product(rows, weights, groups, block):
+        return lax.ragged_dot(rows, weights, groups.sizes, **Ragged._types(rows))
+
+    @staticmethod
+    def weight_gradient(rows, gradient, groups, block):
+        contract = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[],
+        )
+        types = Ragged._types(rows)
+        return lax.ragged_dot_general(rows, gradient, groups.sizes, contract, **types)
+
+    @staticmethod
+    def _types(rows):
+        precision = None if rows.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+        return {"precision": precision, "preferred_element_type": wide(rows.dtype)}
+
+
+IMPLEMENTATIONS: dict[str, type[GroupedMatmul]] = {"batched": Batched, "ragged": Ragged}
+DEFAULT = {"cpu": "batched", "gpu": "batched", "tpu": "ragged"}

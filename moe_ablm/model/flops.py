@@ -4,29 +4,31 @@ FLOPs are those of the matmuls (a multiply-add is 2), the usual count behind mod
 utilisation; norms, softmax and gathers are left out.
 """
 
-import math
-
-from moe_ablm.model.spec import TOKEN_ROUTERS, EncoderSpec
+from moe_ablm.model.spec import EncoderSpec, Row
 
 MATRICES = {"gelu": 2, "swiglu": 3}  # of size D x F in one FFN
 
 
 def params_total(spec: EncoderSpec) -> int:
-    """Number of parameters, all experts included."""
-    experts = sum(ffn_params(spec, width) for width in spec.expert_widths)
-    return _params(spec, experts)
+    """Number of parameters, all experts included; the bias of loss-free balancing is none."""
+    return _params(spec, sum(ffn_params(spec, width) for width in spec.expert_widths))
 
 
-def params_active(spec: EncoderSpec) -> int:
+def params_active(spec: EncoderSpec, choices: float | None = None) -> int:
     """Number of parameters that an average token meets in training.
 
     Of each MoE layer: its router, its shared experts and as many of the others as compute for a
-    token (`MoESpec.mean_choices`; of soft-MoE the share of the experts' work over that of a dense
+    token (`Router.active_share`; of soft-MoE the share of the experts' work over that of a dense
     FFN on every token is not defined without a length, so all experts count).
+
+    Args:
+      spec: of the encoder.
+      choices: experts that a token had on average, where that is measured (top-p).
     """
-    moe = spec.moe
+    if spec.moe is None:
+        return params_total(spec)
     experts = sum(ffn_params(spec, width) for width in spec.expert_widths)
-    share = 1.0 if moe.router == "soft" else moe.mean_choices / moe.experts
+    share = spec.moe.active_share if choices is None else choices / spec.moe.experts
     return _params(spec, round(experts * share))
 
 
@@ -36,63 +38,46 @@ def ffn_params(spec: EncoderSpec, width: int) -> int:
     return inputs * (d * width + width) + width * d + d
 
 
-def router_params(spec: EncoderSpec) -> int:
-    """Number of parameters of one router."""
-    moe = spec.moe
-    if moe.router == "soft":
-        return spec.d_model * moe.experts * moe.slots + moe.l2
-    return spec.d_model * moe.experts + (moe.experts if moe.balance_rate else 0)
-
-
 def _params(spec: EncoderSpec, experts: int) -> int:
     d, v = spec.d_model, spec.vocabulary
     sparse = len(spec.moe_layers)
     attention_and_norms = 4 * (d * d + d) + 4 * d
     layers = spec.layers * attention_and_norms + (spec.layers - sparse) * ffn_params(spec, spec.ffn)
-    if sparse:
+    if spec.moe:
         shared = ffn_params(spec, spec.shared_ffn) if spec.moe.shared else 0
-        layers += sparse * (experts + shared + router_params(spec))
+        layers += sparse * (experts + shared + spec.moe.router_params(d))
     head = d * d + d + 2 * d + v + (0 if spec.tied else v * d)
     return v * d + layers + 2 * d + head
 
 
-def forward_flops_per_token(spec: EncoderSpec, length: float, training: bool = False) -> float:
-    """FLOPs of a forward pass for one token among `length` that attend to each other.
+def forward_flops_per_token(
+    spec: EncoderSpec, row: Row, training: bool = False, choices: float | None = None
+) -> float:
+    """FLOPs of a forward pass for each token that is no padding.
+
+    Experts that take a fixed number of tokens of a row compute all those places, filled or not,
+    also those that padding is owed; of all else, padding is left out.
 
     Args:
       spec: of the encoder.
-      length: tokens of an antibody; for limited experts, of a row with its padding.
+      row: shape of the rows.
       training: whether token choice obeys its capacity.
+      choices: experts that a token had on average, where that is measured (top-p).
     """
-    d = spec.d_model
+    d, matrices = spec.d_model, MATRICES[spec.activation]
     sparse = len(spec.moe_layers)
-    weights = spec.layers * 4 * d * d
-    weights += (spec.layers - sparse) * MATRICES[spec.activation] * d * spec.ffn
-    if sparse:
-        weights += sparse * _moe_weights(spec, length, training)
+    weights: float = spec.layers * 4 * d * d
+    weights += (spec.layers - sparse) * matrices * d * spec.ffn
+    if spec.moe:
+        expert = matrices * d * sum(spec.expert_widths) / spec.moe.experts
+        routed = spec.moe.multiply_adds(d, expert, row, training)
+        if choices is not None:
+            routed = d * spec.moe.experts + choices * expert
+        weights += sparse * (routed + matrices * d * spec.shared_ffn)
     weights += d * d + d * spec.vocabulary
-    return 2 * weights + 4 * spec.layers * d * length
+    return 2 * weights + 4 * spec.layers * d * row.antibody
 
 
-def _moe_weights(spec: EncoderSpec, length: float, training: bool) -> float:
-    """Multiply-adds of one MoE layer for one token."""
-    d, moe, matrices = spec.d_model, spec.moe, MATRICES[spec.activation]
-    expert = matrices * d * sum(spec.expert_widths) / moe.experts
-    shared = matrices * d * spec.shared_ffn
-    if moe.router == "soft":
-        slots = moe.experts * moe.slots
-        # the router; tokens into slots; the experts; slots into tokens
-        return 3 * d * slots + slots / length * expert + shared
-    choices = float(moe.k)
-    if moe.limit is not None and (training or moe.router not in TOKEN_ROUTERS):
-        places = math.ceil(moe.limit * moe.k * length / moe.experts - 1e-9)
-        computed = moe.experts * places / length
-        # queues of a row are computed whole; other ways only what is admitted, which is at most K
-        whole = moe.group == "sequence" and moe.widths is None
-        choices = computed if whole else min(computed, moe.choices)
-    return d * moe.experts + choices * expert + shared
-
-
-def train_flops_per_token(spec: EncoderSpec, length: float) -> float:
+def train_flops_per_token(spec: EncoderSpec, row: Row, choices: float | None = None) -> float:
     """FLOPs of forward and backward pass for one token: three times the forward pass."""
-    return 3 * forward_flops_per_token(spec, length, training=True)
+    return 3 * forward_flops_per_token(spec, row, training=True, choices=choices)

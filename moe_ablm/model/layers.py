@@ -1,4 +1,4 @@
-"""Parameters and the plain layers: linear, layer norm, embedding.
+"""Parameters and the plain layers: linear, layer norm, activations, FFN.
 
 Every parameter carries the letters of its axes (`axes`, from the legend in `spec`): the mesh rules
 in `parallel.mesh` turn letters into shardings, so that layers know nothing of devices.
@@ -7,11 +7,19 @@ in `parallel.mesh` turn letters into shardings, so that layers know nothing of d
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_ablm.model.linear import linear
-from moe_ablm.model.spec import Execution
+from moe_ablm.model import cpu
+from moe_ablm.model.linear import affine, wide
+from moe_ablm.model.spec import EncoderSpec, Execution
 
 INIT_STD = 0.02  # of every weight, as in ESM-2 and BALM
+# what the remat policy "matmuls" keeps for the backward pass; all else is computed again
+KEPT = ("qkv", "attended", "attention_out", "up", "down", "plan", "rows")
+
+
+class Balance(nnx.Variable):
+    """The bias of auxiliary-loss-free balancing: moved by a rule, not by the optimizer."""
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str) -> nnx.Param:
@@ -19,26 +27,28 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str) -> nnx.Param:
     return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-def constant(value: float, shape: tuple[int, ...], axes: str) -> nnx.Param:
-    """A float32 parameter that starts at one value."""
-    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+def constant(
+    value: float, shape: tuple[int, ...], axes: str, kind: type[nnx.Variable] = nnx.Param
+) -> nnx.Variable:
+    """A float32 parameter (or another kind of variable) that starts at one value."""
+    return kind(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`; axes names the kernel's two axes."""
 
     def __init__(self, inputs: int, outputs: int, axes: str, execution: Execution, rngs: nnx.Rngs):
-        self.operands = execution.operands
+        self.execution = execution
         self.kernel = normal(rngs, (inputs, outputs), axes)
         self.bias = constant(0.0, (outputs,), axes[1])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., inputs] -> [..., outputs]` in the dtype of `x`."""
-        return linear(x, self.kernel[...], self.bias[...], self.operands)
+        return affine(x, self.kernel[...], self.bias[...], self.execution)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over D with float32 statistics (eps 1e-5, as in ESM-2)."""
+    """Layer normalisation over D with statistics that are `wide` (eps 1e-5, as in ESM-2)."""
 
     def __init__(self, d_model: int):
         self.scale = constant(1.0, (d_model,), "D")
@@ -46,7 +56,39 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D] -> [..., D]` in the dtype of `x`."""
-        y = x.astype(jnp.float32)
+        y = x.astype(wide(x.dtype))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def gelu(x: jax.Array, backend: str) -> jax.Array:
+    """Exact GELU (Hendrycks & Gimpel 2016), x * Phi(x), computed `wide`."""
+    if backend == "cpu":
+        return cpu.gelu(x)
+    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=False).astype(x.dtype)
+
+
+def swiglu(x: jax.Array, backend: str) -> jax.Array:
+    """`silu(gate) * value` of the two halves of `x [..., 2 F]` (Shazeer 2020): `[..., F]`."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * value
+
+
+ACTIVATE = {"gelu": gelu, "swiglu": swiglu}
+HIDDEN = {"gelu": 1, "swiglu": 2}  # inputs of the activation for each of its outputs
+
+
+class FeedForward(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, spec: EncoderSpec, width: int, execution: Execution, rngs: nnx.Rngs):
+        """Args: spec of the encoder; width F."""
+        self.activation, self.backend = spec.activation, execution.backend
+        self.up = Linear(spec.d_model, HIDDEN[spec.activation] * width, "DF", execution, rngs)
+        self.down = Linear(width, spec.d_model, "FD", execution, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D] -> [..., D]`."""
+        hidden = checkpoint_name(self.up(x), "up")
+        return checkpoint_name(self.down(ACTIVATE[self.activation](hidden, self.backend)), "down")

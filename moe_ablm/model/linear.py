@@ -1,8 +1,7 @@
-"""The matmul of every layer: one primitive with its own VJP, the only place that knows precision.
+"""The matmul of every layer: the only place that knows precision.
 
-Why not plain autodiff: on XLA:CPU bfloat16 operands reach the AMX units only with a float32 result
-type, and a weight gradient that contracts the leading dimension runs at a third of its speed unless
-the transposed operand is laid out row-major. Elsewhere the same code asks for nothing unusual.
+The dtype policy is one rule: activations have the dtype of the execution, and whatever is summed -
+in matmuls, statistics, losses, gradients of weights and biases - is at least float32 (`wide`).
 """
 
 from functools import partial
@@ -13,14 +12,45 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
+from moe_ablm.model.spec import Execution
 
-def row_major(x: jax.Array) -> jax.Array:
-    """Asks XLA:CPU to materialise `x` in row-major order; a no-op on other backends.
 
-    And on meshes that XLA partitions: jax 0.10 would gather `x` for it (within `jax.shard_map` each
-    device is its own).
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which values of `dtype` are summed: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _dot(a, b, operands, contract):
+    batch = tuple(range(a.ndim - 2))
+    return lax.dot_general(
+        a.astype(operands),
+        b.astype(operands),
+        (contract, (batch, batch)),
+        precision=None if operands == "bfloat16" else lax.Precision.HIGHEST,
+        preferred_element_type=wide(operands),
+    )
+
+
+def dot(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
+    """Batched matmul `[..., M, K] x [..., K, N]` of `operands`-typed factors, summed `wide`.
+
+    float32 operands are multiplied in full float32 on every backend (no TF32).
     """
-    if jax.default_backend() != "cpu" or partitioned():
+    return _dot(a, b, operands, ((a.ndim - 1,), (b.ndim - 2,)))
+
+
+def dot_transposed(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
+    """`[..., M, K] x [..., N, K] -> [..., M, N]`, typed as `dot`."""
+    return _dot(a, b, operands, ((a.ndim - 1,), (b.ndim - 1,)))
+
+
+def row_major(x: jax.Array, backend: str) -> jax.Array:
+    """Materialises `x` in row-major order on CPU, where a product with its transpose is 3x slower.
+
+    A no-op on other backends, and under automatic partitioning, where the layout constraint would
+    all-gather `x` (within `jax.shard_map` each device is its own).
+    """
+    if backend != "cpu" or partitioned():
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
@@ -34,63 +64,49 @@ def partitioned() -> bool:
     )
 
 
-def dot(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
-    """Batched matmul `[..., M, K] x [..., K, N]` of `operands`-typed factors, float32 result.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, execution: Execution):
+    """`x [..., N] @ kernel [N, M] + bias [M]`, or by expert `x [E, T, N] @ kernel [E, N, M]`.
 
-    float32 operands are multiplied in full float32 on every backend (no TF32).
+    A VJP of its own because autodiff would multiply float32 cotangents with `operands`-typed
+    factors, and sum gradients of biases over tokens in the dtype of activations.
+
+    Args:
+      x: in the dtype of activations.
+      kernel: float32.
+      bias: `[M]`, by expert `[E, M]`; None: none is added.
+      execution: dtype of operands; backend.
+
+    Returns:
+      An array in the dtype of `x`; gradients of `kernel` and `bias` are summed `wide`.
     """
-    batch = tuple(range(a.ndim - 2))
-    return lax.dot_general(
-        a.astype(operands),
-        b.astype(operands),
-        (((a.ndim - 1,), (b.ndim - 2,)), (batch, batch)),
-        precision=lax.Precision.HIGHEST if operands == "float32" else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def dot_transposed(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
-    """`[..., M, K] x [..., N, K] -> [..., M, N]`, typed as `dot`."""
-    batch = tuple(range(a.ndim - 2))
-    return lax.dot_general(
-        a.astype(operands),
-        b.astype(operands),
-        (((a.ndim - 1,), (b.ndim - 1,)), (batch, batch)),
-        precision=lax.Precision.HIGHEST if operands == "float32" else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, kernel: jax.Array, operands: str) -> jax.Array:
-    """`x [..., N] @ kernel [N, M]`, or expert by expert `x [E, T, N] @ kernel [E, N, M]`.
-
-    Factors are `operands`-typed, sums float32. The result has the dtype of `x`; the gradient of
-    `kernel` is float32.
-    """
-    out = dot(_rows(x, kernel), kernel, operands).astype(x.dtype)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+    out = dot(_rows(x, kernel), kernel, execution.operands)
+    if bias is not None:
+        out = out + (bias if kernel.ndim == 2 else bias[:, None])
+    return out.astype(x.dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _rows(x, kernel):
     return x.reshape(-1, x.shape[-1]) if kernel.ndim == 2 else x
 
 
-def _matmul_forward(x, kernel, operands):
-    return matmul(x, kernel, operands), (x.astype(operands), kernel, jnp.zeros((), x.dtype))
+def _affine_forward(x, kernel, bias, execution):
+    residuals = x.astype(execution.operands), kernel, bias, jnp.zeros((), x.dtype)
+    return affine(x, kernel, bias, execution), residuals
 
 
-def _matmul_backward(operands, residuals, gradient):
-    x, kernel, like = residuals
-    gradient = _rows(gradient, kernel).astype(operands)
+def _affine_backward(execution, residuals, gradient):
+    x, kernel, bias, like = residuals
+    operands = execution.operands
+    gradient = _rows(gradient, kernel)
+    dbias = None
+    if bias is not None:
+        dbias = gradient.astype(wide(gradient.dtype)).sum(-2).astype(bias.dtype)
+    gradient = gradient.astype(operands)
     dx = dot_transposed(gradient, kernel, operands).astype(like.dtype).reshape(x.shape)
-    dkernel = dot(row_major(jnp.swapaxes(_rows(x, kernel), -1, -2)), gradient, operands)
-    return dx, dkernel.astype(kernel.dtype)
+    columns = jnp.swapaxes(_rows(x, kernel), -1, -2)
+    dkernel = dot(row_major(columns, execution.backend), gradient, operands)
+    return dx, dkernel.astype(kernel.dtype), dbias
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, operands: str) -> jax.Array:
-    """`x [..., N] @ kernel [N, M] + bias [M]` in the dtype of `x`; see `matmul`."""
-    return matmul(x, kernel, operands) + bias.astype(x.dtype)
+affine.defvjp(_affine_forward, _affine_backward)

@@ -11,22 +11,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_ablm.model import routers
-from moe_ablm.model.attention import Packing
-from moe_ablm.model.capacity import capacity
 from moe_ablm.model.dispatch import dropless, limited, sharded_experts, softly, sum_over_antibodies
 from moe_ablm.model.experts import ExpertWeights, narrow_experts, split_wide
-from moe_ablm.model.ffn import HIDDEN, FeedForward
-from moe_ablm.model.layers import constant, normal
+from moe_ablm.model.layers import HIDDEN, Balance, FeedForward, constant, normal
+from moe_ablm.model.linear import wide
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.routers import Tokens
-from moe_ablm.model.routing import Plan, RouterStats, RowSums, summarise
-from moe_ablm.model.spec import TOKEN_ROUTERS, EncoderSpec, Execution
+from moe_ablm.model.routing import Plan, RouterStats, RowSums, SoftPlan, summarise
+from moe_ablm.model.spec import EncoderSpec, Execution, Queued, Router
 from moe_ablm.parallel.mesh import BATCH_AXES, EXPERT_AXIS
 
 
 class RouterWeights(NamedTuple):
     """A router: `kernel [D, E]`, or of soft-MoE `[D, E, S]`.
 
-    `scale []`, where soft-MoE normalises; `balance [E]`, where choices are biased.
+    `scale []`, where it is normalised; `balance [E]`, where choices are biased.
     """
 
     kernel: jax.Array
@@ -52,13 +51,27 @@ class Routed(NamedTuple):
     """What a block reports.
 
     Attributes:
-      assigned: float32 `[B, L, E]`, 1 where the expert computed for the token; of soft-MoE the
-        expert's share of the output.
+      assigned: `[B, L, E]`, 1 where the expert computed for the token; of soft-MoE the expert's
+        share of the output.
       stats: of the batch.
+      plan: what the router decided, if it was asked for.
     """
 
     assigned: jax.Array
     stats: RouterStats
+    plan: Plan | SoftPlan | None = None
+
+
+class Done(NamedTuple):
+    """What a device computed for its rows: output `[B, L, D]`, and what it reports of them.
+
+    `sums` is None where the batch was routed before.
+    """
+
+    out: jax.Array
+    assigned: jax.Array
+    sums: RowSums | None
+    plan: Plan | SoftPlan | None
 
 
 @dataclass(frozen=True)
@@ -66,43 +79,31 @@ class Layer:
     """The block as a pure function of its arrays."""
 
     spec: EncoderSpec
-    operands: str
+    execution: Execution
     training: bool
     packed: bool
+    observed: bool  # whether plans are returned
 
     @property
-    def travels(self) -> bool:
-        """Whether rows go to the experts (there are fixed numbers of them), or weights to rows."""
-        moe = self.spec.moe
-        if moe.router == "soft":
-            return True
-        queues = moe.limit is not None and (self.training or moe.router not in TOKEN_ROUTERS)
-        return queues and moe.group == "sequence" and moe.widths is None and not self.packed
+    def router(self) -> Router:
+        """The router's spec; only sparse layers are made."""
+        assert self.spec.moe is not None
+        return self.spec.moe
 
-    def route(self, rows: Rows, router: RouterWeights) -> tuple[Plan, RowSums]:
-        """Plan and sums, antibody by antibody or over the batch; not of soft-MoE."""
-        moe = self.spec.moe
-        logits = jnp.einsum(
-            "bld,de->ble",
-            rows.seen.astype(jnp.float32),
-            router.kernel,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        if moe.group == "sequence":
-            tokens = Tokens(rows.valid, rows.packing and rows.packing.antibody)
-            return routers.route(logits, tokens, moe, router.balance, self.training)
-        flat = logits.reshape(1, -1, moe.experts)
-        tokens = Tokens(rows.valid.reshape(1, -1))
-        plan, sums = routers.route(flat, tokens, moe, router.balance, self.training)
+    def route(
+        self, rows: Rows, tokens: Tokens, router: RouterWeights
+    ) -> tuple[Plan | SoftPlan, RowSums]:
+        """Plan and sums of tokens `[B, L]` that compete row by row."""
+        logits = router_logits(rows.seen, router)
+        return routers.plan(self.router, logits, tokens, router.balance, self.training)
+
+    def route_batch(self, rows: Rows, router: RouterWeights) -> tuple[Plan, RowSums]:
+        """Plan and sums where all tokens of the batch compete: as one row."""
+        flat = rows._replace(seen=rows.seen.reshape(1, -1, rows.seen.shape[-1]))
+        plan, sums = self.route(flat, Tokens(rows.valid.reshape(1, -1)), router)
+        assert isinstance(plan, Plan)
         shape = (*rows.valid.shape, -1)
         return Plan(plan.experts.reshape(shape), plan.gates.reshape(shape), None), sums
-
-    def soft_logits(self, x: jax.Array, router: RouterWeights) -> jax.Array:
-        """float32 `[B, L, E, S]`; with both sides of unit length and a learned scale if `l2`."""
-        x, kernel = x.astype(jnp.float32), router.kernel
-        if router.scale is not None:
-            x, kernel = _unit(x, -1), router.scale * _unit(kernel, 0)
-        return jnp.einsum("bld,des->bles", x, kernel, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(
         self,
@@ -111,8 +112,8 @@ class Layer:
         most: jax.Array | None,
         weights: ExpertWeights,
         axis: str | None,
-    ) -> tuple[jax.Array, jax.Array, RowSums | None]:
-        """Output `[B, L, D]`, assigned `[B, L, E]`, sums (None when routed before).
+    ) -> Done:
+        """Routes, unless that was done before, and lets the experts compute.
 
         Args:
           rows: of this device.
@@ -121,37 +122,55 @@ class Layer:
           weights: experts of this device.
           axis: mesh axis over which the experts are spread; None: all are here.
         """
-        moe = self.spec.moe
-        experts = sharded_experts(weights, self.spec.activation, self.operands, axis)
-        if moe.router == "soft":
-            return self._soft(rows, router, most, weights, axis)
-        plan, sums = (rows.plan, None) if rows.plan else self.route(rows, router)
-        assigned = plan.assigned(moe.experts)
-        if self.travels:
-            places = capacity(rows.x.shape[1], moe)
-            return limited(rows.x, plan, places, moe.experts, experts), assigned, sums
-        if moe.widths is not None:
-            plan = split_wide(plan, narrow_experts(moe.widths, self.spec.chunk))
-        out = dropless(rows.x, plan, weights, self.spec.activation, self.operands)
-        return out, assigned, sums
+        if self.router.slots_of_expert and most is not None:
+            return self._one_antibody_at_a_time(rows, router, most, weights, axis)
+        plan, sums = rows.plan, None
+        if plan is None:
+            tokens = Tokens(rows.valid, rows.packing and rows.packing.antibody)
+            plan, sums = self.route(rows, tokens, router)
+        return self._compute(rows.x, plan, sums, weights, axis)
 
-    def _soft(self, rows, router, most, weights, axis):
+    def _compute(self, x, plan, sums, weights, axis) -> Done:
+        spec, moe = self.spec, self.router
+        assigned, seen = plan.assigned(moe.experts), plan if self.observed else None
+        experts = sharded_experts(weights, spec.activation, self.execution, axis)
+        if isinstance(plan, SoftPlan):
+            return Done(softly(x, plan, experts, self.execution), assigned, sums, seen)
+        if moe.travels(self.training, self.packed):
+            assert isinstance(moe, Queued)
+            places = moe.places(x.shape[1])
+            out = limited(x, plan, places, moe.experts, experts)
+            return Done(out, assigned, sums, seen)
+        if not moe.equal:
+            plan = split_wide(plan, narrow_experts(spec.expert_widths, spec.chunk))
+        out = dropless(x, plan, weights, spec.activation, self.execution, axis)
+        return Done(out, assigned, sums, seen)
+
+    def _one_antibody_at_a_time(self, rows, router, most, weights, axis) -> Done:
+        """Soft-MoE on packed rows: slots belong to antibodies, of which rows hold any number."""
+
         def one(valid, values):
             x, seen, router, weights = values
-            experts = sharded_experts(weights, self.spec.activation, self.operands, axis)
-            plan, sums = routers.soft(self.soft_logits(seen, router), valid)
-            assigned = plan.assigned(self.spec.moe.experts)
-            return softly(x, plan, experts, self.operands), assigned, sums
+            plan, sums = self.route(rows._replace(seen=seen), Tokens(valid), router)
+            return self._compute(x, plan, sums, weights, axis)
 
-        values = (rows.x, rows.seen, router, weights)
-        if most is None:
-            return one(rows.valid, values)
         return sum_over_antibodies(
             lambda a, values, antibody: one(antibody == a, values),
             most,
-            values,
+            (rows.x, rows.seen, router, weights),
             rows.packing.antibody,
         )
+
+
+def router_logits(x: jax.Array, router: RouterWeights) -> jax.Array:
+    """`[B, L, E]`, of soft-MoE `[B, L, E, S]`, at least float32.
+
+    With both sides of unit length and a learned scale where the router has one.
+    """
+    x, kernel = x.astype(wide(x.dtype)), router.kernel
+    if router.scale is not None:
+        x, kernel = _unit(x, -1), router.scale * _unit(kernel, 0)
+    return jnp.tensordot(x, kernel, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:
@@ -159,30 +178,33 @@ def _unit(x: jax.Array, axis: int) -> jax.Array:
 
 
 def antibody_means(x: jax.Array, valid: jax.Array, packing: Packing | None) -> jax.Array:
-    """Every token's antibody as the mean of its tokens, float32 `[B, L, D]`."""
-    x = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0)
+    """Every token's antibody as the mean of its tokens, at least float32 `[B, L, D]`."""
+    x = jnp.where(valid[..., None], x.astype(wide(x.dtype)), 0.0)
     if packing is None:
         mean = x.sum(1, keepdims=True) / jnp.maximum(valid.sum(1), 1)[:, None, None]
         return jnp.broadcast_to(mean, x.shape)
-    same = packing.same().astype(jnp.float32)
+    same = packing.same().astype(x.dtype)
     total = jnp.einsum("blm,bmd->bld", same, x, precision=jax.lax.Precision.HIGHEST)
     return total / jnp.maximum(same.sum(-1, keepdims=True), 1)
 
 
 def on_each_device(
-    layer: Callable, rows: Rows, router: RouterWeights, most: jax.Array | None,
-    weights: ExpertWeights, travels: bool,
-):  # fmt: skip
+    layer: Callable[..., Done],
+    rows: Rows,
+    router: RouterWeights,
+    most: jax.Array | None,
+    weights: ExpertWeights,
+) -> Done:
     """`layer` on each device's own rows, where there is a mesh that divides them.
 
-    Experts that `travels` says to stay where they are do so if the mesh divides their number; all
-    others are gathered for the time of the call.
+    Experts stay where they are, and rows travel, if the mesh divides their number; else all are
+    gathered for the time of the call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or rows.x.shape[0] % mesh.size:
         return layer(rows, router, most, weights, axis=None)
     ways = mesh.shape[EXPERT_AXIS]
-    axis = EXPERT_AXIS if travels and ways > 1 and weights.up.shape[0] % ways == 0 else None
+    axis = EXPERT_AXIS if ways > 1 and weights.up.shape[0] % ways == 0 else None
     batch = P(BATCH_AXES)
     return jax.shard_map(
         lambda *arrays: layer(*arrays, axis=axis),
@@ -198,12 +220,12 @@ class MoE(nnx.Module):
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         moe, d, f = spec.moe, spec.d_model, spec.chunk
         n = sum(spec.expert_widths) // f  # experts of equal width; E unless widths differ
-        self.spec, self.operands = spec, execution.operands
-        soft = moe.router == "soft"
-        shape, axes = ((d, moe.experts, moe.slots), "D..") if soft else ((d, moe.experts), "D.")
-        self.router = normal(rngs, shape, axes)
-        self.scale = constant(1.0, (), "") if soft and moe.l2 else None
-        self.balance = constant(0.0, (moe.experts,), ".") if moe.balance_rate else None
+        self.spec, self.execution = spec, execution
+        slots = (moe.slots_of_expert,) if moe.slots_of_expert else ()
+        self.router = normal(rngs, (d, moe.experts, *slots), "D." + "." * len(slots))
+        scale = moe.initial_scale(d)
+        self.scale = None if scale is None else constant(scale, (), "")
+        self.balance = constant(0.0, (moe.experts,), ".", Balance) if moe.balance_step else None
         self.up = normal(rngs, (n, d, HIDDEN[spec.activation] * f), "EDF")
         self.up_bias = constant(0.0, (n, HIDDEN[spec.activation] * f), "EF")
         self.down = normal(rngs, (n, f, d), "EFD")
@@ -213,7 +235,7 @@ class MoE(nnx.Module):
     def weights(self) -> ExpertWeights:
         """The experts, those of unequal width as several of equal width."""
         down_bias = self.down_bias[...]
-        if self.spec.moe.widths is not None:
+        if not self.spec.moe.equal:
             # the first part of an expert adds its bias, so that it is added once
             first = np.cumsum([0, *self.spec.expert_widths[:-1]]) // self.spec.chunk
             zeros = jnp.zeros((self.up.shape[0], down_bias.shape[1]), down_bias.dtype)
@@ -221,10 +243,19 @@ class MoE(nnx.Module):
         return ExpertWeights(self.up[...], self.up_bias[...], self.down[...], down_bias)
 
     def router_weights(self) -> RouterWeights:
-        """The router; a balance is no parameter of any loss."""
-        scale = None if self.scale is None else self.scale[...]
-        balance = None if self.balance is None else jax.lax.stop_gradient(self.balance[...])
+        """The router's arrays."""
+        scale, balance = (None if v is None else v[...] for v in (self.scale, self.balance))
         return RouterWeights(self.router[...], scale, balance)
+
+    def _seen(self, x, valid, packing, key) -> jax.Array:
+        """What the router sees: tokens or their antibody's mean, with jitter in training."""
+        moe = self.spec.moe
+        seen = antibody_means(x, valid, packing) if moe.per_antibody else x
+        if key is None or not moe.noise:
+            return seen
+        # Fedus et al. 2022, appendix; `wide`: bfloat16 has five values from .99 to 1.01
+        low, high = 1 - moe.noise, 1 + moe.noise
+        return seen * jax.random.uniform(key, x.shape, wide(x.dtype), low, high)
 
     def __call__(
         self,
@@ -233,6 +264,7 @@ class MoE(nnx.Module):
         packing: Packing | None = None,
         training: bool = False,
         key: jax.Array | None = None,
+        observed: bool = False,
     ) -> tuple[jax.Array, Routed]:
         """Output `[B, L, D]` and what the router did.
 
@@ -242,22 +274,16 @@ class MoE(nnx.Module):
           packing: given when rows hold several antibodies.
           training: whether token choice obeys the capacity; in inference it is dropless.
           key: of the router's jitter; None: no jitter.
+          observed: whether the plan is returned; not of soft-MoE on packed rows.
         """
-        moe = self.spec.moe
-        layer = Layer(self.spec, self.operands, training, packing is not None)
-        seen = antibody_means(x, valid, packing) if moe.router == "sequence" else x
-        if key is not None and moe.jitter:
-            low, high = 1 - moe.jitter, 1 + moe.jitter  # Fedus et al. 2022, appendix
-            seen = seen * jax.random.uniform(key, x.shape, x.dtype, low, high)
-        rows = Rows(x, seen, valid, packing, None)
-        router, weights = self.router_weights(), self.weights()
-        sums = None
-        if moe.group == "batch" and moe.router != "soft":
-            plan, sums = layer.route(rows, router)
+        layer = Layer(self.spec, self.execution, training, packing is not None, observed)
+        rows = Rows(x, self._seen(x, valid, packing, key), valid, packing, None)
+        router, weights, sums = self.router_weights(), self.weights(), None
+        if self.spec.moe.in_batch:
+            plan, sums = layer.route_batch(rows, router)
             rows = rows._replace(plan=plan)
         most = None if packing is None else packing.antibody.max().astype(jnp.int32)
-        out, assigned, found = on_each_device(layer, rows, router, most, weights, layer.travels)
-        stats = summarise(sums or found, balanced=moe.router in TOKEN_ROUTERS)
-        if self.shared is not None:
-            out = out + self.shared(x)
-        return out, Routed(assigned, stats)
+        done = on_each_device(layer, rows, router, most, weights)
+        stats = summarise(sums or done.sums, balanced=self.spec.moe.token_choice)
+        out = done.out if self.shared is None else done.out + self.shared(x)
+        return out, Routed(done.assigned, stats, done.plan)

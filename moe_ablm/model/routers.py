@@ -1,19 +1,21 @@
-"""Routers: pure functions `(logits, tokens, spec) -> plan, sums`, always in float32.
+"""Routers: pure functions `(spec, logits, tokens, ...) -> plan, sums`, one per router family.
 
-A router decides; it moves nothing. `dispatch` moves from the plan alone. Tokens of different
-antibodies never compete (unless a caller hands over the whole batch as one), and padding is routed
-nowhere, unless one of BALM-MoE's partial policies is asked for.
+A router decides; it moves nothing. `dispatch` moves from the plan alone. Decisions are made in the
+dtype of the logits, which is at least float32. Tokens of different antibodies never compete (unless
+a caller hands over the whole batch as one), and padding is routed nowhere, unless one of BALM-MoE's
+partial policies is asked for.
 """
 
+from functools import singledispatch
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from moe_ablm.model.capacity import place_in_queue, places, tokens_of_antibody
 from moe_ablm.model.routing import Plan, RowSums, SoftPlan, entropy_terms, token_sums
-from moe_ablm.model.spec import TOKEN_ROUTERS, MoESpec
+from moe_ablm.model.spec import ExpertChoice, Queued, Router, Soft, TokenChoice, TopP
 
 PAD_LOGIT = -1e9  # BALM's, under the policy "logits"
 
@@ -31,16 +33,116 @@ class Tokens(NamedTuple):
     antibody: jax.Array | None = None
 
 
+@singledispatch
+def plan(
+    spec: Router,
+    logits: jax.Array,
+    tokens: Tokens,
+    balance: jax.Array | None = None,
+    training: bool = False,
+) -> tuple[Plan | SoftPlan, RowSums]:
+    """Who computes for whom; a router family registers its function by its class of `spec`.
+
+    Args:
+      spec: of the layer.
+      logits: at least float32 `[B, L, E]`, of soft-MoE `[B, L, E, S]`.
+      tokens: which of them count, and which compete.
+      balance: `[E]`, added to the affinities for the choice alone (auxiliary-loss-free balancing,
+        Wang et al. 2024).
+      training: whether token choice obeys the capacity; in inference it is dropless.
+    """
+    raise NotImplementedError(f"no plan function is registered for {type(spec).__name__}")
+
+
+@plan.register
+def _(spec: TokenChoice, logits, tokens, balance=None, training=False):
+    pads = _pads(spec, logits, tokens)
+    wanted = affinity(pads.logits, spec.gate)
+    preference = wanted.gates if balance is None else wanted.gates + balance
+    chosen = token_choices(preference, wanted.distribution, spec)
+    asking = jnp.where(pads.routed[..., None], chosen, spec.experts)
+    gates = _gates_of(wanted.gates, asking)
+    experts, place = _admitted(asking, gates, pads, tokens, spec, training)
+    if spec.renormalised:
+        total = gates.sum(-1, keepdims=True)
+        gates = gates / jnp.where(total > 0, total, 1.0)
+    made = _plan(experts, gates, place, spec.experts)
+    asked = Plan(asking, gates, None).assigned(spec.experts)
+    load = made.assigned(spec.experts)
+    sums = token_sums(pads.logits, wanted.distribution, asked, load, pads.counted, tokens.valid)
+    return made, sums
+
+
+@plan.register
+def _(spec: ExpertChoice, logits, tokens, balance=None, training=False):
+    pads = _pads(spec, logits, tokens)
+    wanted = affinity(pads.logits, "softmax" if spec.gate == "tokens" else spec.gate)
+    gates = wanted.gates
+    if spec.gate == "tokens":
+        gates = shares_of_tokens(pads.logits, pads.routed, tokens.antibody)
+    everyone = jnp.broadcast_to(jnp.arange(spec.experts), logits.shape)
+    asking = jnp.where(pads.routed[..., None], everyone, spec.experts)
+    shown = jnp.where(pads.routed[..., None], gates, 0.0)
+    experts, place = _admitted(asking, shown, pads, tokens, spec, training)
+    made = _plan(experts, shown, place, spec.experts)
+    load = made.assigned(spec.experts)
+    sums = token_sums(pads.logits, wanted.distribution, load, load, pads.counted, tokens.valid)
+    alone = jnp.where(pads.counted & (load.sum(-1) == 0), 1.0, 0.0).sum(1)
+    sums = sums._replace(lost=alone, asked=sums.tokens)
+    return made, sums._replace(**decisions_of_experts(gates, pads.counted))
+
+
+def _plan(experts, gates, place, count) -> Plan:
+    return Plan(experts.astype(jnp.int32), jnp.where(experts < count, gates, 0.0), place)
+
+
+class Pads(NamedTuple):
+    """What a pad policy does: logits, tokens that are routed, tokens in the router losses."""
+
+    logits: jax.Array
+    routed: jax.Array
+    counted: jax.Array
+    last: bool  # pads are last in the queues
+
+
+def _pads(spec: Router, logits: jax.Array, tokens: Tokens) -> Pads:
+    policies = spec.policies()
+    partial = "excluded" not in policies
+    routed = jnp.ones_like(tokens.valid) if partial else tokens.valid
+    counted = tokens.valid if "aux" in policies or not partial else routed
+    if "logits" in policies:
+        logits = jnp.where(tokens.valid[..., None], logits, PAD_LOGIT)
+    return Pads(logits, routed, counted, "probabilities" in policies)
+
+
+def _gates_of(gates: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Gates `[B, L, K]` of the chosen experts, 0 for none: a gather whose gradient needs no scatter."""
+    one_hot = jax.nn.one_hot(chosen, gates.shape[-1], dtype=gates.dtype)
+    return (gates[..., None, :] * one_hot).sum(-1)
+
+
+def _admitted(asking, score, pads: Pads, tokens: Tokens, spec: Router, training: bool):
+    """Experts and places of those that get one; everyone, where there are no queues."""
+    if not (isinstance(spec, Queued) and spec.queues(training)):
+        return asking, None
+    if pads.last:
+        score = jnp.where(tokens.valid[..., None], score, 1e-9)
+    return admit(asking, score, pads.routed, tokens.antibody, spec)
+
+
 class Affinity(NamedTuple):
-    """How much tokens and experts want each other, `[B, L, E]`: gates, and a distribution."""
+    """Router scores per (token, expert), `[B, L, E]`.
+
+    `gates` weight outputs, `distribution` sums to 1 over experts.
+    """
 
     gates: jax.Array
     distribution: jax.Array
 
 
-def affinity(logits: jax.Array, spec: MoESpec) -> Affinity:
+def affinity(logits: jax.Array, gate: str) -> Affinity:
     """Softmax, or sigmoids (DeepSeek-V3, eq. 15) with their shares as the distribution."""
-    if spec.gate != "sigmoid":
+    if gate != "sigmoid":
         probabilities = jax.nn.softmax(logits, axis=-1)
         return Affinity(probabilities, probabilities)
     gates = jax.nn.sigmoid(logits)
@@ -67,62 +169,7 @@ def shares_of_tokens(logits: jax.Array, routed: jax.Array, antibody: jax.Array |
     return jnp.where(here, jax.vmap(row)(jnp.where(here, logits, -1e30), antibody), 0.0)
 
 
-def route(
-    logits: jax.Array,
-    tokens: Tokens,
-    spec: MoESpec,
-    balance: jax.Array | None = None,
-    training: bool = False,
-) -> tuple[Plan, RowSums]:
-    """Plan of any router but soft-MoE.
-
-    Args:
-      logits: float32 `[B, L, E]`.
-      tokens: which of them count, and which compete.
-      spec: of the layer.
-      balance: float32 `[E]`, added to the affinities for the choice alone (auxiliary-loss-free
-        balancing, Wang et al. 2024).
-      training: whether token choice obeys the capacity; in inference it is dropless.
-    """
-    policies = spec.policies()
-    partial = "excluded" not in policies
-    routed = jnp.ones_like(tokens.valid) if partial else tokens.valid
-    counted = tokens.valid if "aux" in policies or not partial else routed
-    if "logits" in policies:
-        logits = jnp.where(tokens.valid[..., None], logits, PAD_LOGIT)
-    wanted = affinity(logits, spec)
-    if spec.gate == "tokens":
-        wanted = wanted._replace(gates=shares_of_tokens(logits, routed, tokens.antibody))
-    preference = wanted.gates if balance is None else wanted.gates + balance
-    token_choice = spec.router in TOKEN_ROUTERS
-    chosen = token_choices(preference, wanted.distribution, spec) if token_choice else _all(logits)
-    asking = jnp.where(routed[..., None], chosen, spec.experts)
-    gates = jnp.take_along_axis(wanted.gates, chosen % spec.experts, axis=-1)
-    gates = jnp.where(asking < spec.experts, gates, 0.0)
-    experts, place = asking, None
-    if spec.limit is not None and (training or not token_choice):
-        score = gates
-        if "probabilities" in policies:
-            score = jnp.where(tokens.valid[..., None], gates, 1e-9)
-        experts, place = admit(asking, score, routed, tokens.antibody, spec)
-    if token_choice:
-        gates = _scaled(gates, spec)
-    plan = Plan(experts.astype(jnp.int32), jnp.where(experts < spec.experts, gates, 0.0), place)
-    load = plan.assigned(spec.experts)
-    before = Plan(asking, gates, None).assigned(spec.experts) if token_choice else load
-    sums = token_sums(logits, wanted.distribution, before, load, counted, tokens.valid)
-    if not token_choice:
-        alone = jnp.where(counted & (load.sum(-1) == 0), 1.0, 0.0).sum(1)
-        sums = sums._replace(lost=alone, asked=sums.tokens)
-        sums = sums._replace(**decisions_of_experts(wanted.gates, counted))
-    return plan, sums
-
-
-def _all(logits: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(logits.shape[-1]), logits.shape)
-
-
-def token_choices(preference: jax.Array, distribution: jax.Array, spec: MoESpec) -> jax.Array:
+def token_choices(preference: jax.Array, distribution: jax.Array, spec: TokenChoice) -> jax.Array:
     """The experts that each token chooses, best first: int32 `[B, L, K]`, E for none.
 
     Top-k (Shazeer et al. 2017) takes K; top-p (Huang et al. 2024) as few of the best as reach
@@ -130,9 +177,9 @@ def token_choices(preference: jax.Array, distribution: jax.Array, spec: MoESpec)
     best one always (BALM). Ties go to the lower number.
     """
     _, chosen = lax.top_k(lax.stop_gradient(preference), spec.k)
-    if spec.router != "topp":
+    if not isinstance(spec, TopP):
         return chosen
-    share = jnp.take_along_axis(distribution, chosen, axis=-1)
+    share = _gates_of(distribution, chosen)
     before = jnp.cumsum(share, axis=-1) - share
     kept = before < spec.threshold
     if not spec.exceed:
@@ -140,24 +187,12 @@ def token_choices(preference: jax.Array, distribution: jax.Array, spec: MoESpec)
     return jnp.where(kept, chosen, spec.experts)
 
 
-def _scaled(gates: jax.Array, spec: MoESpec) -> jax.Array:
-    """Gates that sum to 1, where asked for: by default of top-k with K > 1 (Mixtral).
-
-    Not for K = 1: a constant gate would leave the router no gradient (Switch, section 2.1).
-    """
-    default = spec.router in ("topk", "sequence") and spec.k > 1
-    if not (default if spec.renormalise is None else spec.renormalise):
-        return gates
-    total = gates.sum(-1, keepdims=True)
-    return gates / jnp.where(total > 0, total, 1.0)
-
-
 def admit(
     asking: jax.Array,
     score: jax.Array,
     routed: jax.Array,
     antibody: jax.Array | None,
-    spec: MoESpec,
+    spec: Queued,
 ) -> tuple[jax.Array, jax.Array]:
     """Lets experts take the tokens of highest score, up to the capacity of each antibody.
 
@@ -196,13 +231,49 @@ def decisions_of_experts(gates: jax.Array, counted: jax.Array) -> dict[str, jax.
     return {"spread": spread, "decisions": decisions}
 
 
-def soft(logits: jax.Array, valid: jax.Array) -> tuple[SoftPlan, RowSums]:
-    """Soft-MoE (Puigcerver et al. 2024): every slot reads all tokens, every token all slots.
+def places(tokens: jax.Array, most: int, spec: Queued) -> jax.Array:
+    """`spec.places` of an array of token counts, each at most `most`; int32."""
+    table = np.array([spec.places(n) for n in range(most + 1)], np.int32)
+    return jnp.asarray(table)[tokens]
+
+
+def place_in_queue(queue: jax.Array, score: jax.Array) -> jax.Array:
+    """Rank within each queue by descending score; ties keep token order.
 
     Args:
-      logits: float32 `[B, L, E, S]`.
-      valid: bool `[B, L]`, the tokens of one antibody; the rest is neither read nor written.
+      queue: int32 `[B, N]`.
+      score: float `[B, N]`.
+
+    Returns:
+      int32 `[B, N]`.
     """
+    n = queue.shape[-1]
+    index = lax.broadcasted_iota(jnp.int32, queue.shape, 1)
+    # ties are broken by the index: the third operand is a key, too
+    queue, _, order = lax.sort((queue, -lax.stop_gradient(score), index), num_keys=3)
+    starts = jnp.where(queue != jnp.roll(queue, 1, axis=-1), index, 0)
+    place = index - lax.cummax(starts, axis=1)
+    rows = lax.broadcasted_iota(jnp.int32, queue.shape, 0)
+    return jnp.zeros((queue.shape[0], n), jnp.int32).at[rows, order].set(place)
+
+
+def tokens_of_antibody(antibody: jax.Array) -> jax.Array:
+    """How many tokens belong to the antibody of each token.
+
+    Args:
+      antibody: integers `[B, L]`, 0 at padding.
+
+    Returns:
+      int32 `[B, L]`; at padding, the number of pads.
+    """
+    same = antibody[:, :, None] == antibody[:, None, :]
+    return same.sum(-1, dtype=jnp.int32)
+
+
+@plan.register
+def _(spec: Soft, logits, tokens, balance=None, training=False):
+    """Every slot reads all tokens of one antibody, every token all slots; the rest takes no part."""
+    valid = tokens.valid
     b, length, e, s = logits.shape
     here = valid[:, :, None, None]
     # an antibody without tokens must give zeros, not NaN

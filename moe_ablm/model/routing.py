@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_ablm.model.linear import wide
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Plan:
     place: jax.Array | None
 
     def assigned(self, experts: int) -> jax.Array:
-        """float32 `[B, L, E]`: 1 where the expert computes for the token."""
-        return jax.nn.one_hot(self.experts, experts, dtype=jnp.float32).sum(-2)
+        """`[B, L, E]` in the dtype of the gates: 1 where the expert computes for the token."""
+        return jax.nn.one_hot(self.experts, experts, dtype=self.gates.dtype).sum(-2)
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +88,8 @@ class RouterStats(NamedTuple):
 
     Attributes:
       load: `[E]`, share of the computed assignments that each expert received (sums to 1).
+      asked: `[E]`, share of the assignments that asked for each expert, before drops (sums to 1).
+      choices: mean experts that computed for a token (soft-MoE: 1, the shares of the output).
       entropy: entropy of `load` over log E; 1 is balanced, 0 one expert takes all.
       dropped: share of the assignments that found no place; expert choice: of the tokens that no
         expert chose.
@@ -96,6 +100,8 @@ class RouterStats(NamedTuple):
     """
 
     load: jax.Array
+    asked: jax.Array
+    choices: jax.Array
     entropy: jax.Array
     dropped: jax.Array
     spread: jax.Array
@@ -120,9 +126,12 @@ def summarise(rows: RowSums, balanced: bool) -> RouterStats:
     tokens, real = jnp.maximum(total.tokens, 1), jnp.maximum(total.real, 1)
     experts = total.load.shape[-1]
     load = _shares(total.load)
-    products = _shares(total.chosen) * total.probability / tokens
+    asked = _shares(total.chosen)
+    products = asked * total.probability / tokens
     return RouterStats(
         load=load,
+        asked=asked,
+        choices=total.load.sum() / tokens,
         entropy=load_entropy(load),
         dropped=total.lost / jnp.maximum(total.asked, 1),
         spread=total.spread / jnp.maximum(total.decisions, 1),
@@ -168,7 +177,7 @@ def token_sums(
     here = counted[..., None]
     chosen, load = (jnp.where(here, x, 0.0).sum(1) for x in (chosen, load))
     entropy = jnp.where(here, entropy_terms(distribution), 0.0).sum((1, 2))
-    tokens, real = (x.sum(1).astype(jnp.float32) for x in (counted, valid))
+    tokens, real = (x.sum(1).astype(wide(logits.dtype)) for x in (counted, valid))
     finite = jnp.where(valid[..., None], logits, 0.0)
     return RowSums(
         tokens=tokens,

@@ -20,10 +20,15 @@ from jax import lax
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moe_ablm.errors import UserError
-from moe_ablm.training.state import TrainState
+from moe_ablm.training.state import (
+    TrainState,
+    with_untrained_moments,
+    without_untrained_moments,
+)
 
 log = logging.getLogger(__name__)
 METRIC = "valid_loss"
+LAYOUT = 2  # 1, or absent: the optimizer also has moments of variables that it never moves
 SPARE = 1 << 20  # bytes a checkpoint may need beside its arrays: metadata, indices
 
 
@@ -84,7 +89,9 @@ class Checkpoints:
         """
         self.wait()
         self._check_space(state)
-        record = record | {"checksums": np.asarray(checksums(state)).tolist()}
+        record = record | {
+            "layout": LAYOUT, "checksums": np.asarray(checksums(state)).tolist()
+        }  # fmt: skip
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -137,6 +144,9 @@ class Checkpoints:
 
     def restore_step(self, step: int, target: TrainState) -> Restored:
         """One checkpoint; ValueError when its arrays are not those that were saved."""
+        earlier = _record(self.directory / str(step)).get("layout", 1) < LAYOUT
+        if earlier:
+            target = with_untrained_moments(target)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -147,7 +157,8 @@ class Checkpoints:
         found = np.asarray(checksums(state))
         if not np.array_equal(found, np.asarray(record.pop("checksums"), np.uint32)):
             raise ValueError("the arrays differ from their checksums")
-        return Restored(state, record)
+        record.pop("layout", None)
+        return Restored(without_untrained_moments(state) if earlier else state, record)
 
     @property
     def _damaged(self) -> Path:

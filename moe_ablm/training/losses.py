@@ -32,7 +32,8 @@ def region_sums(logits: jax.Array, batch: dict[str, jax.Array]) -> RegionSums:
       batch: `targets`, `loss_mask`, `segment`, `region`, each `[B, L]`.
     """
     targets = batch["targets"].astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # a gather along V would have a scatter as its gradient
+    chosen = (logits * jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)).sum(-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
     counted = batch["loss_mask"]

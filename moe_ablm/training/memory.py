@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, MoESpec
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES
 from moe_ablm.training.losses import region_sums
 from moe_ablm.training.optimizer import make_optimizer
@@ -49,18 +49,18 @@ def _bytes(tree) -> int:
 def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> tuple[int, int]:
     """Bytes that one row keeps for the backward pass: of the whole encoder, of its largest layer.
 
-    Layers of a kind keep equally much, so that two of each kind are enough to know all.
+    Layers of one kind store the same, so two of each suffice.
 
     Args:
       spec: of the encoder; its router losses count.
       execution: types, and whether layers are recomputed.
       length: tokens of the row.
     """
-    dense = replace(spec, moe=MoESpec())
+    dense = replace(spec, moe=None)
     one = _slope(replace(dense, layers=1), execution, length)
     layer = _slope(replace(dense, layers=2), execution, length) - one
     rest, sparse = one - layer, 0
-    if spec.moe_layers:
+    if spec.moe:
         moe = replace(spec.moe, placement="1", first_dense=0)
         sparse = _slope(replace(spec, layers=2, moe=moe), execution, length) - one
     count = len(spec.moe_layers)
@@ -82,7 +82,7 @@ def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> in
         def loss(params):
             output = forward(nnx.merge(definition, params), batch, training=True)
             found = region_sums(output.logits, batch).loss.sum()
-            if output.routing is not None:
+            if spec.moe and output.routing is not None:
                 found = found + auxiliary_loss(output.routing.stats, spec.moe)
             return found
 

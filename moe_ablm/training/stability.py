@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_ablm.model.spec import TOKEN_ROUTERS, MoESpec
+from moe_ablm.model.spec import Router
 
 if TYPE_CHECKING:
     from moe_ablm.model.routing import RouterStats
@@ -114,36 +114,28 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
     return -terms.sum(-1) / math.log(max(load.shape[-1], 2))
 
 
-def signals_of(moe: MoESpec, thresholds: Thresholds = DEFAULTS) -> tuple[Signal, ...]:
+def signals_of(moe: Router | None, thresholds: Thresholds = DEFAULTS) -> tuple[Signal, ...]:
     """What is judged of each MoE layer of a router; nothing of a dense encoder."""
-    t, experts = thresholds, moe.experts
-    if moe.router == "none":
+    if moe is None:
         return ()
+    t, experts, fewest = thresholds, moe.experts, moe.fewest_loaded
     signals = [Signal("logit_rms", t.logit_rms, True, t.hold)]
-    # as few experts as this can share all work: where it is all of them, loads say nothing
-    fewest = moe.k if moe.router in ("topk", "sequence") else 1
-    if moe.router != "expert_choice" and fewest < experts:
+    if fewest is not None and fewest < experts:  # where it is all of them, loads say nothing
         from_one = math.log(fewest) / math.log(experts)
         signals += [
             Signal("load_entropy", from_one + t.narrow * (1 - from_one), False, t.hold),
             Signal("max_min_load", t.imbalance, True, t.hold),
             Signal("dead_experts", math.ceil(experts * t.dead_share) - 1, True, t.dead_hold),
         ]
-    if moe.router in TOKEN_ROUTERS:
-        if moe.limit is not None:
-            signals.append(Signal("dropped", 1 - t.kept * min(moe.limit, 1), True, t.hold))
-        return tuple(signals)
-    if moe.router == "expert_choice":
-        taken = min(moe.limit * moe.k / experts, 1.0)
-        independent, same = (1 - taken) ** experts, 1 - taken
-        if independent < same:
-            limit = independent + t.unseen * (same - independent)
-            signals.append(Signal("dropped", limit, True, t.hold))
-    return (
-        *signals,
-        Signal("flat_dispatch", t.flat, True, t.hold),
-        Signal("sharp_dispatch", t.sharp, False, t.hold),
-    )
+    dropped = moe.most_dropped(t.kept, t.unseen)
+    if dropped is not None:
+        signals.append(Signal("dropped", dropped, True, t.hold))
+    if moe.weighs_tokens:
+        signals += [
+            Signal("flat_dispatch", t.flat, True, t.hold),
+            Signal("sharp_dispatch", t.sharp, False, t.hold),
+        ]
+    return tuple(signals)
 
 
 class StabilityWatch:
@@ -159,16 +151,16 @@ class StabilityWatch:
 
     def __init__(
         self,
-        moe: MoESpec,
+        moe: Router | None,
         layers: tuple[int, ...],
         warmup: int = 0,
         thresholds: Thresholds = DEFAULTS,
     ):
         self.thresholds = thresholds
         self._signals = signals_of(moe, thresholds) if layers else ()
-        # a batch of few antibodies loads few experts, whichever: only its average tells; elsewhere
-        # an average could hide that every batch goes to one expert, each time to another
-        self._whole = moe.router == "sequence"
+        # A small batch of antibodies uses few experts even when healthy, so judge the running mean.
+        # Elsewhere a mean could hide that every batch goes to one expert, each time to another.
+        self._whole = bool(moe and moe.per_antibody)
         self._from = max(warmup, thresholds.window)  # routing is judged after so many updates
         # one place for each signal of each layer, the loss last
         loss = Signal("loss_spike", thresholds.spike, True, thresholds.spike_hold)

@@ -1,6 +1,7 @@
 """The training state: what a checkpoint holds and a step turns over."""
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,12 +17,43 @@ from moe_ablm.parallel.mesh import axes_sharding, replicated
 
 
 class TrainState(NamedTuple):
-    """Step (int32, number of updates done), parameters, optimizer state and, if on, their EMA."""
+    """Step (int32, number of updates done), parameters, optimizer state and, if on, their EMA.
+
+    `params` holds all variables of the encoder, those among them that no optimizer moves
+    (`layers.Balance`), too; `split_trained` tells them apart.
+    """
 
     step: jax.Array
     params: nnx.State
     opt_state: optax.OptState
     ema: nnx.State | None
+
+
+def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """What the optimizer moves, and the rest."""
+    trained, fixed = nnx.split_state(params, nnx.Param, ...)
+    return trained, fixed
+
+
+def with_untrained_moments(state: TrainState) -> TrainState:
+    """The layout of earlier checkpoints, whose optimizer also had moments of what it never moved."""
+    fixed = split_trained(state.params)[1]
+    moments = _map_states(lambda moments: nnx.merge_state(moments, fixed), state.opt_state)
+    return state._replace(opt_state=moments)
+
+
+def without_untrained_moments(state: TrainState) -> TrainState:
+    """The inverse of `with_untrained_moments`; those moments were 0."""
+    moments = _map_states(lambda moments: split_trained(moments)[0], state.opt_state)
+    return state._replace(opt_state=moments)
+
+
+def _map_states(function: Callable[[nnx.State], nnx.State], tree: optax.OptState):
+    return jax.tree.map(
+        lambda x: function(x) if isinstance(x, nnx.State) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.State),
+    )
 
 
 def make_definition(spec: EncoderSpec, execution: Execution) -> nnx.GraphDef:
@@ -66,7 +98,8 @@ def _maker(spec, optimizer, seed, ema):
         # parameters do not depend on how the encoder is executed
         params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(params=seed)))[1]
         average = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+        moments = optimizer.init(split_trained(params)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, moments, average)
 
     return make
 
@@ -89,16 +122,11 @@ def state_sharding(
         optimizer,
         lambda _, sharding: sharding,
         shapes.opt_state,
-        params,
+        split_trained(params)[0],
         transform_non_params=lambda _: replicated(mesh),
     )
     ema = None if shapes.ema is None else params
     return TrainState(replicated(mesh), params, moments, ema)
-
-
-def count_params(params: nnx.State) -> int:
-    """Number of parameters."""
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def params_sha256(params: nnx.State) -> str:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_ablm.model.attention import Packing
 from moe_ablm.model.encoder import Encoder, Output
 from moe_ablm.model.moe import Routed
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.routing import RouterStats
-from moe_ablm.model.spec import MoESpec
+from moe_ablm.model.spec import EncoderSpec, Router
 from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
-from moe_ablm.training.state import TrainState
+from moe_ablm.training.state import TrainState, split_trained
 
 Batch = dict[str, jax.Array]
 
@@ -42,7 +42,7 @@ def forward(
     return model(batch["tokens"], batch["segment"] > 0, packing, training, key)
 
 
-def auxiliary_loss(stats: RouterStats, moe: MoESpec) -> jax.Array:
+def auxiliary_loss(stats: RouterStats, moe: Router) -> jax.Array:
     """Weighted router losses, summed over the MoE layers (statistics `[M, ...]`)."""
     return (
         moe.load_balance * stats.load_balance.sum()
@@ -54,7 +54,7 @@ def auxiliary_loss(stats: RouterStats, moe: MoESpec) -> jax.Array:
 def make_train_step(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    moe: MoESpec,
+    spec: EncoderSpec,
     accumulate: int,
     ema: float,
     seed: int = 0,
@@ -63,15 +63,17 @@ def make_train_step(
 
     Gradients of `accumulate` micro-batches add up to those of the whole batch: every token weighs
     the same, whichever micro-batch it is in. (Router losses are means over micro-batches.) The
-    jitter of routers is a function of (seed, step, micro-batch).
+    jitter of routers and dropout are functions of (seed, step, micro-batch).
     """
+    moe = spec.moe
+    random = spec.drops or bool(moe and moe.noise)
 
-    def objective(params, batch, masked, key):
-        output = forward(nnx.merge(definition, params), batch, training=True, key=key)
+    def objective(trained, fixed, batch, masked, key):
+        output = forward(nnx.merge(definition, trained, fixed), batch, training=True, key=key)
         sums = region_sums(output.logits, batch)
         loss = sums.loss.sum() / masked
         router = None
-        if output.routing is not None:
+        if moe and output.routing is not None:
             router = output.routing.stats
             loss = loss + auxiliary_loss(router, moe) / accumulate
         return loss, (sums, router)
@@ -82,29 +84,31 @@ def make_train_step(
         # row i goes to micro-batch i % accumulate: each holds rows of every device
         return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def accumulated(params, batch, masked, key):
+    def accumulated(trained, fixed, batch, masked, key):
         if accumulate == 1:
-            (loss, (sums, router)), grads = gradient(params, batch, masked, key)
+            (loss, (sums, router)), grads = gradient(trained, fixed, batch, masked, key)
             return loss, sums, router, grads
 
         def body(carry, part):
-            (loss, (sums, router)), grads = gradient(params, part[0], masked, part[1])
+            (loss, (sums, router)), grads = gradient(trained, fixed, part[0], masked, part[1])
             return jax.tree.map(jnp.add, carry, (loss, sums, grads)), router
 
         zero = jnp.zeros(()), RegionSums(*[jnp.zeros(CELLS)] * 3)
-        carry = (*zero, jax.tree.map(jnp.zeros_like, params))
+        carry = (*zero, jax.tree.map(jnp.zeros_like, trained))
         keys = None if key is None else jax.random.split(key, accumulate)
         (loss, sums, grads), router = jax.lax.scan(body, carry, (micro_batches(batch), keys))
         return loss, sums, jax.tree.map(lambda x: x.mean(0), router), grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         masked = jnp.maximum(batch["loss_mask"].sum(), 1)
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if moe.jitter else None
-        loss, sums, router, grads = accumulated(state.params, batch, masked, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if moe.balance_rate:
-            params = rebalanced(params, router.load, moe.balance_rate)
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
+        trained, fixed = split_trained(state.params)
+        loss, sums, router, grads = accumulated(trained, fixed, batch, masked, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        params = nnx.merge_state(trained, fixed)
+        if moe and moe.balance_step:
+            params = rebalanced(params, router.asked, moe.balance_step)
         average = state.ema
         if average is not None:
             average = optax.incremental_update(params, average, 1 - ema)
@@ -114,7 +118,7 @@ def make_train_step(
             objective=loss,
             grad_norm=optax.tree.norm(grads),
             update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(params),
+            param_norm=optax.tree.norm(trained),
             router=router,
         )
         return TrainState(state.step + 1, params, opt_state, average), metrics

@@ -24,14 +24,14 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.interop.saved import save_model
     from moe_ablm.interop.upcycle import upcycle
     from moe_ablm.model import flops
-    from moe_ablm.model.spec import MoESpec
+    from moe_ablm.model.spec import TopK
 
     for flag in ("first_dense", "seed"):
         if getattr(args, flag) < 0:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, flag)}: expected 0 or more")
-    moe = MoESpec(
-        "topk", args.experts, args.k, placement=args.placement, first_dense=args.first_dense
+    moe = TopK(
+        experts=args.experts, k=args.k, placement=args.placement, first_dense=args.first_dense
     )
     model = upcycle(load_model(args.run), moe, args.seed)
     save_model(model, args.out)

@@ -6,14 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_ablm.model.spec import EncoderSpec, MoESpec
+from moe_ablm.model.spec import EncoderSpec, TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.spec import OptimizerSpec
 
-SPEC = EncoderSpec(2, 8, 16, 2, moe=MoESpec("topk", experts=4))
+SPEC = EncoderSpec(2, 8, 16, 2, moe=TopK(experts=4))
 optimizer = make_optimizer(OptimizerSpec(100, 1e-3, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0))
 
 

@@ -10,11 +10,14 @@ from moe_ablm.evaluation.reporting.compare import Comparison
 from moe_ablm.evaluation.reporting.evaluated import Evaluated
 from moe_ablm.evaluation.reporting.layout import interval_written
 from moe_ablm.evaluation.statistics.estimates import Number
+from moe_ablm.model.spec import FAMILIES
 
 HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"
 # effects below these are none: 5 % more than expected, and a fifth of a percent of perplexity
 SMALLEST_EXCESS, SMALLEST_LOSS = math.log2(1.05), 0.002
-TOKEN_CHOICE = ("topk", "topp")
+# results.json names router families; runs of a family that is not known here stay undecided
+TOKEN_CHOICE = tuple(n for n, family in FAMILIES.items() if family.independent)
+DENSE = "none"
 # nulls of the routing evaluation; the first decides: what takes heavy chains takes CDRH3, too
 MATCHED = ("chain and residue", "residue", "distance from N-terminus")
 # active parameters and tokens that differ by more are not called equal
@@ -97,11 +100,11 @@ def specialisation(comparison: Comparison) -> Claim:
         router = runs[0].model["router"]
         if router in TOKEN_CHOICE:
             findings += [_more_than_others(kind, runs), *_excesses(kind, runs)]
-        elif router != "none":
+        elif router != DENSE:
             over, excess = _more_than_others(kind, runs), _excesses(kind, runs)
             notes.append(f"For comparison {kind} ({router}): {over.sentence}.")
             notes += [f"{kind}: {finding.sentence}." for finding in excess[:1]]
-    none = Finding("", NONE, "no model with token choice (topk, topp) among these")
+    none = Finding("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
     return Claim(
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
         "The expert that takes most of CDRH3 beyond expectation is chosen on one half of the "
@@ -216,11 +219,11 @@ def why_not(runs: Sequence[Evaluated], evaluation: str) -> str:
 def experts_against_dense(comparison: Comparison) -> Claim:
     """MoE beats dense at equal active parameters."""
     routers = {kind: runs[0].model["router"] for kind, runs in comparison.kinds.items()}
-    dense = next((kind for kind, router in routers.items() if router == "none"), None)
+    dense = next((kind for kind, router in routers.items() if router == DENSE), None)
     findings = [
         _against(comparison, kind, dense, region)
         for kind, router in routers.items()
-        if dense is not None and router != "none"
+        if dense is not None and router != DENSE
         for region in ("all", "CDRH3")
     ]
     why = "no dense model among these" if dense is None else "no model with experts among these"

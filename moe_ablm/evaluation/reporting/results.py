@@ -40,7 +40,7 @@ def same_command(
             "source": model.source,
             "sha256": model.digest(),
             "regime": model.regime,
-            "router": model.spec.moe.router,
+            "router": model.spec.moe.name if model.spec.moe else "none",
             "params_total": flops.params_total(model.spec),
             "params_active": flops.params_active(model.spec),
             "tokens_seen": model.facts.get("data", {}).get("tokens_seen"),

@@ -27,7 +27,7 @@ from moe_ablm.evaluation.supervised.head_inputs import (
 from moe_ablm.inference.antibodies import Antibody
 from moe_ablm.inference.buckets import Engine, alone
 from moe_ablm.inference.embed import HiddenStates
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.spec import Execution
 
 HIDDEN = 64
@@ -87,7 +87,9 @@ class _Network:
 
     def _encoded(self, params: nnx.State, batch: dict) -> jax.Array:
         encoder = nnx.merge(self.definition, params)
-        states = encoder.hidden_states(batch["tokens"].astype(jnp.int32), batch["valid"])[-1]
+        states = encoder(
+            batch["tokens"].astype(jnp.int32), batch["valid"], observe=Observe(hidden=True)
+        ).hidden[-1]
         return jnp.take_along_axis(states, batch["places"][..., None], axis=1)
 
     def loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
