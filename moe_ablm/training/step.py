@@ -109,6 +109,8 @@ def make_train_step(
         params = nnx.merge_state(trained, fixed)
         if moe and moe.balance_step:
             params = rebalanced(params, router.asked, moe.balance_step)
+        # apart from the update, which XLA:GPU would otherwise not make in place
+        measured = jax.lax.optimization_barrier((updates, trained))
         average = state.ema
         if average is not None:
             average = optax.incremental_update(params, average, 1 - ema)
@@ -117,8 +119,8 @@ def make_train_step(
             tokens=(batch["segment"] > 0).sum(),
             objective=loss,
             grad_norm=optax.tree.norm(grads),
-            update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(trained),
+            update_norm=optax.tree.norm(measured[0]),
+            param_norm=optax.tree.norm(measured[1]),
             router=router,
         )
         return TrainState(state.step + 1, params, opt_state, average), metrics
