@@ -58,13 +58,13 @@ def work_in_jax(precision: str, group: str):
     from moe_ablm.model.spec import Execution
     from moe_ablm.parallel.mesh import global_batch, make_mesh
     from moe_ablm.training import state as states
+    from moe_ablm.training.execution import default_precision
     from moe_ablm.training.optimizer import make_optimizer
     from moe_ablm.training.spec import OptimizerSpec
     from moe_ablm.training.step import make_train_step
-    from moe_ablm.training.throughput import default_precision
 
     encoder = spec(group)
-    precision = default_precision() if precision == "auto" else precision
+    precision = default_precision("cpu") if precision == "auto" else precision
     definition = states.make_definition(encoder, Execution(*PRECISIONS[precision]))
     optimizer = make_optimizer(
         OptimizerSpec(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)

@@ -28,7 +28,7 @@ from moe_ablm.model.spec import (
     Soft,
     TopK,
 )
-from moe_ablm.training.throughput import default_precision
+from moe_ablm.training.execution import default_precision
 
 LENGTH, K = 256, 2
 TOPK = TopK(experts=8, k=K)
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["8m", "35m"], choices=SIZES)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--precision", default=default_precision(), choices=PRECISIONS)
+    parser.add_argument("--precision", default=default_precision("cpu"), choices=PRECISIONS)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--worker", nargs=2, metavar=("WIDTH", "CONTENDER"))
     a = parser.parse_args()

@@ -30,7 +30,6 @@ cf201d8, the last one before its run). BALM's units differ from those here, and 
 What remains different:
   vocabulary: 33 tokens (ESM-2's) against 32, which is 2 d_model + 1 parameters: 1,281 of the final
     model's 714,167,073. The older model had 33.
-  dropout: 0.1 there, none here.
   top-p: BALM balances first choices only, here all choices count.
   z-loss: BALM counts padding.
   places: BALM rounds down, here up; shared experts make it differ by one of thousands.
@@ -92,6 +91,7 @@ def get_config(arg: str | None = None):
     c.model.token_dropout = False
     c.model.activation = "swiglu"
     c.model.tied = False
+    c.model.attention_dropout = c.model.hidden_dropout = c.model.embedding_dropout = 0.1
     if model == "older":
         _older(c)
     else:

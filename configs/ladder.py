@@ -6,17 +6,26 @@
         --workdir=runs/35m-half-top2
 
 Arguments: size (8m, 35m, 150m, 350m, 650m), data (quarter, half, full), router (none, topK with a
-number K), experts. Schedule and batch are those of the AbLM scaling study (500k steps of 128).
+number K), experts, dropout. Schedule, batch and dropout are those of the AbLM scaling study (500k
+steps of 128, 0.1); runs made before there was a dropout go on with dropout=0.
 """
 
 from configs.base import get_config as base
 from moe_ablm.config import parse_argument
 from moe_ablm.errors import UserError
 
+ARGUMENTS = {"size": "8m", "data": "full", "router": "none", "experts": "8", "dropout": "0.1"}
+
 
 def get_config(arg: str | None = None):
     """A rung of the ladder."""
-    a = parse_argument(arg, {"size": "8m", "data": "full", "router": "none", "experts": "8"})
+    a = parse_argument(arg, ARGUMENTS)
+    try:
+        dropout = float(a["dropout"])
+    except ValueError as error:
+        raise UserError(
+            f"--config=...:{arg}: dropout={a['dropout']!r}: expected a number from 0 to below 1"
+        ) from error
     c = base()
     c.data.path = "data/pairs"
     c.data.fraction = a["data"]
@@ -31,6 +40,8 @@ def get_config(arg: str | None = None):
         c.model.moe.router = "topk"
         c.model.moe.k = int(k)
         c.model.moe.experts = int(a["experts"])
+    for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+        c.model[name] = dropout
     c.train.steps = 500_000
     c.train.batch = 128
     c.train.lr = 1e-4

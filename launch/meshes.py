@@ -17,7 +17,7 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 
 from rich.console import Console
@@ -33,11 +33,10 @@ from moe_ablm.model.spec import (
     Soft,
     TopK,
 )
-from moe_ablm.training.memory import abstract_mesh, activation_bytes, state_bytes
+from moe_ablm.training.memory import Needed, abstract_mesh, needed
 
 GIB = 1 << 30
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
-SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
 # remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
 ROUTERS = ("none", "top2", "top2-capacity", "expert_choice", "soft")
@@ -125,10 +124,7 @@ class Plan:
       data, expert, fsdp: the mesh.
       rows: of a micro-batch, a device.
       remat: what the backward pass recomputes (`Execution.remat`).
-      state: parameters, moments (and average).
-      gradients: as large as the parameters.
-      activations: kept for the backward pass, with those of a layer that is being worked on.
-      gathered: weights of other devices for the layer that is being worked on.
+      needed: memory of a device.
     """
 
     hardware: Hardware
@@ -137,20 +133,12 @@ class Plan:
     fsdp: int
     rows: int
     remat: str
-    state: int
-    gradients: int
-    activations: int
-    gathered: int
-
-    @property
-    def total(self) -> float:
-        """Bytes that a device needs."""
-        return SPARE * (self.state + self.gradients + self.activations + self.gathered)
+    needed: Needed
 
     @property
     def fits(self) -> bool:
         """Whether a device has that much."""
-        return self.total <= USABLE * self.hardware.memory
+        return self.needed.total <= USABLE * self.hardware.memory
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -186,7 +174,7 @@ def plan(spec: EncoderSpec, where: Hardware, batch: int, length: int, accumulate
             if found.fits:
                 return found
     raise UserError(
-        f"it does not fit {where.name}: {found.total / GIB:.1f} GiB a device, of "
+        f"it does not fit {where.name}: {found.needed.total / GIB:.1f} GiB a device, of "
         f"{USABLE * where.memory / GIB:.1f} that can be used, with {found.rows} rows, fsdp={fsdp} "
         "and full remat: use more devices, train.accumulate, or a smaller batch"
     )
@@ -212,13 +200,10 @@ def _weigh(
     data = where.devices // (expert * fsdp)
     precision = "bfloat16" if where.kind != "cpu" else "float32"
     execution = Execution(*PRECISIONS[precision], remat=remat, backend=where.kind)
-    params, state = state_bytes(spec, abstract_mesh(data, expert, fsdp))
-    kept, _ = activation_bytes(spec, execution, length)
-    _, layer = activation_bytes(spec, replace(execution, remat="none"), length)
-    whole = state_bytes(spec, abstract_mesh(1, expert, 1))[0]  # rows travel to spread experts
-    gathered = 2 * whole // spec.layers if fsdp > 1 else 0  # and the next layer's, meanwhile
-    activations = rows * (kept + layer)
-    return Plan(where, data, expert, fsdp, rows, remat, state, params, activations, gathered)
+    mesh = abstract_mesh(data, expert, fsdp)
+    return Plan(
+        where, data, expert, fsdp, rows, remat, needed(spec, execution, mesh, (rows, length))
+    )
 
 
 def encoder(size: str, router: str, experts: int) -> EncoderSpec:
@@ -251,7 +236,8 @@ def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
         if isinstance(found, str):
             made.add_row(name, size, router, "-", "-", "-", "-", "-", "-", "-", "refused")
             continue
-        parts = found.state, found.gradients, found.activations, found.total
+        need = found.needed
+        parts = need.state, need.gradients, need.activations, need.total
         numbers = [f"{part / GIB:.2f}" for part in parts]
         mesh = f"{found.data} x {found.expert} x {found.fsdp}"
         limit = f"{USABLE * found.hardware.memory / GIB:.0f}"

@@ -36,7 +36,7 @@ from moe_ablm.feed import Feed
 from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
-from moe_ablm.model.spec import PRECISIONS, Execution
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
@@ -45,11 +45,13 @@ from moe_ablm.results import read_results, write_atomically
 from moe_ablm.summary import COLLAPSED, Record, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
+from moe_ablm.training.execution import make_execution
+from moe_ablm.training.memory import abstract_mesh, fitting_remat
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import make_eval_step, make_train_step
-from moe_ablm.training.throughput import Clock, default_precision, matmul_peak
+from moe_ablm.training.throughput import Clock, device_memory, matmul_peak
 from moe_ablm.workdir import finished_run, work_directory
 
 
@@ -109,15 +111,16 @@ def starting_model(config: Config) -> Model | None:
     return model
 
 
-def make_execution(config: Config) -> Execution:
-    """How this machine computes: `compute.*`, with what is left open decided by the backend."""
+def execution_of(config: Config, spec: EncoderSpec, mesh: Mesh) -> Execution:
+    """How this machine computes: `compute.*`, with what is left open decided by the hardware."""
     c = config.compute
-    precision = default_precision() if c.precision == "auto" else c.precision
-    activations, operands = PRECISIONS[precision]
-    backend = jax.default_backend()
-    scan = backend != "cpu" if c.scan is None else c.scan
-    remat = c.remat or ("none" if backend == "cpu" else "matmuls")
-    return Execution(activations, operands, scan, remat, backend)
+    execution = make_execution(c.precision, c.scan, c.remat, jax.default_backend())
+    memory = device_memory()
+    if c.remat is not None or memory is None:
+        return execution
+    axes = abstract_mesh(*mesh.axis_sizes)
+    rows = config.train.batch // config.train.accumulate // mesh.size
+    return fitting_remat(spec, execution, axes, (rows, config.data.length), memory)
 
 
 def _check_divides(config: Config, mesh: Mesh) -> None:
@@ -143,7 +146,7 @@ class Trainer:
     ):
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec, self.start = config.model.spec(), start
-        self.execution = make_execution(config)
+        self.execution = execution_of(config, self.spec, mesh)
         self.optimizer = make_optimizer(config.train)
         self.schedule = make_schedule(config.train)
         definition = states.make_definition(self.spec, self.execution)

@@ -132,9 +132,9 @@ def sort_by_expert(chosen: jax.Array, experts: int, block: int) -> Sorted:
     assignment = assignment.at[slot.reshape(-1)].set(
         jnp.arange(t * k, dtype=jnp.int32), mode="drop", unique_indices=False
     )
-    expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-    expert = jnp.minimum(expert, experts - 1).astype(jnp.int32)
-    return Sorted(slot, assignment, Groups(blocks_of * block, expert, ends[-1]))
+    expert = (jnp.arange(blocks)[:, None] >= ends).sum(-1, dtype=jnp.int32)
+    groups = Groups(blocks_of * block, jnp.minimum(expert, experts - 1), ends[-1])
+    return checkpoint_name(Sorted(slot, assignment, groups), "plan")
 
 
 def grouped_ffn(
@@ -220,7 +220,7 @@ _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
 def _sum_by_expert(blocks: jax.Array, groups: Groups) -> jax.Array:
-    """`[blocks, ...] -> [E, ...]`: a product, since scattered sums of floats depend on their order."""
+    """`[blocks, ...] -> [E, ...]`: a product; scattered sums of floats depend on their order."""
     count = groups.sizes.shape[0]
     mine = jax.nn.one_hot(groups.expert, count, axis=0, dtype=blocks.dtype)
     here = jnp.arange(blocks.shape[0]) < groups.used
@@ -229,7 +229,7 @@ def _sum_by_expert(blocks: jax.Array, groups: Groups) -> jax.Array:
 
 
 class GroupedMatmul(Protocol):
-    """An implementation of grouped products; factors have the dtype of operands, sums are `wide`."""
+    """An implementation of grouped products: `operands`-typed factors, sums that are `wide`."""
 
     @staticmethod
     def product(rows, weights, groups: Groups, block: int) -> jax.Array:

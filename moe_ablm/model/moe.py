@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from moe_ablm.model import routers
@@ -132,6 +133,8 @@ class Layer:
 
     def _compute(self, x, plan, sums, weights, axis) -> Done:
         spec, moe = self.spec, self.router
+        if isinstance(plan, Plan):
+            plan = checkpoint_name(plan, "plan")
         assigned, seen = plan.assigned(moe.experts), plan if self.observed else None
         experts = sharded_experts(weights, spec.activation, self.execution, axis)
         if isinstance(plan, SoftPlan):

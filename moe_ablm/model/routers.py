@@ -116,7 +116,7 @@ def _pads(spec: Router, logits: jax.Array, tokens: Tokens) -> Pads:
 
 
 def _gates_of(gates: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Gates `[B, L, K]` of the chosen experts, 0 for none: a gather whose gradient needs no scatter."""
+    """Gates `[B, L, K]` of chosen experts, 0 for none: a gather whose gradient is no scatter."""
     one_hot = jax.nn.one_hot(chosen, gates.shape[-1], dtype=gates.dtype)
     return (gates[..., None, :] * one_hot).sum(-1)
 
@@ -272,7 +272,7 @@ def tokens_of_antibody(antibody: jax.Array) -> jax.Array:
 
 @plan.register
 def _(spec: Soft, logits, tokens, balance=None, training=False):
-    """Every slot reads all tokens of one antibody, every token all slots; the rest takes no part."""
+    """Every slot reads all tokens of an antibody, every token all slots; the rest is left out."""
     valid = tokens.valid
     b, length, e, s = logits.shape
     here = valid[:, :, None, None]

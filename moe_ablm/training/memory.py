@@ -7,6 +7,7 @@ the types of the execution; XLA may fuse some of it away, and needs some for its
 from dataclasses import replace
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -21,6 +22,7 @@ from moe_ablm.training.spec import OptimizerSpec
 from moe_ablm.training.state import TrainState, abstract_state, make_definition
 from moe_ablm.training.step import auxiliary_loss, forward
 
+SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
 # any AdamW has the same two moments
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
 _KINDS = {
@@ -44,6 +46,62 @@ def _bytes(tree) -> int:
     return sum(
         prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
+
+
+class Needed(NamedTuple):
+    """What a device holds at the peak of a step, in bytes.
+
+    Attributes:
+      state: parameters, moments (and average).
+      gradients: as large as the parameters.
+      activations: kept for the backward pass, with those of a layer that is being worked on.
+      gathered: weights of other devices for the layer that is being worked on.
+    """
+
+    state: int
+    gradients: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> float:
+        """With `SPARE` for what shapes do not tell."""
+        return SPARE * (self.state + self.gradients + self.activations + self.gathered)
+
+
+def needed(
+    spec: EncoderSpec, execution: Execution, mesh: AbstractMesh, rows: tuple[int, int]
+) -> Needed:
+    """Memory of a training step.
+
+    Args:
+      spec: of the encoder.
+      execution: dtypes and remat policy.
+      mesh: the devices.
+      rows: of a micro-batch on one device, and their length.
+    """
+    count, length = rows
+    params, state = state_bytes(spec, mesh)
+    kept, _ = activation_bytes(spec, execution, length)
+    _, layer = activation_bytes(spec, replace(execution, remat="none"), length)
+    gathered = 0
+    if mesh.shape["fsdp"] > 1:  # and the next layer's, meanwhile
+        whole = state_bytes(spec, abstract_mesh(1, mesh.shape["expert"], 1))[0]
+        gathered = 2 * whole // spec.layers
+    return Needed(state, params, count * (kept + layer), gathered)
+
+
+def fitting_remat(
+    spec: EncoderSpec,
+    execution: Execution,
+    mesh: AbstractMesh,
+    rows: tuple[int, int],
+    memory: float,
+) -> Execution:
+    """`execution` with "full" remat where what it has does not fit `memory` bytes a device."""
+    if needed(spec, execution, mesh, rows).total <= memory:
+        return execution
+    return replace(execution, remat="full")
 
 
 def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> tuple[int, int]:

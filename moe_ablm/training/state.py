@@ -36,7 +36,7 @@ def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def with_untrained_moments(state: TrainState) -> TrainState:
-    """The layout of earlier checkpoints, whose optimizer also had moments of what it never moved."""
+    """The layout of earlier checkpoints, with moments of what the optimizer never moved."""
     fixed = split_trained(state.params)[1]
     moments = _map_states(lambda moments: nnx.merge_state(moments, fixed), state.opt_state)
     return state._replace(opt_state=moments)

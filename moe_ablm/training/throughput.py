@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from pathlib import Path
 
 import jax
 
@@ -28,6 +27,11 @@ def matmul_peak(operands: str, rounds: int = 5) -> float:
     return 2 * n**3 / best * devices
 
 
+def device_memory() -> int | None:
+    """Bytes that this process may allocate on a device; None where that is not told (CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def peak_memory() -> int:
     """Most bytes that were in use at once: of a device, on CPU of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -35,21 +39,6 @@ def peak_memory() -> int:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, else kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def default_precision() -> str:
-    """bfloat16 on accelerators; bfloat16 operands on CPUs with AMX; float32 on other CPUs."""
-    if jax.default_backend() != "cpu":
-        return "bfloat16"
-    return "bfloat16_operands" if _has_amx() else "float32"
-
-
-def _has_amx() -> bool:
-    try:
-        with Path("/proc/cpuinfo").open() as f:
-            return any("amx_bf16" in line for line in f if line.startswith("flags"))
-    except OSError:
-        return False
 
 
 class Clock:
