@@ -132,6 +132,8 @@ def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:
 
 @cache
 def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> int:
+    if execution.backend == "gpu":  # cuDNN may be absent here; the generic kernels keep as much
+        execution = replace(execution, backend="tpu")
     definition = make_definition(spec, execution)
     params = jax.eval_shape(lambda: nnx.split(Encoder(spec, Execution(), nnx.Rngs(params=0)))[1])
     batch = {n: jax.ShapeDtypeStruct((rows, length), kind) for n, kind in _KINDS.items()}
