@@ -224,7 +224,7 @@ class Queued(Router):
             yield "group", f"one of {', '.join(GROUPS)}"
         if not 0 <= self.jitter < 1:
             yield "jitter", "0 (off) to below 1"
-        if self.policies() - {"excluded"} - set(PADS):
+        if self.pads != "excluded" and self.policies() - set(PADS):
             yield (
                 "pads",
                 f"excluded, none, or some of {', '.join(PADS)} with commas between",
