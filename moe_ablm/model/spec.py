@@ -570,7 +570,7 @@ class Execution:
       remat: what the backward pass recomputes. "none": nothing; "matmuls": all but the outputs of
         matmuls and attention, which are kept; "full": whole layers.
       backend: of `BACKENDS`, the device that this is compiled for, which may be absent here.
-      grouped: implementation of `grouped.grouped_matmul`; None: the backend's.
+      grouped: implementation of `experts.grouped_matmul`; None: the backend's.
     """
 
     activations: str = "float32"
