@@ -509,7 +509,11 @@ def _check_model(m: ModelConfig) -> None:
 
 def _check_moe(spec: EncoderSpec, moe: Router) -> None:
     for key, expected in moe.problems():
-        _require(False, f"model.moe.{key}", getattr(moe, key), expected)
+        value = getattr(moe, key)
+        near = (
+            suggestion(value, expected.replace(",", "").split()) if isinstance(value, str) else ""
+        )
+        raise UserError(f"config.model.moe.{key}={value!r}{near}: expected {expected}")
     try:
         layers = spec.moe_layers
     except ValueError as error:

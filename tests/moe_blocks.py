@@ -5,18 +5,24 @@ compute for every token.
 """
 
 import math
-from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
-from moe_ablm.model import dispatch, experts, grouped, layers, linear, moe, routers, routing
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import EncoderSpec, Execution, ExpertChoice, Sequence, Soft, TopK, TopP
+from moe_ablm.model.spec import (
+    EncoderSpec,
+    Execution,
+    ExpertChoice,
+    Router,
+    Sequence,
+    Soft,
+    TopK,
+    TopP,
+)
 
 D, F, E = 6, 8, 4
 CAPACITY = {"experts": E, "capacity": 0.75}
@@ -52,23 +58,8 @@ def encoder_spec(name: str, **changes) -> EncoderSpec:
     return EncoderSpec(1, D, F, 2, activation=activation, moe=BLOCKS[name], **changes)
 
 
-class Float64Numpy:
-    """`jax.numpy` whose float32 is float64."""
-
-    float32 = jnp.float64
-
-    def __getattr__(self, name):
-        return getattr(jnp, name)
-
-
-@contextmanager
-def in_float64():
-    """The block computes in float64 all that it computes in float32: fit for small differences."""
-    modules = (dispatch, experts, grouped, layers, linear, moe, routers, routing)
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "jnp", Float64Numpy())
-        yield
+FLOAT64 = Execution("float64", "float64")
+in_float64 = partial(jax.enable_x64, True)  # where arrays of FLOAT64 can be made
 
 
 @cache
@@ -144,7 +135,12 @@ def entropy(p: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def gate_table(logits, moe: MoESpec, training: bool, balance=0.0):
+def capacity_of(moe: Router) -> float | None:
+    """Limit on what experts take, as it is asked for."""
+    return getattr(moe, "capacity", None)
+
+
+def gate_table(logits, moe: Router, training: bool, balance=0.0):
     """Gates `[n, E]` of n tokens that compete, before and after a capacity, and the distribution.
 
     Args:
@@ -160,23 +156,24 @@ def gate_table(logits, moe: MoESpec, training: bool, balance=0.0):
     for t in range(n):
         together = 0.0
         for e in sorted(range(count), key=lambda e: (-(affinity[t] + balance)[e], e))[: moe.k]:  # noqa: B023
-            if moe.router != "topp" or together < moe.threshold:
+            if not isinstance(moe, TopP) or together < moe.threshold:
                 asked[t, e] = affinity[t, e]
             together += distribution[t, e]
-    if moe.router == "expert_choice":
+    if isinstance(moe, ExpertChoice):
         asked = affinity.copy()
     kept = asked.copy()
-    if moe.router == "expert_choice" or (moe.capacity and training):
+    if isinstance(moe, ExpertChoice) or (capacity_of(moe) and training):
         limit = 1.0 if moe.capacity is None else moe.capacity
         places = math.ceil(round(limit * moe.k * n / count, 6))
         for e in range(count):
             askers = [t for t in range(n) if asked[t, e] > 0]
             for t in sorted(askers, key=lambda t: (-asked[t, e], t))[places:]:  # noqa: B023
                 kept[t, e] = 0
-    by_default = moe.router in ("topk", "sequence") and moe.k > 1
-    if moe.renormalise or (moe.renormalise is None and by_default):
+    by_default = type(moe) in (TopK, Sequence) and moe.k > 1
+    asked_for = getattr(moe, "renormalise", False)
+    if asked_for or (asked_for is None and by_default):
         kept /= asked.sum(-1, keepdims=True)
-    if moe.router == "expert_choice":
+    if isinstance(moe, ExpertChoice):
         asked = kept
     return asked, kept, distribution
 
@@ -229,20 +226,21 @@ def soft_reference(x, weights, spec):
 def reference(spec: EncoderSpec, x, antibody, training: bool):
     """Output `[B, L, D]`, assigned `[B, L, E]` and statistics by name; `antibody`: 0 at padding."""
     weights, moe = arrays(spec), spec.moe
+    in_batch = getattr(moe, "group", "sequence") == "batch"
     flat, ids = x.reshape(-1, D), antibody.copy()
-    ids += np.arange(len(ids))[:, None] * (ids.max() + 1) * (moe.group == "sequence")
-    ids = np.where(antibody > 0, 1 if moe.group == "batch" else ids, 0).reshape(-1)
+    ids += np.arange(len(ids))[:, None] * (ids.max() + 1) * (not in_batch)
+    ids = np.where(antibody > 0, 1 if in_batch else ids, 0).reshape(-1)
     out, assigned = np.zeros_like(flat), np.zeros((len(flat), E))
     found = {"asked": [], "kept": [], "distribution": [], "logits": []}
     for number in sorted(set(ids) - {0}):
         here = np.flatnonzero(ids == number)
-        if moe.router == "soft":
+        if isinstance(moe, Soft):
             out[here], share, logits, _ = soft_reference(flat[here], weights, spec)
             table = (share,) * 3
             assigned[here] = share
         else:
             seen = flat[here]
-            if moe.router == "sequence":
+            if isinstance(moe, Sequence):
                 seen = np.broadcast_to(seen.mean(0), seen.shape)
             logits = seen @ weights["router",]
             table = gate_table(logits, moe, training, weights.get(("balance",), 0.0))
@@ -260,17 +258,19 @@ def reference(spec: EncoderSpec, x, antibody, training: bool):
     return out.reshape(x.shape), assigned.reshape(*x.shape[:2], E), stats
 
 
-def statistics(moe: MoESpec, asked, kept, distribution, logits) -> dict[str, float]:
-    """Load, losses and the share dropped from tables `[tokens, E]`."""
-    counts = [t.sum(0) if moe.router == "soft" else (t > 0).sum(0) for t in (asked, kept)]
+def statistics(moe: Router, asked, kept, distribution, logits) -> dict[str, float]:
+    """Loads, losses and the share dropped from tables `[tokens, E]`."""
+    counts = [t.sum(0) if isinstance(moe, Soft) else (t > 0).sum(0) for t in (asked, kept)]
     load, share = counts[1] / counts[1].sum(), counts[0] / counts[0].sum()
     dropped = 1 - counts[1].sum() / counts[0].sum()
-    if moe.router == "expert_choice":
+    if isinstance(moe, ExpertChoice):
         dropped = (kept.sum(-1) == 0).mean()
     z = np.log(np.exp(logits).sum(-1)) ** 2
-    balanced = moe.router in ("topk", "topp", "sequence")
+    balanced = isinstance(moe, (TopK, Sequence))
     return {
         "load": load,
+        "asked": share,
+        "choices": counts[1].sum() / len(kept),
         "entropy": entropy(load) / math.log(E),
         "dropped": dropped,
         "logit_rms": math.sqrt((logits**2).mean()),

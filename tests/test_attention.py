@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model import attention
-from moe_ablm.model.attention import Packing, SelfAttention, attend, attention_bias, rotary
+from moe_ablm.model.attention import (
+    SelfAttention,
+    attend,
+    attend_by_blocks,
+    attention_bias,
+    rotary,
+)
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
 
 B, L, H, N = 3, 13, 2, 8
@@ -47,18 +54,25 @@ def expected_of(inputs, allowed):
         return [np.asarray(x) for x in (out, *vjp(g))]
 
 
-def found_by(inputs, precision, packing=None):
+# backend, and queries of a block: 13 are 4 blocks of 4, the last one padded
+WAYS = {"cpu": ("cpu", 64), "one block": ("tpu", 64), "blocks": ("tpu", 4)}
+
+
+def found_by(inputs, precision, way, packing=None):
     """The same of `attend`."""
-    activations, operands = PRECISIONS[precision]
+    backend, queries = WAYS[way]
+    execution = Execution(*PRECISIONS[precision], backend=backend)
 
     @jax.jit
     def run(q, k, v, g):
-        attention = partial(attend, valid=jnp.asarray(VALID), operands=operands, packing=packing)
+        attention = partial(attend, valid=jnp.asarray(VALID), execution=execution, packing=packing)
         out, vjp = jax.vjp(attention, q, k, v)
         return out, *vjp(g)
 
-    results = run(*(jnp.asarray(x).astype(activations) for x in inputs))
-    assert all(x.dtype == activations for x in results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERIES", queries)
+        results = run(*(jnp.asarray(x).astype(execution.activations) for x in inputs))
+    assert all(x.dtype == execution.activations for x in results)
     return [np.asarray(x).astype("f8") for x in results]
 
 
@@ -67,9 +81,13 @@ def reference(inputs):
     return expected_of(inputs, VALID[:, None, :])
 
 
-@pytest.fixture(scope="module", params=sorted(PRECISIONS))
+EACH = [(precision, way) for precision in sorted(PRECISIONS) for way in WAYS]
+
+
+@pytest.fixture(scope="module", params=EACH, ids=" ".join)
 def found(request, inputs):
-    return request.param, found_by(inputs, request.param)
+    precision, way = request.param
+    return precision, found_by(inputs, precision, way)
 
 
 def test_forward(found, reference):
@@ -93,8 +111,9 @@ def test_padded_keys_and_values_get_no_gradient(found):
     assert not dk[~VALID].any() and not dv[~VALID].any()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_packed_antibodies_attend_to_themselves_alone(inputs, precision):
+def test_packed_antibodies_attend_to_themselves_alone(inputs, precision, way):
     *qkv, g = inputs
     inputs = *qkv, g * 0 + (ANTIBODY > 0)[:, :, None, None]
     same = (ANTIBODY[:, :, None] == ANTIBODY[:, None, :]) & (ANTIBODY > 0)[:, :, None]
@@ -102,27 +121,65 @@ def test_packed_antibodies_attend_to_themselves_alone(inputs, precision):
     allowed = same | (ANTIBODY == 0)[:, :, None]  # a padded query must see something
     expected = expected_of(inputs, allowed)
     tokens = ANTIBODY > 0
-    for found, exact in zip(found_by(inputs, precision, PACKING), expected, strict=True):
+    results = found_by(inputs, precision, way, PACKING)
+    for found, exact in zip(results, expected, strict=True):
         atol = TOLERANCE[precision] * np.abs(exact[tokens]).max()
         np.testing.assert_allclose(found[tokens], exact[tokens], rtol=0, atol=atol)
 
 
-def test_what_stands_at_padding_is_never_seen(inputs):
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_blocks_of_queries_never_hold_all_weights(packed):
+    """Nothing in the program of value and gradient is as large as `[B, H, L, L]`."""
+    b, length, heads, n = 2, 256, 8, 8
+    execution = Execution("bfloat16", "bfloat16", backend="tpu")
+    antibody = jnp.ones((b, length), jnp.int32)
+    packing = Packing(antibody, antibody) if packed else None
+    bias = attention_bias(antibody > 0, packing)
+
+    def value(q, k, v):
+        return attend_by_blocks(q, k, v, bias, execution).astype(jnp.float32).sum()
+
+    array = jax.ShapeDtypeStruct((b, length, heads, n), jnp.bfloat16)
+    program = jax.make_jaxpr(jax.value_and_grad(value, (0, 1, 2)))(array, array, array)
+    largest = max(sizes_of(program.jaxpr))
+    assert largest <= b * heads * attention.QUERIES * length < b * heads * length * length
+
+
+def sizes_of(jaxpr) -> list[int]:
+    """Elements of every array of a program, of its loops and calls, too."""
+    sizes = []
+    for eqn in jaxpr.eqns:
+        sizes += [v.aval.size for v in eqn.outvars]
+        parts = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        for part in parts:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                sizes += sizes_of(part)
+    return sizes
+
+
+BACKENDS = ("cpu", "tpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_stands_at_padding_is_never_seen(inputs, backend):
     q, k, v, _ = (jnp.asarray(x) for x in inputs)
-    pads = jnp.asarray(~VALID)[:, :, None, None]
-    before = attend(q, k, v, jnp.asarray(VALID), "float32")
-    after = attend(q, k + 1e4 * pads, v - 1e4 * pads, jnp.asarray(VALID), "float32")
+    pads, execution = jnp.asarray(~VALID)[:, :, None, None], Execution(backend=backend)
+    before = attend(q, k, v, jnp.asarray(VALID), execution)
+    after = attend(q, k + 1e4 * pads, v - 1e4 * pads, jnp.asarray(VALID), execution)
     np.testing.assert_array_equal(before[VALID], after[VALID])
 
 
-def test_a_row_of_padding_stays_finite(inputs):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_padding_stays_finite(inputs, backend):
     q, k, v, g = (jnp.asarray(x[:1]) for x in inputs)
-    empty = jnp.zeros((1, L), bool)
-    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, empty, "float32"), q, k, v)
+    empty, execution = jnp.zeros((1, L), bool), Execution(backend=backend)
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, empty, execution), q, k, v)
     assert all(bool(jnp.isfinite(x).all()) for x in (out, *vjp(jnp.zeros_like(g))))
 
 
-def test_the_gpu_kernel_is_asked_for_the_same_thing(inputs, reference, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_the_gpu_kernel_is_asked_for_the_same_thing(inputs, monkeypatch, packed):
     """The cuDNN call, answered by XLA's own implementation of the same interface."""
     asked = {}
 
@@ -131,14 +188,18 @@ def test_the_gpu_kernel_is_asked_for_the_same_thing(inputs, reference, monkeypat
         return plain(*qkv, implementation="xla", **settings)
 
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", answer)
     q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in inputs[:3])
-    out = attend(q, k, v, jnp.asarray(VALID), "bfloat16")
+    execution = Execution("bfloat16", "bfloat16", backend="gpu")
+    valid, packing, allowed = VALID, None, VALID[:, None, :]
+    if packed:
+        valid, packing = ANTIBODY > 0, PACKING
+        allowed = np.asarray(PACKING.same()) | ~valid[:, :, None]
+    out = attend(q, k, v, jnp.asarray(valid), execution, packing)
     assert asked == {"implementation": "cudnn"} and out.dtype == jnp.bfloat16
-    scale = np.abs(reference[0]).max()
+    exact = expected_of(inputs, allowed)[0]
     np.testing.assert_allclose(
-        np.asarray(out).astype("f8")[VALID], reference[0][VALID], rtol=0, atol=2e-2 * scale
+        np.asarray(out).astype("f8")[valid], exact[valid], rtol=0, atol=2e-2 * np.abs(exact).max()
     )
 
 
@@ -251,6 +312,18 @@ def test_layer_and_its_weights_by_hand(layer):
     assert weights.shape == (B, H, L, L) and weights.dtype == np.float32
     np.testing.assert_allclose(weights, expected_weights, atol=2e-6)
     assert not np.swapaxes(weights, 1, 3)[~VALID].any()  # keys of padding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_position_of_each_row_is_that_of_all(layer, backend):
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((B, L, H * N)), jnp.float32)
+    other = SelfAttention(EncoderSpec(1, H * N, 32, H), Execution(backend=backend), nnx.Rngs(0))
+    nnx.update(other, nnx.state(layer))
+    valid, at = jnp.asarray(VALID), np.array([7, 5, 0])
+    found = other(x, valid, at=jnp.asarray(at))
+    assert found.shape == (B, 1, H * N)
+    expected = layer(x, valid)[np.arange(B), at]
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
 
 
 def test_weights_can_be_differentiated(layer):

@@ -10,7 +10,7 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import given, row_of
 from moe_ablm.inference.attention import attention, attention_layer, table
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.spec import Execution
 
 ESM = LAYOUTS["esm"]
@@ -25,7 +25,8 @@ def test_weights_are_the_encoders_between_residues():
     definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]
     encoder = nnx.merge(definition, model.params)
     tokens = jnp.asarray(row_of(antibodies()[0], ESM).tokens.astype(int))[None]
-    expected = encoder.attention_weights(tokens, jnp.ones(tokens.shape, bool))
+    valid = jnp.ones(tokens.shape, bool)
+    expected = encoder(tokens, valid, observe=Observe(attention=True)).attention
     heavy, light = slice(1, 8), slice(10, 14)
     for layer in (0, -1):
         found = attention(engine(), antibodies(), layer)[0]

@@ -8,12 +8,13 @@ from conftest import tiny_config
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.routers import Tokens, route
+from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import load_entropy, summarise
 from moe_ablm.model.spec import EncoderSpec, Execution, TopK
+from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.optimizer import make_optimizer
-from moe_ablm.training.state import TrainState
+from moe_ablm.training.state import TrainState, abstract_state, split_trained
 from moe_ablm.training.step import make_train_step
 
 SPARSE = TopK(experts=4, balance_rate=0.125, placement="every", first_dense=0)
@@ -68,7 +69,7 @@ def test_a_biased_router_becomes_balanced():
 
     @jax.jit
     def load_of(balance):
-        return summarise(route(logits, tokens, moe, balance)[1], True).load
+        return summarise(plan(moe, logits, tokens, balance)[1], True).asked
 
     params = nnx.split(Encoder(EncoderSpec(2, 4, 4, 2, moe=moe), Execution(), nnx.Rngs(0)))[1]
     loads = []
@@ -90,15 +91,46 @@ def test_a_training_step_moves_it_by_the_rate_alone():
     ones = jnp.ones((2, 12), jnp.int32).at[1, 11].set(0)
     batch = {"tokens": tokens, "targets": tokens, "segment": ones, "region": ones,
              "loss_mask": ones > 0}  # fmt: skip
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), None)
+    moments = optimizer.init(split_trained(params)[0])
+    state = TrainState(jnp.zeros((), jnp.int32), params, moments, None)
     quickly = {"xla_backend_optimization_level": 0}
-    step = jax.jit(
-        make_train_step(definition, optimizer, spec.moe, 1, 0.0), compiler_options=quickly
-    )
+    step = jax.jit(make_train_step(definition, optimizer, spec, 1, 0.0), compiler_options=quickly)
     expected = np.zeros(4)
     for _ in range(3):
         state, metrics = step(state, batch)
-        expected += 0.125 * np.sign(0.25 - np.asarray(metrics.router.load[0]))
+        expected += 0.125 * np.sign(0.25 - np.asarray(metrics.router.asked[0]))
         (found,) = balances(state.params).values()
         np.testing.assert_array_equal(found, expected)
     assert expected.any()
+
+
+def test_a_balance_has_no_moment():
+    spec, optimizer = EncoderSpec(2, 4, 4, 2, moe=SPARSE), make_optimizer(tiny_config().train)
+    mesh = make_mesh(1, 1, 1)
+    state = abstract_state(spec, optimizer, True, mesh)
+    trained, fixed = split_trained(state.params)
+    assert [path[-1] for path, _ in nnx.to_flat_state(fixed)] == ["balance"] * 2
+    adam = state.opt_state[1][0]
+    assert jax.tree.structure(adam.mu) == jax.tree.structure(trained)
+    assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.25])
+def test_with_a_capacity_it_follows_what_was_asked_for(capacity):
+    """A router that likes expert 0: with capacity .25 every expert computes for equally many.
+
+    Loads after drops would tell that all is well (or, where an expert is full, that others lack).
+    """
+    rng = np.random.default_rng(2)
+    logits = jnp.asarray(rng.standard_normal((4, 64, 4)) + [2.0, 0.5, 0.2, 0], jnp.float32)
+    moe = TopK(experts=4, k=1, balance_rate=0.02, capacity=capacity)
+    tokens = Tokens(jnp.ones((4, 64), bool))
+    run = jax.jit(lambda balance: summarise(plan(moe, logits, tokens, balance, True)[1], True))
+    params = nnx.split(Encoder(EncoderSpec(2, 4, 4, 2, moe=moe), Execution(), nnx.Rngs(0)))[1]
+    for step in range(80):
+        (balance,) = balances(params).values()
+        stats = run(jnp.asarray(balance))
+        if step == 0 and capacity:
+            assert load_entropy(stats.load) > 0.999 and load_entropy(stats.asked) < 0.8
+        params = rebalanced(params, stats.asked[None], 0.02)
+    assert load_entropy(stats.asked) > 0.98

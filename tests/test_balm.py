@@ -10,6 +10,7 @@ from random_models import logits_of, random_model, same
 from safetensors.numpy import load_file, save_file
 
 from moe_ablm.data.tokenizer import VOCABULARY
+from moe_ablm.config import MoEConfig
 from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import export_balm
 from moe_ablm.interop.balm_config import BALM_VOCABULARY
@@ -122,7 +123,7 @@ def test_settings_are_translated(tmp_path, name):
     changes, expected = SPECS[name]
     spec = import_directory(directory(tmp_path / "d", name, **changes)).spec
     for key, value in expected.items():
-        owner = spec if name == "dense" else spec.moe
+        owner = spec if name == "dense" else MoEConfig.of(spec.moe)
         assert getattr(owner, key) == value, key
     assert not spec.token_dropout and not spec.tied
     layers = {"dense": (), "topp": (1, 2), "topk_shared": (0, 2)}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_ablm.model.capacity import capacity, place_in_queue, places, tokens_of_antibody
 
+from moe_ablm.model.routers import place_in_queue, places, tokens_of_antibody
 from moe_ablm.model.spec import ExpertChoice, TopK
 
 places_found = jax.jit(place_in_queue)
@@ -29,13 +29,13 @@ places_found = jax.jit(place_in_queue)
 )
 def test_capacity_by_hand(limit, k, experts, tokens, expected):
     spec = TopK(experts=experts, k=k, capacity=limit)
-    assert capacity(tokens, spec) == expected
+    assert spec.places(tokens) == expected
 
 
 def test_capacity_of_expert_choice_is_a_fair_share():
     """k * tokens / E by default (Zhou et al. 2022)."""
-    assert capacity(64, ExpertChoice(experts=8, k=2)) == 16
-    assert capacity(64, ExpertChoice(experts=8, k=2, capacity=0.5)) == 8
+    assert ExpertChoice(experts=8, k=2).places(64) == 16
+    assert ExpertChoice(experts=8, k=2, capacity=0.5).places(64) == 8
 
 
 def test_places_are_the_capacities_of_many():
@@ -43,7 +43,7 @@ def test_places_are_the_capacities_of_many():
     counts = np.array([[0, 5], [9, 2]])
     found = places(jnp.asarray(counts), 9, spec)
     assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, np.vectorize(lambda n: capacity(n, spec))(counts))
+    np.testing.assert_array_equal(found, np.vectorize(spec.places)(counts))
 
 
 def test_places_in_queues_by_hand():

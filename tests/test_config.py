@@ -9,7 +9,7 @@ from conftest import tiny_config
 from configs import base, ladder, quickstart
 from moe_ablm import config as configs
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import SIZES
+from moe_ablm.model.spec import FAMILIES, SIZES
 
 
 def changed(**changes):
@@ -58,6 +58,9 @@ def test_every_key_of_a_section_is_known_and_required():
         ({"model__size": "8mm"}, "'8mm' .did you mean '8m'"),
         ({"model__heads": 7}, "heads=7 does not divide model.d_model=320"),
         ({"model__heads": 320}, "even head width"),
+        ({"model__hidden_dropout": 1.0}, r"hidden_dropout=1.0: expected 0 \(off\) to below 1"),
+        ({"model__attention_dropout": -0.1}, "attention_dropout=-0.1: expected 0"),
+        ({"compute__remat": "matmul"}, "'matmul' .did you mean 'matmuls'"),
         ({"model__moe__router": "topk", "model__moe__k": 9}, r"k=9: expected 1 to .*experts \(8\)"),
         ({"model__moe__router": "topk", "model__moe__placement": "last_7"}, "last_7"),
         ({"model__moe__router": "topk", "model__moe__placement": "1,6"}, "1,6"),
@@ -78,7 +81,7 @@ WRONG = [
     ("topk", {"group": "batches"}, "group='batches' .did you mean 'batch'"),
     ("topk", {"gate": "softmix"}, "gate='softmix' .did you mean 'softmax'"),
     ("topk", {"experts": 0}, "experts=0: expected a positive number"),
-    ("topk", {"k": 0}, "k=0: expected a positive number"),
+    ("topk", {"k": 0}, r"k=0: expected 1 to model.moe.experts \(8\)"),
     ("topk", {"k": 9}, r"k=9: expected 1 to model.moe.experts \(8\)"),
     ("soft", {"slots": 0}, "slots=0: expected a positive number"),
     ("topk", {"shared": -1}, "shared=-1: expected 0 or more"),
@@ -91,7 +94,7 @@ WRONG = [
     ("topp", {"threshold": 0.0}, "threshold=0.0: expected above 0, at most 1"),
     ("topp", {"threshold": 1.1}, "threshold=1.1: expected above 0, at most 1"),
     ("topk", {"exceed": False}, "exceed=False: expected True with model.moe.router='topk'"),
-    ("topp", {"gate": "tokens"}, "gate='tokens': expected softmax or sigmoid"),
+    ("topp", {"gate": "tokens"}, "gate='tokens': expected one of softmax, sigmoid"),
     ("topk", {"jitter": 1.0}, r"jitter=1.0: expected 0 \(off\) to below 1"),
     ("topk", {"ffn": 0}, "ffn=0: expected a positive number or None"),
     ("topk", {"capacity": 0.0}, "capacity=0.0: expected more than 0, .* no slot"),
@@ -99,8 +102,8 @@ WRONG = [
     ("topk", {"widths": (8, 8)}, r"widths=\(8, 8\): .* each of model.moe.experts \(8\)"),
     ("topk", {"widths": (8,) * 7 + (0,)}, "widths=.*: expected a positive width"),
     ("topk", {"widths": ()}, r"widths=\(\): expected a positive width"),
-    ("topk", {"pads": "logit"}, "pads='logit': expected excluded, none, or some of logits, "),
-    ("topk", {"pads": "excluded,aux"}, "pads='excluded,aux': expected excluded, none"),
+    ("topk", {"pads": "logit"}, "pads='logit'.*: expected excluded, none, or some of logits, "),
+    ("topk", {"pads": "excluded,aux"}, "pads='excluded,aux'.*: expected excluded, none"),
     ("topk", {"placement": "odd"}, "placement='odd', 6 layers: expected every, alternate, last_N"),
     ("topk", {"placement": ""}, "placement='', 6 layers"),
     ("topk", {"placement": "last_0"}, "placement='last_0'"),
@@ -108,16 +111,19 @@ WRONG = [
     # what one router can do and another cannot
     ("expert_choice", {"widths": (8,) * 8}, "widths=.*: expected None .*'expert_choice'.* equal"),
     ("soft", {"widths": (8,) * 8}, "widths=.*: expected None .*'soft'"),
-    ("expert_choice", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0 .*balanced by con"),
-    ("soft", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0 .*'soft'"),
+    ("expert_choice", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0.0 .*balanced by con"),
+    ("soft", {"balance_rate": 0.1}, "balance_rate=0.1: expected 0.0 .*'soft'"),
     ("soft", {"capacity": 1.0}, "capacity=1.0: expected None .*'soft', which has no queues"),
     ("sequence", {"capacity": 1.0}, "capacity=1.0: expected None .*'sequence'"),
     ("soft", {"group": "batch"}, "group='batch': expected 'sequence' .*'soft'"),
     ("sequence", {"group": "batch"}, "group='batch': expected 'sequence' .*'sequence'"),
     ("soft", {"pads": "none"}, "pads='none': expected 'excluded' .*'soft'"),
     ("sequence", {"pads": "aux"}, "pads='aux': expected 'excluded' .*'sequence'"),
-    ("sequence", {"jitter": 0.1}, "jitter=0.1: expected 0 .*'sequence': tokens"),
+    ("sequence", {"jitter": 0.1}, "jitter=0.1: expected 0.0 .*'sequence': tokens"),
     ("topk", {"l2": True}, "l2=True: expected False with model.moe.router='topk'"),
+    ("topk", {"l2_scale": 2.0}, "l2_scale=2.0: expected None with model.moe.router='topk'"),
+    ("soft", {"l2_scale": 2.0}, "l2_scale=2.0: expected a positive number with model.moe.l2"),
+    ("soft", {"l2": True, "l2_scale": 0.0}, "l2_scale=0.0: expected a positive number"),
 ]
 
 
@@ -138,7 +144,7 @@ RIGHT = [
     ("topk", {"pads": "probabilities, aux", "group": "batch", "jitter": 0.01}),
     ("topp", {"threshold": 1.0, "entropy_loss": 1e-4, "pads": "none", "widths": (8,) * 8}),
     ("expert_choice", {"capacity": 0.5, "pads": "logits,probabilities,aux", "group": "batch"}),
-    ("soft", {"slots": 1, "l2": True, "jitter": 0.01, "shared": 1, "ffn": 99}),
+    ("soft", {"slots": 1, "l2": True, "l2_scale": 2.0, "jitter": 0.01, "shared": 1, "ffn": 99}),
     ("sequence", {"k": 1, "widths": (8,) * 8, "balance_rate": 0.001}),
 ]
 
@@ -202,3 +208,54 @@ def test_a_config_survives_json():
     first = tiny_config()
     again = configs.from_mapping(json.loads(json.dumps(configs.to_dict(first))))
     assert again == first
+
+
+def earlier(**changes) -> dict:
+    """A config as versions wrote it that had neither dropout nor a start of the routers' scale."""
+    tree = configs.to_dict(tiny_config(**changes))
+    for name in configs.DROPOUTS:
+        del tree["model"][name]
+    del tree["model"]["moe"]["l2_scale"]
+    tree["compute"]["remat"] = False
+    return tree
+
+
+SOFT = {"model__moe__router": "soft", "model__moe__l2": True}
+
+
+@pytest.mark.parametrize(("remat", "name"), [(False, "none"), (True, "full")])
+def test_a_switch_of_earlier_versions_is_a_name_now(remat, name):
+    tree = earlier()
+    tree["compute"]["remat"] = remat
+    assert configs.from_mapping(tree).compute.remat == name
+
+
+@pytest.mark.parametrize(("changes", "scale"), [(SOFT, 1.0), ({}, None)], ids=["l2", "none"])
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(changes, scale):
+    """And has the fingerprint that it had: the new keys add nothing to it."""
+    config = configs.from_mapping(earlier(**changes))
+    assert config.model.moe.l2_scale == scale and not config.model.spec().drops
+    identity = configs.identity(config, "d")
+    added = {"model.moe.l2_scale", *(f"model.{name}" for name in configs.DROPOUTS)}
+    assert not added & identity.keys() and "model.moe.l2" in identity
+    assert configs.encoder_of_run(earlier(**changes)["model"]) == config.model.spec()
+    dropped = dataclasses.replace(config.model, hidden_dropout=0.1)
+    other = dataclasses.replace(config, model=dropped)
+    assert configs.fingerprint(other, "d") != configs.fingerprint(config, "d")
+
+
+def test_a_normalised_router_of_today_starts_with_logits_of_standard_deviation_one():
+    today, then = tiny_config(**SOFT), configs.from_mapping(earlier(**SOFT))
+    assert (today.model.moe.l2_scale, then.model.moe.l2_scale) == (None, 1.0)
+    assert configs.fingerprint(today, "d") != configs.fingerprint(then, "d")
+    spec = today.model.spec()
+    assert spec.moe.initial_scale(spec.d_model) == spec.d_model**0.5
+    assert then.model.spec().moe.initial_scale(spec.d_model) == 1.0
+
+
+@pytest.mark.parametrize("router", ["none", *FAMILIES])
+def test_the_flat_section_and_the_family_say_the_same(router):
+    section = tiny_config(model__moe__router=router).model.moe
+    assert configs.MoEConfig.of(section.spec()).spec() == section.spec()
+    spec = tiny_config(model__moe__router=router).model.spec()
+    assert configs.encoder_from_mapping(configs.encoder_to_mapping(spec)) == spec

@@ -20,10 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moe_ablm.model.capacity import capacity
 
 from moe_ablm.model import flops
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, TopK
+from moe_ablm.model.dispatch import SLACK
+from moe_ablm.model.spec import (
+    SIZES,
+    EncoderSpec,
+    Execution,
+    ExpertChoice,
+    Sequence,
+    Soft,
+    TopK,
+    TopP,
+)
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, global_batch, make_mesh
 from moe_ablm.training.losses import CELLS
 from moe_ablm.training.optimizer import make_optimizer
@@ -37,14 +46,15 @@ MOES = {
     "none": None,
     "dropless": TOPK,
     "capacity": replace(TOPK, capacity=1.0),
-    "topp": replace(TOPK, router="topp", k=3, capacity=0.5),
-    "expert_choice": replace(TOPK, router="expert_choice"),
-    "soft": replace(TOPK, router="soft", slots=5, l2=True),
-    "sequence": replace(TOPK, router="sequence", k=1),
+    "topp": TopP(experts=8, k=3, capacity=0.5),
+    "expert_choice": ExpertChoice(experts=8),
+    "soft": Soft(experts=8, slots=5, l2=True),
+    "sequence": Sequence(experts=8, k=1),
     "batch": replace(TOPK, group="batch", capacity=1.0),
 }
 ROUTERS = tuple(MOES)
-TRAVEL = ("capacity", "topp", "expert_choice", "soft")  # rows go to the experts
+FIXED = ("capacity", "topp", "expert_choice", "soft")  # as many rows go to each expert
+DROPLESS = ("dropless", "sequence")  # rows go to the experts if they fit, else weights to the rows
 # what is compiled for eight devices; an expert axis shards nothing of a dense encoder
 VARIANTS = [(mesh, r) for mesh in ((2, 4, 1), (1, 8, 1)) for r in ROUTERS if r != "none"]
 VARIANTS += [((8, 1, 1), r) for r in ROUTERS]
@@ -55,7 +65,7 @@ OPTIMIZER = OptimizerSpec(
 )  # fmt: skip
 # one layer of either kind: small enough to compile for eight devices five times
 TINY = {
-    name: EncoderSpec(1, 16, 32, 2, moe=replace(moe, placement="0", first_dense=0))
+    name: EncoderSpec(1, 16, 32, 2, moe=moe and replace(moe, placement="0", first_dense=0))
     for name, moe in MOES.items()
 }
 BATCH, LENGTH = 24, 40  # no parameter has such an axis, so activations can be told from parameters
@@ -66,7 +76,7 @@ def step_and_arguments(spec: EncoderSpec, mesh):
     optimizer = make_optimizer(OPTIMIZER)
     # scanned layers trace in seconds; the arrays in and out are the same unrolled
     definition = make_definition(spec, Execution(scan=spec.layers > 1))
-    step = make_train_step(definition, optimizer, spec.moe, accumulate=1, ema=0.0)
+    step = make_train_step(definition, optimizer, spec, accumulate=1, ema=0.0)
     rows = batch_sharding(mesh)
     kinds = {"tokens": "int32", "targets": "int32", "segment": "int32", "region": "int32",
              "loss_mask": "bool"}  # fmt: skip
@@ -95,6 +105,45 @@ def collectives(hlo: str) -> dict[str, list[list[int]]]:
     return found
 
 
+def computations(hlo: str) -> dict[str, str]:
+    """Text of every computation of a compiled module by its name."""
+    found, name = {}, None
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = head[1]
+            found[name] = ""
+        elif name is not None:
+            found[name] += line + "\n"
+    return found
+
+
+CALLED = r"(?:calls|to_apply|body|condition)=%?([\w.-]+)"
+BRANCHES = r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.-]+))"
+
+
+def branches(hlo: str) -> tuple[list[dict], dict]:
+    """Collectives of every branch of a conditional, and of all else."""
+    texts = computations(hlo)
+
+    def whole(name: str) -> set[str]:
+        inside = re.findall(CALLED, texts[name])
+        for several, one in re.findall(BRANCHES, texts[name]):
+            inside += [part.strip().lstrip("%") for part in (several or one).split(",")]
+        return {name}.union(*(whole(part) for part in inside if part in texts))
+
+    starts = {
+        part.strip().lstrip("%")
+        for several, one in re.findall(BRANCHES, hlo)
+        for part in (several or one).split(",")
+    }
+    each = {start: whole(start) for start in sorted(starts)}
+    rest = set(texts) - set().union(*each.values())
+    return (
+        [collectives("".join(texts[name] for name in names)) for names in each.values()],
+        collectives("".join(texts[name] for name in rest)),
+    )
+
+
 def host_batch() -> dict[str, np.ndarray]:
     """Concrete rows of unequal length with a few masks."""
     rng = np.random.default_rng(0)
@@ -121,6 +170,7 @@ def on_eight_devices() -> dict:
             losses = three_losses(TINY[router], step, mesh, global_batch(host_batch(), mesh))
         found[f"{sizes} {router}"] = {
             "collectives": collectives(step.as_text()),
+            "branches": branches(step.as_text()),
             "parameters": [list(x.shape) for x in jax.tree.leaves(state.params)],
             "drifted": drifted(state, step.output_shardings[0]),
             "losses": losses,
@@ -177,17 +227,21 @@ def test_pure_data_parallelism_needs_all_reduce_alone(eight_devices, router):
 
 @pytest.mark.parametrize(("mesh", "router"), [v for v in VARIANTS if v[1] != "batch"], ids=str)
 def test_only_parameters_are_gathered(eight_devices, mesh, router):
-    """Sharded parameters travel to the rows that need them, or rows to the experts."""
+    """Rows travel to the experts; what fsdp shards travels to the rows that need it."""
     found = eight_devices[f"{mesh} {router}"]
     gathered = found["collectives"].get("all-gather", [])
     assert [s for s in gathered if not any(_part(s, whole) for whole in found["parameters"])] == []
-    travels = router in TRAVEL and mesh[1] > 1
-    others = found["collectives"].keys() - {"all-reduce", "all-gather"}
+    travels = router in FIXED + DROPLESS and mesh[1] > 1
+    _, outside = found["branches"]
+    assert outside.keys() - {"all-reduce", "all-gather"} <= ({"all-to-all"} if travels else set())
+    others = found["collectives"].keys() - {"all-reduce", "all-gather", "reduce-scatter"}
     assert others == ({"all-to-all"} if travels else set())
+    if mesh[2] == 1:
+        assert "all-gather" not in outside
 
 
 @pytest.mark.parametrize(
-    ("mesh", "router"), [v for v in VARIANTS if v[1] in TRAVEL and v[0][1] > 1], ids=str
+    ("mesh", "router"), [v for v in VARIANTS if v[1] in FIXED and v[0][1] > 1], ids=str
 )
 def test_rows_travel_there_and_back(eight_devices, mesh, router):
     """Two all-to-alls forward and two backward, and nothing gathered but what fsdp shards."""
@@ -197,23 +251,35 @@ def test_rows_travel_there_and_back(eight_devices, mesh, router):
         assert "all-gather" not in found
 
 
+@pytest.mark.parametrize("router", DROPLESS)
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1)], ids=str)
-def test_what_a_dropless_layer_sends(eight_devices, mesh):
-    """Its weights once forward, their gradients once backward: whatever the number of tokens."""
-    spec = TINY["dropless"]
+def test_what_a_dropless_layer_sends(eight_devices, mesh, router):
+    """Rows there and back, forward and backward; weights in the other branch alone.
+
+    That branch is taken where rows do not fit: there the weights travel once forward and their
+    gradients once backward, whatever the number of tokens.
+    """
+    spec, ways = TINY[router], mesh[1]
     e, d, f = spec.moe.experts, spec.d_model, spec.ffn
     weights = sorted([[e, d, f], [e, f], [e, f, d], [e, d]])
-    found = eight_devices[f"{mesh} dropless"]["collectives"]
-    assert sorted(found["all-gather"]) == weights
-    reduced = sorted(s for s in found["all-reduce"] if s and s[0] == e and s != [e])
-    assert reduced == weights
+    each, _ = eight_devices[f"{mesh} {router}"]["branches"]
+    travel = [b for b in each if "all-to-all" in b]
+    gather = [b for b in each if "all-gather" in b or "reduce-scatter" in b]
+    assert travel and gather and not [b for b in travel if b in gather]
+    sent = [s for b in travel for s in b["all-to-all"]]
+    rows = math.ceil(SLACK * BATCH * LENGTH // 8 * spec.moe.k / ways) * ways
+    assert sum(map(math.prod, sent)) == rows * (4 * d + 1)  # and once the numbers of experts
+    assert sorted(s for b in gather for s in b.get("all-gather", [])) == weights
+    back = [s for b in gather for name in ("reduce-scatter", "all-reduce") for s in b.get(name, [])]
+    assert len(back) == len(weights)
+    assert all(any(_part(s, whole) for whole in weights) for s in back)
 
 
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1)], ids=str)
 def test_what_a_limited_layer_sends(eight_devices, mesh):
     """E * C rows of each antibody, there and back, forward and backward."""
     spec = TINY["capacity"]
-    rows = spec.moe.experts * capacity(LENGTH, spec.moe) * BATCH // 8
+    rows = spec.moe.experts * spec.moe.places(LENGTH) * BATCH // 8
     found = eight_devices[f"{mesh} capacity"]["collectives"]
     assert sum(map(math.prod, found["all-to-all"])) == 4 * rows * spec.d_model
 
@@ -288,7 +354,8 @@ def test_shapes_and_dtypes_of_a_step(size, mesh, router):
         return
     sparse = len(spec.moe_layers)
     assert metrics.router.load.shape == (sparse, spec.moe.experts)
-    assert {x.shape for x in metrics.router[1:]} == {(sparse,)}
+    assert metrics.router.asked.shape == (sparse, spec.moe.experts)
+    assert {x.shape for x in metrics.router[2:]} == {(sparse,)}
 
 
 # which axis of which array a mesh shards, written out; absent: whole on every device

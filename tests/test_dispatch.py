@@ -11,6 +11,7 @@ from moe_blocks import ffn
 from moe_ablm.model.dispatch import dropless, limited, softly, sum_over_antibodies
 from moe_ablm.model.experts import ExpertWeights, expert_ffn
 from moe_ablm.model.routing import Plan, SoftPlan
+from moe_ablm.model.spec import Execution
 
 D, F, E = 4, 6, 3
 RNG = np.random.default_rng(0)
@@ -45,14 +46,14 @@ def by_hand(admitted=True) -> np.ndarray:
 
 @jax.jit
 def run_dropless(x, gates, weights):
-    return dropless(x, Plan(jnp.asarray(EXPERTS), gates, None), weights, "gelu", "float32")
+    return dropless(x, Plan(jnp.asarray(EXPERTS), gates, None), weights, "gelu", Execution())
 
 
 @partial(jax.jit, static_argnames="capacity")
 def run_limited(x, gates, weights, capacity=3):
     chosen = jnp.where(jnp.asarray(PLACE) < capacity, EXPERTS, E)
     plan = Plan(chosen, gates, jnp.asarray(PLACE))
-    experts = partial(expert_ffn, weights=weights, activation="gelu", operands="float32")
+    experts = partial(expert_ffn, weights=weights, activation="gelu", execution=Execution())
     return limited(x, plan, capacity, E, experts)
 
 
@@ -88,7 +89,7 @@ def test_softly_by_hand():
     dispatch, combine = (rng.random((1, 3, 2, 2)).astype("f4") for _ in range(2))
     scale = np.array([2.0, -3.0], "f4")  # the experts: multiply by 2, by -3
     plan = SoftPlan(jnp.asarray(dispatch), jnp.asarray(combine))
-    found = softly(jnp.asarray(X[:1]), plan, lambda x: x * scale[:, None, None], "float32")
+    found = softly(jnp.asarray(X[:1]), plan, lambda x: x * scale[:, None, None], Execution())
     expected = np.zeros((3, D))
     for e in range(2):
         for s in range(2):

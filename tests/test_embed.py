@@ -9,7 +9,7 @@ from tiny_models import engine, tiny_model
 from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.embed import embed, layer_number, table
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.spec import Execution
 
 PAIRS = [("EVQLVES", "DIQM"), ("", "DIQMTQ"), ("EVQLX", "DI")]
@@ -29,7 +29,8 @@ def states(antibody, layer: int) -> np.ndarray:
     definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]
     tokens = row_of(antibody, model.layout).tokens.astype(int)[None]
     encoder = nnx.merge(definition, model.params)
-    found = encoder.hidden_states(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))[layer][0]
+    valid = jnp.ones(tokens.shape, bool)
+    found = encoder(jnp.asarray(tokens), valid, observe=Observe(hidden=True)).hidden[layer][0]
     heavy = len(antibody.heavy)
     keep = list(range(1, 1 + heavy)) if heavy else []
     first = 1 + heavy + 2 if heavy else 1

@@ -12,8 +12,8 @@ from flax import nnx
 
 from moe_ablm.interop.esm2 import params_from_huggingface
 from moe_ablm.model import flops
-from moe_ablm.model.attention import Packing
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, Observe
+from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, ExpertChoice, Soft, TopK
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -145,8 +145,11 @@ def loss_and_gradient(name: str, execution: Execution):
     [
         ("dense", Execution(scan=True)),
         ("top1", Execution(scan=True)),  # pairs of a dense and a sparse layer
-        ("top2", Execution(scan=True, remat=True)),
-        ("top1", Execution(remat=True)),
+        ("top2", Execution(scan=True, remat="full")),
+        ("top1", Execution(remat="full")),
+        ("top1", Execution(remat="matmuls")),
+        ("top2", Execution(scan=True, remat="matmuls")),
+        ("top2", Execution(backend="tpu", remat="matmuls")),
     ],
     ids=str,
 )
@@ -200,7 +203,7 @@ def test_bfloat16_stays_near_float32(rows):
 def test_attention_weights_are_those_of_the_forward_pass(rows):
     tokens, valid = (jnp.asarray(a) for a in rows)
     encoder = Encoder(tiny_spec(), Execution(), nnx.Rngs(0))
-    weights = encoder.attention_weights(tokens, valid)
+    weights = encoder(tokens, valid, observe=Observe(attention=True)).attention
     assert [w.shape for w in weights] == [(4, 4, 24, 24)] * 2
     np.testing.assert_allclose(weights[1].sum(-1), 1.0, atol=1e-5)
     assert float(jnp.where(valid[:, None, None], 0.0, weights[1]).max()) == 0.0
@@ -209,6 +212,42 @@ def test_attention_weights_are_those_of_the_forward_pass(rows):
     _, _, v = layer.attention._project(x)
     by_hand = jnp.einsum("bhqk,bkhd->bqhd", weights[0], v).reshape(x.shape)
     np.testing.assert_allclose(layer.attention.out(by_hand), layer.attention(x, valid), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_observed_changes_nothing(name, rows):
+    """Hidden states from the embedding to what the head reads, plans of the sparse layers."""
+    tokens, valid = (jnp.asarray(a) for a in rows)
+    spec = SPECS[name]
+    encoder = Encoder(spec, Execution(scan=True), nnx.Rngs(0))
+    plain = encoder(tokens, valid)
+    assert plain.hidden == plain.attention == ()
+    seen = encoder(tokens, valid, observe=Observe(hidden=True, attention=True, plans=True))
+    np.testing.assert_allclose(seen.logits[valid], plain.logits[valid], atol=2e-6)
+    assert len(seen.hidden) == 3 and len(seen.attention) == 2
+    np.testing.assert_array_equal(seen.hidden[0], encoder.embed(tokens, valid))
+    head = encoder.head(seen.hidden[-1], encoder.embedding[...])
+    np.testing.assert_array_equal(head, seen.logits)
+    if not spec.moe:
+        assert seen.routing is None
+        return
+    assert plain.routing.plan is None
+    plans = seen.routing.plan
+    assert {len(x) for x in jax.tree.leaves(plans)} == {len(spec.moe_layers)}
+    for i in range(len(spec.moe_layers)):
+        plan = jax.tree.map(lambda x, i=i: x[i], plans)
+        np.testing.assert_array_equal(plan.assigned(4), seen.routing.assigned[i])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_of_one_position_are_those_of_all(name, rows):
+    tokens, valid = (jnp.asarray(a) for a in rows)
+    encoder = Encoder(SPECS[name], Execution(), nnx.Rngs(0))
+    at = np.array([23, 0, 5, 11])
+    found = encoder(tokens, valid, at=jnp.asarray(at)).logits
+    assert found.shape == (4, 1, 33)
+    expected = encoder(tokens, valid).logits[np.arange(4), at]
+    np.testing.assert_allclose(found[:, 0], expected, atol=2e-6)
 
 
 @pytest.mark.hf

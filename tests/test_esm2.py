@@ -330,6 +330,7 @@ def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, siz
     theirs, torch = saved_by_transformers(tmp_path / "hf", size)
     from flax import nnx
 
+    from moe_ablm.model.encoder import Observe
     from moe_ablm.model.spec import Execution
     from moe_ablm.training.state import make_definition
 
@@ -346,13 +347,12 @@ def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, siz
             output_attentions=True,
         )
     encoder = nnx.merge(make_definition(model.spec, Execution()), model.params)
-    np.testing.assert_allclose(
-        encoder(tokens, valid).logits[valid], expected.logits.numpy()[valid], atol=1e-5
-    )
-    pairs = zip(encoder.hidden_states(tokens, valid), expected.hidden_states, strict=True)
+    seen = encoder(tokens, valid, observe=Observe(hidden=True, attention=True))
+    np.testing.assert_allclose(seen.logits[valid], expected.logits.numpy()[valid], atol=1e-5)
+    pairs = zip(seen.hidden, expected.hidden_states, strict=True)
     for found, other in pairs:
         np.testing.assert_allclose(found[valid], other.numpy()[valid], atol=1e-5)
-    pairs = zip(encoder.attention_weights(tokens, valid), expected.attentions, strict=True)
+    pairs = zip(seen.attention, expected.attentions, strict=True)
     for found, other in pairs:
         mine = np.moveaxis(np.asarray(found), 1, 2)[valid]
         np.testing.assert_allclose(mine, np.moveaxis(other.numpy(), 1, 2)[valid], atol=1e-5)

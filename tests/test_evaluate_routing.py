@@ -53,6 +53,7 @@ from moe_ablm.evaluation.subject import Subject
 from moe_ablm.evaluation.suite import as_json, run_suite
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.route import Choices, Weights
+from moe_ablm.model.spec import ExpertChoice
 
 EXPERTS = 14
 CDRH3 = region_names().index("CDRH3")
@@ -433,7 +434,7 @@ def test_residues_left_to_no_expert():
     pair = Annotated("a", "u", 0, known("ACD", [1, 6, 6], [0] * 3, ""), NO_CHAIN)
     sums = Assignments.empty([pair], contrasts([pair]), 1, 2)
     sums.add(0, found, gates)
-    samples = [s.number() for s in load_samples([pair], sums, [3], "expert_choice")]
+    samples = [s.number() for s in load_samples([pair], sums, [3], ExpertChoice(experts=2))]
     assert value(samples, "without_expert", layer="3").value == pytest.approx(1 / 3)
     assert value(samples, "experts_a_residue", region="FRH1").value == 2
     assert value(samples, "experts_a_residue", region="CDRH3").value == 0.5

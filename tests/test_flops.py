@@ -5,23 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moe_ablm.model.ffn import FeedForward
-from moe_ablm.model.grouped import BLOCK, grouped_ffn
 
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.experts import BLOCK, Groups, grouped_ffn
+from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
 from moe_ablm.model.spec import (
     SIZES,
     EncoderSpec,
     Execution,
     ExpertChoice,
+    Row,
     Sequence,
     Soft,
     TopK,
     TopP,
 )
 
+ROWS = BLOCK["cpu"][0]  # of a block
 MOES = {
     "none": None,
     "top1 alternate": TopK(experts=4, k=1),
@@ -67,7 +69,7 @@ def test_parameters_equal_those_of_the_arrays(name, activation, tied):
     assert flops.params_total(spec) == sum(size for size, _ in sizes)
     experts = sum(size for size, of_experts in sizes if of_experts)
     rest = sum(size for size, of_experts in sizes if not of_experts)
-    active = rest + experts * ACTIVE.get(name, 2) / spec.moe.experts
+    active = rest + (experts * ACTIVE.get(name, 2) / spec.moe.experts if spec.moe else 0)
     assert abs(flops.params_active(spec) - active) <= len(spec.moe_layers) / 2
 
 
@@ -85,8 +87,8 @@ def test_counts_by_hand():
     final_norm, head = 4, (2 * 2 + 2) + 4 + 5
     assert flops.params_total(spec) == embedding + norms + attention + ffn + final_norm + head
     multiply_adds = 4 * 2 * 2 + 2 * 2 * 3 + (2 * 7 + 2 * 7) + 2 * 2 + 2 * 5  # 7: keys, values
-    assert flops.forward_flops_per_token(spec, 7) == 2 * multiply_adds
-    assert flops.train_flops_per_token(spec, 7) == 6 * multiply_adds
+    assert flops.forward_flops_per_token(spec, Row(7, 7)) == 2 * multiply_adds
+    assert flops.train_flops_per_token(spec, Row(7, 7)) == 6 * multiply_adds
 
 
 # wide enough for matmuls to be nearly everything
@@ -119,7 +121,7 @@ def test_flops_equal_what_xla_counts(name, activation):
     definition, *inputs = abstract(spec, b, length)
     run = jax.jit(lambda p, t, v: nnx.merge(definition, p)(t, v, None, training).logits)
     counted = run.lower(*inputs).cost_analysis()["flops"]
-    expected = flops.forward_flops_per_token(spec, length, training) * b * length
+    expected = flops.forward_flops_per_token(spec, Row(length, length), training) * b * length
     assert abs(counted / expected - 1) < 0.02
 
 
@@ -135,7 +137,7 @@ def test_flops_of_a_compiled_training_step(name):
 
     options = {"xla_backend_optimization_level": 0}
     compiled = jax.jit(jax.grad(loss), compiler_options=options).lower(*inputs).compile()
-    expected = flops.train_flops_per_token(spec, length) * b * length
+    expected = flops.train_flops_per_token(spec, Row(length, length)) * b * length
     assert abs(compiled.cost_analysis()["flops"] / expected - 1) < 0.02
 
 
@@ -185,18 +187,20 @@ def test_flops_equal_the_matmuls_of_the_program(name):
     """Exactly, when the experts' blocks are all full."""
     moe, training, assignments = PROGRAMS[name]
     spec = EncoderSpec(2, 32, 64, 2, moe=moe)
-    b, length = 2, BLOCK
+    b, length = 2, ROWS
     definition, *inputs = abstract(spec, b, length)
 
     def loss(p, t, v):
         return nnx.merge(definition, p)(t, v, None, training).logits.sum()
 
-    blocks = b * length * assignments // BLOCK
+    blocks = b * length * assignments // ROWS
     forward = matmul_flops(jax.make_jaxpr(loss)(*inputs).jaxpr, blocks)
-    assert forward == flops.forward_flops_per_token(spec, length, training) * b * length
+    assert (
+        forward == flops.forward_flops_per_token(spec, Row(length, length), training) * b * length
+    )
     if training:  # nothing is computed twice, nothing that needs a gradient left out
         both = matmul_flops(jax.make_jaxpr(jax.grad(loss))(*inputs).jaxpr, blocks)
-        assert both == flops.train_flops_per_token(spec, length) * b * length
+        assert both == flops.train_flops_per_token(spec, Row(length, length)) * b * length
 
 
 def test_backward_matmuls_of_a_dense_ffn_are_twice_the_forward_ones():
@@ -216,11 +220,13 @@ def test_backward_matmuls_of_a_dense_ffn_are_twice_the_forward_ones():
 def test_backward_matmuls_of_experts_are_twice_the_forward_ones():
     """Nothing of the experts is computed twice."""
     moe = MoE(EncoderSpec(1, 32, 64, 1, moe=MOES["top2 every"]), Execution(), nnx.Rngs(0))
-    weights, expert, x = moe.weights(), jnp.zeros(4, jnp.int32), jnp.ones((4 * BLOCK, 32))
+    weights, x = moe.weights(), jnp.ones((4 * ROWS, 32))
+    sizes = jnp.zeros(8, jnp.int32).at[0].set(4 * ROWS)
+    groups = Groups(sizes, jnp.zeros(4, jnp.int32), jnp.int32(4))
 
     def loss(x, weights):
-        return grouped_ffn(x, weights, expert, jnp.int32(4), "gelu", "float32").sum()
+        return grouped_ffn(x, weights, groups, ROWS, "gelu", Execution()).sum()
 
     forward = matmul_flops(jax.make_jaxpr(loss)(x, weights).jaxpr, trips=4)
     both = matmul_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, weights).jaxpr, trips=4)
-    assert forward == 4 * BLOCK * 2 * 2 * 32 * 64 and both == 3 * forward
+    assert forward == 4 * ROWS * 2 * 2 * 32 * 64 and both == 3 * forward

@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moe_ablm.model.ffn import FeedForward, gelu, swiglu
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.layers import INIT_STD, LayerNorm, Linear, constant, normal
-from moe_ablm.model.spec import EncoderSpec, Execution, Soft, TopK, TopP
+from moe_ablm.model.layers import (
+    INIT_STD,
+    Balance,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    constant,
+    gelu,
+    normal,
+    swiglu,
+)
+from moe_ablm.model.spec import BACKENDS, EncoderSpec, Execution, Soft, TopK, TopP
 
 
 def test_normal_has_its_spread_letters_and_seed():
@@ -101,17 +110,37 @@ def test_layer_norm_of_equal_values_is_its_bias(norm):
 # feed-forward
 
 
-def test_gelu_is_the_exact_one():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gelu_is_the_exact_one(backend):
     """x Phi(x): the tanh approximation differs by 4e-4 in places."""
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     phi = [0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.astype("f8")]
-    np.testing.assert_allclose(gelu(jnp.asarray(x)), x * np.array(phi), atol=1e-6)
+    np.testing.assert_allclose(gelu(jnp.asarray(x), backend), x * np.array(phi), atol=1e-6)
+
+
+def test_gelu_of_bfloat16_is_computed_in_float32():
+    """At -3.5 bfloat16 inside would lose all digits of Phi, 1 + erf."""
+    x = jnp.asarray([-3.5, -1.0, 2.0], jnp.bfloat16)
+    for backend in BACKENDS:
+        exact = gelu(x.astype(jnp.float32), backend)
+        found = gelu(x, backend)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8)
+
+
+def test_the_gradient_of_gelu_is_the_same_on_every_backend():
+    x = jnp.linspace(-6, 6, 101)
+    found = [jax.grad(lambda x, b=b: gelu(x, b).sum())(x) for b in BACKENDS]
+    phi = np.exp(-(np.asarray(x, "f8") ** 2) / 2) / math.sqrt(2 * math.pi)
+    big_phi = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in np.asarray(x, "f8")])
+    for gradient in found:
+        np.testing.assert_allclose(gradient, big_phi + np.asarray(x, "f8") * phi, atol=2e-6)
 
 
 def test_swiglu_gates_the_second_half_by_the_first():
     """silu(1) * 3 and silu(-2) * 5 (Shazeer 2020)."""
     sigmoid = [1 / (1 + math.exp(-v)) for v in (1, -2)]
-    found = swiglu(jnp.asarray([[1.0, -2, 3, 5]]))
+    found = swiglu(jnp.asarray([[1.0, -2, 3, 5]]), "cpu")
     np.testing.assert_allclose(found, [[sigmoid[0] * 3, -2 * sigmoid[1] * 5]], rtol=1e-6)
 
 
@@ -161,7 +190,7 @@ def test_every_parameter_is_float32_with_a_letter_for_every_axis(spec):
     lengths = {"V": {33}, "D": {8}, "E": {3}, "F": {8, 24} | widths, ".": {3, 5}}
     assert len(flat) > 20
     for path, variable in flat:
-        assert isinstance(variable, nnx.Param), path
+        assert type(variable) is (Balance if path[-1] == "balance" else nnx.Param), path
         assert variable.dtype == jnp.float32, path
         assert len(variable.axes) == len(variable.shape), path
         for letter, length in zip(variable.axes, variable.shape, strict=True):

@@ -1,4 +1,4 @@
-"""The matmul primitive against float64 numpy: values, gradients, precisions, layout."""
+"""The affine primitive against float64 numpy: values, gradients, precisions, layout."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_ablm.model import linear as linear_module
-from moe_ablm.model.linear import dot, dot_transposed, linear, matmul, row_major
-from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.model.linear import affine, dot, dot_transposed, row_major, wide
+from moe_ablm.model.spec import BACKENDS, PRECISIONS, Execution
 
 # Unit roundoff of the result's dtype; the rest of the tolerance is what a float32 sum may lose.
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
@@ -34,16 +33,21 @@ def draws(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
+def product(x, kernel, operands: str):
+    """`affine` without a bias."""
+    return affine(x, kernel, None, Execution(operands=operands))
+
+
 @pytest.fixture(scope="module", params=PRECISION_NAMES)
 def case(request):
-    """Inputs, output and gradients of one `matmul` under one precision."""
+    """Inputs, output and gradients of one product under one precision."""
     activations, operands = PRECISIONS[request.param]
     x, kernel, cotangent = draws(0, (3, 7, 33), (33, 17), (3, 7, 17))
     x, cotangent = (jnp.asarray(a).astype(activations) for a in (x, cotangent))
 
     @jax.jit
     def run(x, kernel, cotangent):
-        y, vjp = jax.vjp(lambda x, kernel: matmul(x, kernel, operands), x, kernel)
+        y, vjp = jax.vjp(lambda x, kernel: product(x, kernel, operands), x, kernel)
         return y, *vjp(cotangent)
 
     return activations, operands, x, kernel, cotangent, *run(x, jnp.asarray(kernel), cotangent)
@@ -73,13 +77,13 @@ def test_float32_is_not_computed_in_a_shorter_type(case):
     if operands != "float32":
         pytest.skip("only float32 promises it")
     x = jnp.full((1, 4), 1 + 2.0**-12)
-    assert float(matmul(x, jnp.ones((4, 1)), operands)[0, 0]) == 4 * (1 + 2.0**-12)
+    assert float(product(x, jnp.ones((4, 1)), operands)[0, 0]) == 4 * (1 + 2.0**-12)
 
 
 def test_sums_of_bfloat16_are_float32():
     """256 + 1 is not a bfloat16: adding 1 to 256 in bfloat16 would change nothing."""
     x = jnp.ones((1, 513)).at[0, 0].set(256.0)
-    assert float(matmul(x, jnp.ones((513, 1)), "bfloat16")[0, 0]) == 768.0
+    assert float(product(x, jnp.ones((513, 1)), "bfloat16")[0, 0]) == 768.0
 
 
 @pytest.mark.parametrize("operands", ["float32", "bfloat16"])
@@ -95,22 +99,76 @@ def test_batched_dots(operands, batch):
 
 
 @pytest.mark.parametrize("name", PRECISION_NAMES)
-def test_linear_adds_the_bias_in_the_dtype_of_the_input(name):
-    activations, operands = PRECISIONS[name]
+def test_the_bias_is_added_before_the_result_is_rounded(name):
+    execution = Execution(*PRECISIONS[name])
     x, kernel, bias, g = draws(2, (6, 8), (8, 3), (3,), (6, 3))
-    x, g = jnp.asarray(x).astype(activations), jnp.asarray(g).astype(activations)
-    y, vjp = jax.vjp(lambda b: linear(x, jnp.asarray(kernel), b, operands), jnp.asarray(bias))
-    expected = matmul(x, jnp.asarray(kernel), operands) + jnp.asarray(bias).astype(activations)
-    assert y.dtype == activations
-    np.testing.assert_array_equal(y, expected)
+    x, g = jnp.asarray(x).astype(execution.activations), jnp.asarray(g)
+    g = g.astype(execution.activations)
+    y, vjp = jax.vjp(lambda b: affine(x, jnp.asarray(kernel), b, execution), jnp.asarray(bias))
+    plain = product(x.astype(jnp.float32), jnp.asarray(kernel), execution.operands)
+    assert y.dtype == execution.activations
+    np.testing.assert_array_equal(y, (plain + bias).astype(execution.activations))
     (dbias,) = vjp(g)
     assert dbias.dtype == jnp.float32
-    tolerance = 1e-6 if activations == "float32" else 0.05
-    np.testing.assert_allclose(dbias, np.asarray(g).astype("f8").sum(0), atol=tolerance)
+    np.testing.assert_allclose(dbias, np.asarray(g).astype("f8").sum(0), atol=1e-6)
+
+
+def test_gradients_of_biases_are_summed_in_float32():
+    """4,097 gradients of 1: a sum in bfloat16 would stay at 256."""
+    execution = Execution("bfloat16", "bfloat16")
+    x, kernel, bias = jnp.ones((4097, 2), jnp.bfloat16), jnp.ones((2, 3)), jnp.zeros(3)
+    _, vjp = jax.vjp(lambda b: affine(x, kernel, b, execution), bias)
+    np.testing.assert_array_equal(vjp(jnp.ones((4097, 3), jnp.bfloat16))[0], np.full(3, 4097.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PRECISION_NAMES)
+def test_every_expert_has_its_kernel_and_its_bias(name, backend):
+    """`[E, T, N]` by `[E, N, M]`: values and all three gradients."""
+    execution = Execution(*PRECISIONS[name], backend=backend)
+    x, kernel, bias, g = draws(4, (3, 5, 8), (3, 8, 6), (3, 6), (3, 5, 6))
+    bias = rounded(bias, execution.operands).astype("f4")  # below a row of the kernel
+    x, g = (jnp.asarray(a).astype(execution.activations) for a in (x, g))
+
+    @jax.jit
+    def run(x, kernel, bias, g):
+        y, vjp = jax.vjp(lambda *a: affine(*a, execution), x, kernel, bias)
+        return y, *vjp(g)
+
+    y, dx, dkernel, dbias = run(x, jnp.asarray(kernel), jnp.asarray(bias), g)
+    assert (y.dtype, dx.dtype) == (x.dtype, x.dtype)
+    assert dkernel.dtype == dbias.dtype == jnp.float32
+    operands = execution.operands
+    for e in range(3):
+        # the bias as one more row of the kernel
+        whole = np.concatenate([kernel[e], bias[e][None]])
+        assert_product(
+            y[e],
+            np.pad(rounded(x[e], operands), ((0, 0), (0, 1)), constant_values=1),
+            whole,
+            operands,
+            execution.activations,
+        )
+        assert_product(dx[e], g[e], kernel[e].T, operands, execution.activations)
+        assert_product(dkernel[e], x[e].T, g[e], operands, "float32")
+        assert_product(dbias[e][None], np.ones((1, 5)), g[e], "float32", "float32")
+
+
+def test_float64_stays_float64():
+    """So that tests can take small differences."""
+    x, kernel, bias = (a.astype("f8") for a in draws(5, (4, 6), (6, 3), (3,)))
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(a) for a in (x, kernel, bias)]
+        y, vjp = jax.vjp(lambda *a: affine(*a, Execution("float64", "float64")), *arrays)
+        found = [np.asarray(a) for a in (y, *vjp(jnp.ones_like(y)))]
+    assert {a.dtype for a in found} == {np.dtype("f8")}
+    np.testing.assert_allclose(found[0], x @ kernel + bias, rtol=1e-14)
+    np.testing.assert_allclose(found[2], x.T @ np.ones((4, 3)), rtol=1e-13)
+    assert wide("bfloat16") == wide("float32") == jnp.float32 and wide("float64") == jnp.float64
 
 
 def test_no_rows():
-    y, vjp = jax.vjp(lambda x, k: matmul(x, k, "float32"), jnp.ones((0, 4)), jnp.ones((4, 3)))
+    y, vjp = jax.vjp(lambda x, k: product(x, k, "float32"), jnp.ones((0, 4)), jnp.ones((4, 3)))
     dx, dkernel = vjp(y)
     assert y.shape == (0, 3) and dx.shape == (0, 4)
     np.testing.assert_array_equal(dkernel, np.zeros((4, 3)))
@@ -118,18 +176,16 @@ def test_no_rows():
 
 def test_row_major_changes_no_value():
     (x,) = draws(3, (3, 4, 5))
-    found = jax.jit(lambda x: row_major(jnp.swapaxes(x, 0, 2)))(x)
+    found = jax.jit(lambda x: row_major(jnp.swapaxes(x, 0, 2), "cpu"))(x)
     np.testing.assert_array_equal(found, np.swapaxes(x, 0, 2))
 
 
 def test_row_major_constrains_the_layout_on_cpu():
-    if jax.default_backend() != "cpu":
-        pytest.skip("a no-op on other backends")
-    lowered = jax.jit(lambda x: row_major(x.T)).lower(jnp.ones((3, 5)))
+    lowered = jax.jit(lambda x: row_major(x.T, "cpu")).lower(jnp.ones((3, 5)))
     assert "LayoutConstraint" in lowered.as_text()
 
 
-def test_row_major_is_nothing_elsewhere(monkeypatch):
-    monkeypatch.setattr(linear_module.jax, "default_backend", lambda: "gpu")
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_row_major_is_nothing_elsewhere(backend):
     x = jnp.ones((2, 3))
-    assert row_major(x) is x
+    assert row_major(x, backend) is x

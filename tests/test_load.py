@@ -183,7 +183,11 @@ def cut_short(path):
 DAMAGED = {
     "schema": (lambda path: changed(path, schema="moe_ablm.model/9"), "moe_ablm.model/9.*expected"),
     "layout": (lambda path: changed(path, layout="other"), "damaged .'other'"),
-    "encoder": (lambda path: changed(path, encoder={"layers": 2}), "encoder.d_model is missing"),
+    "encoder": (
+        lambda path: changed(path, encoder={"layers": 2, "vocabulary": 33}),
+        "model.d_model is missing",
+    ),
+    "vocabulary": (lambda path: changed(path, encoder={"layers": 2}), "model.vocabulary=None"),
     "layers": (other_layers, "does not fit model.json: layers/2"),
     "width": (other_width, "does not fit model.json: layers/0/ffn"),
     "cut": (cut_short, "no whole safetensors file"),

@@ -11,7 +11,7 @@ from conftest import REPO
 from launch import meshes
 from launch.meshes import encoder, hardware, plan
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, TopK
+from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution, Soft, TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import memory
 from moe_ablm.training.optimizer import make_optimizer
@@ -64,11 +64,11 @@ def test_axes_divide_what_they_shard():
     assert whole - spread == experts * 3 // 4
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("router", ["none", "topk", "soft"])
-def test_layers_of_a_kind_keep_equally_much(router, remat):
+@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("moe", [None, TINY.moe, Soft(experts=4)], ids=["none", "topk", "soft"])
+def test_layers_of_a_kind_keep_equally_much(moe, remat):
     """Four layers traced whole, against two of each kind."""
-    spec = replace(TINY, moe=replace(TINY.moe, router=router))
+    spec = replace(TINY, moe=moe)
     execution = Execution(remat=remat)
     kept, layer = memory.activation_bytes(spec, execution, 32)
     # router losses are a few numbers that no layer has to itself
@@ -77,8 +77,10 @@ def test_layers_of_a_kind_keep_equally_much(router, remat):
 
 
 def test_remat_keeps_less_and_longer_rows_more():
-    kept, _ = memory.activation_bytes(TINY, Execution(), 32)
-    assert memory.activation_bytes(TINY, Execution(remat=True), 32)[0] < kept / 2
+    kept, matmuls, least = (
+        memory.activation_bytes(TINY, Execution(remat=remat), 32)[0] for remat in REMAT
+    )
+    assert least < kept / 2 and least < matmuls < kept
     # at least in proportion: nothing of size length x length is kept of attention
     assert memory.activation_bytes(TINY, Execution(), 64)[0] == pytest.approx(2 * kept, rel=0.3)
 
@@ -91,9 +93,9 @@ BIG = replace(hardware("h100x8"), memory=80 * 10**9)
 def test_what_fits_is_not_divided():
     found = plan(encoder("8m", "none", 8), hardware("h100x8"), 128, 256)
     assert (found.data, found.expert, found.fsdp, found.rows) == (8, 1, 1, 16)
-    assert not found.remat and found.fits
+    assert found.remat == "matmuls" and found.fits
     assert found.flags == (
-        "--config.mesh.expert=1", "--config.mesh.fsdp=1", "--config.compute.remat=False"
+        "--config.mesh.expert=1", "--config.mesh.fsdp=1", "--config.compute.remat=matmuls"
     )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def test_what_fits_is_not_divided():
     [
         ("8m", "top2-capacity", 32, 1),  # small weights are repeated
         ("650m", "none", 8, 1),
-        ("650m", "top2", 8, 1),  # dropless weights would travel
+        ("650m", "top2", 8, 8),  # rows of dropless experts travel, too
         ("650m", "top2-capacity", 8, 8),
         ("650m", "top2-capacity", 12, 4),
         ("150m", "expert_choice", 32, 8),
@@ -116,7 +118,7 @@ def test_which_experts_are_spread(size, router, experts, expert):
 def test_less_memory_first_shards_then_recomputes():
     """A smaller and smaller device, for one model."""
     spec, seen = encoder("8m", "none", 8), []
-    for mib in (2048, 900, 500, 200, 130, 60):
+    for mib in (2048, 900, 500, 200, 130, 100, 80, 60):
         where = replace(BIG, memory=mib << 20)
         try:
             found = plan(spec, where, 128, 256)
@@ -124,10 +126,11 @@ def test_less_memory_first_shards_then_recomputes():
             assert found.total <= meshes.USABLE * where.memory
         except UserError as error:
             seen.append(str(error).split(":")[0])
-    assert seen[0] == (False, 1)
+    assert seen[0] == ("matmuls", 1)
     assert seen[-1] == "it does not fit h100x8"
     plans = [s for s in seen if isinstance(s, tuple)]
-    assert plans == sorted(plans) and plans[-1][0]
+    order = [(meshes.REMAT["gpu"].index(remat), fsdp) for remat, fsdp in plans]
+    assert order == sorted(order) and plans[-1][0] == "full"
 
 
 def test_a_batch_that_cannot_be_split():

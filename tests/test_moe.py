@@ -18,10 +18,10 @@ import moe_blocks
 import numpy as np
 import pytest
 from flax import nnx
-from moe_ablm.model.ffn import FeedForward
 from moe_blocks import (
     BLOCKS,
     COTANGENT,
+    FLOAT64,
     VALID,
     D,
     E,
@@ -35,11 +35,11 @@ from moe_blocks import (
     value_and_grad,
 )
 
+from moe_ablm.model import dispatch
+from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
 from moe_ablm.model.spec import EncoderSpec, Execution, Soft, TopK
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, make_mesh
-
-FLOAT64 = Execution("float64", "float64")
 
 
 @cache
@@ -65,7 +65,7 @@ def test_output_and_statistics_are_those_of_every_expert_on_every_token(name):
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, m in BLOCKS.items() if m.capacity is not None and m.router != "expert_choice"],
+    [n for n, m in BLOCKS.items() if isinstance(m, TopK) and m.capacity is not None],
 )
 def test_capacities_of_these_tests_turn_some_away(name):
     assert 0.05 < exact(name)[1][1].stats.dropped < 0.95
@@ -221,12 +221,32 @@ def test_jitter_is_noise_of_the_router_alone():
     np.testing.assert_allclose(first[0], expected, atol=1e-5)
 
 
+def test_jitter_has_many_values_in_bfloat16():
+    """bfloat16 itself has five from .99 to 1.01."""
+    spec = EncoderSpec(1, D, F, 2, moe=TopK(experts=E, jitter=0.01))
+    moe = MoE(spec, Execution("bfloat16", "bfloat16"), nnx.Rngs(0))
+    x = jnp.ones((4, L, D), jnp.bfloat16)
+    seen = np.asarray(moe._seen(x, jnp.ones((4, L), bool), None, jax.random.key(0)))
+    assert seen.dtype == np.float32 and 0.99 <= seen.min() < 0.991 < 1.009 < seen.max() <= 1.01
+    assert len(np.unique(seen)) > 0.9 * seen.size
+
+
 # eight devices
 
 
 MESHES = {1: [(1, 1, 1)], 8: [(8, 1, 1), (2, 4, 1), (2, 2, 2)]}
-SPREAD = ("topk", "topk capacity", "soft")  # each way of dispatch
+SPREAD = ("topk", "topk capacity", "soft", "crowded")  # each way of dispatch
+# every token to the first expert, so that rows do not fit where they would travel to
+CROWDED = replace(BLOCKS["topk sigmoid"], k=1)
 EIGHT = {"x": np.tile(X, (2, 1, 1)), "valid": np.tile(VALID, (2, 1))}
+
+
+def spread_block(name: str):
+    """Definition and parameters of a block of `SPREAD`."""
+    if name != "crowded":
+        return block(encoder_spec(name))
+    definition, params = block(replace(encoder_spec("topk sigmoid"), moe=CROWDED))
+    return definition, moved(params, "balance", np.array([9, 0, 0, 0], "f4"))
 
 
 def results(definition, params, x, valid, cotangent) -> dict[str, np.ndarray]:
@@ -246,7 +266,7 @@ def on_this_machine() -> dict[str, np.ndarray]:
     for sizes in MESHES[jax.device_count()]:
         mesh = make_mesh(*sizes)
         for name in SPREAD:
-            definition, params = block(encoder_spec(name))
+            definition, params = spread_block(name)
             params = jax.tree.map(
                 lambda p, mesh=mesh: p.replace(
                     jax.device_put(p.get_value(), axes_sharding(mesh, p.axes, p.shape))
@@ -285,6 +305,15 @@ def test_eight_devices_give_the_answer_of_one(eight_devices, one_device, sizes, 
         expected, found = one_device[prefix + part], eight_devices[f"{sizes}/{name}/{part}"]
         scale = np.abs(expected).max() + 1e-30
         np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5, err_msg=part)
+
+
+def test_rows_fit_on_the_way_or_they_do_not(one_device):
+    """On four devices, which each have one row; so both ways of a dropless layer are tested."""
+    for name, fits in (("topk", True), ("crowded", False)):
+        assigned = one_device[f"{MESHES[1][0]}/{name}/assigned"]  # an expert a device
+        k = 2 if name == "topk" else 1
+        places = dispatch.SLACK * L * k / 4
+        assert (assigned.sum(1).max() <= places) == fits
 
 
 if __name__ == "__main__":

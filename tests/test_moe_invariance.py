@@ -21,6 +21,7 @@ from moe_blocks import (
     L,
     X,
     block,
+    capacity_of,
     encoder_spec,
     forward,
     named,
@@ -28,11 +29,11 @@ from moe_blocks import (
     value_and_grad,
 )
 
-from moe_ablm.model.attention import Packing
+from moe_ablm.model.packing import Packing
 
 # inference, and training where it differs
 MODES = [(name, False) for name in ALONE]
-MODES += [(name, True) for name in ALONE if BLOCKS[name].capacity is not None]
+MODES += [(name, True) for name in ALONE if capacity_of(BLOCKS[name]) is not None]
 MODES = pytest.mark.parametrize(
     ("name", "training"), MODES, ids=lambda v: {True: "training", False: "inference"}.get(v, v)
 )

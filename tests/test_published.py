@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-from moe_ablm.model.capacity import capacity
 
 from configs import balm_moe, soft_moe_protein
 from moe_ablm.config import Config, from_mapping
@@ -128,7 +127,7 @@ def test_every_soft_moe_protein_argument_is_valid(arg):
         apart = {b - a for a, b in itertools.pairwise(layers)}
         assert (len(layers), apart) == (depth // 2, {1 if "consecutive" in (arg or "") else 2})
     # a place of a row costs one expert
-    taken = moe.slots if moe.router == "soft" else capacity(c.data.length, moe)
+    taken = moe.slots if moe.router == "soft" else moe.spec().places(c.data.length)
     assert taken * moe.experts == c.data.length
 
 
@@ -139,12 +138,12 @@ def test_experts_take_what_they_take_in_balm(router, grid):
     c = checked(balm_moe, f"router={router},capacity={grid[0]},shared={grid[1]}")
     tokens = c.train.batch // c.train.accumulate * c.data.length
     exact = float(grid[0]) * tokens / (8 - int(grid[1]))
-    assert capacity(tokens, c.model.moe) == TAKEN[grid] + (exact > TAKEN[grid])
+    assert c.model.moe.spec().places(tokens) == TAKEN[grid] + (exact > TAKEN[grid])
 
 
 def test_experts_of_the_older_model_take_128_of_320_tokens():
     c = checked(balm_moe, "model=older")
-    assert capacity(c.data.length, c.model.moe) == 128
+    assert c.model.moe.spec().places(c.data.length) == 128
 
 
 def test_router_losses_weigh_as_in_balm():
@@ -172,13 +171,13 @@ def test_routers_choose_as_in_balm():
 
 def test_pad_ablation():
     found = {
-        checked(balm_moe, arg).model.moe.policies()
+        checked(balm_moe, arg).model.moe.spec().policies()
         for arg in combinations(balm_moe)
         if arg.startswith("model=pads")
     }
     one, other = frozenset({"probabilities"}), frozenset({"aux"})
     assert found == {frozenset(), one, other, one | other}
-    assert checked(balm_moe, "model=final").model.moe.policies() == one | other
+    assert checked(balm_moe, "model=final").model.moe.spec().policies() == one | other
 
 
 @pytest.mark.parametrize(

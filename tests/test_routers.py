@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace as dataclass_replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from moe_blocks import gate_table, in_float64, jit
 from moe_ablm.model import routers
 from moe_ablm.model.routers import Tokens
 from moe_ablm.model.routing import summarise
-from moe_ablm.model.spec import TOKEN_ROUTERS, ExpertChoice, TopK, TopP
+from moe_ablm.model.spec import ExpertChoice, Router, Soft, TopK, TopP
 
 E = 4
 # probabilities of four tokens and two pads; the logits of token i are log p + SHIFT[i], so that
@@ -30,8 +31,8 @@ LOGITS = (np.log(PROBABILITIES) + SHIFT[..., None]).astype(np.float32)
 
 
 def plan_and_statistics(logits, tokens, spec, balance, training):
-    plan, sums = routers.route(logits, tokens, spec, balance, training)
-    return plan, summarise(sums, spec.router in TOKEN_ROUTERS)
+    plan, sums = routers.plan(spec, logits, tokens, balance, training)
+    return plan, summarise(sums, spec.token_choice)
 
 
 jitted = jit(plan_and_statistics, static_argnums=(2, 4))
@@ -188,6 +189,7 @@ def test_top_p_takes_as_few_as_reach_the_threshold():
     ]
     np.testing.assert_allclose(plan.gates, gates, rtol=1e-5)
     np.testing.assert_allclose(stats.load, np.array([2, 2, 2, 1]) / 7, rtol=1e-6)
+    np.testing.assert_allclose(stats.choices, 7 / 4, rtol=1e-6)
     entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in PROBABILITIES[VALID]]
     np.testing.assert_allclose(stats.entropy_loss, np.mean(entropies), rtol=1e-5)
 
@@ -239,6 +241,8 @@ def test_the_best_scores_find_a_place_and_ties_go_to_the_first():
     np.testing.assert_array_equal(plan.place[0, :, 0], [0, 3, 1, 0, 2, 1])
     np.testing.assert_allclose(stats.dropped, 2 / 6, rtol=1e-6)
     np.testing.assert_allclose(stats.load, [1 / 2, 1 / 2], rtol=1e-6)
+    np.testing.assert_allclose(stats.asked, [4 / 6, 2 / 6], rtol=1e-6)
+    np.testing.assert_allclose(stats.choices, 4 / 6, rtol=1e-6)
     # the loss sees what was asked for: f = (4, 2) / 6
     mean = FIRST.mean()
     np.testing.assert_allclose(stats.load_balance, 2 * (4 * mean + 2 * (1 - mean)) / 6, rtol=1e-5)
@@ -317,7 +321,8 @@ def test_expert_choice_counts_the_tokens_that_no_one_chose(capacity, alone):
 def test_soft_weights_by_hand():
     """Two tokens of an antibody beside a pad, two experts of two slots."""
     logits = np.log([[[[1.0, 2], [3, 2]], [[1, 2], [1, 6]], [[9, 9], [9, 9]]]]).astype("f4")
-    plan, sums = routers.soft(jnp.asarray(logits), jnp.asarray([[True, True, False]]))
+    spec = Soft(experts=2, slots=2)
+    plan, sums = routers.plan(spec, jnp.asarray(logits), Tokens(jnp.asarray([[True, True, False]])))
     dispatch = [
         [[[1 / 2, 1 / 2], [3 / 4, 1 / 4]], [[1 / 2, 1 / 2], [1 / 4, 3 / 4]], [[0, 0], [0, 0]]]
     ]
@@ -338,7 +343,8 @@ def test_soft_sums_to_one_over_the_tokens_of_an_antibody_and_over_slots():
     rng = np.random.default_rng(5)
     logits = 300 * rng.standard_normal((3, 7, 2, 3)).astype("f4")
     valid = np.arange(7) < np.array([7, 4, 0])[:, None]
-    plan, sums = routers.soft(jnp.asarray(logits), jnp.asarray(valid))
+    spec = Soft(experts=2, slots=3)
+    plan, sums = routers.plan(spec, jnp.asarray(logits), Tokens(jnp.asarray(valid)))
     for rows, total in zip(plan.dispatch.sum(1), (1, 1, 0), strict=True):
         np.testing.assert_allclose(rows, np.full((2, 3), total), atol=1e-6)
     np.testing.assert_allclose(plan.combine.sum((2, 3)), valid, atol=1e-6)
@@ -398,7 +404,7 @@ NOISE = 2 * np.random.default_rng(6).standard_normal((3, 8, E)).astype("f4")
 SHORT = np.arange(8) < np.array([5, 5, 8])[:, None]
 
 
-def balm_route(logits, valid, moe: MoESpec, policies: set):
+def balm_route(logits, valid, moe: Router, policies: set):
     """BALM-MoE's routing of one row, padding and all: gates `[n, E]` and what the losses count.
 
     Padding is a token like any other, but for: "logits", its logits are -1e9 before the gates;
@@ -408,7 +414,7 @@ def balm_route(logits, valid, moe: MoESpec, policies: set):
     if "logits" in policies:
         logits = np.where(valid[:, None], logits, -1e9)
     asked, unlimited, p = gate_table(logits, dataclass_replace(moe, capacity=None), True)
-    if moe.router == "expert_choice":
+    if isinstance(moe, ExpertChoice):
         asked = unlimited = p
     queue = np.where(valid[:, None], p, 0) if "probabilities" in policies else p
     places = math.ceil(moe.capacity * moe.k * n / moe.experts)
@@ -425,10 +431,13 @@ def route_noise(spec):
     return plan_and_statistics(jnp.asarray(NOISE), Tokens(jnp.asarray(SHORT)), spec, None, True)
 
 
+PADDED = {"topk": TopK, "topp": partial(TopP, threshold=0.6), "expert_choice": ExpertChoice}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("router", ["topk", "topp", "expert_choice"])
+@pytest.mark.parametrize("router", PADDED)
 def test_partial_policies_of_balm(router, policy):
-    spec = MoESpec(router, experts=E, threshold=0.6, k=2, capacity=0.5, pads=policy)
+    spec = PADDED[router](experts=E, k=2, capacity=0.5, pads=policy)
     plan, stats = route_noise(spec)
     policies = set(policy.split(","))
     rows = [balm_route(*row, spec, policies) for row in zip(NOISE.astype("f8"), SHORT, strict=True)]

@@ -73,6 +73,8 @@ def test_padding_that_counts_never_counts_for_the_logits():
 def test_statistics_by_hand():
     stats = summarise(sums(), balanced=True)
     np.testing.assert_allclose(stats.load, [2 / 3, 0, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(stats.asked, [2 / 4, 1 / 4, 1 / 4], rtol=1e-6)
+    np.testing.assert_allclose(stats.choices, 3 / 3, rtol=1e-6)
     by_hand = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(3)
     np.testing.assert_allclose(stats.entropy, by_hand, rtol=1e-6)
     np.testing.assert_allclose(stats.dropped, 1 / 4, rtol=1e-6)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
-from moe_ablm.model.capacity import capacity
 
 from moe_ablm import train
-from moe_ablm.model.moe import Layer, RouterWeights
-from moe_ablm.model.routers import Tokens, route, soft
+from moe_ablm.config import MoEConfig
+from moe_ablm.model.moe import RouterWeights, router_logits
+from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import RouterStats, summarise
-from moe_ablm.model.spec import ROUTERS, EncoderSpec, ExpertChoice, Soft, TopK
+from moe_ablm.model.spec import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.training.stability import (
     StabilityWatch,
     Thresholds,
@@ -41,8 +41,9 @@ def stats(load=EVEN, dropped=0.0, spread=0.8, logit_rms=1.0, layers=2, bad_layer
     values["rms"][bad_layer] = logit_rms
     none = np.zeros(layers)
     return RouterStats(
-        loads, load_entropy(loads), values["dropped"], values["spread"], values["rms"],
-        none, none, none,
+        load=loads, asked=loads, choices=none, entropy=load_entropy(loads),
+        dropped=values["dropped"], spread=values["spread"], logit_rms=values["rms"],
+        load_balance=none, z_loss=none, entropy_loss=none,
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_each_kind_of_collapse_is_seen_in_its_layer_and_recovers(name):
     assert all(310 < e["until"] < 510 for e in found["events"])
 
 
-@pytest.mark.parametrize("router", [r for r in ROUTERS if r != "none"])
+@pytest.mark.parametrize("router", FAMILIES)
 def test_a_healthy_run_is_stable_with_every_router(router):
     rng = np.random.default_rng(3)
     watch = watch_of(router)
@@ -177,7 +178,7 @@ def test_unseen_tokens_are_compared_with_experts_that_choose_independently():
     @jax.jit
     def unseen(logits):  # sigmoids of different experts do not compete as softmaxes do
         spec = ExpertChoice(gate="sigmoid")
-        _, rows = route(logits, Tokens(jnp.ones((16, tokens), bool)), spec)
+        _, rows = plan(spec, logits, Tokens(jnp.ones((16, tokens), bool)))
         return summarise(rows, balanced=False).dropped
 
     independent = float(unseen(logits))
@@ -270,29 +271,32 @@ def test_derived_scalars_by_hand():
     )
 
 
-def test_router_side_l2_disables_the_dispatch_at_initialisation():
-    """Published of protein encoders: with L2 normalisation every slot is the plain mean."""
+def test_router_side_l2_disables_the_dispatch_where_its_scale_starts_at_1():
+    """Published of protein encoders: with L2 normalisation every slot is the plain mean.
+
+    The scale of today's start, sqrt(D), gives the logits the spread that they have without it.
+    """
     rng = np.random.default_rng(0)
     d, slots, tokens = 320, 8, 240
     x = jnp.asarray(rng.standard_normal((2, tokens, d)), jnp.float32)  # as after a layer norm
     kernel = jnp.asarray(0.02 * rng.standard_normal((d, E, slots)), jnp.float32)  # `normal`'s
     valid = jnp.ones((2, tokens), bool)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def measured(l2, scale):
-        spec = EncoderSpec(2, d, d, 4, moe=Soft(slots=slots, l2=l2))
-        layer = Layer(spec, "float32", training=True, packed=False)
-        logits = layer.soft_logits(x, RouterWeights(kernel, scale, None))
-        return summarise(soft(logits, valid)[1], balanced=False).spread
+    @jax.jit
+    def measured(scale):
+        spec = Soft(slots=slots, l2=scale is not None)
+        logits = router_logits(x, RouterWeights(kernel, scale, None))
+        return summarise(plan(spec, logits, Tokens(valid))[1], balanced=False)
 
-    def spread(l2, scale):
-        return float(measured(l2, scale))
+    def spread(scale):
+        return float(measured(None if scale is None else jnp.float32(scale)).spread)
 
-    limit = Thresholds().flat
-    assert spread(True, jnp.ones(())) > limit > spread(False, None)
+    limit, today = Thresholds().flat, Soft(slots=slots, l2=True).initial_scale(d)
+    assert spread(1.0) > limit > spread(None)
     # weights 1 + s z: cosines have s = 1/sqrt(D)
-    assert spread(True, jnp.ones(())) == pytest.approx(1 - 1 / d / 2 / np.log(tokens), abs=2e-5)
-    assert spread(True, 30 * jnp.ones(())) < Thresholds().formed  # a learned scale could undo it
+    assert spread(1.0) == pytest.approx(1 - 1 / d / 2 / np.log(tokens), abs=2e-5)
+    assert spread(today) < Thresholds().formed
+    assert float(measured(jnp.float32(today)).logit_rms) == pytest.approx(1, abs=0.05)
 
 
 # runs

@@ -85,7 +85,7 @@ def test_the_verb(tmp_path):
     done = run_command("moe_ablm", "upcycle", *flags, "--out", tmp_path / "moe")
     assert done.returncode == 0, done.stderr
     assert "--config.model.moe.experts=4" in done.stdout
-    assert same(load_model(tmp_path / "moe"), upcycle(model, TopK(4, 2), 0))
+    assert same(load_model(tmp_path / "moe"), upcycle(model, TopK(experts=4), 0))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What XLA:CPU needs to be told: kernels that other backends neither need nor use.
 
 Each does what its generic counterpart does (`layers.gelu`, `attention.attend`,
-`grouped.grouped_ffn`), to rounding; `Execution.backend` chooses between them.
+`experts.grouped_ffn`), to rounding; `Execution.backend` chooses between them.
 """
 
 from functools import partial

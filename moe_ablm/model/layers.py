@@ -4,6 +4,8 @@ Every parameter carries the letters of its axes (`axes`, from the legend in `spe
 in `parallel.mesh` turn letters into shardings, so that layers know nothing of devices.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -64,9 +66,8 @@ class LayerNorm(nnx.Module):
 
 def gelu(x: jax.Array, backend: str) -> jax.Array:
     """Exact GELU (Hendrycks & Gimpel 2016), x * Phi(x), computed `wide`."""
-    if backend == "cpu":
-        return cpu.gelu(x)
-    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=False).astype(x.dtype)
+    exact = cpu.gelu if backend == "cpu" else partial(jax.nn.gelu, approximate=False)
+    return exact(x.astype(wide(x.dtype))).astype(x.dtype)
 
 
 def swiglu(x: jax.Array, backend: str) -> jax.Array:

@@ -224,7 +224,7 @@ class Queued(Router):
             yield "group", f"one of {', '.join(GROUPS)}"
         if not 0 <= self.jitter < 1:
             yield "jitter", "0 (off) to below 1"
-        if self.policies() - {"excluded"} - set(PADS):
+        if self.pads != "excluded" and self.policies() - set(PADS):
             yield (
                 "pads",
                 f"excluded, none, or some of {', '.join(PADS)} with commas between",
@@ -570,7 +570,7 @@ class Execution:
       remat: what the backward pass recomputes. "none": nothing; "matmuls": all but the outputs of
         matmuls and attention, which are kept; "full": whole layers.
       backend: of `BACKENDS`, the device that this is compiled for, which may be absent here.
-      grouped: implementation of `grouped.grouped_matmul`; None: the backend's.
+      grouped: implementation of `experts.grouped_matmul`; None: the backend's.
     """
 
     activations: str = "float32"
