@@ -71,7 +71,7 @@ def work_in_jax(precision: str, group: str):
     )
     mesh = make_mesh(-1, 1, 1)
     jax.set_mesh(mesh)
-    step = jax.jit(make_train_step(definition, optimizer, encoder.moe, 1, 0.0), donate_argnums=0)
+    step = jax.jit(make_train_step(definition, optimizer, encoder, 1, 0.0), donate_argnums=0)
     state = states.init_state(encoder, optimizer, 0, False, mesh)
     rows = batch()
 

@@ -59,7 +59,7 @@ def work_in_jax(size: str, precision: str):
     mesh = make_mesh(-1, 1, 1)
     jax.set_mesh(mesh)
     step = jax.jit(
-        make_train_step(states.make_definition(spec, execution), optimizer, spec.moe, 1, 0.0),
+        make_train_step(states.make_definition(spec, execution), optimizer, spec, 1, 0.0),
         donate_argnums=0,
     )
     state = states.init_state(spec, optimizer, 0, False, mesh)

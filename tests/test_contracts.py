@@ -68,6 +68,10 @@ TINY = {
     name: EncoderSpec(1, 16, 32, 2, moe=moe and replace(moe, placement="0", first_dense=0))
     for name, moe in MOES.items()
 }
+# and what is dropped out does not depend on the mesh
+TINY["none"] = replace(
+    TINY["none"], attention_dropout=0.2, hidden_dropout=0.2, embedding_dropout=0.2
+)
 BATCH, LENGTH = 24, 40  # no parameter has such an axis, so activations can be told from parameters
 
 
