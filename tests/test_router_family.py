@@ -3,6 +3,7 @@
 Its class tells everything that the rest of the code asks; its plan function is registered below.
 """
 
+import signal
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -138,15 +139,14 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("family") / "w"
     saved = train.Trainer._save
 
-    def save_and_stop(self, state):
+    def save_and_signal(self, state):
         saved(self, state)
         if self.step == 6:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "_save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config(), workdir)
+        patch.setattr(train.Trainer, "_save", save_and_signal)
+        assert train.run(config(), workdir)["status"] == "stopped"
     return workdir, train.run(config(), workdir)
 
 

@@ -142,6 +142,7 @@ def _over_devices(x, chosen, gates, weights, local, axis):
         out = local(rows, expert[:, None], ones, weights).astype(x.dtype)
         return combine(checkpoint_name(exchange(out), "rows"), slot, assignment, gates)
 
+    @jax.checkpoint  # a conditional keeps for the backward pass what either branch needs
     def gather(x, weights):
         whole = jax.tree.map(lambda w: lax.all_gather(w, axis, tiled=True), weights)
         return local(x, chosen, gates, whole)
