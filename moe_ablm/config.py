@@ -447,6 +447,7 @@ def _check(c: Config) -> None:
     _require(0 <= c.train.warmup <= c.train.steps, "train.warmup", c.train.warmup,
              f"0 to train.steps ({c.train.steps})")  # fmt: skip
     _require(0 < c.train.decay_share <= 1, "train.decay_share", c.train.decay_share, "in (0, 1]")
+    _check_wsd(c.train)
     _require(c.train.patience >= 0, "train.patience", c.train.patience, "0 (off) or more")
     _require(c.train.clip >= 0, "train.clip", c.train.clip, "0 (off) or more")
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
@@ -458,6 +459,16 @@ def _check(c: Config) -> None:
              f"0 (off) to the number of layers ({layers})")  # fmt: skip
     _require(not (c.train.freeze and c.model.moe.balance_rate), "model.moe.balance_rate",
              c.model.moe.balance_rate, "0 with train.freeze, which it would not obey")  # fmt: skip
+
+
+def _check_wsd(t: TrainConfig) -> None:
+    if t.schedule == "wsd" and t.warmup + t.decay_steps > t.steps:
+        raise UserError(
+            f"config.train.schedule='wsd': train.warmup={t.warmup} and a decay of {t.decay_steps} "
+            f"steps (train.decay_share={t.decay_share:g}) do not fit into train.steps={t.steps}: "
+            f"the rate would not reach 0; lower train.warmup to {t.steps - t.decay_steps} or less, "
+            "lower train.decay_share, or raise train.steps"
+        )
 
 
 def _parse(where: str, value: str, forms: tuple[str, ...], parse: Callable[[str], object]) -> None:

@@ -52,6 +52,14 @@ def test_every_key_of_a_section_is_known_and_required():
         ({"data__mask_rate": 1.5}, "mask_rate=1.5: expected between 0 and 1"),
         ({"train__steps": 0}, "train.steps=0: expected a positive number"),
         ({"train__warmup": 99_999}, r"warmup=99999: expected 0 to train.steps \(10000\)"),
+        (
+            {"train__schedule": "wsd", "train__warmup": 8001},
+            r"warmup=8001 .* 2000 steps .*share=0.2.*[.]steps=10000: .*lower train.warmup to 8000",
+        ),
+        (
+            {"train__schedule": "wsd", "train__steps": 5, "train__warmup": 5},
+            r"warmup=5 .* 1 steps .*[.]steps=5: .*lower train.warmup to 4",
+        ),
         ({"train__lr": float("nan")}, "train.lr=nan"),
         ({"train__lr": float("inf")}, "train.lr=inf"),
         ({"mesh__data": 0}, "mesh.data=0"),
@@ -69,6 +77,12 @@ def test_every_key_of_a_section_is_known_and_required():
 def test_wrong_values_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         configs.from_mapping(changed(**changes))
+
+
+def test_warm_up_and_decay_may_fill_a_run():
+    t = configs.from_mapping(changed(train__schedule="wsd", train__warmup=8000)).train
+    assert t.warmup + t.decay_steps == t.steps
+    assert configs.from_mapping(changed(train__warmup=10_000)).train.schedule == "linear"
 
 
 # one wrong value of model.moe each, beside others that are right: the key's name is in the message
