@@ -24,6 +24,7 @@ from rich.console import Console
 
 from moe_ablm import config as configs
 from moe_ablm.allocator import restart_with_huge_pages
+from moe_ablm.cache import keep_compilations
 from moe_ablm.command_line import again, is_full_disk, parse
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
@@ -50,7 +51,7 @@ from moe_ablm.training.memory import abstract_mesh, fitting_remat
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.stability import StabilityWatch
-from moe_ablm.training.step import make_eval_step, make_train_step
+from moe_ablm.training.step import Batch, make_eval_step, make_train_step
 from moe_ablm.training.throughput import Clock, device_memory, matmul_peak
 from moe_ablm.workdir import finished_run, work_directory
 
@@ -69,6 +70,7 @@ def run(config: Config, workdir: Path) -> dict:
       UserError: the config, the dataset or the work directory does not fit; nothing is written.
       Diverged: the loss or a norm is not finite; the last good checkpoint is kept.
     """
+    keep_compilations()
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
     model = starting_model(config)
@@ -166,6 +168,7 @@ class Trainer:
         self.clock = Clock()
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
+        self.compile_seconds = None  # of the update: traced, then compiled or found in the cache
 
     def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
         """The whole story of a run; it ends early, saved, once `stop` says so.
@@ -182,7 +185,7 @@ class Trainer:
         with Progress(steps, self.step) as self.progress:
             while not done:
                 batch = global_batch(next(batches), self.mesh)
-                state, metrics = self.train_step(state, batch)
+                state, metrics = self._update(state, batch)
                 # the device works on this step while the host reads the one before
                 self._read_pending()
                 self.record.collapsed = self._is_given_up()
@@ -201,6 +204,15 @@ class Trainer:
                     return self._finish(state, "stopped")
         early = self.record.collapsed and self.step < steps
         return self._finish(state, COLLAPSED if early else "complete")
+
+    def _update(self, state: states.TrainState, batch: Batch):
+        """Dispatches an update; the first one waits until it is compiled, and says how long."""
+        start = time.perf_counter()
+        out = self.train_step(state, batch)
+        if self.compile_seconds is None:
+            self.compile_seconds = time.perf_counter() - start
+            self.progress.note(f"compiled in {self.compile_seconds:.1f} s")
+        return out
 
     # restoring and saving
 
