@@ -52,7 +52,7 @@ from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, make_eval_step, make_train_step
-from moe_ablm.training.throughput import Clock, device_memory, matmul_peak
+from moe_ablm.training.throughput import Clock, device_memory, peak
 from moe_ablm.workdir import finished_run, work_directory
 
 
@@ -178,7 +178,7 @@ class Trainer:
         steps = self.config.train.steps
         state = self._restore_or_init()
         self.results = Results(self.workdir, self.step) if multihost.is_first() else None
-        self.peak = matmul_peak(self.execution.operands)
+        self.peak = peak(self.execution.operands)
         self._announce()
         batches = self.feed.train_batches(self.step)
         done = self.step == steps or self._patience_is_over() or self.record.collapsed
@@ -269,7 +269,7 @@ class Trainer:
             "epochs": self.feed.mixture.epochs(step),
             "tokens_per_second": speed,
             "model_flops_per_second": flop_rate,
-            "matmul_peak_share": flop_rate / self.peak,
+            "matmul_peak_share": flop_rate / self.peak.flops,
         }  # fmt: skip
         if metrics.router is not None:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
@@ -327,7 +327,8 @@ class Trainer:
             f"{self.config.model.size}: {flops.params_total(self.spec):,} parameters"
             f" ({flops.params_active(self.spec):,} active), {rows:,} antibodies"
             f" ({self.feed.unique_tokens:,} tokens), {self.mesh.size} device(s),"
-            f" {self.execution.operands} matmuls at {self.peak / 1e9:,.0f} GFLOP/s peak"
+            f" {self.execution.operands} matmuls at {self.peak.flops / 1e9:,.0f} GFLOP/s peak"
+            f" ({self.peak.source})"
         )
         if left_out:
             print(f"{left_out:,} sequences are longer than data.length and left out")
