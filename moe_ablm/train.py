@@ -43,7 +43,7 @@ from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
 from moe_ablm.progress import Progress
 from moe_ablm.results import read_results, write_atomically
-from moe_ablm.summary import COLLAPSED, Record, recent_train_loss, run_summary
+from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.execution import make_execution
@@ -344,6 +344,7 @@ class Trainer:
         told = self.watch.summary(), self.clock.mean, recent
         state = state._replace(params=multihost.gathered(state.params, self.mesh))
         summary = run_summary(self.config, self.feed, state, self.record, status, *told)
+        summary["execution"] = self._execution()
         self._write_run(summary)
         if status == "stopped":
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
@@ -359,8 +360,11 @@ class Trainer:
         good = self.checkpoints.newest_step()
         fingerprint = configs.fingerprint(self.config, self.feed.identity)
         content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
-        self._write_run(content)
+        self._write_run(content | {"execution": self._execution()})
         return good
+
+    def _execution(self) -> dict:
+        return execution_summary(self.execution, self.mesh, self.peak, self.compile_seconds)
 
     def _write_run(self, content: dict) -> None:
         if self.results is not None:
