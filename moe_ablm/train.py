@@ -53,6 +53,7 @@ from moe_ablm.training.optimizer import make_optimizer, make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, make_eval_step, make_train_step
 from moe_ablm.training.throughput import Clock, device_memory, peak
+from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
 
 
@@ -164,6 +165,8 @@ class Trainer:
         self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
+        window = config.log.window if multihost.is_first() else None
+        self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
         self.clock = Clock()
         self.step = 0  # updates dispatched
@@ -182,15 +185,20 @@ class Trainer:
         self._announce()
         batches = self.feed.train_batches(self.step)
         done = self.step == steps or self._patience_is_over() or self.record.collapsed
-        with Progress(steps, self.step) as self.progress:
+        with Progress(steps, self.step) as self.progress, self.trace:
             while not done:
                 batch = global_batch(next(batches), self.mesh)
+                self.trace.begin(self.step + 1, self._read_pending)
                 state, metrics = self._update(state, batch)
                 # the device works on this step while the host reads the one before
                 self._read_pending()
                 self.record.collapsed = self._is_given_up()
                 self.step += 1
                 self.pending = (self.step, metrics)
+                if self.trace.end(self.step, self._read_pending):
+                    self.progress.note(
+                        f"trace of updates {self.config.log.profile}: {self.trace.directory}"
+                    )
                 improved = False
                 if self.step % self.config.eval.every == 0 or self.step == steps:
                     improved = self._evaluate(state)
@@ -208,7 +216,8 @@ class Trainer:
     def _update(self, state: states.TrainState, batch: Batch):
         """Dispatches an update; the first one waits until it is compiled, and says how long."""
         start = time.perf_counter()
-        out = self.train_step(state, batch)
+        with jax.profiler.StepTraceAnnotation("update", step_num=self.step + 1):
+            out = self.train_step(state, batch)
         if self.compile_seconds is None:
             self.compile_seconds = time.perf_counter() - start
             self.progress.note(f"compiled in {self.compile_seconds:.1f} s")
