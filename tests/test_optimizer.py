@@ -33,6 +33,23 @@ def test_schedule(schedule, expected):
         assert float(rate(step)) == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize(
+    ("warmup", "decay_share"), [(80, 0.2), (0, 1.0), (99, 0.001), (50, 0.5), (0, 0.2)]
+)
+def test_the_last_update_is_one_before_0(schedule, warmup, decay_share):
+    """On the boundary, too, where the decay begins as the warm-up ends."""
+    s = spec(schedule=schedule, warmup=warmup, decay_share=decay_share)
+    rate, steps = make_schedule(s), np.arange(100)
+    values = np.array([float(rate(step)) for step in steps])
+    assert float(rate(100)) == 0 and float(rate(1000)) == 0
+    assert values.max() == pytest.approx(1)
+    falling = s.decay_steps if schedule == "wsd" else 100 - warmup
+    assert (np.diff(values) < 0).sum() == falling - 1
+    if schedule != "cosine":
+        assert values[-1] == pytest.approx(1 / falling)
+
+
 def test_no_warmup():
     assert float(make_schedule(spec(warmup=0))(0)) == 1.0
 

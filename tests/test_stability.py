@@ -331,7 +331,7 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
     assert json.loads((tmp_path / "w" / "run.json").read_text()) == found
     # the same command says the same and trains no further
     again = train.run(config, tmp_path / "w")
-    of_the_process = {"tokens_per_second": 0, "peak_memory": 0}
+    of_the_process = {"tokens_per_second": 0, "peak_memory": 0, "execution": None}
     assert again | of_the_process == found | of_the_process
     # interrupted, and with other checkpoints, it ends at the same step
     read, step = train.Trainer._read_pending, []

@@ -282,6 +282,7 @@ def write_run(p: Planned, **content) -> None:
         "flops": 1e9,
         "valid_loss_final": 2.25,
         "valid_loss_by_region": {"CDRH3": 2.5},
+        "execution": {"device_kind": "cpu", "mesh": {"data": 1}},  # no column of a table
     }
     (p.cell.workdir / "run.json").write_text(json.dumps(base | content))
     (p.cell.workdir / "config.json").write_text("{}")
