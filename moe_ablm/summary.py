@@ -46,6 +46,7 @@ def run_summary(
     record: Record,
     status: str,
     stability: dict[str, Any],
+    execution: dict[str, Any],
     tokens_per_second: float,
     train_loss: float | None,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def run_summary(
       state, record: at its end.
       status: "complete", "stopped" or "collapsed".
       stability: the stability watch's summary.
+      execution: how this process computed (`program.execution_record`).
       tokens_per_second: mean of this process.
       train_loss: mean of the last logged training losses.
     """
@@ -83,6 +85,7 @@ def run_summary(
         "valid_step_best": record.best_step,
         "valid_loss_by_region": record.evaluation.get("loss_by_region"),
         "stability": stability,
+        "execution": execution,
         "evaluation": record.evaluation,
         "tokens_per_second": tokens_per_second,
         "peak_memory": peak_memory(),
