@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-slurm test-aot lint bench
+.PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench
 
 quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -20,7 +20,7 @@ test-slurm: .venv/.test
 	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
 
 # compiles for TPUs and GPUs that are not here: some 20 minutes on two cores
-test-aot: .venv-aot/.done
+test-aot: .venv-aot
 	.venv-aot/bin/python -m pytest -m aot -rs --numprocesses auto --dist loadgroup tests/test_aot.py
 
 lint: .venv/.test
@@ -48,6 +48,8 @@ $(BIN)/python:
 .venv/.hf: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[hf]'
 	touch $@ .venv/.run
+
+.venv-aot: .venv-aot/.done
 
 # the compilers of TPUs (libtpu) and of NVIDIA's GPUs (CUDA plug-in, cuDNN, ptxas); 4 GB
 .venv-aot/.done: setup.py

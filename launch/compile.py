@@ -11,11 +11,10 @@ Exit codes: 0 it fits; 2 it does not, or the input is wrong, in one line that sa
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from moe_ablm.command_line import read_config
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
 from moe_ablm.parallel.mesh import make_mesh
-from moe_ablm.program import abstract_arguments, make_execution, make_program
+from moe_ablm.program import abstract_arguments, execution_on, make_program
 from moe_ablm.results import write_atomically
 
 GB = 10**9
@@ -95,8 +94,8 @@ def compile_step(config: Config, where: Hardware, given: Collection[str] = ()) -
     config = replace(config, compute=replace(config.compute, remat=found.remat))
     mesh = make_mesh(found.data, found.expert, found.fsdp, topology.devices(where))
     state, batch = abstract_arguments(config, mesh)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _as_backend(where.kind):
-        lowered = make_program(config, make_execution(config, where.kind)).step.lower(state, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = make_program(config, execution_on(config, where.kind)).step.lower(state, batch)
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options(where))
@@ -115,17 +114,6 @@ def compile_step(config: Config, where: Hardware, given: Collection[str] = ()) -
     return Compiled(found, memory, hlo.count(compiled.as_text()), seconds)
 
 
-@contextlib.contextmanager
-def _as_backend(kind: str) -> Iterator[None]:
-    """Until the encoder gets its backend from `Execution`: it asks jax which one is here."""
-    asked = jax.default_backend
-    jax.default_backend = lambda: kind
-    try:
-        yield
-    finally:
-        jax.default_backend = asked
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -139,13 +127,14 @@ def to_json(c: Compiled) -> dict:
         **c.plan.overrides,
         "rows_per_device": c.plan.rows,
         "memory": {**asdict(c.memory), "total": c.memory.total, "usable": int(where.usable)},
-        "planned": int(c.plan.total),
+        "planned": int(c.plan.needed.total),
         "fits": c.fits,
         "collectives": {
             name: {"count": n, "bytes": size} for name, (n, size) in c.counts.traffic().items()
         },
         "kernels": c.counts.kernels,
         "copies": {"count": c.counts.copies, "bytes": c.counts.copied},
+        "packed": c.counts.packed,
         "custom_calls": c.counts.custom_calls,
         "loops": {"count": c.counts.loops, "of_unknown_length": c.counts.open_loops},
         "compile_seconds": round(c.seconds, 1),
@@ -164,11 +153,14 @@ def table(c: Compiled) -> Table:
         f"{m.temporaries / GB:.2f}, output {m.output / GB:.2f}, code {m.code / GB:.2f}",
     )
     made.add_row("it has", f"{p.hardware.memory / GB:.0f} GB, {p.hardware.usable / GB:.2f} to use")
-    made.add_row("planned", f"{p.total / GB:.2f} GB (launch.meshes)")
+    made.add_row("planned", f"{p.needed.total / GB:.2f} GB (launch.meshes)")
     for name, (count, size) in sorted(n.traffic().items()):
         made.add_row(name, f"{count:,} a step, {size / GB:.3f} GB")
     made.add_row("kernels", f"{n.kernels:,} a step")
-    made.add_row("copies", f"{n.copies:,} a step, {n.copied / GB:.3f} GB")
+    made.add_row(
+        "copies",
+        f"{n.copies:,} a step, {n.copied / GB:.3f} GB; {n.packed:,} more for collectives",
+    )
     for name, count in sorted(n.custom_calls.items()):
         made.add_row("custom call", f"{name}: {count:,} a step")
     unknown = f", {n.open_loops:,} of unknown length: counted once" if n.open_loops else ""

@@ -20,6 +20,7 @@ MOVES = {"copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"
 # what no device spends time on
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
         "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"}  # fmt: skip
+VIEWS = {"bitcast", "get-tuple-element"}  # other names for the same data
 CONTROL = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 # custom calls that only tell where buffers lie
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "SliceBitcast", "Sharding", "AssumeGatherIndices"}
@@ -96,6 +97,8 @@ class Counts:
       kernels: instructions that compute: fusions, and operations outside of them.
       copies: instructions that only move data from one place of the device's memory to another.
       copied: bytes that these move.
+      packed: such instructions that only serve a collective, which are not among the copies: they
+        lay several arrays side by side for it, or take its result apart.
       custom_calls: number of executions by target.
       loops: number of loops, nested ones as often as their surroundings run them.
       open_loops: those with an unknown number of iterations.
@@ -105,6 +108,7 @@ class Counts:
     kernels: int
     copies: int
     copied: int
+    packed: int
     custom_calls: dict[str, int]
     loops: int
     open_loops: int
@@ -140,7 +144,10 @@ class Module:
             raise ValueError(f"no HLO module with an entry computation: {text[:80]!r}")
 
     def executed(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
-        """Every instruction a device executes: its computation, itself, and how often."""
+        """Every instruction a device executes: its computation, itself, and how often.
+
+        What decides whether a loop goes on is left out.
+        """
         return self._executed(self.entry, 1)
 
     def _executed(self, name: str, times: int):
@@ -151,8 +158,8 @@ class Module:
             if instruction.opcode == "while":
                 inner *= self.iterations(computation, instruction) or 1
             if instruction.opcode in CONTROL | {"custom-call"}:
-                for group in instruction.called.values():
-                    for called in group:
+                for attribute, group in instruction.called.items():
+                    for called in group if attribute != "condition" else ():
                         yield from self._executed(called, inner)
 
     def iterations(self, computation: dict[str, Instruction], loop: Instruction) -> int | None:
@@ -173,8 +180,8 @@ class Module:
         return None if first is None else last - first
 
     def inside(self, fusion: Instruction) -> Iterator[Instruction]:
-        """The instructions of a fusion, and of fusions in it."""
-        for name in fusion.called.get("calls", ()):
+        """The instructions of a fusion, and of fusions in it; nothing of anything else."""
+        for name in fusion.called.get("calls", ()) if fusion.opcode == "fusion" else ():
             for instruction in self.computations[name].values():
                 yield instruction
                 yield from self.inside(instruction)
@@ -202,6 +209,18 @@ class Module:
         if result.space or all(a.space for a in parts):
             return None
         return min(result.bytes, sum(a.bytes for a in parts))
+
+    def packs(self, computation: dict[str, Instruction], x: Instruction) -> bool:
+        """Whether it lays arrays side by side for a collective, or takes its result apart."""
+        before = [computation[name] for name in x.operands]
+        while any(y.opcode in VIEWS for y in before):
+            before = [computation[y.operands[0]] if y.opcode in VIEWS else y for y in before]
+        after, names = [], {x.name}
+        for y in computation.values():  # users stand behind what they use
+            if not names.isdisjoint(y.operands):
+                after.append(y)
+                names |= {y.name} if y.opcode in VIEWS else set()
+        return any(re.sub("-(start|done)$", "", y.opcode) in COLLECTIVES for y in (*before, *after))
 
 
 def parse_instruction(line: str) -> Instruction | None:
@@ -239,7 +258,7 @@ def count(text: str) -> Counts:
     """What a step does on one device, from the text of its module (`compiled.as_text()`)."""
     module = Module(text)
     collectives: dict[str, Collective] = {}
-    kernels = copies = copied = loops = open_loops = 0
+    kernels = copies = copied = packed = loops = open_loops = 0
     calls: Counter[str] = Counter()
     for computation, x, times in module.executed():
         if found := _collective(module, x, times):
@@ -252,22 +271,25 @@ def count(text: str) -> Counts:
             if target and target[1] not in FREE_CALLS:
                 calls[target[1]] += times
         elif (size := module.moved(computation, x)) is not None:
-            copies += times
-            copied += times * size
+            packing = module.packs(computation, x)
+            packed += times * packing
+            copies += times * (not packing)
+            copied += times * size * (not packing)
         elif not _is_free(x):
             kernels += times
     found = tuple(collectives.values())
-    return Counts(found, kernels, copies, copied, dict(calls), loops, open_loops)
+    return Counts(found, kernels, copies, copied, packed, dict(calls), loops, open_loops)
 
 
 def _collective(module: Module, x: Instruction, times: int) -> tuple[str, Collective] | None:
-    """A collective, with what tells it apart: one may stand in several fusions (start, end)."""
+    """A collective, with what tells it from others: TPUs spread one over several fusions."""
     for y in (x, *module.inside(x)):
         name = y.opcode.removesuffix("-done")  # its result alone; a start has its operands, too
         if name in COLLECTIVES:
-            channel = re.search(r"channel_id=(\d+)", y.text)
-            key = f"{name} {channel[1]}" if channel else f"{name} {x.name} {y.name}"
             shapes = tuple(a.shape for a in y.arrays)
+            # the parts of one have its channel and its place in the source; others may share one
+            origin = re.findall(r"channel_id=\d+|metadata=\{[^}]*\}", y.text)
+            key = f"{name} {shapes} {origin}" if x is not y and origin else x.name
             return key, Collective(name, shapes, sum(a.bytes for a in y.arrays), times)
     return None
 

@@ -9,7 +9,7 @@ from jax.experimental import topologies
 from launch.meshes import CHIPS, Hardware
 from moe_ablm.errors import UserError
 
-MAKE = "make .venv-aot/.done"  # makes an environment with both plug-ins
+MAKE = "make .venv-aot"  # makes an environment with both plug-ins
 PLUGINS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
 # read when libtpu is loaded
 _TPU_ENVIRONMENT = {
@@ -86,8 +86,9 @@ def devices(where: Hardware) -> list[jax.Device]:
     ).devices
 
 
-def compiler_options(where: Hardware) -> dict[str, str]:
+def compiler_options(where: Hardware) -> dict[str, bool | int]:
     """The flags that a run of this hardware has, and what a compiler without devices needs."""
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in where.flags)
+    flags = (flag.removeprefix("--").split("=", 1) for flag in where.flags)
+    options = {name: value == "true" if value.isalpha() else int(value) for name, value in flags}
     # there is nothing on which kernels could be timed
-    return flags | ({"xla_gpu_autotune_level": "0"} if where.kind == "gpu" else {})
+    return options | ({"xla_gpu_autotune_level": 0} if where.kind == "gpu" else {})
