@@ -3,7 +3,8 @@
 Everything is counted as often as a step runs it: what stands in the body of a loop, once for every
 iteration of the loop. The number of iterations is known where XLA tells it, or where the loop
 counts from one constant to another; the body of any other loop is counted once, and the loop is
-reported among `Counts.open_loops`.
+reported among `Counts.open_loops`. Of a conditional the last branch counts: what `lax.cond` does
+where its condition holds.
 """
 
 import re
@@ -79,7 +80,7 @@ class Collective:
       name: one of `COLLECTIVES`.
       shapes: of its results, on one device.
       bytes: of its results, on one device.
-      times: how often a step runs it.
+      times: how often a step runs it; 0 in a branch that does not count.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Counts:
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Executions and bytes of the results a step, by name of the collective."""
         found: dict[str, tuple[int, int]] = {}
-        for c in self.collectives:
+        for c in (c for c in self.collectives if c.times):
             count, size = found.get(c.name, (0, 0))
             found[c.name] = count + c.times, size + c.bytes * c.times
         return found
@@ -146,7 +147,8 @@ class Module:
     def executed(self) -> Iterator[tuple[dict[str, Instruction], Instruction, int]]:
         """Every instruction a device executes: its computation, itself, and how often.
 
-        What decides whether a loop goes on is left out.
+        That is 0 in the branches that do not count. What decides whether a loop goes on is left
+        out.
         """
         return self._executed(self.entry, 1)
 
@@ -154,13 +156,17 @@ class Module:
         computation = self.computations[name]
         for instruction in computation.values():
             yield computation, instruction, times
-            inner = times
+            called = instruction.called
             if instruction.opcode == "while":
-                inner *= self.iterations(computation, instruction) or 1
-            if instruction.opcode in CONTROL | {"custom-call"}:
-                for attribute, group in instruction.called.items():
-                    for called in group if attribute != "condition" else ():
-                        yield from self._executed(called, inner)
+                inner = times * (self.iterations(computation, instruction) or 1)
+                yield from self._executed(called["body"][0], inner)
+            elif instruction.opcode == "conditional":
+                for branch in (*called.get("false_computation", ()), *_branches(called)[:-1]):
+                    yield from self._executed(branch, 0)
+                yield from self._executed(_branches(called)[-1], times)
+            elif instruction.opcode in CONTROL | {"custom-call"}:
+                for name in (name for group in called.values() for name in group):
+                    yield from self._executed(name, times)
 
     def iterations(self, computation: dict[str, Instruction], loop: Instruction) -> int | None:
         """How often the body of a `while` runs; None where the text does not tell."""
@@ -221,6 +227,10 @@ class Module:
                 after.append(y)
                 names |= {y.name} if y.opcode in VIEWS else set()
         return any(re.sub("-(start|done)$", "", y.opcode) in COLLECTIVES for y in (*before, *after))
+
+
+def _branches(called: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return called.get("branch_computations") or called["true_computation"]
 
 
 def parse_instruction(line: str) -> Instruction | None:

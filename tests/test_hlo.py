@@ -212,6 +212,26 @@ def test_a_collective_in_a_loop_counts_every_time():
     assert hlo.count(loop("", body)).traffic() == {"all-reduce": (6, 192)}
 
 
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%no, %yes}", "true_computation=%yes, false_computation=%no"],
+)
+def test_where_its_condition_holds(branches):
+    """What stands in the other branch is known, and does not count."""
+    no, yes = (
+        f"%{name} (x: f32[8]) -> f32[8] {{\n  %x{name} = f32[8]{{0}} parameter(0)\n"
+        f"  ROOT %r{name} = f32[8]{{0}} {work}(%x{name}), channel_id=1\n}}"
+        for name, work in (("no", "all-gather"), ("yes", "all-to-all"))
+    )
+    entry = (
+        "  %p = f32[8]{0} parameter(0)\n  %i = s32[] constant(1)\n"
+        f"  ROOT %c = f32[8]{{0}} conditional(%i, %p, %p), {branches}"
+    )
+    found = hlo.count(module(entry, no, yes))
+    assert found.traffic() == {"all-to-all": (1, 32)}
+    assert {(c.name, c.times) for c in found.collectives} == {("all-to-all", 1), ("all-gather", 0)}
+
+
 def test_custom_calls():
     entry = (
         '  %a = f32[8]{0} custom-call(%p), custom_call_target="__cudnn$fmha"\n'

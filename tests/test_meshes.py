@@ -222,6 +222,6 @@ def test_xla_knows_the_flags():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_state_is_parameters_and_two_moments(size):
-    spec = encoder(size, "none", 8)
+    spec = rung(size, "none").model.spec()
     params, state = memory.state_bytes(spec, memory.abstract_mesh(8, 1, 1))
     assert state == pytest.approx(3 * params, rel=1e-6)
