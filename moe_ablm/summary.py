@@ -12,6 +12,7 @@ from moe_ablm.config import Config
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
+from moe_ablm.program import FLAGS, HARDWARE
 from moe_ablm.results import versions
 from moe_ablm.training.state import TrainState, params_sha256
 from moe_ablm.training.throughput import Peak, peak_memory
@@ -104,13 +105,14 @@ def execution_summary(
     """
     types = (execution.activations, execution.operands)
     return {
-        "hardware_name": os.environ.get("MOE_ABLM_HARDWARE") or None,
+        "hardware_name": os.environ.get(HARDWARE) or None,
         "device_kind": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "precision": next(name for name, known in PRECISIONS.items() if known == types),
         **asdict(execution),
+        "flags": " ".join(filter(None, map(os.environ.get, FLAGS))),
         "matmul_peak": peak.flops,
         "matmul_peak_source": peak.source,
         "compile_seconds": compile_seconds,

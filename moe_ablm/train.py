@@ -41,17 +41,17 @@ from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
+from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress
 from moe_ablm.results import read_results, write_atomically
 from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
-from moe_ablm.training.execution import make_execution
 from moe_ablm.training.memory import abstract_mesh, fitting_remat
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
-from moe_ablm.training.optimizer import make_optimizer, make_schedule
+from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
-from moe_ablm.training.step import Batch, make_eval_step, make_train_step
+from moe_ablm.training.step import Batch, make_eval_step
 from moe_ablm.training.throughput import Clock, device_memory, peak
 from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
@@ -116,13 +116,12 @@ def starting_model(config: Config) -> Model | None:
 
 def execution_of(config: Config, spec: EncoderSpec, mesh: Mesh) -> Execution:
     """How this machine computes: `compute.*`, with what is left open decided by the hardware."""
-    c = config.compute
-    execution = make_execution(c.precision, c.scan, c.remat, jax.default_backend())
+    execution = execution_on(config, jax.default_backend())
     memory = device_memory()
-    if c.remat is not None or memory is None:
+    if config.compute.remat is not None or memory is None:
         return execution
     axes = abstract_mesh(*mesh.axis_sizes)
-    rows = config.train.batch // config.train.accumulate // mesh.size
+    rows = batch_rows(config) // config.train.accumulate // mesh.size
     return fitting_remat(spec, execution, axes, (rows, config.data.length), memory)
 
 
@@ -150,18 +149,8 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec, self.start = config.model.spec(), start
         self.execution = execution_of(config, self.spec, mesh)
-        self.optimizer = make_optimizer(config.train)
+        definition, self.optimizer, self.train_step = make_program(config, self.execution)
         self.schedule = make_schedule(config.train)
-        definition = states.make_definition(self.spec, self.execution)
-        train_step = make_train_step(
-            definition,
-            self.optimizer,
-            self.spec,
-            config.train.accumulate,
-            config.train.ema,
-            config.seed,
-        )
-        self.train_step = jax.jit(train_step, donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from launch import hlo
 from moe_ablm.model import flops
 from moe_ablm.model.dispatch import SLACK
 from moe_ablm.model.spec import (
@@ -94,18 +95,11 @@ def step_and_arguments(spec: EncoderSpec, mesh):
 # what the worker finds on eight devices
 
 
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute",
-               "collective-broadcast", "ragged-all-to-all")  # fmt: skip
-
-
-def collectives(hlo: str) -> dict[str, list[list[int]]]:
+def collectives(text: str) -> dict[str, list[list[int]]]:
     """Shapes of the results of every collective of a compiled module, by its name."""
-    found = {}
-    for name in COLLECTIVES:
-        results = re.findall(rf"= (.*?) {name}(?:-start)?\(", hlo)
-        shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(results))
-        if shapes:
-            found[name] = [[int(n) for n in shape.split(",") if n] for shape in shapes]
+    found: dict[str, list[list[int]]] = {}
+    for collective in hlo.count(text).collectives:
+        found.setdefault(collective.name, []).extend(map(list, collective.shapes))
     return found
 
 
@@ -219,6 +213,7 @@ def eight_devices(tmp_path_factory):
     path = tmp_path_factory.mktemp("eight") / "found.json"
     flags = "--xla_force_host_platform_device_count=8 " + COMPILE_QUICKLY
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     subprocess.run([sys.executable, __file__, path], env=environment, check=True)
     return json.loads(path.read_text())
 
