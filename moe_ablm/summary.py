@@ -103,6 +103,7 @@ def execution_summary(
     Outside the run's identity. `hardware_name` is the name that a launcher left in the environment.
     """
     types = (execution.activations, execution.operands)
+    flags = (os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     return {
         "hardware_name": os.environ.get("MOE_ABLM_HARDWARE") or None,
         "device_kind": jax.devices()[0].device_kind,
@@ -111,6 +112,7 @@ def execution_summary(
         "mesh": dict(mesh.shape),
         "precision": next(name for name, known in PRECISIONS.items() if known == types),
         **asdict(execution),
+        "flags": " ".join(filter(None, flags)),
         "matmul_peak": peak.flops,
         "matmul_peak_source": peak.source,
         "compile_seconds": compile_seconds,
