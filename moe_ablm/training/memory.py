@@ -70,7 +70,11 @@ class Needed(NamedTuple):
 
 
 def needed(
-    spec: EncoderSpec, execution: Execution, mesh: AbstractMesh, rows: tuple[int, int]
+    spec: EncoderSpec,
+    execution: Execution,
+    mesh: AbstractMesh,
+    rows: tuple[int, int],
+    ema: bool = False,
 ) -> Needed:
     """Memory of a training step.
 
@@ -79,9 +83,10 @@ def needed(
       execution: dtypes and remat policy.
       mesh: the devices.
       rows: of a micro-batch on one device, and their length.
+      ema: whether there is an average of the parameters.
     """
     count, length = rows
-    params, state = state_bytes(spec, mesh)
+    params, state = state_bytes(spec, mesh, ema)
     kept, _ = activation_bytes(spec, execution, length)
     _, layer = activation_bytes(spec, replace(execution, remat="none"), length)
     gathered = 0
