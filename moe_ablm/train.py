@@ -8,6 +8,7 @@ Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anyt
 run that diverged, or collapsed under train.stop_on_collapse).
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
 from moe_ablm.model.spec import EncoderSpec, Execution
+from moe_ablm.out_of_memory import is_out_of_memory, out_of_memory
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
@@ -47,7 +49,7 @@ from moe_ablm.results import read_results, write_atomically
 from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
-from moe_ablm.training.memory import abstract_mesh, fitting_remat
+from moe_ablm.training.memory import abstract_mesh, fitting_remat, needed
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
@@ -68,7 +70,8 @@ def run(config: Config, workdir: Path) -> dict:
       The content of `run.json`.
 
     Raises:
-      UserError: the config, the dataset or the work directory does not fit; nothing is written.
+      UserError: the config, the dataset or the work directory does not fit, nothing is written; or
+        a device has too little memory, what was saved is kept.
       Diverged: the loss or a norm is not finite; the last good checkpoint is kept.
     """
     keep_compilations()
@@ -93,6 +96,10 @@ def run(config: Config, workdir: Path) -> dict:
         except Diverged as error:
             good = trainer.give_up(str(error))
             raise Diverged(f"{error}; the last good checkpoint is of step {good}") from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(trainer.run_out_of_memory(error)) from error
 
 
 def open_datasets(config: Config) -> list[Dataset]:
@@ -158,6 +165,7 @@ class Trainer:
         self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
         self.clock = Clock()
+        self.results = None  # opened by `train`, in the first process
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
         self.compile_seconds = None  # of the update: traced, then compiled or found in the cache
@@ -360,6 +368,18 @@ class Trainer:
         content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
         self._write_run(content | {"execution": self._execution()})
         return good
+
+    def run_out_of_memory(self, error: Exception) -> str:
+        """Lets a save in progress end and closes everything; returns what to tell."""
+        with contextlib.suppress(Exception):  # what failed may be the save
+            self.checkpoints.close()
+        if self.results is not None:
+            self.results.close()
+        batching, accumulate = self.feed.mixture.batching, self.config.train.accumulate
+        rows = batching.rows // accumulate // self.mesh.size
+        axes, ema = abstract_mesh(*self.mesh.axis_sizes), self.config.train.ema > 0
+        needs = needed(self.spec, self.execution, axes, (rows, batching.length), ema)
+        return out_of_memory(error, self.config, self.execution, needs, device_memory())
 
     def _execution(self) -> dict:
         return execution_summary(self.execution, self.mesh, self.peak, self.compile_seconds)

@@ -46,7 +46,7 @@ def test_run_json_says_what_computed_it_and_how(finished):
     assert (found["device_kind"], found["devices"], found["processes"]) == ("cpu", 1, 1)
     assert found["mesh"] == {"data": 1, "expert": 1, "fsdp": 1}
     assert PRECISIONS[found["precision"]] == (found["activations"], found["operands"])
-    assert (found["remat"], found["hardware_name"]) == (tiny_config().compute.remat, None)
+    assert (found["remat"], found["hardware_name"]) == ("none", None)
     assert found["matmul_peak"] > 0 and found["matmul_peak_source"] == "measured"
     assert found["compile_seconds"] > 0
     assert {"jax", "jaxlib", "flax"} <= set(found["versions"])
@@ -190,9 +190,13 @@ def test_patience_ends_a_run_early(tmp_path):
 
 def test_the_launchers_name_of_the_hardware_and_the_precision_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_ABLM_HARDWARE", "h100x8")
-    changes = {"train__steps": 1, "train__warmup": 0, "compute__precision": "bfloat16"}
-    found = train.run(tiny_config(**changes), tmp_path / "w")["execution"]
-    assert (found["hardware_name"], found["precision"]) == ("h100x8", "bfloat16")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    changes = {"compute__precision": "bfloat16", "compute__remat": "matmuls"}
+    config = tiny_config(train__steps=1, train__warmup=0, **changes)
+    found = train.run(config, tmp_path / "w")["execution"]
+    assert (found["hardware_name"], found["flags"]) == ("h100x8", "--a=1")
+    assert (found["precision"], found["remat"]) == ("bfloat16", "matmuls")
     assert (found["activations"], found["operands"]) == ("bfloat16", "bfloat16")
 
 
