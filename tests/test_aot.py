@@ -7,6 +7,7 @@ experts in every layer. What is asserted does not depend on the machine that com
 from functools import cache
 from importlib.util import find_spec
 from itertools import permutations
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -20,6 +21,24 @@ from moe_ablm.training.memory import abstract_mesh
 
 HARDWARE = {"tpu": "v5e-8", "gpu": "h100x8"}
 ROWS, LENGTH = 32, 256  # a device
+
+
+class Bound(NamedTuple):
+    """Not to be exceeded.
+
+    Attributes:
+      temporaries: GB of a device, of four layers.
+      kept: kB a token and layer for the backward pass.
+      copies: a layer, within the memory of a device.
+    """
+
+    temporaries: float
+    kept: float
+    copies: float
+
+
+TARGET = Bound(3.0, 12.0, 2.0)
+BOUNDS = {(router, kind): TARGET for router in ROUTERS for kind in HARDWARE}
 # a mesh with all axes, on which something may be gathered that should not be
 SPREAD = {"mesh.data": 2, "mesh.expert": 2, "mesh.fsdp": 2}
 

@@ -36,6 +36,7 @@ def abstract_mesh(data: int, expert: int, fsdp: int) -> AbstractMesh:
     return AbstractMesh((data, expert, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+@cache
 def state_bytes(spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False) -> tuple[int, int]:
     """Bytes a device of the parameters, and of the whole state that a checkpoint holds."""
     state: TrainState = abstract_state(spec, make_optimizer(_ADAM), ema, mesh)
