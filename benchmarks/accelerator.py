@@ -3,8 +3,8 @@
     pip install -e . && python benchmarks/accelerator.py --minutes 8 --out accelerator.jsonl
 
 On a machine that reaches no package index, in a checkout, with jax, flax and optax at least (an
-entry that needs more fails and says what it misses; the trainer needs grain, array-record,
-ml_collections and parasail, as wheels by `pip download --no-deps -d wheels`, for the Python there):
+entry that needs more fails and says what it misses). What the trainer needs can come as wheels for
+the Python there: `pip download --no-deps -d wheels grain array-record ml_collections portpicker`.
 
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=.:site python benchmarks/accelerator.py --minutes 8 --out accelerator.jsonl

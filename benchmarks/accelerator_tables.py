@@ -9,6 +9,7 @@ SHOWN = {
     "peak_share": "{:.1%} of the peak",
     "temporaries_gb": "{:.1f} GB temporaries",
     "peak_gb": "{:.1f} GB at most",
+    "first_s": "{:.0f} s for the first step",
     "compile_s": "{:.0f} s compile",
     "steps": "{} steps",
     "first_loss": "loss from {:.4f}",

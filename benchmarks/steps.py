@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # of a checkout that has no table of data sheets
 
 
 MASK, PAD = 32, 1  # tokens
-WARM, ROUNDS, ROUND_SECONDS = 3, 5, 0.5  # untimed steps; rounds and how long one takes at least
+WARM, ROUNDS, ROUND_SECONDS = 3, 5, 0.3  # untimed steps; rounds and how long one takes at least
 
 
 class Rows(NamedTuple):
