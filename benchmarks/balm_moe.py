@@ -24,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from contest import contest, ratio, serve
-from train_step import BATCH, LENGTH, batch
+from steps import make_batch
+from train_step import ROWS, work_in_jax
 
 from moe_ablm.allocator import TUNABLES
-from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, TopK
+from moe_ablm.model.spec import SIZES, EncoderSpec, TopK
 
 TARGET, STRETCH = 2.5, 4.0
 # precision and routing group
@@ -49,38 +50,6 @@ def spec(group: str) -> EncoderSpec:
     """Ours."""
     moe = TopK(experts=8, k=2, capacity=0.5, group=group)
     return EncoderSpec(*SIZES["8m"], token_dropout=False, activation="swiglu", tied=False, moe=moe)
-
-
-def work_in_jax(precision: str, group: str):
-    """One update of ours."""
-    import jax
-
-    from moe_ablm.model.spec import Execution
-    from moe_ablm.parallel.mesh import global_batch, make_mesh
-    from moe_ablm.training import state as states
-    from moe_ablm.training.execution import default_precision
-    from moe_ablm.training.optimizer import make_optimizer
-    from moe_ablm.training.spec import OptimizerSpec
-    from moe_ablm.training.step import make_train_step
-
-    encoder = spec(group)
-    precision = default_precision("cpu") if precision == "auto" else precision
-    definition = states.make_definition(encoder, Execution(*PRECISIONS[precision]))
-    optimizer = make_optimizer(
-        OptimizerSpec(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
-    )
-    mesh = make_mesh(-1, 1, 1)
-    jax.set_mesh(mesh)
-    step = jax.jit(make_train_step(definition, optimizer, encoder, 1, 0.0), donate_argnums=0)
-    state = states.init_state(encoder, optimizer, 0, False, mesh)
-    rows = batch()
-
-    def work():
-        nonlocal state
-        state, metrics = step(state, global_batch(rows, mesh))
-        jax.block_until_ready((state, metrics))
-
-    return work
 
 
 def balm_model(checkout: Path, dropout: float):
@@ -118,7 +87,7 @@ def work_in_torch(checkout: Path, dropout: float):
     optimizer = torch.optim.AdamW(
         model.parameters(), 1e-4, (0.9, 0.98), 1e-6, weight_decay=0.01, fused=True
     )
-    rows = batch()
+    rows = make_batch(ROWS)
     targets = rows["targets"].astype(np.int64)
     tokens = torch.from_numpy(np.where(rows["loss_mask"], BALM_MASK, targets))
     labels = torch.from_numpy(np.where(rows["loss_mask"], targets, -100))
@@ -152,7 +121,7 @@ def print_table(times: dict[str, list[tuple]]) -> None:
         for other in BALM:
             work = statistics.median(c for _, c in times[other]) / cpu
             cells += f"{ratio(times, name, other):12.2f} {f'({work:.2f})':>7}"
-        print(f"{name:20}{BATCH * LENGTH / wall:10,.0f}{cpu:8.2f}{cells}")
+        print(f"{name:20}{ROWS.count * ROWS.length / wall:10,.0f}{cpu:8.2f}{cells}")
     for name in ("auto", "float32"):
         reached = ratio(times, name, "BALM")
         verdict = "met" if reached >= TARGET else "missed"
@@ -167,15 +136,18 @@ def main() -> None:
     arguments = parser.parse_args()
     commit, name = commit_of(arguments.balm), arguments.worker
     if name:
-        ours = name in OURS
-        serve(work_in_jax(*OURS[name]) if ours else work_in_torch(arguments.balm, BALM[name][0]))
+        if name in OURS:
+            precision, group = OURS[name]
+            serve(work_in_jax(spec(group), precision))
+        else:
+            serve(work_in_torch(arguments.balm, BALM[name][0]))
         return
     commands = {
         worker: ["env", f"GLIBC_TUNABLES={TUNABLES if worker in OURS or BALM[worker][1] else ''}"]
         + [sys.executable, __file__, "--balm", str(arguments.balm), "--worker", worker]
         for worker in (*OURS, *BALM)
     }
-    print(f"BALM {commit}; {BATCH} x {LENGTH} tokens, {arguments.rounds} rounds")
+    print(f"BALM {commit}; {ROWS.count} x {ROWS.length} tokens, {arguments.rounds} rounds")
     print_table(contest(commands, arguments.rounds))
 
 
