@@ -20,16 +20,8 @@ from moe_ablm.data.masking import MASKS, parse_policy
 from moe_ablm.data.mixture import BATCHINGS, REGIMES, parse_regime
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import (
-    ACTIVATIONS,
-    FAMILIES,
-    PRECISIONS,
-    REMAT,
-    SIZES,
-    EncoderSpec,
-    Router,
-    TokenChoice,
-)
+from moe_ablm.model.families import FAMILIES, Router, TokenChoice
+from moe_ablm.model.spec import ACTIVATIONS, PRECISIONS, REMAT, SIZES, EncoderSpec
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
 
 

@@ -18,7 +18,7 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
-from moe_ablm.model.spec import Row
+from moe_ablm.model.families import Row
 from sweeps.grid import Point
 from sweeps.planned import Planned
 from sweeps.study import Recipe

@@ -8,9 +8,10 @@ from conftest import tiny_config
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.families import TopK
 from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import load_entropy, summarise
-from moe_ablm.model.spec import EncoderSpec, Execution, TopK
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.optimizer import make_optimizer

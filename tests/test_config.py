@@ -9,7 +9,8 @@ from conftest import tiny_config
 from configs import base, ladder, quickstart
 from moe_ablm import config as configs
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import FAMILIES, SIZES
+from moe_ablm.model.families import FAMILIES
+from moe_ablm.model.spec import SIZES
 
 
 def changed(**changes):

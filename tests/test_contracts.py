@@ -24,16 +24,8 @@ from flax import nnx
 from launch import hlo
 from moe_ablm.model import flops
 from moe_ablm.model.dispatch import SLACK
-from moe_ablm.model.spec import (
-    SIZES,
-    EncoderSpec,
-    Execution,
-    ExpertChoice,
-    Sequence,
-    Soft,
-    TopK,
-    TopP,
-)
+from moe_ablm.model.families import ExpertChoice, Sequence, Soft, TopK, TopP
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, global_batch, make_mesh
 from moe_ablm.training.losses import CELLS
 from moe_ablm.training.optimizer import make_optimizer

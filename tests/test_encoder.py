@@ -14,8 +14,9 @@ from moe_blocks import jit
 from moe_ablm.interop.esm2 import params_from_huggingface
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder, Observe
+from moe_ablm.model.families import ExpertChoice, Soft, TopK
 from moe_ablm.model.packing import Packing
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, ExpertChoice, Soft, TopK
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # numel of `EsmForMaskedLM(config)` of transformers 5.23.0, and of its contact head, which is no

@@ -9,19 +9,10 @@ from flax import nnx
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.experts import BLOCK, Groups, grouped_ffn
+from moe_ablm.model.families import ExpertChoice, Row, Sequence, Soft, TopK, TopP
 from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import (
-    SIZES,
-    EncoderSpec,
-    Execution,
-    ExpertChoice,
-    Row,
-    Sequence,
-    Soft,
-    TopK,
-    TopP,
-)
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
 
 ROWS = BLOCK["cpu"][0]  # of a block
 MOES = {

@@ -50,8 +50,8 @@ ONLY_IN = {
 }
 HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 # rooms and modules that must work where no computing library is installed
-WITHOUT_JAX = ("data", "scaling", "model/spec.py", "model/flops.py", "training/spec.py",
-               "training/peaks.py", "training/stability.py", "errors.py", "results.py", "page.py",
+WITHOUT_JAX = ("data", "scaling", "model/families.py", "model/spec.py", "model/flops.py",
+               "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py", "results.py", "page.py",
                "cache.py", "config.py")  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def test_nothing_but_the_command_line_stands_on_verbs():
 OUTSIDE = {
     # settings, and from config alone what a cell is and what it costs
     "sweeps": {"config", "errors", "results", "feed", "data.dataset", "data.simulated",
-               "model.flops", "model.spec", "scaling.design", "scaling.runs", "training.peaks"},
+               "model.families", "model.flops", "model.spec", "scaling.design", "scaling.runs",
+               "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
     # compile it for devices that are not here
     "launch": {"errors", "results", "config", "command_line", "program", "model.spec",

@@ -11,7 +11,8 @@ from conftest import REPO
 from launch import meshes
 from launch.meshes import fitting_plan, given_keys, hardware, plan, rung
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution, Soft, TopK
+from moe_ablm.model.families import Soft, TopK
+from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import memory
 from moe_ablm.training.optimizer import make_optimizer

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, TopK
+from moe_ablm.model.families import TopK
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training.optimizer import decay_mask, make_optimizer, make_schedule
 from moe_ablm.training.spec import OptimizerSpec
 

@@ -29,8 +29,9 @@ from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import save_model
 from moe_ablm.model import flops, routers
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.families import FAMILIES, Router, Row
 from moe_ablm.model.routing import Plan, token_sums
-from moe_ablm.model.spec import FAMILIES, EncoderSpec, Execution, Router, Row
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training import memory
 from moe_ablm.training.stability import signals_of
 

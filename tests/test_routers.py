@@ -12,10 +12,10 @@ from jax.test_util import check_grads
 from moe_blocks import gate_table, in_float64, jit
 
 from moe_ablm.model import routers
+from moe_ablm.model.families import ExpertChoice, Router, Soft, TopK, TopP
 from moe_ablm.model.moe import RouterWeights, router_logits
 from moe_ablm.model.routers import Tokens
 from moe_ablm.model.routing import summarise
-from moe_ablm.model.spec import ExpertChoice, Router, Soft, TopK, TopP
 from moe_ablm.training.stability import DEFAULTS
 
 E = 4

@@ -12,10 +12,10 @@ from conftest import tiny_config
 
 from moe_ablm import train
 from moe_ablm.config import MoEConfig
+from moe_ablm.model.families import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.model.moe import RouterWeights, router_logits
 from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import RouterStats, summarise
-from moe_ablm.model.spec import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.training.stability import (
     StabilityWatch,
     Thresholds,

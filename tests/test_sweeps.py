@@ -161,7 +161,7 @@ def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
     micro, experts = {}, {}
     from configs.small_ladder import ROUTERS, SIZES, get_config
     from moe_ablm.model import flops
-    from moe_ablm.model.spec import Row
+    from moe_ablm.model.families import Row
 
     for size in SIZES:
         for router in ROUTERS:
