@@ -51,8 +51,8 @@ ONLY_IN = {
 HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 # rooms and modules that must work where no computing library is installed
 WITHOUT_JAX = ("data", "scaling", "model/families.py", "model/spec.py", "model/flops.py",
-               "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py", "results.py", "page.py",
-               "cache.py", "config.py")  # fmt: skip
+               "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py",
+               "results.py", "page.py", "cache.py", "config.py")  # fmt: skip
 
 
 WITHOUT_HEAVY = f"""
