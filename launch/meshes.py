@@ -310,7 +310,8 @@ def _weigh(config: Config, where: Hardware, rows: int, axes: tuple[int, int], re
     data = where.devices // (expert * fsdp)
     execution = replace(execution_on(config, where.kind), remat=remat)
     shape, ema = (rows, config.data.length), config.train.ema > 0
-    need = needed(config.model.spec(), execution, abstract_mesh(data, expert, fsdp), shape, ema)
+    mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
+    need = needed(config.model.spec(), execution, mesh, shape, ema, parts)
     return Plan(where, data, expert, fsdp, rows, remat, need)
 
 

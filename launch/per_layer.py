@@ -19,8 +19,9 @@ class PerLayer:
     """Of a mean layer, on one device.
 
     Attributes:
-      kept: bytes a token that the forward pass keeps for the backward pass. All temporaries that
-        grow with the number of layers count, except gradients.
+      kept: bytes a token that the forward pass keeps for the backward pass: all temporaries that
+        grow with the number of layers. There must be so many tokens that a layer keeps more than
+        its gradients take, which replace it as the backward pass goes on.
       kernels, copies: of a step.
       copied: bytes a token that the copies move.
     """
@@ -51,14 +52,9 @@ def with_layers(config: Config, layers: int) -> Config:
 def difference(shallow: Compiled, deep: Compiled, length: int) -> PerLayer:
     """A layer, from encoders of the two depths with rows of `length` tokens."""
     layers, tokens = DEPTHS[1] - DEPTHS[0], deep.plan.rows * length
-    grown = [
-        c.memory.temporaries
-        - c.plan.needed.gradients  # alive together, before the clipping of their norm
-        for c in (shallow, deep)
-    ]
     a, b = shallow.counts, deep.counts
     return PerLayer(
-        kept=(grown[1] - grown[0]) / layers / tokens,
+        kept=(deep.memory.temporaries - shallow.memory.temporaries) / layers / tokens,
         kernels=(b.kernels - a.kernels) / layers,
         copies=(b.copies - a.copies) / layers,
         copied=(b.copied - a.copied) / layers / tokens,

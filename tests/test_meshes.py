@@ -79,19 +79,33 @@ def test_layers_of_a_kind_keep_equally_much(moe, remat):
     """Four layers traced whole, against two of each kind."""
     spec = replace(TINY, moe=moe)
     execution = Execution(remat=remat)
-    kept, layer = memory.activation_bytes(spec, execution, 32)
+    found = memory.activation_bytes(spec, execution, 32)
     # router losses are a few numbers that no layer has to itself
-    assert kept == pytest.approx(memory._slope(spec, execution, 32), rel=1e-3)
-    assert 0 < layer < kept
+    whole = memory._slope(spec, execution, 32)
+    assert found.rest + found.layers == pytest.approx(whole, rel=1e-3)
+    assert 0 < found.largest < found.layers <= 4 * found.largest
 
 
 def test_remat_keeps_less_and_longer_rows_more():
     kept, matmuls, least = (
-        memory.activation_bytes(TINY, Execution(remat=remat), 32)[0] for remat in REMAT
+        memory.activation_bytes(TINY, Execution(remat=remat), 32).layers for remat in REMAT
     )
     assert least < kept / 2 and least < matmuls < kept
     # at least in proportion: nothing of size length x length is kept of attention
-    assert memory.activation_bytes(TINY, Execution(), 64)[0] == pytest.approx(2 * kept, rel=0.3)
+    longer = memory.activation_bytes(TINY, Execution(), 64).layers
+    assert longer == pytest.approx(2 * kept, rel=0.3)
+
+
+def test_what_is_needed_at_the_peak():
+    """Activations or gradients, whichever is more; gradients of earlier micro-batches beside."""
+    mesh = memory.abstract_mesh(1, 1, 1)
+    execution = Execution(remat="matmuls")
+    few, many = (memory.needed(TINY, execution, mesh, (rows, 32)) for rows in (1, 1000))
+    assert few.activations < few.gradients == many.gradients < many.activations
+    assert few.total == pytest.approx(memory.SPARE * (few.state + few.gradients))
+    assert many.total == pytest.approx(memory.SPARE * (many.state + many.activations))
+    several = memory.needed(TINY, execution, mesh, (1000, 32), accumulate=2)
+    assert several.total - many.total == pytest.approx(memory.SPARE * many.gradients)
 
 
 # plans
