@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+JAX = ">=0.10.1,<0.12"
+
 setup(
     name="moe_ablm",
     version="0.1.0",
@@ -15,7 +17,7 @@ setup(
     packages=find_packages(include=["moe_ablm", "moe_ablm.*"]),
     package_data={"moe_ablm.data": ["germlines/human/*"]},
     install_requires=[
-        "jax>=0.10.1,<0.12",
+        f"jax{JAX}",
         "flax>=0.12.5,<0.13",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
@@ -33,6 +35,10 @@ setup(
         "pyyaml>=6,<7",
     ],
     extras_require={
+        # jax for the hardware of a machine, one of them
+        "cuda12": [f"jax[cuda12]{JAX}"],
+        "cuda13": [f"jax[cuda13]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}"],
         "test": [
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6,<4",

@@ -18,14 +18,14 @@ SPIKE = {"layer": None, "what": "loss_spike", "value": 7.5, "step": 60, "until":
 
 def test_router_metrics_by_layer():
     load = np.array([[0.25] * 4, [0.7, 0.28, 0.02, 0.0]], np.float32)
-    stats = RouterStats(load, *(np.arange(2, dtype=np.float32) + i for i in range(7)))
+    stats = RouterStats(load, load, *(np.arange(2, dtype=np.float32) + i for i in range(8)))
     found = router_metrics(stats, (1, 3))
     assert list(found) == ["1", "3"]
     assert found["3"]["load"] == pytest.approx([0.7, 0.28, 0.02, 0])
     assert (found["1"]["max_min_load"], found["1"]["dead_experts"]) == (1, 0)
     assert found["3"]["max_min_load"] == pytest.approx(2.5)
     assert found["3"]["dead_experts"] == 2
-    assert (found["1"]["entropy"], found["3"]["spread"]) == (0, 3)
+    assert (found["1"]["entropy"], found["3"]["spread"]) == (1, 4)
     json.dumps(found, allow_nan=False)
 
 

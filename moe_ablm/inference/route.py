@@ -68,6 +68,8 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
     """About how much memory the table of an antibody takes."""
     moe = engine.model.spec.moe
+    if moe is None:
+        return 0
     each = 8 * moe.experts * moe.slots_of_expert or 64 * moe.choices
     return antibody.residues * len(engine.model.spec.moe_layers) * each
 

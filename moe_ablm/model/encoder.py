@@ -36,7 +36,8 @@ class Output(NamedTuple):
 
     Attributes:
       logits: at least float32 `[B, L, V]`; `[B, 1, V]` of one position of each row.
-      routing: of the M MoE layers, arrays `[M, ...]`; None: dense. Plans only if asked for.
+      routing: of the M MoE layers, arrays `[M, ...]`; None: dense, or of one position. Plans only
+        if asked for.
       hidden: outputs `[B, L, D]` of the embedding and of each layer, the last one normalised; empty
         unless asked for.
       attention: weights `[B, H, L, L]` of each layer; empty unless asked for.
@@ -224,7 +225,8 @@ class Encoder(nnx.Module):
             last = i == len(self.layers) - 1
             key = None if keys is None else keys[i]
             x, seen = layer(x, context, training, key, observe, at if last else None)
-            routings += [] if seen.routing is None else [seen.routing]
+            if seen.routing is not None and at is None:
+                routings.append(seen.routing)
             weights += [seen.attention] if observe.attention else []
             states.append(x)
         hidden = tuple(states) if observe.hidden else ()

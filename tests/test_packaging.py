@@ -1,0 +1,32 @@
+"""What `pip install` is asked for: extras by hardware, and the commands of the documentation."""
+
+import re
+import runpy
+
+import pytest
+import setuptools
+from conftest import REPO
+
+
+@pytest.fixture(scope="module")
+def package():
+    """The arguments of `setup`."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", found.update)
+        runpy.run_path(str(REPO / "setup.py"))
+    return found
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13", "tpu"])
+def test_jax_for_hardware_has_the_bounds_of_jax(package, extra):
+    (bounds,) = [r.removeprefix("jax") for r in package["install_requires"] if r[:4] == "jax>"]
+    assert package["extras_require"][extra] == [f"jax[{extra}]{bounds}"]
+
+
+def test_every_extra_that_the_documentation_installs_exists(package):
+    named = set()
+    for page in (REPO / "README.md", *(REPO / "docs").glob("*.md")):
+        for extras in re.findall(r"'\.\[([a-z0-9,]+)\]'", page.read_text()):
+            named |= set(extras.split(","))
+    assert {"cuda12", "cuda13", "tpu"} <= named <= set(package["extras_require"])
