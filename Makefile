@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-slurm lint bench
+.PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench
 
 quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -18,6 +18,10 @@ test-slow: .venv/.test .venv/.hf
 # as root, on Debian or where SLURM and munge are installed; skipped, with the reason, elsewhere
 test-slurm: .venv/.test
 	$(BIN)/python -m pytest -m slurm -rs tests/test_slurm.py
+
+# compiles for TPUs and GPUs that are not here: some 20 minutes on two cores
+test-aot: .venv-aot
+	.venv-aot/bin/python -m pytest -m aot -rs --numprocesses auto --dist loadgroup tests/test_aot.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -44,3 +48,11 @@ $(BIN)/python:
 .venv/.hf: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[hf]'
 	touch $@ .venv/.run
+
+.venv-aot: .venv-aot/.done
+
+# the compilers of TPUs (libtpu) and of NVIDIA's GPUs (CUDA plug-in, cuDNN, ptxas); 4 GB
+.venv-aot/.done: setup.py
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --editable '.[test,aot]'
+	touch $@

@@ -41,7 +41,11 @@ setup(
         ],
         "eval": ["scikit-learn>=1.6,<2", "umap-learn>=0.5.7,<1", "seaborn>=0.13.2,<1"],
         "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],
-        "slurm": [],
+        "aot": [  # compilers for TPUs and GPUs that are not here; versions follow jax's
+            "jax[tpu,cuda12-local]",
+            "nvidia-cudnn-cu12>=9.8,<10",
+            "nvidia-cuda-nvcc-cu12>=12.6.85,<13",
+        ],
         "olga": ["olga>=1.2.4,<2"],
     },
 )

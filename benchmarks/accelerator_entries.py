@@ -10,7 +10,8 @@ from steps import OurStep, Rows, measure_torch
 from waves import Entry, Prepared, Wave
 
 from moe_ablm.model.experts import IMPLEMENTATIONS
-from moe_ablm.model.spec import SIZES, EncoderSpec, Execution, ExpertChoice, Soft, TopK
+from moe_ablm.model.families import ExpertChoice, Soft, TopK
+from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
 from moe_ablm.training.execution import make_execution
 from moe_ablm.training.memory import abstract_mesh, fitting_remat
 from moe_ablm.training.throughput import device_memory

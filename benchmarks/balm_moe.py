@@ -28,7 +28,8 @@ from steps import make_batch
 from train_step import ROWS, work_in_jax
 
 from moe_ablm.allocator import TUNABLES
-from moe_ablm.model.spec import SIZES, EncoderSpec, TopK
+from moe_ablm.model.families import TopK
+from moe_ablm.model.spec import SIZES, EncoderSpec
 
 TARGET, STRETCH = 2.5, 4.0
 # precision and routing group

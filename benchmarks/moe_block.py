@@ -17,17 +17,10 @@ from contest import contest, ratio, serve
 from flax import nnx
 
 from moe_ablm.allocator import TUNABLES
+from moe_ablm.model.families import ExpertChoice, Soft, TopK
 from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import (
-    PRECISIONS,
-    SIZES,
-    EncoderSpec,
-    Execution,
-    ExpertChoice,
-    Soft,
-    TopK,
-)
+from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, Execution
 from moe_ablm.training.execution import default_precision
 
 LENGTH, K = 256, 2

@@ -13,18 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_ablm.model.families import Row
 from moe_ablm.model.flops import train_flops_per_token
-from moe_ablm.model.spec import EncoderSpec, Execution, Row
-
-try:
-    from moe_ablm.training.peaks import data_sheet_peak
-except ModuleNotFoundError:  # of a checkout that has no table of data sheets
-
-    def data_sheet_peak(kind: str, operands: str) -> float | None:
-        """bfloat16 FLOP/s of a device, dense."""
-        peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-        return peaks.get(kind) if operands == "bfloat16" else None
-
+from moe_ablm.model.spec import EncoderSpec, Execution
+from moe_ablm.training.peaks import data_sheet_peak
 
 MASK, PAD = 32, 1  # tokens
 WARM, ROUNDS, ROUND_SECONDS = 3, 5, 0.3  # untimed steps; rounds and how long one takes at least

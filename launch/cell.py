@@ -10,8 +10,13 @@ cell does nothing. Commands run in the root of the repository. What a cell print
 is appended to `Cell.log`, where `python -m sweeps.status` looks for the reason of a failure.
 """
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from moe_ablm.command_line import read_config
+from moe_ablm.config import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where commands run
 LOGS = "logs"
@@ -31,6 +36,7 @@ class Cell:
       fingerprint: what identifies the run (`moe_ablm.config.fingerprint`).
       tokens: that it will see, padding not counted, about.
       flops: of its matmuls, forward and backward, about.
+      environment: variables of its process, beside those that the launcher's own process has.
     """
 
     name: str
@@ -39,8 +45,19 @@ class Cell:
     fingerprint: str
     tokens: float
     flops: float
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def log(self) -> Path:
         """Where the output of all attempts goes."""
         return self.workdir.parent / LOGS / f"{self.name}.log"
+
+
+def config_of(argv: Sequence[str]) -> Config:
+    """The checked config of a training command, as the trainer reads it.
+
+    Raises:
+      UserError: the config file, a key or a value is wrong.
+    """
+    with contextlib.chdir(REPOSITORY):
+        return read_config(argv)

@@ -16,6 +16,7 @@ from shlex import join, quote
 
 import yaml
 
+from launch import assign
 from launch.cell import LOGS, Cell
 from launch.jobset_check import API, LABEL, check
 from launch.meshes import Hardware, hardware
@@ -28,7 +29,7 @@ GRACE = 120  # seconds between TERM and the end
 RESTARTS = 100  # of all pods; a run that is evicted more often is given up
 JOB = "run"
 SETTINGS = {
-    "hardware": Setting(r"[a-z0-9-]+", "its name in launch/meshes.py, such as h100x8x2, v6e-16"),
+    "hardware": assign.SETTING,
     "image": Setting(r"[A-Za-z0-9_.:@/-]+", "container image with this repository at --source"),
     "source": Setting(r"/[A-Za-z0-9_./-]*", "absolute path of the repository in it", "/moe_ablm"),
     "claim": Setting(LABEL, "persistent volume claim of the data and of --out"),
@@ -44,14 +45,11 @@ ACCELERATORS = {
     "h100": "nvidia-h100-80gb",
     "h200": "nvidia-h200-141gb",
     "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
     "v5p": "tpu-v5p-slice",
     "v6e": "tpu-v6e-slice",
 }
 XPK_DEVICES = {"a100": "a100-80gb-8", "h100": "h100-80gb-8", "h200": "h200-141gb-8"}
-# by chips: v4 and v5p are tori of three dimensions, v6e of two
-CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
-         256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}  # fmt: skip
-SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 STOPPED = 42  # exit code that asks for a restart; one of those that xpk restarts by itself
 FINAL = 3  # exit code of a run that would end the same way again
 # The process of a container, with the log and the work directory before the trainer's arguments.
@@ -107,6 +105,8 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
         if settings[name] is None:
             raise UserError(f"--{name} is missing: {SETTINGS[name].help}")
     folder = cells[0].workdir.parent / LOGS / "jobset"
+    _hardware(settings)
+    cells = assign.assigned(cells, settings["hardware"])
     made = [(cell, manifest(cell, settings)) for cell in cells]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,11 +198,11 @@ def xpk_command(cell: Cell, settings: dict[str, str | None]) -> list[str]:
     xpk puts the command into YAML as it is; so it is no more than the path of a script.
     """
     where = _hardware(settings)
-    kind = re.match("[a-z]+[0-9]+[a-z]*", where.name)[0].removesuffix("x")
     if where.kind == "tpu":
-        device = [f"--tpu-type={where.name}", "--num-slices=1"]
+        slice_ = where.name.replace("v5e-", "v5litepod-")  # Google's own name
+        device = [f"--tpu-type={slice_}", "--num-slices=1"]
     else:
-        device = [f"--device-type={XPK_DEVICES[kind]}", f"--num-nodes={where.hosts}"]
+        device = [f"--device-type={XPK_DEVICES[where.chip]}", f"--num-nodes={where.hosts}"]
     return [
         "xpk",
         "workload",
@@ -223,7 +223,7 @@ def xpk_script(cell: Cell, settings: dict[str, str | None]) -> str:
     """What a container that xpk starts is to do."""
     where = _hardware(settings)
     lines = [f"cd {quote(settings['source'])} || exit 1"]
-    lines += [f"export {join([f'{k}={v}'])}" for k, v in where.environment.items()]
+    lines += [f"export {join([f'{k}={v}'])}" for k, v in cell.environment.items()]
     if where.kind == "gpu":  # xpk's names for the same
         lines += [
             'export JAX_COORDINATOR_ADDRESS="$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT"',
@@ -300,7 +300,7 @@ def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
 
 def _environment(cell: Cell, where: Hardware) -> list[dict]:
     """How the processes find each other: GKE tells those of a TPU slice by itself."""
-    env = [{"name": k, "value": _literal(v)} for k, v in where.environment.items()]
+    env = [{"name": k, "value": _literal(v)} for k, v in cell.environment.items()]
     if where.kind == "tpu" or where.hosts == 1:
         return env
     name = job_name(cell)
@@ -314,18 +314,11 @@ def _environment(cell: Cell, where: Hardware) -> list[dict]:
 
 
 def _node_selector(where: Hardware) -> dict[str, str]:
-    kind = re.match("[a-z]+[0-9]+[a-z]*", where.name)[0].removesuffix("x")
     if where.kind == "gpu":
-        return {"cloud.google.com/gke-accelerator": ACCELERATORS[kind]}
-    shapes = SQUARES if kind == "v6e" else CUBES
-    if where.devices not in shapes:
-        raise UserError(
-            f"--hardware {where.name}: {where.devices} chips are no slice; expected one of "
-            f"{', '.join(map(str, shapes))} chips"
-        )
+        return {"cloud.google.com/gke-accelerator": ACCELERATORS[where.chip]}
     return {
-        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[kind],
-        "cloud.google.com/gke-tpu-topology": shapes[where.devices],
+        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[where.chip],
+        "cloud.google.com/gke-tpu-topology": where.topology,
     }
 
 

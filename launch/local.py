@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch import assign
 from launch.cell import REPOSITORY, Cell
+from launch.meshes import hardware
+from launch.settings import add_options, resolve
 from launch.state import (
     ATTEMPT,
     COMPLETE,
@@ -34,6 +37,7 @@ from moe_ablm.errors import UserError
 
 MEMORY_OF_A_JOB = 2 << 30  # bytes that a small training process may need, for the default of --jobs
 POLL = 0.2  # seconds
+SETTINGS = {"hardware": assign.SETTING}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=int,
         help="cells at a time, each pinned to its share of the cores (default: one a core, fewer "
-        "where there are less than 2 GiB a job)",
+        "where there are less than 2 GiB a job; GPUs and TPUs: one cell, which has all of them)",
     )
+    add_options(parser, SETTINGS)
 
 
 def launch(cells: list[Cell], options: argparse.Namespace) -> int:
     """Runs the cells to their ends; 0 if none failed, else 1.
 
     SIGINT and SIGTERM let the running cells save and end, and start no more.
+
+    Raises:
+      UserError: an option is wrong, or a cell does not fit the hardware.
     """
-    slots = core_groups(options.jobs)
+    name = resolve(options, "local", SETTINGS)["hardware"]
+    cells = assign.assigned(cells, name)
+    slots = core_groups(options.jobs if name is None else _jobs_on(name, options.jobs))
     with stopping() as stop:
         failed = _Launch(cells, slots, stop).run()
     if stop:
@@ -59,6 +69,21 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
     for cell, reason in failed:
         print(f"failed: {cell.name}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _jobs_on(name: str, jobs: int | None) -> int | None:
+    """How many cells share hardware: a run has all GPUs and TPUs of its machine to itself."""
+    where = hardware(name)
+    if where.hosts > 1:
+        raise UserError(
+            f"--hardware {name}: {where.hosts} machines, --launcher=local has this one: use slurm "
+            "or jobset"
+        )
+    if where.kind == "cpu":
+        return jobs
+    if jobs not in (None, 1):
+        raise UserError(f"--jobs {jobs}: a cell has all devices of {name} to itself: expected 1")
+    return 1
 
 
 def core_groups(jobs: int | None) -> list[tuple[int, ...]]:
@@ -191,7 +216,7 @@ def start(cell: Cell, cores: tuple[int, ...]) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, *cell.argv],
             cwd=REPOSITORY,
-            env=cache | os.environ,
+            env=cache | assign.merged(cell.environment),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

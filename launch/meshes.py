@@ -1,4 +1,4 @@
-"""Named hardware -> mesh, XLA flags, split of the batch and remat, by size and router.
+"""Named hardware -> mesh, XLA flags, split of the batch and remat of a run.
 
     python -m launch.meshes --hardware=h100x8
     python -m launch.meshes --hardware=v6e-8 --size=650m --router=top2-capacity --experts=32
@@ -10,36 +10,41 @@ Rules, in this order:
   * the batch is split over all devices, whatever the axes are called;
   * experts are spread over an axis inside a node or slice where their weights are large: at width
     1280, or width 640 with 32 experts or more;
-  * "fsdp" is as small, and as little recomputed, as fits; fsdp stays inside a node or slice.
+  * "fsdp" is as small, and as little recomputed, as fits; fsdp stays inside a node or slice;
+  * what the run's own config says of mesh and remat stays as it is.
 """
 
 import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from rich.console import Console
 from rich.table import Table
 
+from launch.cell import config_of
+from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import (
-    PRECISIONS,
-    SIZES,
-    EncoderSpec,
-    Execution,
-    ExpertChoice,
-    Soft,
-    TopK,
-)
+from moe_ablm.model.spec import SIZES, EncoderSpec
+from moe_ablm.program import batch_rows, execution_on
 from moe_ablm.training.memory import Needed, abstract_mesh, needed
 
 GIB = 1 << 30
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
 # remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
-ROUTERS = ("none", "top2", "top2-capacity", "expert_choice", "soft")
+# what leaves a choice to the hardware, unless the command line says just this
+OPEN = {"mesh.data": -1, "mesh.expert": 1, "mesh.fsdp": 1, "compute.remat": None}
+ROUTERS = {  # overrides of the model's section by name of a router
+    "none": {},
+    "top2": {"router": "topk"},
+    "top2-capacity": {"router": "topk", "capacity": 1.25},
+    "expert_choice": {"router": "expert_choice"},
+    "soft": {"router": "soft"},
+}
 
 GPU_FLAGS = (
     # gradients are reduced while the backward pass goes on, instead of after it
@@ -59,38 +64,83 @@ TPU_FLAGS = (  # $LIBTPU_INIT_ARGS; as MaxText sets them for data parallelism, n
 
 
 @dataclass(frozen=True)
+class Chip:
+    """A kind of device.
+
+    Attributes:
+      kind: gpu or tpu.
+      memory: GB, as sold.
+      cores: of a chip, as the number in a TPU's name counts them.
+      slices: shape of a TPU slice by its number of chips.
+    """
+
+    kind: str
+    memory: int
+    cores: int = 1
+    slices: dict[int, str] = field(default_factory=dict)
+
+
+# v4 and v5p are tori of three dimensions, v5e and v6e of two
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8",
+          256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}  # fmt: skip
+_SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16",
+            256: "16x16"}  # fmt: skip
+CHIPS = {
+    "a100": Chip("gpu", 80),
+    "h100": Chip("gpu", 80),
+    "h200": Chip("gpu", 141),
+    "v4": Chip("tpu", 32, 2, _CUBES),
+    "v5e": Chip("tpu", 16, 1, _SQUARES),
+    "v5p": Chip("tpu", 95, 2, _CUBES),
+    "v6e": Chip("tpu", 32, 1, _SQUARES),
+}
+CHIPS_PER_HOST = 4  # of a TPU slice with more than one
+NAMES = "a100xG, h100xG, h200xG, any of them xN nodes (h100x8x4), v4-N, v5e-N, v5p-N, v6e-N, cpu"
+DEFAULT = ("a100x8", "h100x8", "h200x8", "h100x8x4", "v4-8", "v5e-8", "v5p-8", "v6e-8", "cpu")
+
+
+@dataclass(frozen=True)
 class Hardware:
     """Devices that one run has to itself.
 
     Attributes:
+      name: as in `NAMES`.
       kind: gpu, tpu or cpu.
+      chip: a key of `CHIPS`, or cpu.
       devices: of all hosts; TPU: chips.
       hosts: machines, each with `devices / hosts` devices.
       memory: bytes of a device.
       near: devices joined by fast links: a GPU node, a TPU slice.
+      topology: shape of a TPU slice, such as 2x4; else empty.
     """
 
     name: str
     kind: str
+    chip: str
     devices: int
     hosts: int
     memory: int
     near: int
+    topology: str = ""
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a device that a run may take."""
+        return USABLE * self.memory
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of XLA, for the compiler of this hardware."""
+        return {"gpu": GPU_FLAGS, "tpu": TPU_FLAGS, "cpu": ()}[self.kind]
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables for every process of a run."""
+        flags = " ".join(self.flags)
         if self.kind == "gpu":
             # XLA takes three quarters of the memory unless it is told
-            return {"XLA_FLAGS": " ".join(GPU_FLAGS), "XLA_PYTHON_CLIENT_MEM_FRACTION": str(USABLE)}
-        return {"LIBTPU_INIT_ARGS": " ".join(TPU_FLAGS)} if self.kind == "tpu" else {}
-
-
-GPUS = {"a100": 80, "h100": 80, "h200": 140}  # GB as sold; 8 a node
-TPUS = {"v4": 32, "v5p": 95, "v6e": 32}  # GB a chip; 4 chips a host
-CORES = {"v4": 2, "v5p": 2, "v6e": 1}  # a chip: what the number in a TPU's name counts
-NAMES = "a100xG, h100xG, h200xG, any of them xN nodes (h100x8x4), v4-N, v5p-N, v6e-N, cpu"
-DEFAULT = ("a100x8", "h100x8", "h200x8", "h100x8x4", "v4-8", "v5p-8", "v6e-8", "cpu")
+            return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": str(USABLE)}
+        return {"LIBTPU_INIT_ARGS": flags} if self.kind == "tpu" else {}
 
 
 def hardware(name: str) -> Hardware:
@@ -101,18 +151,23 @@ def hardware(name: str) -> Hardware:
     """
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Hardware(name, "cpu", 1, 1, memory, 1)
-    if found := re.fullmatch(r"([a-z]\d+)x([1248])(?:x([1-9]\d{0,3}))?", name):
-        kind, each, nodes = found[1], int(found[2]), int(found[3] or 1)
-        if kind in GPUS:
-            memory = GPUS[kind] * 10**9
-            return Hardware(name, "gpu", each * nodes, nodes, memory, each)
-    if (found := re.fullmatch(r"(v\w+)-([1-9]\d{0,4})", name)) and found[1] in TPUS:
-        kind, number = found[1], int(found[2])
-        chips = number // CORES[kind]
-        if number % CORES[kind] == 0 and (chips % 4 == 0 or (kind == "v6e" and chips == 1)):
-            hosts = max(chips // 4, 1)
-            return Hardware(name, "tpu", chips, hosts, TPUS[kind] * 10**9, chips)
+        return Hardware(name, "cpu", "cpu", 1, 1, memory, 1)
+    gpus = re.fullmatch(r"([a-z]\d+)x([1248])(?:x([1-9]\d{0,3}))?", name)
+    if gpus and gpus[1] in CHIPS:
+        each, nodes, memory = int(gpus[2]), int(gpus[3] or 1), CHIPS[gpus[1]].memory * 10**9
+        return Hardware(name, "gpu", gpus[1], each * nodes, nodes, memory, each)
+    tpus = re.fullmatch(r"(v\d\w?)-([1-9]\d{0,4})", name)
+    if tpus and tpus[1] in CHIPS:
+        chip = CHIPS[tpus[1]]
+        chips, rest = divmod(int(tpus[2]), chip.cores)
+        if rest or chips not in chip.slices:
+            slices = ", ".join(f"{tpus[1]}-{n * chip.cores}" for n in chip.slices)
+            raise UserError(
+                f"hardware {name!r}: {int(tpus[2]) / chip.cores:g} chips are no slice: expected "
+                f"one of {slices}"
+            )
+        hosts, memory = max(chips // CHIPS_PER_HOST, 1), chip.memory * 10**9
+        return Hardware(name, "tpu", tpus[1], chips, hosts, memory, chips, chip.slices[chips])
     raise UserError(f"hardware {name!r} is not known: expected one of {NAMES}")
 
 
@@ -121,6 +176,7 @@ class Plan:
     """How a run is spread over hardware, and what a device holds, in bytes.
 
     Attributes:
+      hardware: that it was made for.
       data, expert, fsdp: the mesh.
       rows: of a micro-batch, a device.
       remat: what the backward pass recomputes (`Execution.remat`).
@@ -138,46 +194,107 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a device has that much."""
-        return self.needed.total <= USABLE * self.hardware.memory
+        return self.needed.total <= self.hardware.usable
+
+    @property
+    def overrides(self) -> dict[str, object]:
+        """Keys of a run's config; none of them is part of its identity."""
+        return {
+            "mesh.data": self.data,
+            "mesh.expert": self.expert,
+            "mesh.fsdp": self.fsdp,
+            "compute.remat": self.remat,
+        }
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Arguments of the training command; none of them is part of a run's identity."""
-        mesh = f"--config.mesh.expert={self.expert}", f"--config.mesh.fsdp={self.fsdp}"
-        return (*mesh, f"--config.compute.remat={self.remat}")
+        """The same as arguments of the training command."""
+        return tuple(f"--config.{key}={value}" for key, value in self.overrides.items())
 
 
-def plan(spec: EncoderSpec, where: Hardware, batch: int, length: int, accumulate: int = 1) -> Plan:
-    """The first plan that fits, by the rules above.
+def given_keys(argv: Sequence[str]) -> frozenset[str]:
+    """Config keys that a command line sets."""
+    flags = (a.lstrip("-").partition("=")[0] for a in argv if a.startswith("-"))
+    return frozenset(f.removeprefix("config.") for f in flags if f.startswith("config."))
+
+
+def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+    """The first plan that fits, by the rules above; where none does, the most frugal one.
 
     Args:
-      spec: of the encoder.
+      config: of the run; what it says of mesh and remat stays.
       where: it is to run.
-      batch, accumulate: `train.batch` and `train.accumulate`; both belong to a run's identity.
-      length: `data.length`.
+      given: keys that the command line sets: they stay, whatever their value.
 
     Raises:
-      UserError: the batch cannot be split, or no plan fits.
+      UserError: the batch or the devices cannot be split.
     """
-    rows = batch // accumulate
-    if rows % where.devices:
+    rows, ways = batch_rows(config) // config.train.accumulate, where.devices
+    if rows % ways:
         raise UserError(
-            f"{batch} rows in {accumulate} micro-batch(es) cannot be split over the "
-            f"{where.devices} devices of {where.name}: use a multiple of "
-            f"{where.devices * accumulate}, or less hardware"
+            f"{batch_rows(config)} rows in {config.train.accumulate} micro-batch(es) cannot be "
+            f"split over the {ways} devices of {where.name}: use a multiple of "
+            f"{ways * config.train.accumulate}, or less hardware"
         )
-    expert = _expert_axis(spec, where)
-    widths = [n for n in (1, 2, 4, 8) if (where.near // expert) % n == 0]
-    for remat in REMAT[where.kind]:
-        for fsdp in widths:
-            found = _weigh(spec, where, rows // where.devices, length, (expert, fsdp), remat)
-            if found.fits:
-                return found
+    found = None
+    for expert, fsdp, remat in _choices(config, where, given):
+        found = _weigh(config, where, rows // ways, (expert, fsdp), remat)
+        if found.fits:
+            return found
+    if found is None:
+        m = config.mesh
+        raise UserError(
+            f"mesh.data={m.data}, mesh.expert={m.expert}, mesh.fsdp={m.fsdp} do not multiply to "
+            f"the {ways} devices of {where.name}: change them or leave them out"
+        )
+    return found
+
+
+def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+    """As `plan`, but a run that does not fit is refused.
+
+    Raises:
+      UserError: the batch or the devices cannot be split, or nothing fits.
+    """
+    found = plan(config, where, given)
+    if found.fits:
+        return found
     raise UserError(
         f"it does not fit {where.name}: {found.needed.total / GIB:.1f} GiB a device, of "
-        f"{USABLE * where.memory / GIB:.1f} that can be used, with {found.rows} rows, fsdp={fsdp} "
-        "and full remat: use more devices, train.accumulate, or a smaller batch"
+        f"{where.usable / GIB:.1f} that can be used, with {found.rows} rows, fsdp={found.fsdp} "
+        f"and {found.remat} remat: use more devices{_more_accumulation(config, where, given)}, or "
+        "a smaller batch"
     )
+
+
+def _more_accumulation(config: Config, where: Hardware, given: Collection[str]) -> str:
+    """The fewest micro-batches with which a run fits, which only its user may choose."""
+    rows = batch_rows(config) // where.devices
+    for n in range(config.train.accumulate + 1, rows + 1):
+        if rows % n == 0 and config.train.batch % n == 0:
+            train = replace(config.train, accumulate=n)
+            if plan(replace(config, train=train), where, given).fits:
+                return f", train.accumulate={n} (which makes it another run)"
+    return ""
+
+
+def _choices(
+    config: Config, where: Hardware, given: Collection[str]
+) -> Iterator[tuple[int, int, str]]:
+    """(expert, fsdp, remat) from the quickest to the most frugal; none if no mesh is possible."""
+    mesh, remat = config.mesh, config.compute.remat
+    current = {"mesh.data": mesh.data, "mesh.expert": mesh.expert, "mesh.fsdp": mesh.fsdp,
+               "compute.remat": remat}  # fmt: skip
+    is_open = {key: value == OPEN[key] and key not in given for key, value in current.items()}
+    expert = _expert_axis(config.model.spec(), where) if is_open["mesh.expert"] else mesh.expert
+    widths = (1, 2, 4, 8) if is_open["mesh.fsdp"] else (mesh.fsdp,)
+    for policy in REMAT[where.kind] if is_open["compute.remat"] else (remat,):
+        for fsdp in widths:
+            # a choice of the rules stays inside a node or slice; one of the user need not
+            room = where.near if is_open["mesh.fsdp"] else where.devices
+            fits = room % (expert * fsdp) == 0
+            if fits and mesh.data in (-1, where.devices // (expert * fsdp)):
+                yield expert, fsdp, policy
 
 
 def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
@@ -187,44 +304,35 @@ def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
     return gcd(moe.experts, where.near, 8)
 
 
-def _weigh(
-    spec: EncoderSpec,
-    where: Hardware,
-    rows: int,
-    length: int,
-    axes: tuple[int, int],
-    remat: str,
-) -> Plan:
+def _weigh(config: Config, where: Hardware, rows: int, axes: tuple[int, int], remat: str) -> Plan:
     """What a device holds with one choice of axes (expert, fsdp) and remat."""
     expert, fsdp = axes
     data = where.devices // (expert * fsdp)
-    precision = "bfloat16" if where.kind != "cpu" else "float32"
-    execution = Execution(*PRECISIONS[precision], remat=remat, backend=where.kind)
-    mesh = abstract_mesh(data, expert, fsdp)
-    return Plan(
-        where, data, expert, fsdp, rows, remat, needed(spec, execution, mesh, (rows, length))
-    )
+    execution = replace(execution_on(config, where.kind), remat=remat)
+    shape, ema = (rows, config.data.length), config.train.ema > 0
+    mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
+    need = needed(config.model.spec(), execution, mesh, shape, ema, parts)
+    return Plan(where, data, expert, fsdp, rows, remat, need)
 
 
-def encoder(size: str, router: str, experts: int) -> EncoderSpec:
-    """A rung of the ladder; `router` is one of `ROUTERS`.
+def rung(size: str, router: str, **overrides: object) -> Config:
+    """The config of an encoder of the ladder.
+
+    Args:
+      size: a key of `SIZES`.
+      router: a key of `ROUTERS`.
+      **overrides: values of config keys, with "__" for ".".
 
     Raises:
-      UserError: it is none.
+      UserError: a name is unknown, or a value is wrong.
     """
-    moes = {
-        "none": None,
-        "top2": TopK(experts=experts),
-        "top2-capacity": TopK(experts=experts, capacity=1.25),
-        "expert_choice": ExpertChoice(experts=experts),
-        "soft": Soft(experts=experts),
-    }
-    if size not in SIZES or router not in moes:
-        raise UserError(
-            f"size {size!r}, router {router!r}: expected one of {', '.join(SIZES)} and one of "
-            f"{', '.join(ROUTERS)}"
-        )
-    return EncoderSpec(*SIZES[size], moe=moes[router])
+    if router not in ROUTERS:
+        raise UserError(f"router {router!r}: expected one of {', '.join(ROUTERS)}")
+    values = {"model.size": size} | {f"model.moe.{k}": v for k, v in ROUTERS[router].items()}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return config_of(
+        ["--config=configs/base.py", *(f"--config.{k}={v}" for k, v in values.items())]
+    )
 
 
 def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
@@ -240,7 +348,7 @@ def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
         parts = need.state, need.gradients, need.activations, need.total
         numbers = [f"{part / GIB:.2f}" for part in parts]
         mesh = f"{found.data} x {found.expert} x {found.fsdp}"
-        limit = f"{USABLE * found.hardware.memory / GIB:.0f}"
+        limit = f"{found.hardware.usable / GIB:.0f}"
         made.add_row(name, size, router, mesh, str(found.rows), found.remat, *numbers, limit)
     return made
 
@@ -279,18 +387,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, Plan | str]]:
-    for name in ("experts", "batch", "accumulate", "length"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: expected a positive number")
+    shape = {"train__batch": options.batch, "train__accumulate": options.accumulate,
+             "data__length": options.length, "model__moe__experts": options.experts}  # fmt: skip
     rows = []
     for name in options.hardware or DEFAULT:
         where = hardware(name)
         for size in options.size or SIZES:
             for router in options.router or ROUTERS:
-                spec = encoder(size, router, options.experts)
-                shape = options.batch, options.length, options.accumulate
+                config = rung(size, router, **shape)
                 try:
-                    found: Plan | str = plan(spec, where, *shape)
+                    found: Plan | str = fitting_plan(config, where)
                 except UserError as error:
                     found = str(error)
                 rows.append((name, size, router, found))

@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
+from launch import assign
 from launch.cell import LOGS, REPOSITORY, Cell
+from launch.meshes import hardware
 from launch.settings import Setting, add_options, resolve
 from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
@@ -30,12 +32,17 @@ GRACE = 120  # seconds between USR1 and the end
 LARGEST_ARRAY = 1000  # tasks; SLURM's default MaxArraySize is 1001
 _WORD = r"[A-Za-z0-9_.,+:@=-]+"
 SETTINGS = {
+    "hardware": assign.SETTING,
     "partition": Setting(_WORD, "a partition, or several with commas between"),
     "account": Setting(_WORD, "an account"),
     "qos": Setting(_WORD, "a quality of service"),
     "time": Setting(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}", "time limit such as 24:00:00"),
-    "nodes": Setting("[1-9][0-9]*", "nodes a cell", "1"),
-    "gpus": Setting("[0-9]+", "GPUs a node, each with a process of its own; 0: CPUs only", "0"),
+    "nodes": Setting("[1-9][0-9]*", "nodes a cell (default: those of --hardware, else 1)"),
+    "gpus": Setting(
+        "[0-9]+",
+        "GPUs a node, each with a process of its own; 0: CPUs only (default: those of --hardware, "
+        "else 0)",
+    ),
     "processes": Setting("[1-9][0-9]*", "processes a node where there are no GPUs", "1"),
     "cpus": Setting("[1-9][0-9]*", "CPUs a process"),
     "memory": Setting("[1-9][0-9]*[KMGT]?", "memory a node such as 64G"),
@@ -73,9 +80,10 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
     Raises:
       UserError: a setting is wrong, or SLURM is not here or refuses.
     """
-    settings = resolve(options, "slurm", SETTINGS)
+    settings = settings_of(options)
     if not cells:
         return 0
+    cells = assign.assigned(cells, settings["hardware"])
     with _one_at_a_time(_logs(cells)):
         queued = queued_fingerprints(cells)
         left = [cell for cell in cells if cell.fingerprint not in queued]
@@ -86,6 +94,30 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
             job = submit(part, settings)
             print(f"SLURM job {job}: {len(part)} cells; squeue --job={job} --array shows them")
     return 0
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str | None]:
+    """Value of every setting; nodes and GPUs are those of the hardware, if that is named.
+
+    Raises:
+      UserError: a setting has a wrong form, or is not that of the hardware.
+    """
+    settings = resolve(options, "slurm", SETTINGS)
+    needed = {"nodes": "1", "gpus": "0"}
+    if settings["hardware"] is None:
+        return settings | {k: settings[k] or v for k, v in needed.items()}
+    where = hardware(settings["hardware"])
+    if where.kind == "tpu":
+        raise UserError(f"--hardware {where.name}: SLURM has no TPUs: use --launcher=jobset")
+    gpus = where.devices // where.hosts if where.kind == "gpu" else 0
+    needed = {"nodes": str(where.hosts), "gpus": str(gpus)}
+    for name, number in needed.items():
+        if settings[name] not in (None, number):
+            raise UserError(
+                f"--{name}={settings[name]}: --hardware {where.name} has {number}: leave --{name} "
+                "out, or name other hardware"
+            )
+    return settings | needed
 
 
 @contextmanager
@@ -200,7 +232,9 @@ def _case(index: int, cell: Cell) -> str:
     arguments = " ".join(map(quote, cell.argv))
     return (
         f"{index})\n  log={quote(str(cell.log))}\n  workdir={quote(str(cell.workdir))}\n"
-        f"  set -- {arguments}\n  ;;"
+        f"  set -- {arguments}\n"
+        + "".join(f"  {line}\n" for line in assign.exports(cell.environment))
+        + "  ;;"
     )
 
 

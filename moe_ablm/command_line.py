@@ -3,6 +3,7 @@
 import errno
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -18,27 +19,45 @@ def again() -> str:
     return "python -m moe_ablm.train " + " ".join(map(shlex.quote, sys.argv[1:]))
 
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Config file, with arguments after a colon.")
-flags.DEFINE_string("workdir", None, "Directory of the run.")
-
-
 def parse(argv: list[str]) -> tuple[Config, Path]:
     """Command line -> checked config and work directory; UserError where it is wrong."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+    config = _read(argv, values)
+    if not config or not values.workdir:
+        missing = "--workdir" if config else "--config"
+        raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
+    return config, Path(values.workdir)
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """The checked config of a training command, from its arguments that begin with `--config`.
+
+    Raises:
+      UserError: there is none, or the config file, a key or a value is wrong.
+    """
+    argv = ["train", *(a for a in argv if a.startswith("--config"))]
+    config = _read(argv, flags.FlagValues())
+    if not config:
+        raise UserError("--config is missing: --config=FILE.py")
+    return config
+
+
+def _read(argv: list[str], values: flags.FlagValues) -> Config | None:
+    """The config of a command line, with the values of its other flags; None: there is none."""
+    help_ = "Config file, with arguments after a colon."
+    config_flags.DEFINE_config_file("config", None, help_, flag_values=values, sys_argv=argv)
     _let_configs_import_each_other(argv)
     try:
-        rest = FLAGS(argv)
-        config = FLAGS.config and configs.from_mapping(FLAGS.config)
+        rest = values(argv)
+        config = values.config and configs.from_mapping(values.config)
     except UserError:
         raise
     except Exception as error:  # flags, the config file itself, and ml_collections raise many kinds
         raise UserError(f"config or flag: {_one_line(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    if not config or not FLAGS.workdir:
-        missing = "--workdir" if config else "--config"
-        raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
-    return config, Path(FLAGS.workdir)
+    return config
 
 
 def _let_configs_import_each_other(argv: list[str]) -> None:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -19,16 +20,8 @@ from moe_ablm.data.masking import MASKS, parse_policy
 from moe_ablm.data.mixture import BATCHINGS, REGIMES, parse_regime
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import (
-    ACTIVATIONS,
-    FAMILIES,
-    PRECISIONS,
-    REMAT,
-    SIZES,
-    EncoderSpec,
-    Router,
-    TokenChoice,
-)
+from moe_ablm.model.families import FAMILIES, Router, TokenChoice
+from moe_ablm.model.spec import ACTIVATIONS, PRECISIONS, REMAT, SIZES, EncoderSpec
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
 
 
@@ -183,6 +176,15 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int
+    profile: str | None
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """First and last update that `profile` names."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.split(":")
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ LATER: dict[str, Any] = {
     **{f"config.model.{name}": 0.0 for name in DROPOUTS},
     "config.train.init": None,
     "config.train.freeze": 0,
+    "config.log.profile": None,
 }
 # keys that were switches: what False and True meant
 EARLIER_BOOLEANS = {"config.compute.remat": ("none", "full")}
@@ -447,6 +450,8 @@ def _check(c: Config) -> None:
     _require(0 <= c.train.warmup <= c.train.steps, "train.warmup", c.train.warmup,
              f"0 to train.steps ({c.train.steps})")  # fmt: skip
     _require(0 < c.train.decay_share <= 1, "train.decay_share", c.train.decay_share, "in (0, 1]")
+    _check_wsd(c.train)
+    _check_profile(c.log.profile, c.train.steps)
     _require(c.train.patience >= 0, "train.patience", c.train.patience, "0 (off) or more")
     _require(c.train.clip >= 0, "train.clip", c.train.clip, "0 (off) or more")
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
@@ -458,6 +463,25 @@ def _check(c: Config) -> None:
              f"0 (off) to the number of layers ({layers})")  # fmt: skip
     _require(not (c.train.freeze and c.model.moe.balance_rate), "model.moe.balance_rate",
              c.model.moe.balance_rate, "0 with train.freeze, which it would not obey")  # fmt: skip
+
+
+def _check_profile(profile: str | None, steps: int) -> None:
+    if profile is None:
+        return
+    found = re.fullmatch(r"([1-9]\d{0,11}):([1-9]\d{0,11})", profile, re.ASCII)
+    holds = found is not None and int(found[1]) <= int(found[2]) <= steps
+    _require(holds, "log.profile", profile, "FROM:TO, the first and the last update to trace, such "
+             f"as 20:24, out of 1 to train.steps ({steps})")  # fmt: skip
+
+
+def _check_wsd(t: TrainConfig) -> None:
+    if t.schedule == "wsd" and t.warmup + t.decay_steps > t.steps:
+        raise UserError(
+            f"config.train.schedule='wsd': train.warmup={t.warmup} and a decay of {t.decay_steps} "
+            f"steps (train.decay_share={t.decay_share:g}) do not fit into train.steps={t.steps}: "
+            f"the rate would not reach 0; lower train.warmup to {t.steps - t.decay_steps} or less, "
+            "lower train.decay_share, or raise train.steps"
+        )
 
 
 def _parse(where: str, value: str, forms: tuple[str, ...], parse: Callable[[str], object]) -> None:

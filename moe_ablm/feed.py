@@ -23,7 +23,7 @@ from moe_ablm.data.mixture import (
 from moe_ablm.data.sequences import Sequences
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import Row
+from moe_ablm.model.families import Row
 
 EVALUATION_SEED = 20_240_601  # of the validation masks: the same for every run, whatever its seed
 EVALUATION_MASK_RATE = 0.15

@@ -1,5 +1,6 @@
 """Files of a run that others read: whole lines in, whole files out."""
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,17 @@ def keep_until(path: Path, step: int) -> None:
     """Drops the lines after `step`, atomically."""
     kept = [json.dumps(r) for r in read_results(path) if r["step"] <= step]
     write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed version of each package; one that is not installed is left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,14 +1,21 @@
 """What a run remembers of itself, and the summary it leaves in `run.json`."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
+from moe_ablm.model.spec import PRECISIONS, Execution
+from moe_ablm.program import FLAGS, HARDWARE
+from moe_ablm.results import versions
 from moe_ablm.training.state import TrainState, params_sha256
-from moe_ablm.training.throughput import peak_memory
+from moe_ablm.training.throughput import Peak, peak_memory
 
 COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
 
@@ -86,6 +93,30 @@ def run_summary(
         "evaluation": record.evaluation,
         "tokens_per_second": tokens_per_second,
         "peak_memory": peak_memory(),
+    }
+
+
+def execution_summary(
+    execution: Execution, mesh: Mesh, peak: Peak, compile_seconds: float | None
+) -> dict[str, Any]:
+    """`execution` in `run.json`: what computed the run, or its last part, and how.
+
+    Outside the run's identity. `hardware_name` is the name that a launcher left in the environment.
+    """
+    types = (execution.activations, execution.operands)
+    return {
+        "hardware_name": os.environ.get(HARDWARE) or None,
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "precision": next(name for name, known in PRECISIONS.items() if known == types),
+        **asdict(execution),
+        "flags": " ".join(filter(None, map(os.environ.get, FLAGS))),
+        "matmul_peak": peak.flops,
+        "matmul_peak_source": peak.source,
+        "compile_seconds": compile_seconds,
+        "versions": versions("moe_ablm", "jax", "jaxlib", "flax"),
     }
 
 

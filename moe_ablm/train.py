@@ -8,6 +8,7 @@ Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 2 the input is wrong; 1 anyt
 run that diverged, or collapsed under train.stop_on_collapse).
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from moe_ablm import config as configs
 from moe_ablm.allocator import restart_with_huge_pages
+from moe_ablm.cache import keep_compilations
 from moe_ablm.command_line import again, is_full_disk, parse
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
@@ -37,21 +39,23 @@ from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
 from moe_ablm.model.spec import EncoderSpec, Execution
+from moe_ablm.out_of_memory import is_out_of_memory, out_of_memory
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
+from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress
 from moe_ablm.results import read_results, write_atomically
-from moe_ablm.summary import COLLAPSED, Record, recent_train_loss, run_summary
+from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
-from moe_ablm.training.execution import make_execution
-from moe_ablm.training.memory import abstract_mesh, fitting_remat
+from moe_ablm.training.memory import abstract_mesh, fitting_remat, needed
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
-from moe_ablm.training.optimizer import make_optimizer, make_schedule
+from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
-from moe_ablm.training.step import make_eval_step, make_train_step
-from moe_ablm.training.throughput import Clock, device_memory, matmul_peak
+from moe_ablm.training.step import Batch, make_eval_step
+from moe_ablm.training.throughput import Clock, device_memory, peak
+from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
 
 
@@ -66,9 +70,11 @@ def run(config: Config, workdir: Path) -> dict:
       The content of `run.json`.
 
     Raises:
-      UserError: the config, the dataset or the work directory does not fit; nothing is written.
+      UserError: the config, the dataset or the work directory does not fit, nothing is written; or
+        a device has too little memory, what was saved is kept.
       Diverged: the loss or a norm is not finite; the last good checkpoint is kept.
     """
+    keep_compilations()
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
     model = starting_model(config)
@@ -90,6 +96,10 @@ def run(config: Config, workdir: Path) -> dict:
         except Diverged as error:
             good = trainer.give_up(str(error))
             raise Diverged(f"{error}; the last good checkpoint is of step {good}") from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(trainer.run_out_of_memory(error)) from error
 
 
 def open_datasets(config: Config) -> list[Dataset]:
@@ -113,13 +123,12 @@ def starting_model(config: Config) -> Model | None:
 
 def execution_of(config: Config, spec: EncoderSpec, mesh: Mesh) -> Execution:
     """How this machine computes: `compute.*`, with what is left open decided by the hardware."""
-    c = config.compute
-    execution = make_execution(c.precision, c.scan, c.remat, jax.default_backend())
+    execution = execution_on(config, jax.default_backend())
     memory = device_memory()
-    if c.remat is not None or memory is None:
+    if config.compute.remat is not None or memory is None:
         return execution
     axes = abstract_mesh(*mesh.axis_sizes)
-    rows = config.train.batch // config.train.accumulate // mesh.size
+    rows = batch_rows(config) // config.train.accumulate // mesh.size
     return fitting_remat(spec, execution, axes, (rows, config.data.length), memory)
 
 
@@ -147,25 +156,19 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec, self.start = config.model.spec(), start
         self.execution = execution_of(config, self.spec, mesh)
-        self.optimizer = make_optimizer(config.train)
+        definition, self.optimizer, self.train_step = make_program(config, self.execution)
         self.schedule = make_schedule(config.train)
-        definition = states.make_definition(self.spec, self.execution)
-        train_step = make_train_step(
-            definition,
-            self.optimizer,
-            self.spec,
-            config.train.accumulate,
-            config.train.ema,
-            config.seed,
-        )
-        self.train_step = jax.jit(train_step, donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(definition))
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.record = Record()
+        window = config.log.window if multihost.is_first() else None
+        self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
         self.clock = Clock()
+        self.results = None  # opened by `train`, in the first process
         self.step = 0  # updates dispatched
         self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
+        self.compile_seconds = None  # of the update: traced, then compiled or found in the cache
 
     def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
         """The whole story of a run; it ends early, saved, once `stop` says so.
@@ -175,19 +178,24 @@ class Trainer:
         steps = self.config.train.steps
         state = self._restore_or_init()
         self.results = Results(self.workdir, self.step) if multihost.is_first() else None
-        self.peak = matmul_peak(self.execution.operands)
+        self.peak = peak(self.execution.operands)
         self._announce()
         batches = self.feed.train_batches(self.step)
         done = self.step == steps or self._patience_is_over() or self.record.collapsed
-        with Progress(steps, self.step) as self.progress:
+        with Progress(steps, self.step) as self.progress, self.trace:
             while not done:
                 batch = global_batch(next(batches), self.mesh)
-                state, metrics = self.train_step(state, batch)
+                self.trace.begin(self.step + 1, self._read_pending)
+                state, metrics = self._update(state, batch)
                 # the device works on this step while the host reads the one before
                 self._read_pending()
                 self.record.collapsed = self._is_given_up()
                 self.step += 1
                 self.pending = (self.step, metrics)
+                if self.trace.end(self.step, self._read_pending):
+                    self.progress.note(
+                        f"trace of updates {self.config.log.profile}: {self.trace.directory}"
+                    )
                 improved = False
                 if self.step % self.config.eval.every == 0 or self.step == steps:
                     improved = self._evaluate(state)
@@ -201,6 +209,16 @@ class Trainer:
                     return self._finish(state, "stopped")
         early = self.record.collapsed and self.step < steps
         return self._finish(state, COLLAPSED if early else "complete")
+
+    def _update(self, state: states.TrainState, batch: Batch):
+        """Dispatches an update; the first one waits until it is compiled, and says how long."""
+        start = time.perf_counter()
+        with jax.profiler.StepTraceAnnotation("update", step_num=self.step + 1):
+            out = self.train_step(state, batch)
+        if self.compile_seconds is None:
+            self.compile_seconds = time.perf_counter() - start
+            self.progress.note(f"compiled in {self.compile_seconds:.1f} s")
+        return out
 
     # restoring and saving
 
@@ -257,7 +275,7 @@ class Trainer:
             "epochs": self.feed.mixture.epochs(step),
             "tokens_per_second": speed,
             "model_flops_per_second": flop_rate,
-            "matmul_peak_share": flop_rate / self.peak,
+            "matmul_peak_share": flop_rate / self.peak.flops,
         }  # fmt: skip
         if metrics.router is not None:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
@@ -315,7 +333,8 @@ class Trainer:
             f"{self.config.model.size}: {flops.params_total(self.spec):,} parameters"
             f" ({flops.params_active(self.spec):,} active), {rows:,} antibodies"
             f" ({self.feed.unique_tokens:,} tokens), {self.mesh.size} device(s),"
-            f" {self.execution.operands} matmuls at {self.peak / 1e9:,.0f} GFLOP/s peak"
+            f" {self.execution.operands} matmuls at {self.peak.flops / 1e9:,.0f} GFLOP/s peak"
+            f" ({self.peak.source})"
         )
         if left_out:
             print(f"{left_out:,} sequences are longer than data.length and left out")
@@ -331,6 +350,7 @@ class Trainer:
         told = self.watch.summary(), self.clock.mean, recent
         state = state._replace(params=multihost.gathered(state.params, self.mesh))
         summary = run_summary(self.config, self.feed, state, self.record, status, *told)
+        summary["execution"] = self._execution()
         self._write_run(summary)
         if status == "stopped":
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
@@ -346,8 +366,23 @@ class Trainer:
         good = self.checkpoints.newest_step()
         fingerprint = configs.fingerprint(self.config, self.feed.identity)
         content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
-        self._write_run(content)
+        self._write_run(content | {"execution": self._execution()})
         return good
+
+    def run_out_of_memory(self, error: Exception) -> str:
+        """Lets a save in progress end and closes everything; returns what to tell."""
+        with contextlib.suppress(Exception):  # what failed may be the save
+            self.checkpoints.close()
+        if self.results is not None:
+            self.results.close()
+        batching, accumulate = self.feed.mixture.batching, self.config.train.accumulate
+        rows = batching.rows // accumulate // self.mesh.size
+        axes, ema = abstract_mesh(*self.mesh.axis_sizes), self.config.train.ema > 0
+        needs = needed(self.spec, self.execution, axes, (rows, batching.length), ema)
+        return out_of_memory(error, self.config, self.execution, needs, device_memory())
+
+    def _execution(self) -> dict:
+        return execution_summary(self.execution, self.mesh, self.peak, self.compile_seconds)
 
     def _write_run(self, content: dict) -> None:
         if self.results is not None:

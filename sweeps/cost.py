@@ -6,19 +6,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from moe_ablm.training.peaks import PEAKS
 from sweeps.planned import Planned
 
-# Peak matmul FLOP/s, dense bfloat16, from the vendors' data sheets; "core": measured, one core of a
-# Xeon with AMX (1024 x 1024 matmul of bfloat16 operands through XLA).
-PEAKS = {
-    "a100": 312e12,
-    "h100": 989e12,
-    "h200": 989e12,
-    "v4": 275e12,
-    "v5p": 459e12,
-    "v6e": 918e12,
-    "core": 0.8e12,
-}
+# peak FLOP/s; "core": measured, one core of a Xeon with AMX (1024 x 1024 matmul of bfloat16
+# operands through XLA)
+DEVICES = PEAKS | {"core": 0.8e12}
 
 
 @dataclass(frozen=True)
@@ -30,10 +23,10 @@ class Rate:
 
     def hours(self, flops: float) -> float:
         """Device-hours of so many model FLOPs."""
-        return flops / (PEAKS[self.device] * self.mfu) / 3600
+        return flops / (DEVICES[self.device] * self.mfu) / 3600
 
     def __str__(self) -> str:
-        return f"{self.device} at {self.mfu:.0%} of {PEAKS[self.device] / 1e12:g} TFLOP/s"
+        return f"{self.device} at {self.mfu:.0%} of {DEVICES[self.device] / 1e12:g} TFLOP/s"
 
 
 def wide_console() -> Console:

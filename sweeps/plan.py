@@ -4,17 +4,13 @@ A cell's config is parsed from its command line by the trainer's own rules, so t
 is the one that the trainer will write.
 """
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
-from launch.cell import REPOSITORY, Cell
+from launch.cell import Cell, config_of
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
@@ -22,7 +18,7 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
-from moe_ablm.model.spec import Row
+from moe_ablm.model.families import Row
 from sweeps.grid import Point
 from sweeps.planned import Planned
 from sweeps.study import Recipe
@@ -63,27 +59,6 @@ def plan(
     return list(made.values()), twins
 
 
-def parse_config(argv: Sequence[str]) -> Config:
-    """The checked config of a training command, as the trainer would read it.
-
-    Raises:
-      UserError: the config file, a key or a value is wrong.
-    """
-    argv = ["train", *(a for a in argv if a.startswith("--config"))]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    with contextlib.chdir(REPOSITORY):
-        try:
-            values(argv)
-            tree = values.config
-            return configs.from_mapping(tree)
-        except UserError:
-            raise
-        except Exception as error:  # flags, config files and ml_collections raise many kinds
-            text = " ".join(str(error.args[0] if error.args else error).split())
-            raise UserError(f"config or flag: {text}") from error
-
-
 def _label(point: Point) -> str:
     """Values joined; numbers with the names of their axes, at the end."""
     words = [str(v) for v in point.values() if not isinstance(v, int)]
@@ -97,7 +72,7 @@ def _planned(
     own = [f"--config.{key}={value}" for key, value in recipe.overrides.items()]
     _require_apart(recipe.overrides, extra)
     argv = ["-m", "moe_ablm.train", f"--config={file}", *extra, *own]
-    config = parse_config(argv)
+    config = config_of(argv)
     steps = min(config.train.steps, _COUNTED_STEPS)
     # what does not change the counts is made the same, so that few feeds are built
     data = _data(replace(config, seed=0, model=None, train=replace(config.train, steps=steps)))

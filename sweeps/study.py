@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
 from moe_ablm.errors import UserError
-from sweeps.cost import PEAKS, Rate, print_cells
+from sweeps.cost import DEVICES, Rate, print_cells
 from sweeps.grid import Point
 from sweeps.planned import Planned, write_plan
 
@@ -130,7 +130,7 @@ def _options(study: Study, argv: list[str] | None):
     add("--seeds", type=int, default=study.seeds, help="default %(default)s")
     add("--dry-run", action="store_true", help="print the table and stop")
     add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more")
-    add("--device", choices=PEAKS, default=study.device, help="for hours; default %(default)s")
+    add("--device", choices=DEVICES, default=study.device, help="for hours; default %(default)s")
     add("--mfu", type=float, default=study.mfu, help="share of its peak; default %(default)s")
     study.add_arguments(parser)
     module.add_arguments(parser)

@@ -12,17 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_ablm.model.families import ExpertChoice, Router, Sequence, Soft, TopK, TopP
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import (
-    EncoderSpec,
-    Execution,
-    ExpertChoice,
-    Router,
-    Sequence,
-    Soft,
-    TopK,
-    TopP,
-)
+from moe_ablm.model.spec import EncoderSpec, Execution
 
 D, F, E = 6, 8, 4
 CAPACITY = {"experts": E, "capacity": 0.75}

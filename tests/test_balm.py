@@ -9,13 +9,13 @@ import pytest
 from random_models import logits_of, random_model, same
 from safetensors.numpy import load_file, save_file
 
-from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.config import MoEConfig
+from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import export_balm
 from moe_ablm.interop.balm_config import BALM_VOCABULARY
 from moe_ablm.interop.directory import import_directory
-from moe_ablm.model.spec import ExpertChoice, Soft, TopK, TopP
+from moe_ablm.model.families import ExpertChoice, Soft, TopK, TopP
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEPT = np.array([VOCABULARY.index(token) for token in BALM_VOCABULARY])  # our ids of BALM's tokens

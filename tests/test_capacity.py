@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_ablm.model.families import ExpertChoice, TopK
 from moe_ablm.model.routers import place_in_queue, places, tokens_of_antibody
-from moe_ablm.model.spec import ExpertChoice, TopK
 
 places_found = jax.jit(place_in_queue)
 

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from test_optimizer import spec as optimizer_spec
 
-from moe_ablm.model.spec import EncoderSpec, TopK
+from moe_ablm.model.families import TopK
+from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints, checksums

@@ -9,7 +9,8 @@ from conftest import tiny_config
 from configs import base, ladder, quickstart
 from moe_ablm import config as configs
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import FAMILIES, SIZES
+from moe_ablm.model.families import FAMILIES
+from moe_ablm.model.spec import SIZES
 
 
 def changed(**changes):
@@ -52,6 +53,19 @@ def test_every_key_of_a_section_is_known_and_required():
         ({"data__mask_rate": 1.5}, "mask_rate=1.5: expected between 0 and 1"),
         ({"train__steps": 0}, "train.steps=0: expected a positive number"),
         ({"train__warmup": 99_999}, r"warmup=99999: expected 0 to train.steps \(10000\)"),
+        (
+            {"train__schedule": "wsd", "train__warmup": 8001},
+            r"warmup=8001 .* 2000 steps .*share=0.2.*[.]steps=10000: .*lower train.warmup to 8000",
+        ),
+        (
+            {"train__schedule": "wsd", "train__steps": 5, "train__warmup": 5},
+            r"warmup=5 .* 1 steps .*[.]steps=5: .*lower train.warmup to 4",
+        ),
+        ({"log__profile": "5"}, "log.profile='5': expected FROM:TO, .* such as 20:24, .*10000"),
+        ({"log__profile": "0:3"}, "log.profile='0:3': expected FROM:TO"),
+        ({"log__profile": "7:6"}, "log.profile='7:6': expected FROM:TO"),
+        ({"log__profile": "9999:10001"}, "log.profile='9999:10001': expected FROM:TO"),
+        ({"log__profile": "1:x"}, "log.profile='1:x': expected FROM:TO"),
         ({"train__lr": float("nan")}, "train.lr=nan"),
         ({"train__lr": float("inf")}, "train.lr=inf"),
         ({"mesh__data": 0}, "mesh.data=0"),
@@ -69,6 +83,12 @@ def test_every_key_of_a_section_is_known_and_required():
 def test_wrong_values_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         configs.from_mapping(changed(**changes))
+
+
+def test_warm_up_and_decay_may_fill_a_run():
+    t = configs.from_mapping(changed(train__schedule="wsd", train__warmup=8000)).train
+    assert t.warmup + t.decay_steps == t.steps
+    assert configs.from_mapping(changed(train__warmup=10_000)).train.schedule == "linear"
 
 
 # one wrong value of model.moe each, beside others that are right: the key's name is in the message
@@ -190,7 +210,11 @@ def test_placement(placement, first_dense, layers):
 def test_fingerprint_ignores_hardware_and_follows_everything_else():
     first = tiny_config()
     same = tiny_config(
-        mesh__data=1, compute__precision="float32", checkpoint__every=7, log__every=3
+        mesh__data=1,
+        compute__precision="float32",
+        checkpoint__every=7,
+        log__every=3,
+        log__profile="2:3",
     )
     assert configs.fingerprint(first, "d") == configs.fingerprint(same, "d")
     assert configs.fingerprint(first, "d") != configs.fingerprint(first, "other data")
@@ -202,6 +226,17 @@ def test_fingerprint_ignores_hardware_and_follows_everything_else():
             other = dataclasses.replace(first, **{section.name: part + 1})
             assert configs.fingerprint(other, "d") != configs.fingerprint(first, "d")
     assert configs.fingerprint(tiny_config(train__lr=1e-4), "d") != configs.fingerprint(first, "d")
+
+
+def test_the_updates_to_trace():
+    assert tiny_config().log.window is None
+    assert tiny_config(log__profile="2:12").log.window == (2, 12)
+
+
+def test_a_config_from_before_traces_is_the_same_run():
+    tree = configs.to_dict(tiny_config())
+    del tree["log"]["profile"]
+    assert configs.from_mapping(tree) == tiny_config()
 
 
 def test_a_config_survives_json():

@@ -53,7 +53,7 @@ from moe_ablm.evaluation.subject import Subject
 from moe_ablm.evaluation.suite import as_json, run_suite
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.route import Choices, Weights
-from moe_ablm.model.spec import ExpertChoice
+from moe_ablm.model.families import ExpertChoice
 
 EXPERTS = 14
 CDRH3 = region_names().index("CDRH3")

@@ -13,7 +13,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.directory import import_directory
 from moe_ablm.interop.esm2 import export_esm2
 from moe_ablm.interop.saved import save_model
-from moe_ablm.model.spec import TopK
+from moe_ablm.model.families import TopK
 
 FILES = ["README.md", "config.json", "model.safetensors", "special_tokens_map.json",
          "tokenizer_config.json", "vocab.txt"]  # fmt: skip

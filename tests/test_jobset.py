@@ -23,7 +23,8 @@ def cell(
     name: str = "35m.top2-S=1-0123abcd",
     folder: Path = Path("/runs/x"),
 ) -> Cell:
-    return Cell(name, argv, folder / name, "0123456789abcdef", 1.0, 1.0)
+    environment = {"XLA_FLAGS": "--xla_a=1 --xla_b=2", "PRICE": "$5"}
+    return Cell(name, argv, folder / name, "0123456789abcdef", 1.0, 1.0, environment)
 
 
 def resolved(**given: str) -> dict:
@@ -68,12 +69,13 @@ def test_gpu_nodes_find_each_other():
     # JobSet's names of pods: SET-JOB-REPLICA-INDEX, in a subdomain of the name of the set
     assert env["JAX_COORDINATOR_ADDRESS"] == f"{name}-run-0-0.{name}:8476"
     assert env["JAX_PROCESS_COUNT"] == "2"
-    assert "xla_gpu_enable_latency_hiding_scheduler" in env["XLA_FLAGS"]
+    assert env["XLA_FLAGS"] == "--xla_a=1 --xla_b=2"
+    assert expand(env["PRICE"], {}) == "$5"
 
 
 @pytest.mark.parametrize(
     ("hardware", "hosts", "topology"),
-    [("v4-8", 1, "2x2x1"), ("v5p-128", 16, "4x4x4"), ("v6e-16", 4, "4x4"), ("v6e-8", 2, "2x4")],
+    [("v4-8", 1, "2x2x1"), ("v5p-128", 16, "4x4x4"), ("v6e-16", 4, "4x4"), ("v5e-8", 2, "2x4")],
 )
 def test_tpu_slices(hardware, hosts, topology):
     made = jobset.manifest(cell(), resolved(hardware=hardware))
@@ -174,6 +176,7 @@ def test_the_xpk_command(tmp_path):
     # xpk pastes the command into YAML, between double quotes for one
     assert re.fullmatch(r"--command=exec sh [\w./=-]+", argv[-1])
     gpu = jobset.xpk_command(cell(), resolved())
+    assert "--tpu-type=v5litepod-8" in jobset.xpk_command(cell(), resolved(hardware="v5e-8"))
     assert "--num-nodes=2" in gpu and "--device-type=h100-80gb-8" in gpu
 
 
@@ -195,13 +198,19 @@ def test_the_script_for_xpk_gives_the_trainer_what_it_expects(tmp_path):
 
 
 def test_launch_writes_what_it_checked(tmp_path, capsys):
-    one = Cell("a-1", ("-m", "x"), tmp_path / "a-1", "f" * 16, 1.0, 1.0)
+    argv = ("-m", "moe_ablm.train", "--config=configs/base.py")
+    one = Cell("a-1", argv, tmp_path / "a-1", "f" * 16, 1.0, 1.0)
     values = {"hardware": "v4-8", "image": "i", "claim": "c", "mount": str(tmp_path)}
     parser = argparse.ArgumentParser()
     jobset.add_arguments(parser)
     assert jobset.launch([one], parser.parse_args([f"--{k}={v}" for k, v in values.items()])) == 0
     made = yaml.safe_load((tmp_path / "logs" / "jobset" / "a-1.yaml").read_text())
     assert jobset.check(made) == []
+    container = pod(made)["containers"][0]
+    assert "--config.mesh.data=4" in container["args"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    assert env["MOE_ABLM_HARDWARE"] == "v4-8"
+    assert "xla_tpu_enable_data_parallel_all_reduce_opt" in env["LIBTPU_INIT_ARGS"]
     told = capsys.readouterr().out
     assert "kubectl create -f" in told and "xpk workload create" in told
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.families import Soft, TopK, TopP
 from moe_ablm.model.layers import (
     INIT_STD,
     Balance,
@@ -20,7 +21,7 @@ from moe_ablm.model.layers import (
     normal,
     swiglu,
 )
-from moe_ablm.model.spec import BACKENDS, EncoderSpec, Execution, Soft, TopK, TopP
+from moe_ablm.model.spec import BACKENDS, EncoderSpec, Execution
 
 
 def test_normal_has_its_spread_letters_and_seed():

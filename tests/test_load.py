@@ -14,7 +14,7 @@ from moe_ablm import config as configs
 from moe_ablm.errors import UserError
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import flat_arrays, read_model, save_model
-from moe_ablm.model.spec import TopK
+from moe_ablm.model.families import TopK
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints

@@ -9,9 +9,10 @@ import pytest
 from conftest import REPO
 
 from launch import meshes
-from launch.meshes import encoder, hardware, plan
+from launch.meshes import fitting_plan, given_keys, hardware, plan, rung
 from moe_ablm.errors import UserError
-from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution, Soft, TopK
+from moe_ablm.model.families import Soft, TopK
+from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import memory
 from moe_ablm.training.optimizer import make_optimizer
@@ -21,24 +22,32 @@ TINY = EncoderSpec(4, 16, 32, 2, moe=TopK(experts=4))
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "devices", "hosts", "near"),
+    ("name", "kind", "devices", "hosts", "near", "topology"),
     [
-        ("a100x8", "gpu", 8, 1, 8),
-        ("h100x8x4", "gpu", 32, 4, 8),
-        ("h200x1", "gpu", 1, 1, 1),
-        ("v4-8", "tpu", 4, 1, 4),  # cores: two a chip
-        ("v5p-128", "tpu", 64, 16, 64),
-        ("v6e-16", "tpu", 16, 4, 16),  # chips
-        ("cpu", "cpu", 1, 1, 1),
+        ("a100x8", "gpu", 8, 1, 8, ""),
+        ("h100x8x4", "gpu", 32, 4, 8, ""),
+        ("h200x1", "gpu", 1, 1, 1, ""),
+        ("v4-8", "tpu", 4, 1, 4, "2x2x1"),  # cores: two a chip
+        ("v5p-128", "tpu", 64, 16, 64, "4x4x4"),
+        ("v5e-8", "tpu", 8, 2, 8, "2x4"),  # chips
+        ("v6e-16", "tpu", 16, 4, 16, "4x4"),
+        ("v6e-1", "tpu", 1, 1, 1, "1x1"),
+        ("cpu", "cpu", 1, 1, 1, ""),
     ],
 )
-def test_names(name, kind, devices, hosts, near):
+def test_names(name, kind, devices, hosts, near, topology):
     found = hardware(name)
     assert (found.kind, found.devices, found.hosts, found.near) == (kind, devices, hosts, near)
+    assert found.topology == topology
+
+
+def test_memory_of_a_chip():
+    """16 GB where others have 32: what fits one need not fit the other."""
+    assert hardware("v5e-8").memory == 16 * 10**9 == hardware("v6e-8").memory / 2
 
 
 @pytest.mark.parametrize(
-    "name", ["", "h100", "h100x3", "b200x8", "v4-9", "v5p-12", "h100x8x0", "v9-8"]
+    "name", ["", "h100", "h100x3", "b200x8", "v4-9", "v5p-12", "v5e-2", "h100x8x0", "v9-8"]
 )
 def test_unknown_names(name):
     with pytest.raises(UserError, match="expected one of"):
@@ -70,19 +79,33 @@ def test_layers_of_a_kind_keep_equally_much(moe, remat):
     """Four layers traced whole, against two of each kind."""
     spec = replace(TINY, moe=moe)
     execution = Execution(remat=remat)
-    kept, layer = memory.activation_bytes(spec, execution, 32)
+    found = memory.activation_bytes(spec, execution, 32)
     # router losses are a few numbers that no layer has to itself
-    assert kept == pytest.approx(memory._slope(spec, execution, 32), rel=1e-3)
-    assert 0 < layer < kept
+    whole = memory._slope(spec, execution, 32)
+    assert found.rest + found.layers == pytest.approx(whole, rel=1e-3)
+    assert 0 < found.largest < found.layers <= 4 * found.largest
 
 
 def test_remat_keeps_less_and_longer_rows_more():
     kept, matmuls, least = (
-        memory.activation_bytes(TINY, Execution(remat=remat), 32)[0] for remat in REMAT
+        memory.activation_bytes(TINY, Execution(remat=remat), 32).layers for remat in REMAT
     )
     assert least < kept / 2 and least < matmuls < kept
     # at least in proportion: nothing of size length x length is kept of attention
-    assert memory.activation_bytes(TINY, Execution(), 64)[0] == pytest.approx(2 * kept, rel=0.3)
+    longer = memory.activation_bytes(TINY, Execution(), 64).layers
+    assert longer == pytest.approx(2 * kept, rel=0.3)
+
+
+def test_what_is_needed_at_the_peak():
+    """Activations or gradients, whichever is more; gradients of earlier micro-batches beside."""
+    mesh = memory.abstract_mesh(1, 1, 1)
+    execution = Execution(remat="matmuls")
+    few, many = (memory.needed(TINY, execution, mesh, (rows, 32)) for rows in (1, 1000))
+    assert few.activations < few.gradients == many.gradients < many.activations
+    assert few.total == pytest.approx(memory.SPARE * (few.state + few.gradients))
+    assert many.total == pytest.approx(memory.SPARE * (many.state + many.activations))
+    several = memory.needed(TINY, execution, mesh, (1000, 32), accumulate=2)
+    assert several.total - many.total == pytest.approx(memory.SPARE * many.gradients)
 
 
 # plans
@@ -91,11 +114,12 @@ BIG = replace(hardware("h100x8"), memory=80 * 10**9)
 
 
 def test_what_fits_is_not_divided():
-    found = plan(encoder("8m", "none", 8), hardware("h100x8"), 128, 256)
+    found = plan(rung("8m", "none", train__batch=128), hardware("h100x8"))
     assert (found.data, found.expert, found.fsdp, found.rows) == (8, 1, 1, 16)
     assert found.remat == "matmuls" and found.fits
     assert found.flags == (
-        "--config.mesh.expert=1", "--config.mesh.fsdp=1", "--config.compute.remat=matmuls"
+        "--config.mesh.data=8", "--config.mesh.expert=1", "--config.mesh.fsdp=1",
+        "--config.compute.remat=matmuls",
     )  # fmt: skip
 
 
@@ -112,18 +136,19 @@ def test_what_fits_is_not_divided():
     ],
 )
 def test_which_experts_are_spread(size, router, experts, expert):
-    assert meshes._expert_axis(encoder(size, router, experts), BIG) == expert
+    spec = rung(size, router, model__moe__experts=experts).model.spec()
+    assert meshes._expert_axis(spec, BIG) == expert
 
 
 def test_less_memory_first_shards_then_recomputes():
     """A smaller and smaller device, for one model."""
-    spec, seen = encoder("8m", "none", 8), []
+    config, seen = rung("8m", "none", train__batch=128), []
     for mib in (2048, 900, 500, 200, 130, 100, 80, 60):
         where = replace(BIG, memory=mib << 20)
         try:
-            found = plan(spec, where, 128, 256)
+            found = fitting_plan(config, where)
             seen.append((found.remat, found.fsdp))
-            assert found.total <= meshes.USABLE * where.memory
+            assert found.needed.total <= where.usable
         except UserError as error:
             seen.append(str(error).split(":")[0])
     assert seen[0] == ("matmuls", 1)
@@ -137,7 +162,51 @@ def test_a_batch_that_cannot_be_split():
     with pytest.raises(
         UserError, match="128 rows .* 256 devices of h100x8x32: use a multiple of 256"
     ):
-        plan(encoder("8m", "none", 8), hardware("h100x8x32"), 128, 256)
+        plan(rung("8m", "none", train__batch=128), hardware("h100x8x32"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"mesh__fsdp": 4}, (2, 1, 4, "matmuls")),
+        ({"mesh__data": 2, "mesh__fsdp": 4}, (2, 1, 4, "matmuls")),
+        ({"mesh__data": 4}, (4, 1, 2, "matmuls")),
+        ({"mesh__expert": 2}, (4, 2, 1, "matmuls")),
+        ({"compute__remat": "none"}, (8, 1, 1, "none")),
+    ],
+)
+def test_what_the_config_says_stays(overrides, expected):
+    found = plan(rung("8m", "top2", train__batch=128, **overrides), hardware("h100x8"))
+    assert (found.data, found.expert, found.fsdp, found.remat) == expected
+
+
+def test_what_the_command_line_says_stays_even_if_it_is_the_default():
+    config = rung("8m", "none", train__batch=128)
+    small = replace(BIG, memory=100 << 20)
+    free = plan(config, small)
+    kept = plan(config, small, given_keys(["--config.mesh.fsdp=1"]))
+    assert free.fsdp > 1 and kept.fsdp == 1
+
+
+def test_keys_of_a_command_line():
+    argv = ["-m", "moe_ablm.train", "--config=x.py:a=1", "--config.mesh.fsdp=1",
+            "--config.train.lr", "1e-3", "--workdir=/config.x"]  # fmt: skip
+    assert given_keys(argv) == {"mesh.fsdp", "train.lr"}
+
+
+def test_a_mesh_that_is_not_that_of_the_devices():
+    with pytest.raises(UserError, match="mesh.data=3, .* do not multiply to the 8 devices"):
+        plan(rung("8m", "none", train__batch=128, mesh__data=3), hardware("h100x8"))
+
+
+def test_what_does_not_fit_says_how_it_would():
+    """Micro-batches make it another run, so that nobody but its user may choose them."""
+    config = rung("8m", "none", train__batch=1024)
+    with pytest.raises(UserError, match=r"does not fit .* train.accumulate=\d+ \(which makes") as e:
+        fitting_plan(config, replace(BIG, memory=300 << 20))
+    n = int(str(e.value).partition("accumulate=")[2].split()[0])
+    config = rung("8m", "none", train__batch=1024, train__accumulate=n)
+    assert fitting_plan(config, replace(BIG, memory=300 << 20)).fits
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -168,6 +237,6 @@ def test_xla_knows_the_flags():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_state_is_parameters_and_two_moments(size):
-    spec = encoder(size, "none", 8)
+    spec = rung(size, "none").model.spec()
     params, state = memory.state_bytes(spec, memory.abstract_mesh(8, 1, 1))
     assert state == pytest.approx(3 * params, rel=1e-6)

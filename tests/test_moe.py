@@ -36,9 +36,10 @@ from moe_blocks import (
 )
 
 from moe_ablm.model import dispatch
+from moe_ablm.model.families import Soft, TopK
 from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
-from moe_ablm.model.spec import EncoderSpec, Execution, Soft, TopK
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, make_mesh
 
 

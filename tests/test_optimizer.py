@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, TopK
+from moe_ablm.model.families import TopK
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training.optimizer import decay_mask, make_optimizer, make_schedule
 from moe_ablm.training.spec import OptimizerSpec
 
@@ -31,6 +32,23 @@ def test_schedule(schedule, expected):
     rate = make_schedule(spec(schedule=schedule))
     for step, value in expected.items():
         assert float(rate(step)) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize(
+    ("warmup", "decay_share"), [(80, 0.2), (0, 1.0), (99, 0.001), (50, 0.5), (0, 0.2)]
+)
+def test_the_last_update_is_one_before_0(schedule, warmup, decay_share):
+    """On the boundary, too, where the decay begins as the warm-up ends."""
+    s = spec(schedule=schedule, warmup=warmup, decay_share=decay_share)
+    rate, steps = make_schedule(s), np.arange(100)
+    values = np.array([float(rate(step)) for step in steps])
+    assert float(rate(100)) == 0 and float(rate(1000)) == 0
+    assert values.max() == pytest.approx(1)
+    falling = s.decay_steps if schedule == "wsd" else 100 - warmup
+    assert (np.diff(values) < 0).sum() == falling - 1
+    if schedule != "cosine":
+        assert values[-1] == pytest.approx(1 / falling)
 
 
 def test_no_warmup():

@@ -12,9 +12,11 @@ from jax.test_util import check_grads
 from moe_blocks import gate_table, in_float64, jit
 
 from moe_ablm.model import routers
+from moe_ablm.model.families import ExpertChoice, Router, Soft, TopK, TopP
+from moe_ablm.model.moe import RouterWeights, router_logits
 from moe_ablm.model.routers import Tokens
 from moe_ablm.model.routing import summarise
-from moe_ablm.model.spec import ExpertChoice, Router, Soft, TopK, TopP
+from moe_ablm.training.stability import DEFAULTS
 
 E = 4
 # probabilities of four tokens and two pads; the logits of token i are log p + SHIFT[i], so that
@@ -520,3 +522,20 @@ def test_the_gate_of_top1_teaches_the_router():
     p = PROBABILITIES[0, 0]
     expected = p[0] * (np.eye(E)[0] - p)  # of softmax
     np.testing.assert_allclose(gradient[0, 0], expected, rtol=1e-5)
+
+
+# the start of soft-MoE
+
+
+@pytest.mark.parametrize("d", [128, 1280])
+def test_a_normalised_router_starts_with_a_formed_dispatch(d):
+    """The table of docs/moe.md: flat at scale 1, not at the default."""
+    x = jax.random.normal(jax.random.key(0), (1, 256, d))
+    kernel = 0.02 * jax.random.normal(jax.random.key(1), (d, 8, 64))
+    spread = {}
+    for name, spec in {"one": Soft(l2=True, l2_scale=1.0), "default": Soft(l2=True)}.items():
+        scale = jnp.float32(spec.initial_scale(d))
+        logits = router_logits(x, RouterWeights(kernel, scale, None))
+        _, sums = routers.plan(spec, logits, Tokens(jnp.ones((1, 256), bool)))
+        spread[name] = float(summarise(sums, balanced=False).spread)
+    assert spread["one"] > DEFAULTS.flat and spread["default"] < 0.93

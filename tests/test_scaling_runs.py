@@ -194,6 +194,17 @@ def test_run_directories(tmp_path):
     assert any("before one epoch" in note for note in runs.notes)
 
 
+def test_what_computed_a_run_is_no_part_of_the_table(tmp_path):
+    execution = {"device_kind": "cpu", "devices": 1, "mesh": {"data": 1}, "versions": {"jax": "0"}}
+    make_run(tmp_path / "before")  # as earlier versions left it
+    make_run(tmp_path / "now", seed=1, execution=execution)
+    make_run(tmp_path / "copy", seed=1, execution=execution | {"devices": 8})
+    runs = read_runs([tmp_path])
+    assert len(runs) == 2 and "duplicate of" in runs.dropped[0][1]
+    assert "execution" not in runs.columns
+    assert len(read_runs([tmp_path], Reading(where={"seed": "1"}))) == 1
+
+
 def test_training_curves_of_run_directories(tmp_path):
     make_run(tmp_path / "a")
     runs = read_runs([tmp_path], Reading(curves=True))

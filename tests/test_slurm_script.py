@@ -32,7 +32,7 @@ def options(**given: str) -> argparse.Namespace:
 
 
 def resolved(**given: str) -> dict:
-    return settings.resolve(options(**given), "slurm", slurm.SETTINGS)
+    return slurm.settings_of(options(**given))
 
 
 @pytest.fixture(autouse=True)

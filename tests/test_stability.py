@@ -12,10 +12,10 @@ from conftest import tiny_config
 
 from moe_ablm import train
 from moe_ablm.config import MoEConfig
+from moe_ablm.model.families import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.model.moe import RouterWeights, router_logits
 from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import RouterStats, summarise
-from moe_ablm.model.spec import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.training.stability import (
     StabilityWatch,
     Thresholds,
@@ -331,7 +331,7 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
     assert json.loads((tmp_path / "w" / "run.json").read_text()) == found
     # the same command says the same and trains no further
     again = train.run(config, tmp_path / "w")
-    of_the_process = {"tokens_per_second": 0, "peak_memory": 0}
+    of_the_process = {"tokens_per_second": 0, "peak_memory": 0, "execution": None}
     assert again | of_the_process == found | of_the_process
     # interrupted, and with other checkpoints, it ends at the same step
     read, step = train.Trainer._read_pending, []

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, command, run_command
 
-from launch.cell import REPOSITORY
+from launch.cell import REPOSITORY, config_of
 from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, state_of
 from moe_ablm import config as configs
 from moe_ablm.data.dataset import Dataset
@@ -26,7 +26,7 @@ from moe_ablm.scaling.runs import read_runs
 from sweeps import collect, compare_routers, grid, nested_data, scaling, status
 from sweeps.check import design_lines
 from sweeps.cost import Rate
-from sweeps.plan import parse_config, plan, unplanned_flags
+from sweeps.plan import plan, unplanned_flags
 from sweeps.planned import Planned, read_plan, write_plan
 from sweeps.study import Recipe, Study, main
 
@@ -88,7 +88,7 @@ def test_a_plan_has_the_config_that_the_trainer_reads(tmp_path):
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
     tree, workdir = json.loads(done.stdout)
-    config = parse_config(planned.cell.argv)
+    config = config_of(planned.cell.argv)
     assert configs.from_mapping(tree) == config
     assert (config.seed, config.train.lr) == (5, 0.25)
     assert Path(workdir) == planned.cell.workdir
@@ -100,14 +100,14 @@ def test_a_plan_has_the_config_that_the_trainer_reads(tmp_path):
 )
 def test_hostile_values_arrive_or_are_refused_in_one_line(tmp_path, value):
     argv = ["--config=configs/base.py", f"--config.data.path=/{value}"]
-    assert parse_config(argv).data.path == f"/{value}"
+    assert config_of(argv).data.path == f"/{value}"
     named = [*TINY_FLAGS, f"--config.model.size={value}"]  # any name will do with four sizes given
     (planned,) = plan([{"seed": 0, "x": value}], lambda p: Recipe("configs/base.py"), tmp_path,
                       named)[0]  # fmt: skip
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.=-]{1,100}", planned.cell.name)
-    assert parse_config(planned.cell.argv).model.size == value
+    assert config_of(planned.cell.argv).model.size == value
     with pytest.raises(UserError) as error:
-        parse_config([argv[0], f"--config.data.regime={value}"])
+        config_of([argv[0], f"--config.data.regime={value}"])
     assert "\n" not in str(error.value)
 
 
@@ -161,7 +161,7 @@ def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
     micro, experts = {}, {}
     from configs.small_ladder import ROUTERS, SIZES, get_config
     from moe_ablm.model import flops
-    from moe_ablm.model.spec import Row
+    from moe_ablm.model.families import Row
 
     for size in SIZES:
         for router in ROUTERS:
@@ -282,6 +282,7 @@ def write_run(p: Planned, **content) -> None:
         "flops": 1e9,
         "valid_loss_final": 2.25,
         "valid_loss_by_region": {"CDRH3": 2.5},
+        "execution": {"device_kind": "cpu", "mesh": {"data": 1}},  # no column of a table
     }
     (p.cell.workdir / "run.json").write_text(json.dumps(base | content))
     (p.cell.workdir / "config.json").write_text("{}")

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from moe_ablm import train
 from moe_ablm.errors import UserError
+from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.results import read_results
 from moe_ablm.verbs import report
 
@@ -38,6 +39,18 @@ def test_run_json_holds_what_scaling_needs(finished):
     assert "CDRH3" in on_disk["valid_loss_by_region"]
     for key in ("fingerprint", "unique_tokens", "tokens_seen", "flops", "seed", "stability"):
         assert key in on_disk
+
+
+def test_run_json_says_what_computed_it_and_how(finished):
+    found = finished[1]["execution"]
+    assert (found["device_kind"], found["devices"], found["processes"]) == ("cpu", 1, 1)
+    assert found["mesh"] == {"data": 1, "expert": 1, "fsdp": 1}
+    assert PRECISIONS[found["precision"]] == (found["activations"], found["operands"])
+    assert (found["remat"], found["hardware_name"]) == ("none", None)
+    assert found["matmul_peak"] > 0 and found["matmul_peak_source"] == "measured"
+    assert found["compile_seconds"] > 0
+    assert {"jax", "jaxlib", "flax"} <= set(found["versions"])
+    assert found["versions"]["jax"] == jax.__version__
 
 
 def test_results_and_events_tell_the_same(finished):
@@ -165,6 +178,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
     content = json.loads((tmp_path / "w" / "run.json").read_text())
     assert content["status"] == "diverged"
     assert content["error"] in str(error.value)
+    assert content["execution"]["device_kind"] == "cpu"
 
 
 def test_patience_ends_a_run_early(tmp_path):
@@ -172,6 +186,18 @@ def test_patience_ends_a_run_early(tmp_path):
     summary = train.run(config, tmp_path / "w")
     # the first evaluation is the best; the two after it do not improve on it
     assert (summary["status"], summary["step"], summary["valid_step_best"]) == ("complete", 3, 1)
+
+
+def test_the_launchers_name_of_the_hardware_and_the_precision_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_ABLM_HARDWARE", "h100x8")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a=1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    changes = {"compute__precision": "bfloat16", "compute__remat": "matmuls"}
+    config = tiny_config(train__steps=1, train__warmup=0, **changes)
+    found = train.run(config, tmp_path / "w")["execution"]
+    assert (found["hardware_name"], found["flags"]) == ("h100x8", "--a=1")
+    assert (found["precision"], found["remat"]) == ("bfloat16", "matmuls")
+    assert (found["activations"], found["operands"]) == ("bfloat16", "bfloat16")
 
 
 def test_ema_is_evaluated_in_place_of_the_parameters(tmp_path, finished):

@@ -11,7 +11,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import flat_arrays, save_model
 from moe_ablm.interop.upcycle import upcycle
-from moe_ablm.model.spec import TopK
+from moe_ablm.model.families import TopK
 
 ROWS = np.random.default_rng(1).integers(4, 24, (3, 20))
 VALID = np.arange(20) < np.array([20, 13, 7])[:, None]

@@ -11,7 +11,8 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.interop.load import Model
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution, ExpertChoice, Sequence, Soft, TopK, TopP
+from moe_ablm.model.families import ExpertChoice, Sequence, Soft, TopK, TopP
+from moe_ablm.model.spec import EncoderSpec, Execution
 
 MOE = {
     "dense": None,

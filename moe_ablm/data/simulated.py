@@ -1,18 +1,13 @@
 """The embedded dataset: simulated antibodies, made on first use and kept in the user's cache."""
 
 import hashlib
-import os
 from pathlib import Path
 
+from moe_ablm.cache import cache_directory
 from moe_ablm.data.dataset import SCHEMA_VERSION
 from moe_ablm.data.prepare import prepare_batches
 from moe_ablm.data.simulate import SimulationParams, simulate
 from moe_ablm.data.split import SALT
-
-
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/moe_ablm`, by default `~/.cache/moe_ablm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_ablm"
 
 
 def simulated_dataset(pairs: int, seed: int = 0) -> Path:

@@ -4,7 +4,6 @@ The bucket of an antibody depends on its own length alone, routers see one antib
 nothing is random: a result does not depend on what else is computed.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, Mesh
 
-from moe_ablm.data.simulated import cache_directory
+from moe_ablm.cache import keep_compilations
 from moe_ablm.data.tokenizer import PAD
 from moe_ablm.errors import UserError
 from moe_ablm.interop.load import Model
@@ -176,13 +174,3 @@ def _mesh(devices: int) -> Mesh:
         )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=found[:devices])
-
-
-def keep_compilations() -> None:
-    """Compiled functions are kept in the user's cache, unless JAX was told another place."""
-    if jax.config.jax_compilation_cache_dir:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    reset_cache()  # what was compiled before has decided that there is no cache

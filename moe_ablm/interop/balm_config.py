@@ -12,7 +12,8 @@ from moe_ablm.data.tokenizer import NULL, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.saved import Model
-from moe_ablm.model.spec import EncoderSpec, Queued, Router, TopK
+from moe_ablm.model.families import Queued, Router, TopK
+from moe_ablm.model.spec import EncoderSpec
 
 BALM_VOCABULARY = tuple(t for i, t in enumerate(VOCABULARY) if i != NULL)
 BALM_MASK = BALM_VOCABULARY.index("<mask>")

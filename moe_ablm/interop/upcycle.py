@@ -6,8 +6,8 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.interop.saved import Model, fill, flat_arrays, parameter_shapes
+from moe_ablm.model.families import TopK
 from moe_ablm.model.layers import INIT_STD
-from moe_ablm.model.spec import TopK
 
 
 def upcycle(model: Model, moe: TopK, seed: int) -> Model:

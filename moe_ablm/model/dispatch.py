@@ -104,13 +104,13 @@ def dropless(
     return out.astype(x.dtype).reshape(b, length, d)
 
 
-def _local(x, chosen, gates, weights, activation, execution):
-    """`[T, D]` from experts that are all here; `chosen`, `gates` `[T, K]`."""
+def _local(x, chosen, gates, weights, activation, execution, kept=True):
+    """`[T, D]` from experts that are all here; `chosen`, `gates` `[T, K]`; `kept`: of products."""
     experts = weights.up.shape[0]
     block = block_size(chosen.size, experts, execution.backend)
     slot, assignment, groups = sort_by_expert(chosen, experts, block)
     rows = take_rows(x, assignment // chosen.shape[1], slot)
-    out = grouped_ffn(rows, weights, groups, block, activation, execution)
+    out = grouped_ffn(rows, weights, groups, block, activation, execution, kept)
     return combine(out, slot, assignment, gates)
 
 
@@ -142,9 +142,11 @@ def _over_devices(x, chosen, gates, weights, local, axis):
         out = local(rows, expert[:, None], ones, weights).astype(x.dtype)
         return combine(checkpoint_name(exchange(out), "rows"), slot, assignment, gates)
 
+    # a conditional keeps for the backward pass what either branch needs: this one keeps nothing
+    @jax.checkpoint
     def gather(x, weights):
         whole = jax.tree.map(lambda w: lax.all_gather(w, axis, tiled=True), weights)
-        return local(x, chosen, gates, whole)
+        return local(x, chosen, gates, whole, kept=False)
 
     if places == t * k:
         return travel(x, weights)

@@ -1,7 +1,7 @@
 """Dropout whose bits are counted, not drawn: a hash of the step, the antibody and the position.
 
 The bits of a token do not depend on the mesh, on the row or the neighbours that an antibody is
-packed with, on micro-batches, or on how often a run was resumed.
+packed with, or on how often a run was resumed.
 """
 
 import jax

@@ -144,6 +144,7 @@ def grouped_ffn(
     block: int,
     activation: str,
     execution: Execution,
+    kept: bool = True,
 ) -> jax.Array:
     """`down_e(activate(up_e(x)))` for rows sorted by expert.
 
@@ -154,6 +155,7 @@ def grouped_ffn(
       block: rows of a block.
       activation: of `layers.ACTIVATE`.
       execution: backend, dtypes and implementation.
+      kept: whether products are kept for the backward pass where matmuls are (`layers.KEPT`).
 
     Returns:
       `[rows, D]` in the dtype of `x`; rows of unused blocks hold no meaning.
@@ -162,8 +164,10 @@ def grouped_ffn(
     if execution.backend == "cpu" and execution.grouped is None:
         return cpu.grouped_ffn(x, weights, groups, block, activate, execution.operands)
     product = partial(grouped_matmul, groups=groups, block=block, execution=execution)
-    hidden = checkpoint_name(product(x, weights.up, weights.up_bias), "up")
-    return checkpoint_name(product(activate(hidden), weights.down, weights.down_bias), "down")
+    hidden = product(x, weights.up, weights.up_bias)
+    hidden = checkpoint_name(hidden, "up") if kept else hidden
+    out = product(activate(hidden), weights.down, weights.down_bias)
+    return checkpoint_name(out, "down") if kept else out
 
 
 def grouped_matmul(

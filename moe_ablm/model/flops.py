@@ -4,7 +4,8 @@ FLOPs are those of the matmuls (a multiply-add is 2), the usual count behind mod
 utilisation; norms, softmax and gathers are left out.
 """
 
-from moe_ablm.model.spec import EncoderSpec, Row
+from moe_ablm.model.families import Row
+from moe_ablm.model.spec import EncoderSpec
 
 MATRICES = {"gelu": 2, "swiglu": 3}  # of size D x F in one FFN
 

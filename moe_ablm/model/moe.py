@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 from moe_ablm.model import routers
 from moe_ablm.model.dispatch import dropless, limited, sharded_experts, softly, sum_over_antibodies
 from moe_ablm.model.experts import ExpertWeights, narrow_experts, split_wide
+from moe_ablm.model.families import Queued, Router
 from moe_ablm.model.layers import HIDDEN, Balance, FeedForward, constant, normal
 from moe_ablm.model.linear import wide
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.routers import Tokens
 from moe_ablm.model.routing import Plan, RouterStats, RowSums, SoftPlan, summarise
-from moe_ablm.model.spec import EncoderSpec, Execution, Queued, Router
+from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import BATCH_AXES, EXPERT_AXIS
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_ablm.model.families import ExpertChoice, Queued, Router, Soft, TokenChoice, TopP
 from moe_ablm.model.routing import Plan, RowSums, SoftPlan, entropy_terms, token_sums
-from moe_ablm.model.spec import ExpertChoice, Queued, Router, Soft, TokenChoice, TopP
 
 PAD_LOGIT = -1e9  # BALM's, under the policy "logits"
 

@@ -4,6 +4,8 @@ The batch is split over all mesh axes: "expert" and "fsdp" are data parallelism 
 that they shard.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -18,22 +20,25 @@ BATCH_AXES = MESH_AXES
 AXIS_RULES = {"E": EXPERT_AXIS, "F": "fsdp"}
 
 
-def make_mesh(data: int, expert: int, fsdp: int) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what the other axes leave.
+def make_mesh(
+    data: int, expert: int, fsdp: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over devices, by default all; `data=-1` takes what the other axes leave.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     fixed = expert * fsdp
-    if data == -1 and devices % fixed == 0:
-        data = devices // fixed
-    if data * fixed != devices:
+    if data == -1 and count % fixed == 0:
+        data = count // fixed
+    if data * fixed != count:
         raise UserError(
             f"mesh.data={data}, mesh.expert={expert}, mesh.fsdp={fsdp} do not multiply to the "
-            f"{devices} devices found: change them or set mesh.data=-1"
+            f"{count} devices found: change them or set mesh.data=-1"
         )
-    return jax.make_mesh((data, expert, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    sizes, axes = (data, expert, fsdp), (AxisType.Auto,) * 3
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axes, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ def make_execution(precision: str, scan: bool | None, remat: str | None, backend
     Args:
       precision: of `PRECISIONS`, or "auto".
       scan: whether equal layers run under `lax.scan`; None: they are unrolled, since a scan copies
-        all weights and all that the backward pass keeps (docs/performance.md).
+        all weights and all that the backward pass keeps (docs/accelerators.md).
       remat: of `spec.REMAT`; None: what fits is the caller's to find, "none" on CPU and "matmuls"
         elsewhere.
       backend: of `spec.BACKENDS`.

@@ -23,6 +23,9 @@ from moe_ablm.training.state import TrainState, abstract_state, make_definition
 from moe_ablm.training.step import auxiliary_loss, forward
 
 SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
+# of what a layer would keep without remat, alive at a time while its backward pass recomputes it:
+# kernels that fuse hold no arrays between their operations (python -m launch.compare)
+WORK = 0.5
 # any AdamW has the same two moments
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
 _KINDS = {
@@ -36,6 +39,7 @@ def abstract_mesh(data: int, expert: int, fsdp: int) -> AbstractMesh:
     return AbstractMesh((data, expert, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+@cache
 def state_bytes(spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False) -> tuple[int, int]:
     """Bytes a device of the parameters, and of the whole state that a checkpoint holds."""
     state: TrainState = abstract_state(spec, make_optimizer(_ADAM), ema, mesh)
@@ -49,28 +53,39 @@ def _bytes(tree) -> int:
 
 
 class Needed(NamedTuple):
-    """What a device holds at the peak of a step, in bytes.
+    """What a device holds, in bytes.
 
     Attributes:
       state: parameters, moments (and average).
+      summed: gradients of the micro-batches before, if there are several.
       gradients: as large as the parameters.
-      activations: kept for the backward pass, with those of a layer that is being worked on.
+      activations: kept for the backward pass, with those of what is being worked on.
       gathered: weights of other devices for the layer that is being worked on.
     """
 
     state: int
+    summed: int
     gradients: int
     activations: int
     gathered: int
 
     @property
     def total(self) -> float:
-        """With `SPARE` for what shapes do not tell."""
-        return SPARE * (self.state + self.gradients + self.activations + self.gathered)
+        """Bytes at the peak of a step, with `SPARE` for what shapes do not tell.
+
+        The backward pass begins with all activations and ends with all gradients.
+        """
+        held = self.state + self.summed + self.gathered
+        return SPARE * (held + max(self.gradients, self.activations))
 
 
 def needed(
-    spec: EncoderSpec, execution: Execution, mesh: AbstractMesh, rows: tuple[int, int]
+    spec: EncoderSpec,
+    execution: Execution,
+    mesh: AbstractMesh,
+    rows: tuple[int, int],
+    ema: bool = False,
+    accumulate: int = 1,
 ) -> Needed:
     """Memory of a training step.
 
@@ -79,16 +94,20 @@ def needed(
       execution: dtypes and remat policy.
       mesh: the devices.
       rows: of a micro-batch on one device, and their length.
+      ema: whether there is an average of the parameters.
+      accumulate: micro-batches of a step.
     """
     count, length = rows
-    params, state = state_bytes(spec, mesh)
-    kept, _ = activation_bytes(spec, execution, length)
-    _, layer = activation_bytes(spec, replace(execution, remat="none"), length)
+    params, state = state_bytes(spec, mesh, ema)
+    kept = activation_bytes(spec, execution, length)
+    whole = activation_bytes(spec, replace(execution, remat="none"), length)
+    activations = kept.layers + max(kept.rest, round(WORK * whole.largest))
     gathered = 0
     if mesh.shape["fsdp"] > 1:  # and the next layer's, meanwhile
-        whole = state_bytes(spec, abstract_mesh(1, mesh.shape["expert"], 1))[0]
-        gathered = 2 * whole // spec.layers
-    return Needed(state, params, count * (kept + layer), gathered)
+        near = abstract_mesh(1, mesh.shape["expert"], 1)
+        gathered = 2 * state_bytes(spec, near)[0] // spec.layers
+    summed = params if accumulate > 1 else 0
+    return Needed(state, summed, params, count * activations, gathered)
 
 
 def fitting_remat(
@@ -104,8 +123,17 @@ def fitting_remat(
     return replace(execution, remat="full")
 
 
-def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> tuple[int, int]:
-    """Bytes that one row keeps for the backward pass: of the whole encoder, of its largest layer.
+class Activations(NamedTuple):
+    """Bytes that one row keeps for the backward pass: of embedding and head, of all layers, and of
+    the largest layer."""
+
+    rest: int
+    layers: int
+    largest: int
+
+
+def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> Activations:
+    """What one row keeps for the backward pass.
 
     Layers of one kind store the same, so two of each suffice.
 
@@ -120,12 +148,13 @@ def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> tu
     dense = replace(spec, moe=None)
     one = _slope(replace(dense, layers=1), execution, length)
     layer = _slope(replace(dense, layers=2), execution, length) - one
-    rest, sparse = one - layer, 0
+    sparse = 0
     if spec.moe:
         moe = replace(spec.moe, placement="1", first_dense=0)
         sparse = _slope(replace(spec, layers=2, moe=moe), execution, length) - one
     count = len(spec.moe_layers)
-    return rest + layer * (spec.layers - count) + sparse * count, max(layer, sparse)
+    layers = layer * (spec.layers - count) + sparse * count
+    return Activations(one - layer, layers, max(layer, sparse))
 
 
 def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:

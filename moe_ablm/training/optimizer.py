@@ -12,10 +12,11 @@ DECAYED = ("kernel", "embedding", "decoder", "router", "up", "down")  # not bias
 
 
 def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then the named decay.
+    """Learning rate by number of updates done: linear warm-up from 0, then the named decay.
 
-    "linear" and "cosine" fall to 0 at the last step; "wsd" (warm-up, stable, decay; Hu et al. 2024)
-    stays at the peak and falls linearly to 0 over the last `decay_share` of the steps.
+    All reach 0 at `steps`, if the warm-up is shorter. "linear" and "cosine" decay from the end of
+    the warm-up; "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at the peak and falls linearly
+    over the last `decay_steps`, which must follow the warm-up (config.py refuses others).
     """
     rest = max(spec.steps - spec.warmup, 1)
     if spec.schedule == "linear":
@@ -23,8 +24,8 @@ def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
     elif spec.schedule == "cosine":
         after = optax.cosine_decay_schedule(spec.lr, rest)
     else:
-        decay = max(round(spec.decay_share * spec.steps), 1)
-        after = optax.linear_schedule(spec.lr, 0.0, decay, transition_begin=max(rest - decay, 0))
+        decay = spec.decay_steps
+        after = optax.linear_schedule(spec.lr, 0.0, decay, transition_begin=rest - decay)
     warmup = optax.linear_schedule(0.0, spec.lr, max(spec.warmup, 1))
     return optax.join_schedules([warmup, after], [spec.warmup])
 

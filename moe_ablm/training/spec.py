@@ -20,3 +20,8 @@ class OptimizerSpec:
     weight_decay: float
     clip: float
     freeze: int = field(default=0, kw_only=True)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which "wsd" decays."""
+        return max(round(self.decay_share * self.steps), 1)

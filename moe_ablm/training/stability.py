@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_ablm.model.spec import Router
+from moe_ablm.model.families import Router
 
 if TYPE_CHECKING:
     from moe_ablm.model.routing import RouterStats

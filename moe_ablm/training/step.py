@@ -9,10 +9,11 @@ import optax
 from flax import nnx
 
 from moe_ablm.model.encoder import Encoder, Output
+from moe_ablm.model.families import Router
 from moe_ablm.model.moe import Routed
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.routing import RouterStats
-from moe_ablm.model.spec import EncoderSpec, Router
+from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
 from moe_ablm.training.state import TrainState, split_trained

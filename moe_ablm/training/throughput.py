@@ -3,12 +3,29 @@
 import resource
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 
 from moe_ablm.model.linear import dot
+from moe_ablm.training.peaks import data_sheet_peak
 
 SIZE = {"cpu": 1024}  # elsewhere 8192: large enough to fill an accelerator
+
+
+class Peak(NamedTuple):
+    """FLOP/s of all devices, and where the number is from: "data sheet" or "measured"."""
+
+    flops: float
+    source: str
+
+
+def peak(operands: str) -> Peak:
+    """The data sheet's peak of this hardware; measured where none is known, as on CPU."""
+    known = data_sheet_peak(jax.devices()[0].device_kind, operands)
+    if known:
+        return Peak(known * jax.device_count(), "data sheet")
+    return Peak(matmul_peak(operands), "measured")
 
 
 def matmul_peak(operands: str, rounds: int = 5) -> float:

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.interop.saved import save_model
     from moe_ablm.interop.upcycle import upcycle
     from moe_ablm.model import flops
-    from moe_ablm.model.spec import TopK
+    from moe_ablm.model.families import TopK
 
     for flag in ("first_dense", "seed"):
         if getattr(args, flag) < 0:

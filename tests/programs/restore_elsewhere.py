@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_ablm.model.spec import EncoderSpec, TopK
+from moe_ablm.model.families import TopK
+from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ from moe_ablm.evaluation.reporting.compare import Comparison
 from moe_ablm.evaluation.reporting.evaluated import Evaluated
 from moe_ablm.evaluation.reporting.layout import interval_written
 from moe_ablm.evaluation.statistics.estimates import Number
-from moe_ablm.model.spec import FAMILIES
+from moe_ablm.model.families import FAMILIES
 
 HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"
 # effects below these are none: 5 % more than expected, and a fifth of a percent of perplexity

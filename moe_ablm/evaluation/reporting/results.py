@@ -1,7 +1,6 @@
 """The directory of an evaluation: what it is of, `results.json`, `numbers.csv`, `report.html`."""
 
 import csv
-import importlib.metadata
 import io
 import json
 import platform
@@ -16,9 +15,10 @@ from moe_ablm.evaluation.suite import SCHEMA
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
 from moe_ablm.model import flops
-from moe_ablm.results import write_atomically
+from moe_ablm.results import versions, write_atomically
 
 IDENTITY = "evaluation.json"
+PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn", "umap-learn")  # what computes
 
 
 def same_command(
@@ -102,22 +102,11 @@ def write_results(
     Returns:
       Files that were written.
     """
-    content = {**about, "versions": versions(), "evaluations": dict(found)}
+    installed = {"python": platform.python_version(), **versions(*PACKAGES)}
+    content = {**about, "versions": installed, "evaluations": dict(found)}
     write_atomically(out / "results.json", json.dumps(content, indent=1))
     write_atomically(out / "numbers.csv", numbers_csv(found))
     return [out / "results.json", out / "numbers.csv", write_report(out, content, command)]
-
-
-def versions() -> dict[str, str]:
-    """Of what computed."""
-    names = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn", "umap-learn")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def numbers_csv(found: Mapping[str, dict]) -> str:

@@ -1,0 +1,65 @@
+"""What named hardware asks of every cell: mesh and remat, XLA's flags, its memory's share.
+
+All launchers take `--hardware=NAME`. A cell gets arguments of the training command that are outside
+its identity, and variables of its environment. What the cell's own command line or config says of a
+key stays; so does what the user's environment says of a variable, and of a flag among XLA's.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from shlex import quote
+
+from launch.cell import Cell, config_of
+from launch.meshes import NAMES, fitting_plan, given_keys, hardware
+from launch.settings import Setting
+from moe_ablm.errors import UserError
+from moe_ablm.program import FLAGS, HARDWARE
+
+SETTING = Setting(r"[a-z0-9-]+", f"gives every cell mesh, remat and XLA flags of {NAMES}")
+
+
+def assigned(cells: Sequence[Cell], name: str | None) -> list[Cell]:
+    """The cells with what hardware of this name asks for; None leaves them as they are.
+
+    Raises:
+      UserError: there is no such hardware, or a cell does not fit it.
+    """
+    if name is None:
+        return list(cells)
+    where = hardware(name)
+    environment = {HARDWARE: name} | where.environment
+    made = []
+    for cell in cells:
+        given = given_keys(cell.argv)
+        try:
+            plan = fitting_plan(config_of(cell.argv), where, given)
+        except UserError as error:
+            raise UserError(f"cell {cell.name}: {error}") from error
+        flags = [f"--config.{k}={v}" for k, v in plan.overrides.items() if k not in given]
+        made.append(replace(cell, argv=(*cell.argv, *flags), environment=environment))
+    return made
+
+
+def merged(environment: Mapping[str, str], own: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a cell's process: that of the hardware, under the user's own."""
+    made = dict(environment) | dict(own)
+    for name in environment.keys() & own.keys():
+        if name in FLAGS:
+            made[name] = f"{environment[name]} {own[name]}"
+        elif name == HARDWARE:
+            made[name] = environment[name]
+    return made
+
+
+def exports(environment: Mapping[str, str]) -> list[str]:
+    """The same as lines of a shell script."""
+    lines = []
+    for name, value in environment.items():
+        if name in FLAGS:
+            lines.append(f'export {name}={quote(value)}${{{name}:+" ${name}"}}')
+        elif name == HARDWARE:
+            lines.append(f"export {name}={quote(value)}")
+        else:
+            lines.append(f"export {name}=${{{name}:-{quote(value)}}}")
+    return lines

@@ -1,0 +1,457 @@
+"""Router families: one frozen class each, which owns everything that sets it apart.
+
+Settings, their checks, FLOPs and every property by which the rest of the code treats families
+differently; nothing else asks for a router's name. A new family is a class here (and in `FAMILIES`)
+and a plan function in `routers`. Axis letters are those of `spec`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+GROUPS = ("sequence", "batch")
+PADS = ("logits", "probabilities", "aux")  # BALM-MoE's partial policies
+
+
+@dataclass(frozen=True)
+class Row:
+    """Shape of a row of the batch, from which FLOPs follow.
+
+    Attributes:
+      length: tokens with padding, L.
+      tokens: mean number of tokens that are no padding.
+      antibodies: mean number of antibodies.
+      packed: whether rows are shared by antibodies.
+    """
+
+    length: float
+    tokens: float
+    antibodies: float = 1.0
+    packed: bool = False
+
+    @property
+    def antibody(self) -> float:
+        """Mean tokens of an antibody."""
+        return self.tokens / self.antibodies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """What all router families share: the experts, where they stand, and the router losses.
+
+    configs/base.py explains every key. Class attributes are the facts that the rest of the code
+    asks for instead of a name.
+    """
+
+    name: ClassVar[str]
+    gates: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")  # values of `gate`
+    # tokens choose experts: there is a load-balance loss, and no limit in inference
+    token_choice: ClassVar[bool] = False
+    # in inference the experts of a token depend on that token alone
+    independent: ClassVar[bool] = False
+    # tokens have more or fewer experts than others
+    varying: ClassVar[bool] = False
+    # the decision is one per antibody, from the mean of its tokens
+    per_antibody: ClassVar[bool] = False
+    # experts (or slots) weigh tokens: how undecided they are tells whether dispatch does anything
+    weighs_tokens: ClassVar[bool] = False
+
+    experts: int = 8  # E
+    ffn: int | None = None
+    shared: int = 0
+    placement: str = "alternate"
+    first_dense: int = 1
+    load_balance: float = 0.01
+    z_loss: float = 0.001
+    entropy_loss: float = 0.0
+
+    # checks
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(key, what is expected of its value) for every value that is out of range."""
+        if self.experts < 1:
+            yield "experts", "a positive number"
+        for key in ("shared", "first_dense", "load_balance", "z_loss", "entropy_loss"):
+            if getattr(self, key) < 0:
+                yield key, "0 or more"
+        if self.ffn is not None and self.ffn < 1:
+            yield "ffn", "a positive number or None"
+
+    # structure
+
+    def expert_widths(self, ffn: int) -> tuple[int, ...]:
+        """F of every expert, in an encoder whose dense FFNs have width `ffn`."""
+        return (self.ffn or ffn,) * self.experts
+
+    @property
+    def equal(self) -> bool:
+        """Whether all experts have the same width."""
+        return True
+
+    @property
+    def slots_of_expert(self) -> int:
+        """S of soft-MoE; 0: the router has one logit per expert, not one per slot."""
+        return 0
+
+    def initial_scale(self, d_model: int) -> float | None:
+        """Start of the learned scale of a normalised router; None: it is not normalised."""
+        return None
+
+    @property
+    def balance_step(self) -> float:
+        """Step of the bias of auxiliary-loss-free balancing; 0: there is none."""
+        return 0.0
+
+    # routing
+
+    @property
+    def choices(self) -> int:
+        """Most experts that one token may have: the length of a plan's last axis."""
+        return self.experts
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether all tokens of the batch compete, instead of those of an antibody."""
+        return False
+
+    @property
+    def noise(self) -> float:
+        """Training noise on what the router sees: a factor of 1 - noise to 1 + noise."""
+        return 0.0
+
+    def policies(self) -> frozenset[str]:
+        """The pad policies that are on: "excluded", or some of `PADS`."""
+        return frozenset({"excluded"})
+
+    def queues(self, training: bool) -> bool:
+        """Whether experts take a limited number of tokens."""
+        return False
+
+    def travels(self, training: bool, packed: bool) -> bool:
+        """Whether a row has a fixed number of places at every expert.
+
+        Then tokens can travel to the devices that own the experts in arrays of fixed shape.
+        """
+        return self.queues(training) and not self.in_batch and self.equal and not packed
+
+    def alone(self) -> Self:
+        """The router as it treats an antibody that is alone in its batch, without padding.
+
+        Experts that choose among all tokens of a batch, and policies that route padding, would make
+        a result depend on neighbours.
+        """
+        return self
+
+    # FLOPs
+
+    def router_params(self, d_model: int) -> int:
+        """Number of parameters of one router."""
+        return d_model * self.experts
+
+    @property
+    def active_share(self) -> float:
+        """Share of the experts' parameters that an average token meets in training."""
+        raise NotImplementedError
+
+    def computed(self, row: Row, training: bool) -> float:
+        """Expert rows computed for each token that is no padding."""
+        raise NotImplementedError
+
+    def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
+        """Of the router and the routed experts, for each token that is no padding.
+
+        Args:
+          d_model: D.
+          expert: multiply-adds of the mean expert for one row.
+          row: of the batch.
+          training: whether token choice obeys its capacity.
+        """
+        return d_model * self.experts + self.computed(row, training) * expert
+
+    # stability
+
+    @property
+    def fewest_loaded(self) -> int | None:
+        """As few experts as this can share all work; None: loads are equal by construction."""
+        return 1
+
+    def most_dropped(self, kept: float, unseen: float) -> float | None:
+        """Share of assignments (expert choice: of tokens) that a healthy router may lose.
+
+        Args:
+          kept: share of the places that should be taken.
+          unseen: how far from independent experts to identical ones the healthy range goes.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued(Router):
+    """Families whose experts may take a limited number of tokens."""
+
+    capacity: float | None = None
+    group: str = "sequence"
+    pads: str = "excluded"
+    jitter: float = 0.0
+    k: int = 2  # K
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not 0 < self.k <= self.experts:
+            yield "k", f"1 to model.moe.experts ({self.experts})"
+        if self.capacity is not None and self.capacity <= 0:
+            yield (
+                "capacity",
+                "more than 0, which would give the experts no slot; or None (dropless)",
+            )
+        if self.group not in GROUPS:
+            yield "group", f"one of {', '.join(GROUPS)}"
+        if not 0 <= self.jitter < 1:
+            yield "jitter", "0 (off) to below 1"
+        if self.pads != "excluded" and self.policies() - set(PADS):
+            yield (
+                "pads",
+                f"excluded, none, or some of {', '.join(PADS)} with commas between",
+            )
+
+    @property
+    def limit(self) -> float | None:
+        """Places of an expert over its fair share of the assignments; None: unlimited."""
+        return self.capacity
+
+    @property
+    def in_batch(self) -> bool:
+        return self.group == "batch"
+
+    @property
+    def noise(self) -> float:
+        return self.jitter
+
+    def policies(self) -> frozenset[str]:
+        if self.pads == "excluded":
+            return frozenset({"excluded"})
+        return frozenset(p.strip() for p in self.pads.split(",")) - {"none"}
+
+    def places(self, tokens: float) -> int:
+        """C, the places of an expert for `tokens` that compete: ceil(limit * K * tokens / E)."""
+        assert self.limit is not None
+        # 1e-9: a product such as 0.1 * 30 must not become 4 places by its last bit
+        places = math.ceil(self.limit * self.k * tokens / self.experts - 1e-9)
+        return max(places, min(math.ceil(tokens), 1))
+
+    def alone(self) -> Self:
+        return replace(self, group="sequence", pads="excluded")
+
+    @property
+    def active_share(self) -> float:
+        most = 1.0 if self.limit is None else min(self.limit, 1.0)
+        return self.k * most / self.experts
+
+    def computed(self, row: Row, training: bool) -> float:
+        if not self.queues(training):
+            return float(self.k)
+        if self.travels(training, row.packed):  # queues of a row are computed whole
+            return self.experts * self.places(row.length) / row.tokens
+        # elsewhere only what is admitted
+        admitted = self.experts * self.places(row.antibody) / row.antibody
+        return min(admitted, self.choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoice(Router):
+    """Families in which every token has experts of its own."""
+
+    token_choice: ClassVar[bool] = True
+    renormalises: ClassVar[bool] = True  # by default, where k > 1
+
+    k: int = 2  # K
+    gate: str = "softmax"
+    renormalise: bool | None = None
+    widths: tuple[int, ...] | None = None
+    balance_rate: float = 0.0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not 0 < self.k <= self.experts:
+            yield "k", f"1 to model.moe.experts ({self.experts})"
+        if self.balance_rate < 0:
+            yield "balance_rate", "0 or more"
+        if self.widths is not None and (
+            len(self.widths) != self.experts or min(self.widths, default=0) < 1
+        ):
+            yield "widths", f"a positive width for each of model.moe.experts ({self.experts})"
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether the gates of a token sum to 1: by default of top-k with K > 1 (Mixtral).
+
+        Not for K = 1: a constant gate would leave the router no gradient (Switch, section 2.1).
+        """
+        return self.renormalises and self.k > 1 if self.renormalise is None else self.renormalise
+
+    def expert_widths(self, ffn: int) -> tuple[int, ...]:
+        return self.widths or super().expert_widths(ffn)
+
+    @property
+    def equal(self) -> bool:
+        return self.widths is None
+
+    @property
+    def balance_step(self) -> float:
+        return self.balance_rate
+
+    @property
+    def choices(self) -> int:
+        return self.k
+
+    @property
+    def active_share(self) -> float:
+        return self.k / self.experts
+
+    def computed(self, row: Row, training: bool) -> float:
+        return float(self.k)
+
+    @property
+    def fewest_loaded(self) -> int | None:
+        return self.k
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Queued, TokenChoice):
+    """Every token takes its K best experts (Shazeer et al. 2017)."""
+
+    name: ClassVar[str] = "topk"
+    independent: ClassVar[bool] = True
+
+    def queues(self, training: bool) -> bool:
+        return training and self.limit is not None
+
+    def most_dropped(self, kept: float, unseen: float) -> float | None:
+        return None if self.limit is None else 1 - kept * min(self.limit, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP(TopK):
+    """As few of the best experts as reach `threshold` together, but at most K (Huang et al. 2024).
+
+    Unless `exceed`, only those that stay within it, and the best one always (BALM). How many a
+    token has is measured in training; `computed` and `active_share` are upper bounds.
+    """
+
+    name: ClassVar[str] = "topp"
+    varying: ClassVar[bool] = True
+    renormalises: ClassVar[bool] = False
+
+    threshold: float = 0.7
+    exceed: bool = True
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not 0 < self.threshold <= 1:
+            yield "threshold", "above 0, at most 1"
+
+    @property
+    def fewest_loaded(self) -> int | None:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence(TokenChoice):
+    """All tokens of an antibody take the K best experts of their mean."""
+
+    name: ClassVar[str] = "sequence"
+    per_antibody: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice(Queued):
+    """Every expert takes the tokens it prefers, K a token on average (Zhou et al. 2022)."""
+
+    name: ClassVar[str] = "expert_choice"
+    gates: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "tokens")
+    varying: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = True
+
+    gate: str = "softmax"
+
+    @property
+    def limit(self) -> float | None:
+        return 1.0 if self.capacity is None else self.capacity
+
+    def queues(self, training: bool) -> bool:
+        return True
+
+    @property
+    def fewest_loaded(self) -> int | None:
+        return None
+
+    def most_dropped(self, kept: float, unseen: float) -> float | None:
+        assert self.limit is not None
+        taken = min(self.limit * self.k / self.experts, 1.0)
+        independent, same = (1 - taken) ** self.experts, 1 - taken
+        return independent + unseen * (same - independent) if independent < same else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soft(Router):
+    """Slots read weighted means of all tokens, tokens of all slots (Puigcerver et al. 2024)."""
+
+    name: ClassVar[str] = "soft"
+    weighs_tokens: ClassVar[bool] = True
+
+    slots: int = 64  # S
+    l2: bool = False
+    l2_scale: float | None = None
+    jitter: float = 0.0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.slots < 1:
+            yield "slots", "a positive number"
+        if not 0 <= self.jitter < 1:
+            yield "jitter", "0 (off) to below 1"
+        if self.l2_scale is not None and (not self.l2 or self.l2_scale <= 0):
+            yield "l2_scale", "a positive number with model.moe.l2, else None"
+
+    @property
+    def slots_of_expert(self) -> int:
+        return self.slots
+
+    def initial_scale(self, d_model: int) -> float | None:
+        """sqrt(D) by default: cosines of random vectors have standard deviation 1/sqrt(D).
+
+        Logits then start with standard deviation 1, instead of so flat that every slot reads the
+        plain mean (docs/moe.md).
+        """
+        if not self.l2:
+            return None
+        return math.sqrt(d_model) if self.l2_scale is None else self.l2_scale
+
+    @property
+    def noise(self) -> float:
+        return self.jitter
+
+    def travels(self, training: bool, packed: bool) -> bool:
+        return True
+
+    def router_params(self, d_model: int) -> int:
+        return d_model * self.experts * self.slots + self.l2
+
+    @property
+    def active_share(self) -> float:
+        # the share of the experts' work over that of an FFN on every token needs a length
+        return 1.0
+
+    def computed(self, row: Row, training: bool) -> float:
+        return self.experts * self.slots / row.antibody
+
+    def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
+        # the router; tokens into slots; slots into tokens; in a packed row once for each antibody
+        weights = 3 * d_model * self.experts * self.slots * row.antibodies
+        return weights + self.computed(row, training) * expert
+
+
+FAMILIES: dict[str, type[Router]] = {
+    family.name: family for family in (TopK, TopP, ExpertChoice, Soft, Sequence)
+}
