@@ -31,7 +31,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,10 @@ from accelerator_entries import REAL, TINY, waves
 from accelerator_tables import line, tables
 from waves import Budget, Runner, Wave, Worker, serve
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax",
-            "numpy", "tokamax", "torch", "transformers")  # fmt: skip
+PACKAGES = (
+    "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13", "libtpu", "flax", "optax", "numpy", "tokamax", "torch", "transformers",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -57,26 +59,24 @@ def versions() -> dict[str, str]:
 
 
 def hello(kind: str) -> dict:
-    """What a worker says of itself: versions, and the device that it sees."""
+    """What a worker says of the device that it sees."""
     if kind == "jax":
         import jax
 
         device = jax.devices()[0]
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        seen = {"device": device.device_kind, "devices": jax.device_count(), "memory": limit}
-    elif kind == "torch":
-        seen = {"device": _torch_device()}
-    else:
-        seen = {}
-    return seen | {"versions": versions()}
+        return {
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "memory": (device.memory_stats() or {}).get("bytes_limit"),
+            "software": device.client.platform_version.splitlines()[0],
+        }
+    if kind == "torch":
+        with suppress(ImportError):  # every entry will say so
+            import torch
 
-
-def _torch_device() -> str | None:
-    try:
-        import torch
-    except ImportError:  # every entry will say so
-        return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            cuda = torch.cuda.is_available()
+            return {"device": torch.cuda.get_device_name() if cuda else "cpu"}
+    return {}
 
 
 def chosen(all_waves: Sequence[Wave], patterns: Sequence[str]) -> list[Wave]:
@@ -110,7 +110,7 @@ def start(kind: str, arguments: argparse.Namespace, folder: str, log: TextIO) ->
     defaults = {
         # so that what follows a worker that died need not compile all anew
         "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / kind),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # as the launchers set it
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     forced = {"JAX_PLATFORMS": "cpu"} if arguments.tiny else {}

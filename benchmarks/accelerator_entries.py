@@ -53,9 +53,9 @@ REAL = Scale(
     rows={n: Rows(r) for n, r in zip(SIZES, (512, 256, 128, 128, 64), strict=True)},
     # 150m's widths in a third of its layers: a ratio to a dense encoder hardly depends on them
     sparse={"35m": (12, Rows(128)), "150m": (10, Rows(128))},
-    trainer=({"model.size": "35m", "train.batch": 256, "train.warmup": 200}, 60),
-    compiles=dict(zip(SIZES, (30, 40, 70, 80, 100), strict=True)),
-    runs=(6, 4, 12),
+    trainer=({"model.size": "35m", "train.batch": 256, "train.warmup": 200}, 45),
+    compiles=dict(zip(SIZES, (30, 40, 70, 80, 110), strict=True)),
+    runs=(6, 3, 12),
 )
 _SMALL = Rows(4, 64, (50, 60))
 _TINY_MODEL = {

@@ -10,6 +10,7 @@ SHOWN = {
     "temporaries_gb": "{:.1f} GB temporaries",
     "peak_gb": "{:.1f} GB at most",
     "first_s": "{:.0f} s for the first step",
+    "trace_s": "{:.0f} s trace",
     "compile_s": "{:.0f} s compile",
     "steps": "{} steps",
     "first_loss": "loss from {:.4f}",

@@ -3,6 +3,7 @@
 Tokens are positions of the rows, in tokens/s and FLOPs alike: 7 % of rows of 256 are padding.
 """
 
+import gc
 import math
 import statistics
 import time
@@ -88,7 +89,7 @@ class OurStep:
         optimizer = make_optimizer(
             OptimizerSpec(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
         )
-        mesh = make_mesh(-1, 1, 1)
+        start, mesh = time.perf_counter(), make_mesh(-1, 1, 1)
         definition = states.make_definition(spec, execution)
         step = jax.jit(make_train_step(definition, optimizer, spec, 1, 0.0), donate_argnums=0)
         self._state = states.abstract_state(spec, optimizer, False, mesh)
@@ -99,6 +100,7 @@ class OurStep:
         )
         with jax.set_mesh(mesh):
             self._lowered = step.lower(self._state, batch)
+        self._traced = time.perf_counter() - start
 
     def compile(self) -> Any:
         """The compiled step; may be called in a thread."""
@@ -143,6 +145,7 @@ class OurStep:
             **speed(seconds, self.spec, self.rows, device, jax.device_count()),
             "temporaries_gb": memory.temp_size_in_bytes / 1e9,
             "arguments_gb": memory.argument_size_in_bytes / 1e9,
+            "trace_s": self._traced,
             "objective": objective,
             "config": settings(self.spec, self.rows) | {"execution": asdict(self.execution)},
         }
@@ -244,6 +247,8 @@ def measure_torch(shape: tuple[int, int, int, int], rows: Rows, compiled: bool) 
     import torch
 
     cuda = torch.cuda.is_available()
+    torch.compiler.reset()  # what was compiled before keeps its model
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
