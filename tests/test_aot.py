@@ -1,7 +1,8 @@
 """The training step, compiled for TPUs and GPUs that are not here. `make test-aot`.
 
 Every router is compiled for a TPU slice and a GPU node, at the widths of the 35M encoder, with
-experts in every layer. What is asserted does not depend on the machine that compiles.
+experts in every layer. What is asserted does not depend on the machine that compiles. What a layer
+costs is the difference of two depths, on GPUs alone: the compiler of TPUs takes minutes a layer.
 """
 
 from functools import cache
@@ -21,30 +22,24 @@ from moe_ablm.training.memory import abstract_mesh
 
 HARDWARE = {"tpu": "v5e-8", "gpu": "h100x8"}
 ROWS, LENGTH = 32, 256  # a device
-
-
-class Bound(NamedTuple):
-    """Not to be exceeded.
-
-    Attributes:
-      temporaries: GB of a device, of four layers.
-      kept: kB a token and layer for the backward pass.
-      copies: a layer, within the memory of a device.
-    """
-
-    temporaries: float
-    kept: float
-    copies: float
-
-
-TARGET = Bound(3.0, 12.0, 2.0)
-BOUNDS = {(router, kind): TARGET for router in ROUTERS for kind in HARDWARE}
 # a mesh with all axes, on which something may be gathered that should not be
 SPREAD = {"mesh.data": 2, "mesh.expert": 2, "mesh.fsdp": 2}
 
 
-def parameters():
-    for kind in HARDWARE:
+class Layer(NamedTuple):
+    """Bounds of a layer on a GPU: kB kept a token for the backward pass, and copies."""
+
+    kept: float
+    copies: float
+
+
+# GB of temporaries of one layer with embedding, head and loss, over the mesh SPREAD
+TEMPORARIES = {(router, kind): 2.0 for router in ROUTERS for kind in HARDWARE}
+LAYER = {router: Layer(12.0, 2) for router in ROUTERS}
+
+
+def parameters(kinds):
+    for kind in kinds:
         missing = find_spec(topology.PLUGINS[kind]) is None
         skip = pytest.mark.skipif(missing, reason=f"{topology.PLUGINS[kind]}: {topology.MAKE}")
         for router in ROUTERS:
@@ -53,7 +48,9 @@ def parameters():
             yield pytest.param(router, kind, marks=[skip, group], id=f"{router}-{kind}")
 
 
-pytestmark = [pytest.mark.aot, pytest.mark.parametrize(("router", "kind"), parameters())]
+pytestmark = pytest.mark.aot
+everywhere = pytest.mark.parametrize(("router", "kind"), parameters(HARDWARE))
+on_gpus = pytest.mark.parametrize(("router", "kind"), parameters(["gpu"]))
 
 
 def config_of(router: str, **overrides: object) -> Config:
@@ -63,47 +60,53 @@ def config_of(router: str, **overrides: object) -> Config:
 
 
 @cache
-def measured(router: str, kind: str) -> tuple[per_layer.PerLayer, Compiled]:
-    jax.config.update("jax_platforms", "cpu")
-    return per_layer.measure(config_of(router), hardware(HARDWARE[kind]))
-
-
-def test_temporaries(router, kind):
-    _, found = measured(router, kind)
-    assert found.fits and found.memory.temporaries < BOUNDS[router, kind].temporaries * 1e9
-
-
-def test_bytes_kept_for_the_backward_pass(router, kind):
-    layer, _ = measured(router, kind)
-    assert 0 < layer.kept < BOUNDS[router, kind].kept * 1e3
-
-
-def test_copies_of_a_layer(router, kind):
-    layer, _ = measured(router, kind)
-    assert 0 <= layer.copies <= BOUNDS[router, kind].copies
-
-
-def test_only_parameters_are_gathered(router, kind):
-    """On a mesh with an expert and an fsdp axis: no activations."""
+def spread(router: str, kind: str) -> tuple[Config, Compiled]:
+    """One layer over a mesh with all axes."""
     jax.config.update("jax_platforms", "cpu")
     overrides = {key.replace(".", "__"): value for key, value in SPREAD.items()}
-    config = per_layer.with_layers(config_of(router, **overrides), 2)
-    found = compile_step(config, hardware(HARDWARE[kind]), SPREAD)
+    config = config_of(router, model__layers=1, **overrides)
+    return config, compile_step(config, hardware(HARDWARE[kind]), SPREAD)
+
+
+@cache
+def layer(router: str, kind: str) -> per_layer.PerLayer:
+    jax.config.update("jax_platforms", "cpu")
+    return per_layer.measure(config_of(router), hardware(HARDWARE[kind]))[0]
+
+
+@everywhere
+def test_it_compiles_and_its_temporaries_stay_small(router, kind):
+    _, found = spread(router, kind)
+    assert found.fits and found.memory.temporaries < TEMPORARIES[router, kind] * 1e9
+
+
+@everywhere
+def test_only_parameters_are_gathered(router, kind):
+    """Sharded parameters travel to the rows that need them, or rows to the experts."""
+    config, found = spread(router, kind)
     state, _ = abstract_arguments(config, abstract_mesh(8, 1, 1))
     whole = {x.shape for x in jax.tree.leaves(state.params)}
-    shapes = {
-        shape for c in found.counts.collectives if c.name == "all-gather" for shape in c.shapes
-    }
-    assert [s for s in shapes if not any(is_part(s, w) for w in whole)] == []
+    gathered = {s for c in found.counts.collectives if c.name == "all-gather" for s in c.shapes}
+    assert [s for s in gathered if not any(is_part(s, w) for w in whole)] == []
 
 
 def is_part(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     """Whether an array may be a piece of another, transposed or not, with axes of one or without.
 
-    A parameter's own axes divide the tokens of no batch here.
+    No parameter has an axis of as many rows or tokens as a device has.
     """
     shape, whole = (tuple(n for n in s if n > 1) for s in (shape, whole))
     return len(shape) == len(whole) and any(
         all(n % piece == 0 for n, piece in zip(order, shape, strict=True))
         for order in permutations(whole)
     )
+
+
+@on_gpus
+def test_bytes_kept_for_the_backward_pass(router, kind):
+    assert 0 < layer(router, kind).kept < LAYER[router].kept * 1e3
+
+
+@on_gpus
+def test_copies_of_a_layer(router, kind):
+    assert 0 <= layer(router, kind).copies <= LAYER[router].copies
