@@ -91,20 +91,22 @@ def test_remat_keeps_less_and_longer_rows_more():
         memory.activation_bytes(TINY, Execution(remat=remat), 32).layers for remat in REMAT
     )
     assert least < kept / 2 and least < matmuls < kept
-    # at least in proportion: nothing of size length x length is kept of attention
-    longer = memory.activation_bytes(TINY, Execution(), 64).layers
-    assert longer == pytest.approx(2 * kept, rel=0.3)
+    # in proportion: accelerators keep nothing of size length x length of attention
+    once, twice = (
+        memory.activation_bytes(TINY, Execution(backend="gpu"), n).layers for n in (32, 64)
+    )
+    assert twice == pytest.approx(2 * once, rel=0.1)
 
 
 def test_what_is_needed_at_the_peak():
     """Activations or gradients, whichever is more; gradients of earlier micro-batches beside."""
     mesh = memory.abstract_mesh(1, 1, 1)
-    execution = Execution(remat="matmuls")
-    few, many = (memory.needed(TINY, execution, mesh, (rows, 32)) for rows in (1, 1000))
+    execution = Execution(remat="matmuls", backend="gpu")
+    few, many = (memory.needed(TINY, execution, mesh, (rows, 8)) for rows in (1, 1000))
     assert few.activations < few.gradients == many.gradients < many.activations
     assert few.total == pytest.approx(memory.SPARE * (few.state + few.gradients))
     assert many.total == pytest.approx(memory.SPARE * (many.state + many.activations))
-    several = memory.needed(TINY, execution, mesh, (1000, 32), accumulate=2)
+    several = memory.needed(TINY, execution, mesh, (1000, 8), accumulate=2)
     assert several.total - many.total == pytest.approx(memory.SPARE * many.gradients)
 
 

@@ -26,6 +26,7 @@ SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
 # of what a layer would keep without remat, alive at a time while its backward pass recomputes it:
 # kernels that fuse hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
+_ROWS = 16  # that are counted at a time: experts' rows come in whole blocks
 # any AdamW has the same two moments
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
 _KINDS = {
@@ -159,7 +160,8 @@ def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> Ac
 
 def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:
     """Bytes of one row more: parameters, which are kept as well, do not grow with rows."""
-    return _kept(spec, execution, 2, length) - _kept(spec, execution, 1, length)
+    more = _kept(spec, execution, 2 * _ROWS, length) - _kept(spec, execution, _ROWS, length)
+    return more // _ROWS
 
 
 @cache
