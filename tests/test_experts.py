@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_blocks import ffn
 
+from moe_ablm.model import experts
 from moe_ablm.model.dispatch import take_rows
 from moe_ablm.model.experts import (
     BLOCK,
     IMPLEMENTATIONS,
-    MANY,
+    SHARE,
+    Batched,
     ExpertWeights,
     Groups,
     block_size,
@@ -106,9 +108,10 @@ sort = jax.jit(lambda chosen: sort_by_expert(chosen, E, ROWS))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_with_many_rows_have_larger_blocks(backend):
     small, large = BLOCK[backend]
-    many = MANY[backend] * E
-    assert block_size(many - 1, E, backend) == small
-    assert block_size(many, E, backend) == large > small
+    many = SHARE[backend] * large * E
+    assert block_size(1, E, backend) == block_size(many * small // large, E, backend) == small
+    assert block_size(many - 1, E, backend) == large // 2
+    assert block_size(many, E, backend) == block_size(8 * many, E, backend) == large > small
     chosen = np.random.default_rng(0).integers(0, E, (many, 1), np.int32)
     assert_sound(chosen, sort_by_expert(jnp.asarray(chosen), E, large), large)
 
@@ -351,3 +354,19 @@ def test_a_product_of_groups_by_hand(way):
     found = grouped_matmul(*arrays, groups, 2, Execution(grouped=way))
     expected = np.concatenate([x[:4] @ w[0] + b[0], x[4:6] @ w[2] + b[2]])
     np.testing.assert_allclose(found[:6], expected, atol=1e-5)
+
+
+def test_products_of_blocks_are_summed_part_by_part(monkeypatch):
+    """Five blocks in use of seven, at most so many of them at a time; the last part overlaps."""
+    rng = np.random.default_rng(5)
+    x, g = (rng.standard_normal((14, n)).astype("f4") for n in (3, 4))
+    expert = np.array([0, 0, 2, 2, 2, 2, 2])
+    groups = Groups(*(jnp.asarray(a, jnp.int32) for a in ([4, 0, 6], expert, 5)))
+    expected = np.zeros((3, 3, 4))
+    for i in range(5):
+        rows = slice(2 * i, 2 * i + 2)
+        expected[expert[i]] += x[rows].astype("f8").T @ g[rows]
+    for most in (1, 3, 4, 7):
+        monkeypatch.setattr(experts, "AT_ONCE", most * 12 + 1)
+        found = Batched.weight_gradient(jnp.asarray(x), jnp.asarray(g), groups, 2)
+        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -74,13 +74,17 @@ def split_wide(plan: Plan, table: np.ndarray) -> Plan:
 
 # groups of rows
 
-BLOCK = {"cpu": (128, 256), "gpu": (128, 512), "tpu": (128, 512)}  # rows: smallest, largest
-MANY = {"cpu": 512, "gpu": 4096, "tpu": 4096}  # rows an expert from which large blocks waste little
+BLOCK = {"cpu": (128, 256), "gpu": (128, 1024), "tpu": (128, 512)}  # rows: smallest, largest
+# blocks of an expert from which larger ones are taken: half a block is wasted, and a GPU copies the
+# expert's weights for every block
+SHARE = {"cpu": 2, "gpu": 8, "tpu": 8}
 
 
 def block_size(assignments: int, experts: int, backend: str) -> int:
-    """Rows of a block for so many assignments."""
-    return BLOCK[backend][assignments >= MANY[backend] * experts]
+    """Rows of a block for so many assignments: a power of 2."""
+    smallest, largest = BLOCK[backend]
+    fitting = assignments // (SHARE[backend] * experts)
+    return min(max(1 << fitting.bit_length() - 1 if fitting else 0, smallest), largest)
 
 
 class Groups(NamedTuple):
@@ -199,9 +203,11 @@ def grouped_matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _grouped_matmul(rows, weights, bias, groups, block, name, operands):
     factors = rows.astype(operands), weights.astype(operands)
-    out = IMPLEMENTATIONS[name].product(*factors, groups, block)
-    out = out.reshape(-1, block, out.shape[-1]) + bias[groups.expert][:, None]
-    return out.astype(rows.dtype).reshape(rows.shape[0], -1)
+    # rounded before the bias is added: XLA fuses no gathered bias into a product on GPUs, and would
+    # write the sums in float32
+    out = IMPLEMENTATIONS[name].product(*factors, groups, block).astype(rows.dtype)
+    blocks = out.reshape(-1, block, out.shape[-1]) + bias[groups.expert][:, None]
+    return blocks.astype(rows.dtype).reshape(out.shape)
 
 
 def _grouped_matmul_forward(rows, weights, bias, groups, block, name, operands):
@@ -216,19 +222,22 @@ def _grouped_matmul_backward(block, name, operands, residuals, gradient):
     dx = how.product(factor, transposed, groups, block).astype(like.dtype)
     dweights = how.weight_gradient(rows, factor, groups, block)
     sums = gradient.astype(wide(operands)).reshape(-1, block, gradient.shape[-1]).sum(1)
-    dbias = _sum_by_expert(sums, groups)
+    dbias = _sum_blocks(_membership(groups), sums)
     return dx, dweights, dbias, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
-def _sum_by_expert(blocks: jax.Array, groups: Groups) -> jax.Array:
+def _membership(groups: Groups) -> jax.Array:
+    """float32 `[E, blocks]`, 1 where a block in use belongs to the expert."""
+    mine = jax.nn.one_hot(groups.expert, groups.sizes.shape[0], axis=0)
+    return jnp.where(jnp.arange(groups.expert.shape[0]) < groups.used, mine, 0)
+
+
+def _sum_blocks(mine: jax.Array, blocks: jax.Array) -> jax.Array:
     """`[blocks, ...] -> [E, ...]`: a product; scattered sums of floats depend on their order."""
-    count = groups.sizes.shape[0]
-    mine = jax.nn.one_hot(groups.expert, count, axis=0, dtype=blocks.dtype)
-    here = jnp.arange(blocks.shape[0]) < groups.used
-    mine = jnp.where(here, mine, 0)
+    mine = mine.astype(blocks.dtype)
     return jnp.tensordot(mine, blocks, 1, precision=lax.Precision.HIGHEST)
 
 
@@ -246,8 +255,11 @@ class GroupedMatmul(Protocol):
         ...
 
 
+AT_ONCE = 1 << 26  # elements of the products of blocks that are held before they are summed
+
+
 class Batched:
-    """One batched product over blocks, each with a copy of its expert's weights: plain XLA."""
+    """Batched products over blocks, each with a copy of its expert's weights: plain XLA."""
 
     @staticmethod
     def product(rows, weights, groups, block):
@@ -258,8 +270,22 @@ class Batched:
     @staticmethod
     def weight_gradient(rows, gradient, groups, block):
         columns = rows.reshape(-1, block, rows.shape[-1]).swapaxes(1, 2)
-        products = dot(columns, gradient.reshape(-1, block, gradient.shape[-1]), str(rows.dtype))
-        return _sum_by_expert(products, groups)
+        gradient = gradient.reshape(-1, block, gradient.shape[-1])
+        mine, count = _membership(groups), gradient.shape[0]
+        most = max(1, AT_ONCE // (columns.shape[1] * gradient.shape[2]))
+        if count <= most:
+            return _sum_blocks(mine, dot(columns, gradient, str(rows.dtype)))
+
+        def add(i, total):
+            start = jnp.minimum(i * most, count - most)  # the last part may begin in that before
+            new = jnp.arange(most) + start >= i * most
+            part = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=most)
+            products = dot(part(columns), part(gradient), str(rows.dtype))
+            return total + _sum_blocks(jnp.where(new, part(mine, axis=1), 0), products)
+
+        shape = mine.shape[0], columns.shape[1], gradient.shape[2]
+        empty = jnp.zeros(shape, wide(rows.dtype))
+        return lax.fori_loop(0, -(-count // most), add, empty)
 
 
 class Ragged:

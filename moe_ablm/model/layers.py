@@ -4,8 +4,6 @@ Every parameter carries the letters of its axes (`axes`, from the legend in `spe
 in `parallel.mesh` turn letters into shardings, so that layers know nothing of devices.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -66,8 +64,27 @@ class LayerNorm(nnx.Module):
 
 def gelu(x: jax.Array, backend: str) -> jax.Array:
     """Exact GELU (Hendrycks & Gimpel 2016), x * Phi(x), computed `wide`."""
-    exact = cpu.gelu if backend == "cpu" else partial(jax.nn.gelu, approximate=False)
-    return exact(x.astype(wide(x.dtype))).astype(x.dtype)
+    if backend == "cpu":
+        return cpu.gelu(x.astype(wide(x.dtype))).astype(x.dtype)
+    return _gelu(x)
+
+
+def _plain_gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=False).astype(x.dtype)
+
+
+_gelu = jax.custom_vjp(_plain_gelu)
+
+
+def _gelu_backward(x, gradient):
+    # Barriers: XLA would share erf with the recomputed forward pass and leave out the rounding of
+    # the gradient, and so write both to memory in float32.
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    _, vjp = jax.vjp(_plain_gelu, x)
+    return jax.lax.optimization_barrier(vjp(gradient))
+
+
+_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 def swiglu(x: jax.Array, backend: str) -> jax.Array:
