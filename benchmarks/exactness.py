@@ -141,45 +141,38 @@ def grouped(name: str, precision: str) -> dict:
     taken = np.asarray(assignment) < chosen.size
     owner = np.append(chosen[:, 0], experts)[np.asarray(assignment)]
     rows, g = (rng.standard_normal((len(owner), size)) * taken[:, None] for size in (n, m))
-    inputs = (
-        jnp.asarray(rows, activations),
-        *(
-            jnp.asarray(rng.standard_normal(shape), "float32")
-            for shape in ((experts, n, m), (experts, m))
-        ),
-    )
+    weights = jnp.asarray(rng.standard_normal((experts, n, m)), "float32")
+    inputs = jnp.asarray(rows, activations), weights
 
     @jax.jit
-    def run(rows, weights, bias, g):
+    def run(rows, weights, g):
         product = partial(grouped_matmul, groups=groups, block=block, execution=execution)
-        out, vjp = jax.vjp(product, rows, weights, bias)
+        out, vjp = jax.vjp(product, rows, weights)
         return jnp.where(jnp.asarray(taken)[:, None], out, 0), *vjp(g)
 
     g = jnp.asarray(g, activations)
-    out, dx, dweights, dbias = run(*inputs, g)
+    out, dx, dweights = run(*inputs, g)
     dx = jnp.where(jnp.asarray(taken)[:, None], dx, 0)
-    found = {"out": out, "drows": dx, "dweights": dweights, "dbias": dbias}
+    found = {"out": out, "drows": dx, "dweights": dweights}
     expected = expert_by_expert(*inputs, g, owner)
     return judged(
         {name: error(found[name], exact) for name, exact in expected.items()}, LIMITS[precision]
     )
 
 
-def expert_by_expert(rows, weights, bias, g, owner: np.ndarray) -> dict[str, np.ndarray]:
+def expert_by_expert(rows, weights, g, owner: np.ndarray) -> dict[str, np.ndarray]:
     """What `grouped` compares, in float64 numpy; `owner [rows]` is the expert of each row."""
-    rows, weights, bias, g = (np.asarray(x).astype("f8") for x in (rows, weights, bias, g))
+    rows, weights, g = (np.asarray(x).astype("f8") for x in (rows, weights, g))
     found = {
         "out": np.zeros(g.shape),
         "drows": np.zeros(rows.shape),
         "dweights": np.zeros(weights.shape),
-        "dbias": np.zeros(bias.shape),
     }
     for e in range(len(weights)):
         mine = owner == e
-        found["out"][mine] = rows[mine] @ weights[e] + bias[e]
+        found["out"][mine] = rows[mine] @ weights[e]
         found["drows"][mine] = g[mine] @ weights[e].T
         found["dweights"][e] = rows[mine].T @ g[mine]
-        found["dbias"][e] = g[mine].sum(0)
     return found
 
 

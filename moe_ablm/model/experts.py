@@ -168,50 +168,58 @@ def grouped_ffn(
     if execution.backend == "cpu" and execution.grouped is None:
         return cpu.grouped_ffn(x, weights, groups, block, activate, execution.operands)
     product = partial(grouped_matmul, groups=groups, block=block, execution=execution)
-    hidden = product(x, weights.up, weights.up_bias)
+    mine = _membership(groups)
+    hidden = _add_bias(product(x, weights.up), weights.up_bias, mine)
     hidden = checkpoint_name(hidden, "up") if kept else hidden
-    out = product(activate(hidden), weights.down, weights.down_bias)
+    out = _add_bias(product(activate(hidden), weights.down), weights.down_bias, mine)
     return checkpoint_name(out, "down") if kept else out
 
 
+def _membership(groups: Groups) -> jax.Array:
+    """float32 `[E, blocks]`, 1 where a block in use belongs to the expert."""
+    mine = jax.nn.one_hot(groups.expert, groups.sizes.shape[0], axis=0)
+    return jnp.where(jnp.arange(groups.expert.shape[0]) < groups.used, mine, 0)
+
+
+def _add_bias(x: jax.Array, bias: jax.Array, mine: jax.Array) -> jax.Array:
+    """Adds `bias [E, M]` to rows `[rows, M]` of whole blocks; `mine` is that of `_membership`.
+
+    After products are rounded: XLA fuses no bias that depends on the block into a product on GPUs,
+    and would write sums in float32.
+    """
+    of_block = jnp.tensordot(mine.T, bias, 1, precision=lax.Precision.HIGHEST)
+    blocks = x.reshape(mine.shape[1], -1, x.shape[-1]) + of_block[:, None]
+    return blocks.astype(x.dtype).reshape(x.shape)
+
+
 def grouped_matmul(
-    rows: jax.Array,
-    weights: jax.Array,
-    bias: jax.Array,
-    groups: Groups,
-    block: int,
-    execution: Execution,
+    rows: jax.Array, weights: jax.Array, groups: Groups, block: int, execution: Execution
 ) -> jax.Array:
-    """`rows @ weights[e] + bias[e]` of the expert e that each row belongs to.
+    """`rows @ weights[e]` of the expert e that each row belongs to.
 
     Args:
       rows: `[rows, N]`, sorted by expert, in whole blocks.
       weights: `[E, N, M]`.
-      bias: `[E, M]`.
       groups: of the rows.
       block: rows of a block.
       execution: which implementation; dtype of operands.
 
     Returns:
-      `[rows, M]` in the dtype of `rows`; gradients of weights and biases are summed `wide`. Rows of
-      unused blocks hold no meaning, and their gradients must be 0.
+      `[rows, M]` in the dtype of `rows`; the gradient of weights is summed `wide`. Rows of unused
+      blocks hold no meaning, and their gradients must be 0.
     """
     name = execution.grouped or DEFAULT[execution.backend]
-    return _grouped_matmul(rows, weights, bias, groups, block, name, execution.operands)
+    return _grouped_matmul(rows, weights, groups, block, name, execution.operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _grouped_matmul(rows, weights, bias, groups, block, name, operands):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped_matmul(rows, weights, groups, block, name, operands):
     factors = rows.astype(operands), weights.astype(operands)
-    # rounded before the bias is added: XLA fuses no gathered bias into a product on GPUs, and would
-    # write the sums in float32
-    out = IMPLEMENTATIONS[name].product(*factors, groups, block).astype(rows.dtype)
-    blocks = out.reshape(-1, block, out.shape[-1]) + bias[groups.expert][:, None]
-    return blocks.astype(rows.dtype).reshape(out.shape)
+    return IMPLEMENTATIONS[name].product(*factors, groups, block).astype(rows.dtype)
 
 
-def _grouped_matmul_forward(rows, weights, bias, groups, block, name, operands):
-    out = _grouped_matmul(rows, weights, bias, groups, block, name, operands)
+def _grouped_matmul_forward(rows, weights, groups, block, name, operands):
+    out = _grouped_matmul(rows, weights, groups, block, name, operands)
     return out, (rows.astype(operands), weights, groups, jnp.zeros((), rows.dtype))
 
 
@@ -220,19 +228,10 @@ def _grouped_matmul_backward(block, name, operands, residuals, gradient):
     how, factor = IMPLEMENTATIONS[name], gradient.astype(operands)
     transposed = jnp.swapaxes(weights.astype(operands), 1, 2)
     dx = how.product(factor, transposed, groups, block).astype(like.dtype)
-    dweights = how.weight_gradient(rows, factor, groups, block)
-    sums = gradient.astype(wide(operands)).reshape(-1, block, gradient.shape[-1]).sum(1)
-    dbias = _sum_blocks(_membership(groups), sums)
-    return dx, dweights, dbias, None
+    return dx, how.weight_gradient(rows, factor, groups, block), None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-
-
-def _membership(groups: Groups) -> jax.Array:
-    """float32 `[E, blocks]`, 1 where a block in use belongs to the expert."""
-    mine = jax.nn.one_hot(groups.expert, groups.sizes.shape[0], axis=0)
-    return jnp.where(jnp.arange(groups.expert.shape[0]) < groups.used, mine, 0)
 
 
 def _sum_blocks(mine: jax.Array, blocks: jax.Array) -> jax.Array:
