@@ -27,9 +27,9 @@ from launch.meshes import NAMES, Hardware, Plan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_atomically
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.program import abstract_arguments, execution_on, make_program
-from moe_ablm.results import write_atomically
 
 GB = 10**9
 

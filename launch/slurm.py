@@ -9,7 +9,6 @@ submitted are beside them: `logs/slurm-*`.
 """
 
 import argparse
-import fcntl
 import getpass
 import json
 import os
@@ -17,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shlex import quote
 
@@ -27,6 +26,7 @@ from launch.meshes import hardware
 from launch.settings import Setting, add_options, resolve
 from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
+from moe_ablm.files import locked
 
 GRACE = 120  # seconds between USR1 and the end
 LARGEST_ARRAY = 1000  # tasks; SLURM's default MaxArraySize is 1001
@@ -125,11 +125,11 @@ def _one_at_a_time(logs: Path) -> Iterator[None]:
     """Waits for another launcher of the sweep: both would find the queue without these cells."""
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        lock = (logs / ".slurm-lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack = ExitStack()
+        stack.enter_context(locked(logs / ".slurm-lock", wait=True))
     except OSError as error:
         raise UserError(f"{logs} cannot be written or locked: {error.strerror}") from error
-    with lock:
+    with stack:
         yield
 
 

@@ -1,6 +1,5 @@
 """What became of a cell, from the files of its run and its log alone."""
 
-import fcntl
 import json
 import math
 import time
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cell import Cell
+from moe_ablm.files import locked
 
 COMPLETE, RUNNING, INTERRUPTED = "complete", "running", "interrupted"
 FAILED, DAMAGED, WAITING = "failed", "damaged", "waiting"
@@ -118,13 +118,12 @@ def _not_ended(cell: Cell, progress: dict) -> State:
 def is_running(cell: Cell) -> bool:
     """Whether a process holds the lock of the work directory, on this machine or a shared disk."""
     try:
-        with (cell.workdir / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with locked(cell.workdir / ".lock", shared=True):
+            return False
     except BlockingIOError:
         return True
     except OSError:
         return False
-    return False
 
 
 def last_attempt(cell: Cell) -> tuple[str, float]:

@@ -1,10 +1,11 @@
 """Self-contained HTML pages: tables, sentences and figures; no script, no link to elsewhere."""
 
 import base64
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from moe_ablm.files import write_atomically
 
 STYLE = """
 :root{--ink:#1c2430;--faint:#5f6b7a;--line:#d9dee5;--band:#f5f7fa;--accent:#1f5a96}
@@ -81,7 +82,5 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
         + "\n".join(parts)
         + "</body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, page)
     return path

@@ -1,9 +1,10 @@
-"""Files of a run that others read: whole lines in, whole files out."""
+"""`results.jsonl` of a run, and versions of packages."""
 
 import importlib.metadata
 import json
-import os
 from pathlib import Path
+
+from moe_ablm.files import write_atomically
 
 
 def read_results(path: Path) -> list[dict]:
@@ -34,13 +35,3 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)

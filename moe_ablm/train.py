@@ -35,6 +35,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.tables import region_table, stability_lines
 from moe_ablm.evaluation.validation import evaluate
 from moe_ablm.feed import Feed
+from moe_ablm.files import write_atomically
 from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
@@ -45,7 +46,7 @@ from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress
-from moe_ablm.results import read_results, write_atomically
+from moe_ablm.results import read_results
 from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints

@@ -1,18 +1,16 @@
 """A run on disk: who owns a work directory and what it holds."""
 
-import fcntl
 import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-from moe_ablm.results import write_atomically
+from moe_ablm.files import locked, write_atomically
 
 log = logging.getLogger(__name__)
 PATIENCE = 1.0  # seconds for which another process may hold the lock
@@ -37,11 +35,10 @@ def work_directory(
     _check_same_run(workdir, config, dataset)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
-    with lock:
-        _take(lock, workdir)
+    with ExitStack() as stack:
+        _lock(stack, workdir)
         content = {
             "fingerprint": configs.fingerprint(config, dataset),
             "dataset": dataset,
@@ -52,12 +49,12 @@ def work_directory(
         yield
 
 
-def _take(lock: IO, workdir: Path) -> None:
+def _lock(stack: ExitStack, workdir: Path) -> None:
     """Locks a work directory; patient, since `sweeps.status` holds the lock while it looks."""
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(workdir / ".lock"))
             return
         except BlockingIOError as error:
             if time.monotonic() > end:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from launch.state import COMPLETE, State, read_summary, state_of
 from moe_ablm.errors import UserError
+from moe_ablm.files import replacing
 from sweeps.planned import Planned, read_plan
 
 
@@ -69,13 +70,11 @@ def collect(folder: Path, out: Path) -> list[State]:
     rows = [row(p, s) for p, s in zip(cells, states, strict=True)]
     names = dict.fromkeys(name for each in rows for name in each)
     table = pa.table({name: [each.get(name) for each in rows] for name in names})
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            pq.write_table(table, temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return states
 

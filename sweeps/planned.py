@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.cell import Cell
 from moe_ablm.errors import UserError
-from moe_ablm.results import write_atomically
+from moe_ablm.files import write_atomically
 
 PLAN = "sweep.json"
 

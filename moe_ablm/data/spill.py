@@ -1,17 +1,17 @@
 """Scratch space on disk, so that what must be known of all rows at once need not be in memory."""
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import locked
 
 PARTITIONS = 64
 _ROWS_AT_ONCE = 65_536
@@ -50,16 +50,20 @@ def scratch_beside(out: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(lock: Path, out: Path) -> Iterator[None]:
     while True:
-        with lock.open("a+") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                f.seek(0)
-                owner = f.read().strip() or "unknown"
-                raise UserError(
-                    f"--out {out}: another process (pid {owner}) is writing it; wait for it or "
-                    "choose another name"
-                ) from error
+        stack = ExitStack()
+        try:
+            f = stack.enter_context(locked(lock))
+        except BlockingIOError as error:
+            owner = lock.read_text().strip() or "unknown"
+            raise UserError(
+                f"--out {out}: another process (pid {owner}) is writing it; wait for it or "
+                "choose another name"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"--out {out} cannot be locked ({error.strerror}): use a file system with flock"
+            ) from error
+        with stack:
             # The owner before us may have removed the file after we opened it.
             if lock.exists() and os.fstat(f.fileno()).st_ino == lock.stat().st_ino:
                 f.truncate(0)

@@ -24,7 +24,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.results import write_atomically
+from moe_ablm.files import replacing, write_atomically
 
 SCHEMA = "moe_ablm.evaluation/1"
 # modules of this package, in the order in which they are done
@@ -180,11 +180,9 @@ def write_samples(samples: list[Sample], path: Path) -> None:
         for parts, kind in zip(columns.values(), empty, strict=True)
     ]
     table = pa.table(dict(zip(columns, arrays, strict=True)))
-    temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(
-        table.replace_schema_metadata({"samples": json.dumps(heads)}), temporary, compression="zstd"
-    )
-    temporary.replace(path)
+    table = table.replace_schema_metadata({"samples": json.dumps(heads)})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
+from moe_ablm.files import replacing
 from moe_ablm.inference.antibodies import Antibody
 
 ORDER = "AVILMGPCSTNQDEHKRFWY"  # of rows, by chemistry: aliphatic, small, polar, charged, aromatic
@@ -48,7 +49,6 @@ def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -
         axis.set_xticks(ticks, [i + 1 for i in ticks], fontsize=7)
         axis.set(title=f"{antibody.name}, {chain}", xlabel="position", ylabel="mutant")
     figure.colorbar(drawn, ax=axes, label=f"log-odds, {method}", shrink=0.7)
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
     plt.close(figure)

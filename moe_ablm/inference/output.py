@@ -3,12 +3,12 @@
 Parts are kept beside the file until all are there; the same command goes on after the last one.
 """
 
-import fcntl
 import json
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from moe_ablm.errors import UserError
-from moe_ablm.results import write_atomically
+from moe_ablm.files import locked, replacing, write_atomically
 
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
 
@@ -52,6 +52,7 @@ class Output:
         self.out, self._command = out, dict(command)
         self._parts = out.with_name(f".{out.name}.parts")
         self._record = out.with_name(f".{out.name}.command.json")
+        self._lock = ExitStack()
         self.complete = self._is_complete()
         self.done = 0
 
@@ -60,15 +61,13 @@ class Output:
             return self
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._parts / "lock").open("w")
+            self._lock.enter_context(locked(self._parts / "lock"))
+        except BlockingIOError as error:
+            raise UserError(f"--out {self.out} is being written by another process") from error
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check_same()
-        except OSError as error:
-            self._lock.close()
-            raise UserError(f"--out {self.out} is being written by another process") from error
         except UserError:
             self._lock.close()
             raise
@@ -89,10 +88,10 @@ class Output:
         Raises:
           UserError: the disk is full, or the place went away.
         """
-        temporary, end = self._parts / "writing", self.done + antibodies
+        end = self.done + antibodies
         try:
-            pq.write_table(table, temporary)
-            temporary.replace(self._parts / f"{self.done:012d}-{end:012d}.parquet")
+            with replacing(self._parts / f"{self.done:012d}-{end:012d}.parquet") as temporary:
+                pq.write_table(table, temporary)
         except OSError as error:
             raise UserError(
                 f"--out {self.out} cannot be written ({error.strerror or error}) after {self.done} "
@@ -109,12 +108,8 @@ class Output:
         paths = [path for *_, path in self._found()]
         if not paths:
             raise UserError(f"no antibody is left to write to {self.out}")
-        temporary = self.out.with_name(f".{self.out.name}.partial")
-        try:
+        with replacing(self.out) as temporary:
             WRITERS[self.out.suffix](paths, temporary)
-            temporary.replace(self.out)
-        finally:
-            temporary.unlink(missing_ok=True)
         size = self.out.stat().st_size
         record = {"command": self._command, "antibodies": self.done, "bytes": size}
         write_atomically(self._record, json.dumps(record))

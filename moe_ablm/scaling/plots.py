@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_ablm.files import replacing
 from moe_ablm.scaling.analysis import Analysis
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.parabola_fit import band
@@ -60,9 +61,8 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
                 line.set_rasterized(len(line.get_xdata()) > MOST_VECTORS)
             for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
                 path = directory / f"{name}.{kind}"
-                temporary = path.with_name(f".{path.name}")
-                figure.savefig(temporary, format=kind, **extra)
-                temporary.replace(path)
+                with replacing(path) as temporary:
+                    figure.savefig(temporary, format=kind, **extra)
                 out.append(path)
     return out
 

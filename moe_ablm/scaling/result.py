@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 from moe_ablm.scaling.inputs import Centre, check_inputs
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Problem
@@ -111,10 +111,7 @@ class Fit:
         """Writes `fit.json` into `directory` (made if absent), whole or not at all."""
         path = Path(directory) / "fit.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, self.to_json())
         return path
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from moe_ablm.data.readers import Source
 from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
+from moe_ablm.files import replacing
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 HELP = "regions, genes and germline of amino-acid chains"
@@ -74,23 +73,18 @@ def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Sou
     schema = pa.schema(
         [(n, pa.float64() if n.startswith("v_identity") else pa.string()) for n in names]
     )
-    partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-        os.close(descriptor)
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        with (
+            replacing(out) as partial,
+            pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+        ):
             for first, stream in zip(firsts, streams, strict=True):
                 for batch in itertools.chain([first] if first is not None else [], stream):
                     writer.write_batch(_in_schema(batch, schema))
-        Path(partial).chmod(0o644)
-        Path(partial).replace(out)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out} cannot be written: {reason}; nothing is left") from error
-    finally:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
 
 
 def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -11,6 +11,7 @@ from moe_ablm.data.dataset import SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
 from moe_ablm.errors import UserError
+from moe_ablm.files import replacing
 
 HELP = "what a dataset holds, in words and pictures"
 _GENES_SHOWN = 25
@@ -121,9 +122,8 @@ def draw(summary: Summary, out: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
-        partial = out / f".{name}.partial.png"
-        figure.savefig(partial, dpi=150, bbox_inches="tight")
-        partial.replace(paths[-1])
+        with replacing(paths[-1]) as partial:
+            figure.savefig(partial, dpi=150, bbox_inches="tight")
         plt.close(figure)
     return paths
 

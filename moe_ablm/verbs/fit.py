@@ -1,7 +1,6 @@
 """`python -m moe_ablm fit`: a table of runs to a scaling law with honest uncertainty."""
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 
 HELP = "fit scaling laws to runs, with intervals, model choice and advice"
 COMPARE = "compare"
@@ -272,9 +272,7 @@ def _scores_json(scores, sentence: str) -> dict:
 
 def _write_json(out: Path, name: str, values: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{name}.{os.getpid()}"
-    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(out / name)
+    write_json(out / name, values)
 
 
 def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from rich.progress import (
 
 from moe_ablm.data.simulate import BACKENDS, SimulationParams, pairing_information, simulate
 from moe_ablm.errors import UserError
+from moe_ablm.files import replacing
 
 HELP = "simulate annotated antibody pairs (V(D)J recombination and hypermutation)"
 LICENCE = "simulated from OGRDB germline genes; no restriction"
@@ -79,26 +78,17 @@ def write_table(batches: Iterable[pa.RecordBatch], out: Path) -> None:
     """
     if out.is_dir():
         raise UserError(f"--out {out} is a directory: name a file in it")
-    partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        with contextlib.ExitStack() as stack:
+        with replacing(out) as partial, contextlib.ExitStack() as stack:
             writer = None
             for batch in batches:
                 if writer is None:
-                    writer = stack.enter_context(_WRITERS[out.suffix](name, batch.schema))
+                    writer = stack.enter_context(_WRITERS[out.suffix](partial, batch.schema))
                 writer.write_batch(batch)
-        partial.chmod(0o644)
-        partial.replace(out)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out} cannot be written: {reason}; nothing is left") from error
-    finally:
-        if partial:
-            partial.unlink(missing_ok=True)
 
 
 def with_progress(batches: Iterable[pa.RecordBatch], total: int) -> Iterator[pa.RecordBatch]:

@@ -30,8 +30,8 @@ from moe_ablm.evaluation.reporting.report import (
 from moe_ablm.evaluation.statistics.estimates import Number
 from moe_ablm.evaluation.statistics.two_level import Estimate
 from moe_ablm.evaluation.suite import as_json
+from moe_ablm.files import write_atomically
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
-from moe_ablm.results import write_atomically
 
 ACROSS = "kinds"
 STABILITY = (

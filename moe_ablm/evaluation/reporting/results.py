@@ -12,10 +12,11 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.reporting.report import write_report
 from moe_ablm.evaluation.suite import SCHEMA
+from moe_ablm.files import write_atomically
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
 from moe_ablm.model import flops
-from moe_ablm.results import versions, write_atomically
+from moe_ablm.results import versions
 
 IDENTITY = "evaluation.json"
 PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn", "umap-learn")  # what computes

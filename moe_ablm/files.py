@@ -1,0 +1,59 @@
+"""Files that others read: written whole or not at all. And locks between processes.
+
+The ground floor: every room may use it.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it replaces `path` if the block ends without an error.
+
+    A reader sees the old content or the new, never a part; after an error nothing is left. The
+    suffix is that of `path`: some writers choose the format by it.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the content of a text file as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON (no NaN: `allow_nan=False`) as a whole."""
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[IO[str]]:
+    """Holds the lock of a file, which ends with the block or the process.
+
+    Args:
+      path: of the lock; made if absent, unless shared.
+      shared: whether others may hold it shared, too.
+      wait: for others to release it, instead of raising.
+
+    Raises:
+      BlockingIOError: another process holds it.
+      OSError: the file cannot be opened, or its file system has no locks.
+    """
+    with path.open("r" if shared else "a+") as file:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+        yield file
