@@ -26,6 +26,7 @@ test-aot: .venv-aot
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/.hf
 	$(BIN)/python benchmarks/train_step.py

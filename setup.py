@@ -1,4 +1,4 @@
-"""Packaging of moe_ablm; pyproject.toml holds only the settings of ruff and pytest."""
+"""Packaging of moe_ablm; pyproject.toml holds the settings of ruff, mypy and pytest."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_ablm", "moe_ablm.*"]),
-    package_data={"moe_ablm.data": ["germlines/human/*"]},
+    packages=find_packages(include=["moe_ablm", "moe_ablm.*", "configs", "launch", "sweeps"]),
+    package_data={"moe_ablm": ["py.typed"], "moe_ablm.data": ["germlines/human/*"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.5,<0.13",
@@ -44,6 +44,8 @@ setup(
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.120,<7",
             "ruff>=0.14,<1",
+            "mypy>=1.18,<3",
+            "types-PyYAML",
         ],
         "eval": ["scikit-learn>=1.6,<2", "umap-learn>=0.5.7,<1", "seaborn>=0.13.2,<1"],
         "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],

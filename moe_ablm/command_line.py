@@ -47,7 +47,6 @@ def _read(argv: list[str], values: flags.FlagValues) -> Config | None:
     """The config of a command line, with the values of its other flags; None: there is none."""
     help_ = "Config file, with arguments after a colon."
     config_flags.DEFINE_config_file("config", None, help_, flag_values=values, sys_argv=argv)
-    _let_configs_import_each_other(argv)
     try:
         rest = values(argv)
         config = values.config and configs.from_mapping(values.config)
@@ -58,14 +57,6 @@ def _read(argv: list[str], values: flags.FlagValues) -> Config | None:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
     return config
-
-
-def _let_configs_import_each_other(argv: list[str]) -> None:
-    """`from configs.base import ...` in a config file works from any current directory."""
-    for argument in argv:
-        if argument.lstrip("-").startswith("config="):
-            file = Path(argument.partition("=")[2].partition(":")[0]).resolve()
-            sys.path.insert(0, str(file.parent.parent))
 
 
 def is_full_disk(error: BaseException | None) -> bool:

@@ -7,19 +7,16 @@ Configs of configs/compare_routers.py. The table, of what is complete, is printe
 same command prints it again.
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
-
-import argparse
 from statistics import mean, stdev
 
 from launch.state import COMPLETE, State, read_summary
 from moe_ablm.results import read_results
 from sweeps import grid
 from sweeps.planned import Planned
-from sweeps.study import Recipe, Study, data_path, main
+from sweeps.study import Study, data_path, main
 
 ROWS = [
     ("dense", "interleaved"),
@@ -41,15 +38,15 @@ REGIONS = ("CDRH3", "CDRL3", "FRH1")
 def points(options: argparse.Namespace) -> list[grid.Point]:
     """The rows, seed after seed."""
     routers, placements = zip(*ROWS, strict=True)
-    rows = grid.zip(router=routers, placement=placements)
+    rows = grid.paired(router=routers, placement=placements)
     return grid.product([{"seed": s} for s in range(options.seeds)], rows)
 
 
-def recipe(point: grid.Point, options: argparse.Namespace) -> Recipe:
+def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     """A point's config."""
     argument = f"router={point['router']},placement={point['placement']}"
     overrides = {"seed": point["seed"], "data.path": data_path(options.data or "data/pairs")}
-    return Recipe("configs/compare_routers.py", argument, overrides)
+    return grid.Recipe("configs/compare_routers.py", argument, overrides)
 
 
 def table(cells: list[Planned], states: list[State]) -> str:

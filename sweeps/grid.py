@@ -1,17 +1,32 @@
-"""Grid expressions: lists of points, a point a dict from the name of an axis to a value.
+"""Grid expressions: lists of points, each a dict from the name of an axis to a value.
 
 product(size=["8m", "35m"], seed=range(3))                  every size with every seed: 6 points
-zip(size=["8m", "35m"], lr=[4e-4, 2e-4])                    side by side: 2 points
-product(zip(size=["8m", "35m"], lr=[4e-4, 2e-4]), seed=range(3))                     6 points
+paired(size=["8m", "35m"], lr=[4e-4, 2e-4])                 side by side: 2 points
+product(paired(size=["8m", "35m"], lr=[4e-4, 2e-4]), seed=range(3))                  6 points
 where(points, lambda p: p["router"] != "dense" or p["experts"] == 1)                 a part
 product(a) + product(b)                                     one after the other
 """
 
-import builtins
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 Point = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The config of a point.
+
+    Attributes:
+      config: config file, relative to the repository.
+      argument: of the config file, what stands after the colon.
+      overrides: value by dotted config key.
+    """
+
+    config: str
+    argument: str = ""
+    overrides: Mapping[str, object] = field(default_factory=dict)
 
 
 def product(*grids: list[Point], **axes: Iterable) -> list[Point]:
@@ -24,16 +39,13 @@ def product(*grids: list[Point], **axes: Iterable) -> list[Point]:
     return [_joined(points) for points in itertools.product(*parts)]
 
 
-def zip(**axes: Iterable) -> list[Point]:
+def paired(**axes: Iterable) -> list[Point]:
     """Axes side by side: the first values make a point, the second ones, and so on.
 
     Raises:
       ValueError: axes of different lengths.
     """
-    return [
-        dict(builtins.zip(axes, values, strict=True))
-        for values in builtins.zip(*axes.values(), strict=True)
-    ]
+    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
 
 
 def where(points: list[Point], holds: Callable[[Point], bool]) -> list[Point]:

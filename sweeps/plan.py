@@ -19,9 +19,8 @@ from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.families import Row
-from sweeps.grid import Point
+from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
-from sweeps.study import Recipe
 
 _COUNTED_STEPS = 200  # enough to know the tokens of a step
 _NAME = 80  # longest part of a cell's name before the fingerprint

@@ -17,18 +17,15 @@ epoch at most of the three smallest sizes, --add=branches dense runs cooled at D
 size on the full data, each trained from its beginning.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
-
 import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_ablm.errors import UserError
 from sweeps import grid
 from sweeps.planned import Planned
-from sweeps.study import SIMULATED, Recipe, Study, data_path, main
+from sweeps.study import SIMULATED, Study, data_path, main
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def is_nested(options: argparse.Namespace) -> bool:
     return options.ladder == "micro" and options.data != SIMULATED
 
 
-def recipe(point: grid.Point, options: argparse.Namespace) -> Recipe:
+def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     """A point's config."""
     ladder = LADDERS[options.ladder]
     size, data, router = point["size"], point["data"], point["router"]
@@ -128,7 +125,7 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> Recipe:
     if "steps" in point:
         steps = point["steps"]
         overrides |= {"train.steps": steps, "train.warmup": round(steps * ladder.warmup)}
-    return Recipe(ladder.config, f"size={size},data={fraction},router={named}", overrides)
+    return grid.Recipe(ladder.config, f"size={size},data={fraction},router={named}", overrides)
 
 
 def repairs(cells: list[Planned]) -> dict[str, list[grid.Point]]:

@@ -1,38 +1,6 @@
-"""Soft-MoE with and without router inputs and weights of unit length, by placement.
+"""The command of the study `soft_l2` of sweeps/studies.py."""
 
-    python sweeps/soft_l2.py --data=data/proteins --launcher=slurm
-    python sweeps/soft_l2.py --data=data/pairs --config.data.length=256 \
-        --config.model.moe.slots=32
-
-Configs of configs/soft_moe_protein.py: 150,000 updates of 512 rows of 512 tokens.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
-
-import argparse
-
-from sweeps import grid
-from sweeps.study import Recipe, Study, data_path, main
-
-
-def points(options: argparse.Namespace) -> list[grid.Point]:
-    """L2 x placements, seed after seed."""
-    return grid.product(
-        seed=range(options.seeds), l2=("0", "1"), placement=("interleaved", "consecutive", "every")
-    )
-
-
-def recipe(point: grid.Point, options: argparse.Namespace) -> Recipe:
-    """A point's config."""
-    argument = f"router=soft,l2={point['l2']},placement={point['placement']},size=8m"
-    overrides = {"seed": point["seed"], "data.path": data_path(options.data or "data/proteins")}
-    return Recipe("configs/soft_moe_protein.py", argument, overrides)
-
-
-study = Study(name="soft_l2", about=__doc__, points=points, recipe=recipe)
+from sweeps.studies import main
 
 if __name__ == "__main__":
-    sys.exit(main(study))
+    main("soft_l2")

@@ -8,33 +8,18 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
 from moe_ablm.errors import UserError
 from sweeps.cost import DEVICES, Rate, print_cells
-from sweeps.grid import Point
+from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned, write_plan
 
 LAUNCHERS = ("local", "slurm", "jobset", "print")
 SIMULATED = "simulated"  # --data of the embedded dataset
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a study makes of a point.
-
-    Attributes:
-      config: config file, relative to the repository.
-      argument: of the config file, what stands after the colon.
-      overrides: value by dotted config key.
-    """
-
-    config: str
-    argument: str = ""
-    overrides: Mapping[str, object] = field(default_factory=dict)
 
 
 def data_path(text: str) -> str | None:
@@ -48,7 +33,7 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """One file of `sweeps/`.
+    """A grid of runs and how each becomes a config.
 
     Attributes:
       name: of the file; also the default folder under runs/.

@@ -30,7 +30,6 @@ TINY = {
     "log.every": 1,
 }
 
-sys.path.insert(0, str(REPO))  # configs/ is no part of the installed package
 # many tests compile the same tiny step, in this process and in others
 COMPILED = tempfile.TemporaryDirectory(prefix="moe_ablm-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)

@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
 DRIVER = """
 import sys
 from argparse import Namespace
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_local_launcher import make_cell, run
 folder = Path({folder!r})
@@ -159,9 +159,7 @@ sys.exit(run([make_cell(folder, "a", {body!r}), make_cell(folder, "b")]))
 
 
 def start_driver(folder: Path, body: str) -> subprocess.Popen:
-    text = DRIVER.format(
-        tests=str(Path(__file__).parent), root=str(REPOSITORY), folder=str(folder), body=body
-    )
+    text = DRIVER.format(tests=str(Path(__file__).parent), folder=str(folder), body=body)
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
 
 

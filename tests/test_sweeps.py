@@ -1,7 +1,6 @@
 """Grids, plans, costs, the design check, and what status and collect say of damaged sweeps."""
 
 import fcntl
-import importlib
 import json
 import math
 import re
@@ -23,16 +22,16 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.runs import read_runs
-from sweeps import collect, compare_routers, grid, nested_data, scaling, status
+from sweeps import collect, compare_routers, grid, nested_data, scaling, status, studies
 from sweeps.check import design_lines
 from sweeps.cost import Rate
+from sweeps.grid import Recipe
 from sweeps.plan import plan, unplanned_flags
 from sweeps.planned import Planned, read_plan, write_plan
-from sweeps.study import Recipe, Study, main
+from sweeps.study import Study, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-STUDIES = ("scaling", "routers", "padding", "placement", "soft_l2", "pairing", "masking",
-           "compare_routers")  # fmt: skip
+STUDIES = studies.STUDIES | {s.name: s for s in (scaling.study, compare_routers.study)}
 SMALL = ["--data=simulated", "--config.data.simulated_pairs=400"]
 
 
@@ -55,7 +54,7 @@ def test_grid_expressions_by_hand():
         {"size": "m", "seed": 0},
         {"size": "m", "seed": 1},
     ]
-    b = grid.zip(size=["s", "m"], lr=[2, 1])
+    b = grid.paired(size=["s", "m"], lr=[2, 1])
     assert b == [{"size": "s", "lr": 2}, {"size": "m", "lr": 1}]
     assert grid.product(b, seed=[7]) == [
         {"size": "s", "lr": 2, "seed": 7},
@@ -69,7 +68,7 @@ def test_grids_that_contradict_themselves_are_refused():
     with pytest.raises(ValueError, match="'size' appears twice"):
         grid.product(grid.product(size=["s"]), size=["m"])
     with pytest.raises(ValueError):
-        grid.zip(size=["s", "m"], lr=[1])
+        grid.paired(size=["s", "m"], lr=[1])
 
 
 # plans
@@ -127,10 +126,7 @@ def test_printed_commands_survive_a_shell(tmp_path, capsys):
 
 def study_main(name: str, argv: list[str]) -> int:
     """The study as its file runs it."""
-    module = importlib.import_module(f"sweeps.{name}")
-    study = getattr(module, "study", None)
-    assert study, "a study file defines `study`"
-    return main(study, argv)
+    return main(STUDIES[name], argv)
 
 
 @pytest.mark.parametrize("name", STUDIES)
