@@ -56,7 +56,7 @@ SIZES = {
     "older": (6, 960, 1920, 20),
 }
 # what each model takes; the first choice is the default
-CHOICES = {
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "pilot": {
         "router": ("topk", "topp", "expert_choice"),
         "capacity": ("1", "0.5", "0.25"),

@@ -104,14 +104,15 @@ def compile_step(config: Config, where: Hardware, given: Collection[str] = ()) -
             raise
         raise UserError(f"it does not fit {where.name}: {_one_line(error)}") from error
     seconds = time.perf_counter() - start
-    told = compiled.memory_analysis()
+    told, text = compiled.memory_analysis(), compiled.as_text()
+    assert told is not None and text is not None  # both platforms have them
     memory = Memory(
         arguments=told.argument_size_in_bytes,
         temporaries=told.temp_size_in_bytes,
         output=told.output_size_in_bytes - told.alias_size_in_bytes,
         code=told.generated_code_size_in_bytes,
     )
-    return Compiled(found, memory, hlo.count(compiled.as_text()), seconds)
+    return Compiled(found, memory, hlo.count(text), seconds)
 
 
 def _one_line(error: Exception) -> str:

@@ -178,7 +178,7 @@ class Module:
             return None
         counter, bound = (condition.get(name) for name in root.operands)
         index = counter and re.search(r"index=(\d+)", counter.text)
-        last = bound and _constant(condition, bound)
+        last = None if bound is None else _constant(condition, bound)
         start = computation.get(loop.operands[0])
         if not index or last is None or start is None or start.opcode != "tuple":
             return None
@@ -200,8 +200,8 @@ class Module:
         """
         if x.opcode == "fusion":
             # scalars are places of slices
-            parts = [y for y in self.inside(x) if any(a.shape for a in y.arrays)]
-            work = {y.opcode for y in parts} - FREE - {"fusion"}
+            work = {y.opcode for y in self.inside(x) if any(a.shape for a in y.arrays)}
+            work -= FREE | {"fusion"}
             if not work or work - MOVES:
                 return None
         elif x.opcode.removesuffix("-start") not in MOVES:
@@ -271,8 +271,8 @@ def count(text: str) -> Counts:
     kernels = copies = copied = packed = loops = open_loops = 0
     calls: Counter[str] = Counter()
     for computation, x, times in module.executed():
-        if found := _collective(module, x, times):
-            collectives.setdefault(*found)
+        if collective := _collective(module, x, times):
+            collectives.setdefault(*collective)
         elif x.opcode == "while":
             loops += times
             open_loops += times * (module.iterations(computation, x) is None)
@@ -287,8 +287,8 @@ def count(text: str) -> Counts:
             copied += times * size * (not packing)
         elif not _is_free(x):
             kernels += times
-    found = tuple(collectives.values())
-    return Counts(found, kernels, copies, copied, packed, dict(calls), loops, open_loops)
+    each = tuple(collectives.values())
+    return Counts(each, kernels, copies, copied, packed, dict(calls), loops, open_loops)
 
 
 def _collective(module: Module, x: Instruction, times: int) -> tuple[str, Collective] | None:
@@ -326,6 +326,7 @@ def _closed(text: str) -> tuple[str, str]:
 
 
 def _bits(kind: str) -> int:
-    if kind in ("token", "opaque"):
-        return 0
-    return 8 if kind == "pred" else int(re.match(r"[a-z]+(\d+)", kind)[1])
+    if kind == "pred":
+        return 8
+    bits = re.match(r"[a-z]+(\d+)", kind)
+    return int(bits[1]) if bits else 0  # a token, or opaque

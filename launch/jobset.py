@@ -13,6 +13,7 @@ import argparse
 import re
 from pathlib import Path
 from shlex import join, quote
+from typing import Any
 
 import yaml
 
@@ -20,7 +21,7 @@ from launch import assign
 from launch.cell import LOGS, Cell
 from launch.jobset_check import API, LABEL, check
 from launch.meshes import Hardware, hardware
-from launch.settings import Setting, add_options, resolve
+from launch.settings import Setting, add_options, given, resolve
 from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
 
@@ -133,18 +134,14 @@ def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
     labels = {"app.kubernetes.io/name": "moe_ablm"}
     if settings["queue"]:
         labels["kueue.x-k8s.io/queue-name"] = settings["queue"]
-    metadata = {
-        "name": job_name(cell),
-        "labels": labels,
-        # the name of a cell is longer than a name may be
-        "annotations": {"moe-ablm/cell": cell.name, "moe-ablm/fingerprint": cell.fingerprint},
-    }
+    # the name of a cell is longer than a name may be
+    annotations = {"moe-ablm/cell": cell.name, "moe-ablm/fingerprint": cell.fingerprint}
+    if where.kind == "tpu":  # a slice is a node pool of its own
+        exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+        annotations[exclusive] = "cloud.google.com/gke-nodepool"
+    metadata = {"name": job_name(cell), "labels": labels, "annotations": annotations}
     if settings["namespace"]:
         metadata["namespace"] = settings["namespace"]
-    if where.kind == "tpu":  # a slice is a node pool of its own
-        metadata["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"] = (
-            "cloud.google.com/gke-nodepool"
-        )
     made = {
         "apiVersion": API,
         "kind": "JobSet",
@@ -222,7 +219,7 @@ def xpk_command(cell: Cell, settings: dict[str, str | None]) -> list[str]:
 def xpk_script(cell: Cell, settings: dict[str, str | None]) -> str:
     """What a container that xpk starts is to do."""
     where = _hardware(settings)
-    lines = [f"cd {quote(settings['source'])} || exit 1"]
+    lines = [f"cd {quote(given(settings, 'source'))} || exit 1"]
     lines += [f"export {join([f'{k}={v}'])}" for k, v in cell.environment.items()]
     if where.kind == "gpu":  # xpk's names for the same
         lines += [
@@ -243,7 +240,7 @@ def _arguments(cell: Cell) -> tuple[str, ...]:
 
 
 def _hardware(settings: dict[str, str | None]) -> Hardware:
-    where = hardware(settings["hardware"])
+    where = hardware(given(settings, "hardware"))
     if where.kind == "cpu":
         raise UserError("--hardware cpu: a JobSet needs GPUs or TPUs; --launcher=local needs none")
     if where.kind == "gpu" and where.near != 8:
@@ -252,7 +249,7 @@ def _hardware(settings: dict[str, str | None]) -> Hardware:
 
 
 def _check_place(cell: Cell, settings: dict[str, str | None]) -> None:
-    mount = settings["mount"]
+    mount = given(settings, "mount")
     if not cell.workdir.is_relative_to(mount):
         raise UserError(
             f"{cell.workdir} is not on the volume, which is mounted at {mount}: use "
@@ -272,6 +269,13 @@ def _check_place(cell: Cell, settings: dict[str, str | None]) -> None:
 def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
     chips = where.devices // where.hosts
     resource = "nvidia.com/gpu" if where.kind == "gpu" else "google.com/tpu"
+    mounts = [{"name": "runs", "mountPath": settings["mount"]}]
+    volumes: list[dict[str, Any]] = [
+        {"name": "runs", "persistentVolumeClaim": {"claimName": settings["claim"]}}
+    ]
+    if where.kind == "gpu":  # NCCL's shared memory; a container has 64 MiB by default
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     container = {
         "name": "train",
         "image": settings["image"],
@@ -280,12 +284,8 @@ def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
         "args": [_literal(a) for a in _arguments(cell)],
         "env": _environment(cell, where),
         "resources": {"limits": {resource: chips}},
-        "volumeMounts": [{"name": "runs", "mountPath": settings["mount"]}],
+        "volumeMounts": mounts,
     }
-    volumes = [{"name": "runs", "persistentVolumeClaim": {"claimName": settings["claim"]}}]
-    if where.kind == "gpu":  # NCCL's shared memory; a container has 64 MiB unless it is told
-        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE,

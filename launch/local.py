@@ -193,11 +193,11 @@ class _Launch:
         return text
 
     def _pass_on_signal(self) -> None:
-        running = [job for job in self.jobs.values() if job.process]
+        running = [job.process for job in self.jobs.values() if job.process]
         print(f"stopping: {len(running)} cells save and end", flush=True)
-        for job in running:
+        for process in running:
             with contextlib.suppress(ProcessLookupError):
-                job.process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
         for slot in [slot for slot, job in self.jobs.items() if not job.process]:
             del self.jobs[slot]  # not ours; it goes on
 

@@ -38,7 +38,7 @@ USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the 
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
 # what leaves a choice to the hardware, unless the command line says just this
 OPEN = {"mesh.data": -1, "mesh.expert": 1, "mesh.fsdp": 1, "compute.remat": None}
-ROUTERS = {  # overrides of the model's section by name of a router
+ROUTERS: dict[str, dict[str, object]] = {  # overrides of the model's section by name of a router
     "none": {},
     "top2": {"router": "topk"},
     "top2-capacity": {"router": "topk", "capacity": 1.25},
@@ -280,7 +280,7 @@ def _more_accumulation(config: Config, where: Hardware, given: Collection[str]) 
 
 def _choices(
     config: Config, where: Hardware, given: Collection[str]
-) -> Iterator[tuple[int, int, str]]:
+) -> Iterator[tuple[int, int, str | None]]:
     """(expert, fsdp, remat) from the quickest to the most frugal; none if no mesh is possible."""
     mesh, remat = config.mesh, config.compute.remat
     current = {"mesh.data": mesh.data, "mesh.expert": mesh.expert, "mesh.fsdp": mesh.fsdp,
@@ -304,15 +304,18 @@ def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
     return gcd(moe.experts, where.near, 8)
 
 
-def _weigh(config: Config, where: Hardware, rows: int, axes: tuple[int, int], remat: str) -> Plan:
-    """What a device holds with one choice of axes (expert, fsdp) and remat."""
+def _weigh(
+    config: Config, where: Hardware, rows: int, axes: tuple[int, int], remat: str | None
+) -> Plan:
+    """What a device holds with one choice of axes (expert, fsdp) and remat; None: the default."""
     expert, fsdp = axes
     data = where.devices // (expert * fsdp)
-    execution = replace(execution_on(config, where.kind), remat=remat)
+    execution = execution_on(config, where.kind)
+    execution = replace(execution, remat=remat or execution.remat)
     shape, ema = (rows, config.data.length), config.train.ema > 0
     mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
     need = needed(config.model.spec(), execution, mesh, shape, ema, parts)
-    return Plan(where, data, expert, fsdp, rows, remat, need)
+    return Plan(where, data, expert, fsdp, rows, execution.remat, need)
 
 
 def rung(size: str, router: str, **overrides: object) -> Config:

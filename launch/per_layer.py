@@ -40,8 +40,8 @@ def measure(
     Raises:
       UserError: as `compile_step`, or the layers of the config cannot be that few.
     """
-    both = [compile_step(with_layers(config, n), where, given) for n in DEPTHS]
-    return difference(*both, config.data.length), both[-1]
+    shallow, deep = (compile_step(with_layers(config, n), where, given) for n in DEPTHS)
+    return difference(shallow, deep, config.data.length), deep
 
 
 def with_layers(config: Config, layers: int) -> Config:

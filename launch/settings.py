@@ -17,6 +17,7 @@ import argparse
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +65,28 @@ def resolve(
     stored = _section(file, section, settings)
     values = {}
     for name, setting in settings.items():
-        given = getattr(options, name.replace("-", "_"), None)
+        value = getattr(options, name.replace("-", "_"), None)
         where = f"--{name}"
-        if given is None and name in stored:
-            given, where = str(stored[name]), f"{file}: {section}.{name}"
-        if given is None:
-            given = setting.default
-        if given is not None and not re.fullmatch(setting.pattern, given):
-            raise UserError(f"{where}={given!r}: expected {setting.help}")
-        values[name] = given
+        if value is None and name in stored:
+            value, where = str(stored[name]), f"{file}: {section}.{name}"
+        if value is None:
+            value = setting.default
+        if value is not None and not re.fullmatch(setting.pattern, value):
+            raise UserError(f"{where}={value!r}: expected {setting.help}")
+        values[name] = value
     return values
+
+
+def given(values: Mapping[str, str | None], name: str) -> str:
+    """The value of a key that a launcher cannot do without.
+
+    Raises:
+      UserError: it is not given.
+    """
+    value = values[name]
+    if value is None:
+        raise UserError(f"--{name} is missing: give the option, or the key in {settings_file()}")
+    return value
 
 
 def _section(file: Path, section: str, settings: dict[str, Setting]) -> dict:

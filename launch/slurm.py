@@ -23,7 +23,7 @@ from shlex import quote
 from launch import assign
 from launch.cell import LOGS, REPOSITORY, Cell
 from launch.meshes import hardware
-from launch.settings import Setting, add_options, resolve
+from launch.settings import Setting, add_options, given, resolve
 from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
 from moe_ablm.files import locked
@@ -206,9 +206,9 @@ def script(cells: list[Cell], settings: dict[str, str | None]) -> str:
 
 
 def _directives(count: int, s: dict[str, str | None]) -> list[str]:
-    gpus = int(s["gpus"])
+    gpus = int(given(s, "gpus"))
     limit = f"%{s['at-once']}" if s["at-once"] else ""
-    given = {
+    directives = {
         "job-name": "moe_ablm",
         "array": f"0-{count - 1}{limit}",
         "output": "slurm-%A_%a.out",  # in --chdir
@@ -225,7 +225,10 @@ def _directives(count: int, s: dict[str, str | None]) -> list[str]:
         "qos": s["qos"],
         "time": s["time"],
     }
-    return ["requeue", *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    return [
+        "requeue",
+        *(f"{name}={value}" for name, value in directives.items() if value is not None),
+    ]
 
 
 def _case(index: int, cell: Cell) -> str:
@@ -252,7 +255,7 @@ def _step(cells: list[Cell], s: dict[str, str | None]) -> list[str]:
         if any(set(folder) & set(":,") for folder in folders):
             raise UserError(f"{' or '.join(folders)} has a ':' or ',': no container can mount it")
         if image.endswith(".sif"):
-            nv = ["--nv"] if int(s["gpus"]) else []
+            nv = ["--nv"] if int(given(s, "gpus")) else []
             inside = ["apptainer", "exec", *nv, *(f"--bind={folder}" for folder in folders), image]
         else:
             mounts = ",".join(f"{folder}:{folder}" for folder in folders)

@@ -82,9 +82,9 @@ def state_of(cell: Cell, steps: int | None = None) -> State:
 
 def _ended(summary: dict, cell: Cell) -> State:
     """The state that a `run.json` tells."""
-    status, step = summary["status"], _number(summary.get("step"))
+    status, step = summary["status"], finite(summary.get("step"))
     step = None if step is None else int(step)
-    loss = _number(summary.get("valid_loss_final"))
+    loss = finite(summary.get("valid_loss_final"))
     if status == "stopped":
         # a later attempt may have failed before it took the directory over
         attempt = last_attempt(cell)[0]
@@ -183,14 +183,15 @@ def _progress(records: list[dict], steps: int | None) -> dict:
     losses = [r for r in records if r.get("kind") == "eval"] or records
     left = None
     for record in reversed(records):
-        speed, tokens = _number(record.get("tokens_per_second")), _number(record.get("tokens_seen"))
+        speed, tokens = finite(record.get("tokens_per_second")), finite(record.get("tokens_seen"))
         if steps and speed and tokens and record["step"]:
             left = (steps - step) * tokens / record["step"] / speed
             break
-    return {"step": step, "loss": _number(losses[-1].get("loss")), "seconds_left": left}
+    return {"step": step, "loss": finite(losses[-1].get("loss")), "seconds_left": left}
 
 
-def _number(value: object) -> float | None:
+def finite(value: object) -> float | None:
     """A finite number as it is, anything else as None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)

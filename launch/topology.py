@@ -86,9 +86,11 @@ def devices(where: Hardware) -> list[jax.Device]:
     ).devices
 
 
-def compiler_options(where: Hardware) -> dict[str, bool | int]:
+def compiler_options(where: Hardware) -> dict[str, str | bool]:
     """The flags that a run of this hardware has, and what a compiler without devices needs."""
     flags = (flag.removeprefix("--").split("=", 1) for flag in where.flags)
-    options = {name: value == "true" if value.isalpha() else int(value) for name, value in flags}
+    options: dict[str, str | bool] = {
+        name: value == "true" if value.isalpha() else value for name, value in flags
+    }
     # there is nothing on which kernels could be timed
-    return options | ({"xla_gpu_autotune_level": 0} if where.kind == "gpu" else {})
+    return options | ({"xla_gpu_autotune_level": "0"} if where.kind == "gpu" else {})

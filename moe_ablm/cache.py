@@ -19,7 +19,7 @@ def keep_compilations() -> None:
     import jax  # this module also serves `data`, which does without
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         return

@@ -128,13 +128,10 @@ class ModelConfig:
 
     def spec(self) -> EncoderSpec:
         """The encoder that this section describes."""
+        named = SIZES.get(self.size, (0, 0, 0, 0))  # config.py refuses other names without all four
+        given = (self.layers, self.d_model, self.ffn, self.heads)
         layers, d_model, ffn, heads = (
-            given if given is not None else named
-            for given, named in zip(
-                (self.layers, self.d_model, self.ffn, self.heads),
-                SIZES.get(self.size, (None,) * 4),
-                strict=True,
-            )
+            n if g is None else g for g, n in zip(given, named, strict=True)
         )
         return EncoderSpec(
             layers=layers,
@@ -303,7 +300,7 @@ def to_dict(config: Config) -> dict:
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested mapping -> `{"a.b": value}`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
@@ -380,7 +377,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             tree[name] = value(tree) if callable(value) else value
         if name not in tree:
             raise UserError(f"{where}.{name} is missing: start from configs/base.py")
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[name] = _build(kind, tree[name], f"{where}.{name}")
         else:
             values[name] = _typed(tree[name], kind, f"{where}.{name}")

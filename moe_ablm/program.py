@@ -3,7 +3,6 @@
 The trainer runs it; `launch.compile` compiles it for devices that are not here.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from moe_ablm.parallel.mesh import batch_sharding
 from moe_ablm.training.execution import make_execution
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.state import TrainState, abstract_state, make_definition
-from moe_ablm.training.step import Batch, make_train_step
+from moe_ablm.training.step import make_train_step
 
 HARDWARE = "MOE_ABLM_HARDWARE"  # variable in which a launcher names the hardware
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that change what is compiled
@@ -39,7 +38,7 @@ class Program(NamedTuple):
 
     definition: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    step: Callable
+    step: jax.stages.Wrapped
 
 
 def execution_on(config: Config, backend: str) -> Execution:
@@ -62,7 +61,9 @@ def batch_rows(config: Config) -> int:
     return config.train.batch * (2 if parse_regime(config.data.regime).doubled else 1)
 
 
-def abstract_arguments(config: Config, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Batch]:
+def abstract_arguments(
+    config: Config, mesh: Mesh | AbstractMesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes, dtypes and shardings of the state and of the longest batch of a run."""
     optimizer = make_optimizer(config.train)
     state = abstract_state(config.model.spec(), optimizer, config.train.ema > 0, mesh)

@@ -53,7 +53,7 @@ def run_summary(
     record: Record,
     status: str,
     stability: dict[str, Any],
-    tokens_per_second: float,
+    tokens_per_second: float | None,
     train_loss: float | None,
 ) -> dict[str, Any]:
     """The content of `run.json`.

@@ -54,7 +54,7 @@ from moe_ablm.training.memory import abstract_mesh, fitting_remat, needed
 from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
-from moe_ablm.training.step import Batch, make_eval_step
+from moe_ablm.training.step import Batch, StepMetrics, make_eval_step
 from moe_ablm.training.throughput import Clock, device_memory, peak
 from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
@@ -109,7 +109,7 @@ def open_datasets(config: Config) -> list[Dataset]:
     if not paths:  # one process makes it, the others find it
         pairs = config.data.simulated_pairs
         multihost.from_first(lambda: str(simulated_dataset(pairs)))
-        paths = simulated_dataset(pairs)
+        return [Dataset(simulated_dataset(pairs))]
     return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
 
 
@@ -166,10 +166,12 @@ class Trainer:
         self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
         self.clock = Clock()
-        self.results = None  # opened by `train`, in the first process
+        self.results: Results | None = None  # opened by `train`, in the first process
         self.step = 0  # updates dispatched
-        self.pending = None  # (step, metrics) of an update that was dispatched but not yet read
-        self.compile_seconds = None  # of the update: traced, then compiled or found in the cache
+        # (step, metrics) of an update that was dispatched but not yet read
+        self.pending: tuple[int, StepMetrics] | None = None
+        # of the update: traced, then compiled or found in the cache
+        self.compile_seconds: float | None = None
 
     def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
         """The whole story of a run; it ends early, saved, once `stop` says so.

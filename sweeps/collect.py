@@ -10,7 +10,6 @@ not complete has no loss, and tokens and flops as planned.
 """
 
 import argparse
-import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.state import COMPLETE, State, read_summary, state_of
+from launch.state import COMPLETE, State, finite, read_summary, state_of
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from sweeps.planned import Planned, read_plan
@@ -27,8 +26,8 @@ from sweeps.planned import Planned, read_plan
 def row(p: Planned, state: State) -> dict[str, object]:
     """A cell as a row of the table."""
     summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}  # may be gone since
-    tokens = _finite(summary.get("tokens_seen")) or p.cell.tokens
-    flops = _finite(summary.get("flops")) or p.cell.flops
+    tokens = finite(summary.get("tokens_seen")) or p.cell.tokens
+    flops = finite(summary.get("flops")) or p.cell.flops
     regions, stability = (
         found if isinstance(found := summary.get(name), dict) else {}
         for name in ("valid_loss_by_region", "stability")
@@ -49,12 +48,12 @@ def row(p: Planned, state: State) -> dict[str, object]:
         "experts": p.experts,
         "router": "dense" if p.router == "none" else p.axes.get("router", p.router),
         "seed": p.seed,
-        "loss": _finite(summary.get("valid_loss_final")),
-        "valid_loss_best": _finite(summary.get("valid_loss_best")),
-        "train_loss_final": _finite(summary.get("train_loss_final")),
-        **{f"loss_{region}": _finite(loss) for region, loss in regions.items()},
+        "loss": finite(summary.get("valid_loss_final")),
+        "valid_loss_best": finite(summary.get("valid_loss_best")),
+        "train_loss_final": finite(summary.get("train_loss_final")),
+        **{f"loss_{region}": finite(loss) for region, loss in regions.items()},
         "verdict": verdict if isinstance(verdict, str) else None,
-        "tokens_per_second": _finite(summary.get("tokens_per_second")),
+        "tokens_per_second": finite(summary.get("tokens_per_second")),
         **{f"axis_{name}": value for name, value in p.axes.items()},
     }
 
@@ -77,12 +76,6 @@ def collect(folder: Path, out: Path) -> list[State]:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return states
-
-
-def _finite(value: object) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = number and math.isfinite(value)
-    return float(value) if good else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def table(cells: list[Planned], states: list[State]) -> str:
 
 def columns(runs: list[Planned]) -> list[str]:
     """The numbers of one row, means over its runs with standard errors."""
-    found = [read_summary(p.cell) for p in runs]
+    found = [summary for p in runs if (summary := read_summary(p.cell))]
     routing = [stats for p in runs for stats in last_router(p.cell.workdir)]
     verdicts = [run["stability"]["verdict"] for run in found]
     # a run that was resumed after its last update has no speed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.cell import Cell, config_of
 from moe_ablm import config as configs
-from moe_ablm.config import Config
+from moe_ablm.config import Config, ModelConfig, MoEConfig
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
@@ -23,6 +23,8 @@ from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
 
 _COUNTED_STEPS = 200  # enough to know the tokens of a step
+# any: what is drawn does not depend on it
+_MODEL = ModelConfig("", 1, 1, 1, 1, False, "gelu", False, 0.0, 0.0, 0.0, MoEConfig())
 _NAME = 80  # longest part of a cell's name before the fingerprint
 
 
@@ -74,7 +76,7 @@ def _planned(
     config = config_of(argv)
     steps = min(config.train.steps, _COUNTED_STEPS)
     # what does not change the counts is made the same, so that few feeds are built
-    data = _data(replace(config, seed=0, model=None, train=replace(config.train, steps=steps)))
+    data = _data(replace(config, seed=0, model=_MODEL, train=replace(config.train, steps=steps)))
     fingerprint = configs.fingerprint(config, data.identity)
     name = re.sub(r"[^A-Za-z0-9.=-]", ".", label)[:_NAME].strip(".-=") + f"-{fingerprint[:8]}"
     workdir = out.resolve() / name

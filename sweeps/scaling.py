@@ -122,8 +122,7 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     if options.ladder == "paper":
         named = "none" if router in ("dense", "soft") else router
         overrides |= SOFT if router == "soft" else {}
-    if "steps" in point:
-        steps = point["steps"]
+    if isinstance(steps := point.get("steps"), int):
         overrides |= {"train.steps": steps, "train.warmup": round(steps * ladder.warmup)}
     return grid.Recipe(ladder.config, f"size={size},data={fraction},router={named}", overrides)
 

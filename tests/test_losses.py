@@ -42,7 +42,7 @@ def test_metrics_are_named_by_chain_and_region():
     heavy_cdr3 = (batch["segment"] == 1) & (batch["region"] == 6) & batch["loss_mask"]
     assert metrics["masked_by_region"].get("CDRH3", 0) == heavy_cdr3.sum()
     assert sum(metrics["masked_by_region"].values()) == batch["loss_mask"].sum()
-    light_fr1 = np.asarray(sums.loss)[REGIONS + 1] / np.asarray(sums.count)[REGIONS + 1]
+    light_fr1 = np.asarray(sums.loss)[REGIONS + 1] / np.asarray(sums.tokens)[REGIONS + 1]
     assert metrics["loss_by_region"]["FRL1"] == light_fr1
 
 

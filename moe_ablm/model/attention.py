@@ -52,9 +52,9 @@ def rotary(
     length, dim, dtype = length or x.shape[1], x.shape[-1], wide(x.dtype)
     frequency = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     angle = np.outer(np.arange(length), np.concatenate([frequency, frequency]))[:, None, :]
-    cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    cos, sin = jnp.asarray(np.cos(angle), dtype), jnp.asarray(np.sin(angle), dtype)
     if position is not None:
-        cos, sin = jnp.asarray(cos)[position], jnp.asarray(sin)[position]
+        cos, sin = cos[position], sin[position]
     left, right = jnp.split(x, 2, axis=-1)
     return (x * cos + jnp.concatenate([-right, left], axis=-1) * sin).astype(x.dtype)
 

@@ -78,13 +78,14 @@ class Block(nnx.Module):
 
     def __init__(self, spec: EncoderSpec, sparse: bool, execution: Execution, rngs: nnx.Rngs):
         self.sparse, self.spec = sparse, spec
+        # whether the FFN decides for each token alone
+        self.independent = not sparse or (spec.moe is not None and spec.moe.independent)
         self.attention_norm = LayerNorm(spec.d_model)
         self.attention = SelfAttention(spec, execution, rngs)
         self.ffn_norm = LayerNorm(spec.d_model)
-        if sparse:
-            self.ffn = MoE(spec, execution, rngs)
-        else:
-            self.ffn = FeedForward(spec, spec.ffn, execution, rngs)
+        self.ffn: MoE | FeedForward = (
+            MoE(spec, execution, rngs) if sparse else FeedForward(spec, spec.ffn, execution, rngs)
+        )
 
     def __call__(
         self,
@@ -106,22 +107,25 @@ class Block(nnx.Module):
         """
         valid, packing, counters = context
         dropped = None
-        if counters is not None and self.spec.attention_dropout:
+        if counters is not None and key is not None and self.spec.attention_dropout:
             dropped = Dropped(counters, jax.random.fold_in(key, 1))
         y = self.attention_norm(x)
         weights = self.attention.weights(y, valid, packing) if observe.attention else None
         # routers that decide for each token alone need that token alone
-        alone = at is not None and (not self.sparse or self.spec.moe.independent)
-        x, valid = (take_position(x, at), jnp.ones((len(x), 1), bool)) if alone else (x, valid)
-        y = self.attention(y, context.valid, packing, at if alone else None, dropped)
+        alone = at if self.independent else None
+        if alone is not None:
+            x, valid = take_position(x, alone), jnp.ones((len(x), 1), bool)
+        y = self.attention(y, context.valid, packing, alone, dropped)
         x = x + self._drop(y, counters, key, 2)
         y, routing = self.ffn_norm(x), None
-        if self.sparse:
+        if isinstance(self.ffn, MoE):
             y, routing = self.ffn(y, valid, packing, training, key, observe.plans)
         else:
             y = self.ffn(y)
         x = x + self._drop(y, counters, key, 3)
-        return take_position(x, at) if at is not None and not alone else x, Seen(routing, weights)
+        if at is not None and alone is None:
+            x = take_position(x, at)
+        return x, Seen(routing, weights)
 
     def _drop(self, y, counters, key, place: int) -> jax.Array:
         if counters is None or not self.spec.hidden_dropout:

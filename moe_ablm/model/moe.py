@@ -126,7 +126,8 @@ class Layer:
         """
         if self.router.slots_of_expert and most is not None:
             return self._one_antibody_at_a_time(rows, router, most, weights, axis)
-        plan, sums = rows.plan, None
+        plan: Plan | SoftPlan | None = rows.plan
+        sums = None
         if plan is None:
             tokens = Tokens(rows.valid, rows.packing and rows.packing.antibody)
             plan, sums = self.route(rows, tokens, router)
@@ -222,9 +223,10 @@ class MoE(nnx.Module):
     """Experts in the place of an FFN."""
 
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
+        assert spec.moe is not None  # a dense layer has a FeedForward
         moe, d, f = spec.moe, spec.d_model, spec.chunk
         n = sum(spec.expert_widths) // f  # experts of equal width; E unless widths differ
-        self.spec, self.execution = spec, execution
+        self.spec, self.moe, self.execution = spec, moe, execution
         slots = (moe.slots_of_expert,) if moe.slots_of_expert else ()
         self.router = normal(rngs, (d, moe.experts, *slots), "D." + "." * len(slots))
         scale = moe.initial_scale(d)
@@ -239,7 +241,7 @@ class MoE(nnx.Module):
     def weights(self) -> ExpertWeights:
         """The experts, those of unequal width as several of equal width."""
         down_bias = self.down_bias[...]
-        if not self.spec.moe.equal:
+        if not self.moe.equal:
             # the first part of an expert adds its bias, so that it is added once
             first = np.cumsum([0, *self.spec.expert_widths[:-1]]) // self.spec.chunk
             zeros = jnp.zeros((self.up.shape[0], down_bias.shape[1]), down_bias.dtype)
@@ -253,7 +255,7 @@ class MoE(nnx.Module):
 
     def _seen(self, x, valid, packing, key) -> jax.Array:
         """What the router sees: tokens or their antibody's mean, with jitter in training."""
-        moe = self.spec.moe
+        moe = self.moe
         seen = antibody_means(x, valid, packing) if moe.per_antibody else x
         if key is None or not moe.noise:
             return seen
@@ -283,11 +285,13 @@ class MoE(nnx.Module):
         layer = Layer(self.spec, self.execution, training, packing is not None, observed)
         rows = Rows(x, self._seen(x, valid, packing, key), valid, packing, None)
         router, weights, sums = self.router_weights(), self.weights(), None
-        if self.spec.moe.in_batch:
+        if self.moe.in_batch:
             plan, sums = layer.route_batch(rows, router)
             rows = rows._replace(plan=plan)
         most = None if packing is None else packing.antibody.max().astype(jnp.int32)
         done = on_each_device(layer, rows, router, most, weights)
-        stats = summarise(sums or done.sums, balanced=self.spec.moe.token_choice)
+        sums = done.sums if sums is None else sums
+        assert sums is not None
+        stats = summarise(sums, balanced=self.moe.token_choice)
         out = done.out if self.shared is None else done.out + self.shared(x)
         return out, Routed(done.assigned, stats, done.plan)

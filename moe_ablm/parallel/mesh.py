@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_ablm.errors import UserError
@@ -41,17 +41,17 @@ def make_mesh(
     return jax.make_mesh(sizes, MESH_AXES, axis_types=axes, devices=devices)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of batch arrays `[B, ...]`: rows over all devices."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
 
 
-def axes_sharding(mesh: Mesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
+def axes_sharding(mesh: Mesh | AbstractMesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of a parameter from its axis letters.
 
     An axis that its mesh axis does not divide stays whole, so that one table serves every size.

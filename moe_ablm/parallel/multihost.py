@@ -195,7 +195,7 @@ def watchdog() -> Iterator[Callable[[], None]]:
     seconds = _hang_seconds()
 
     def beat() -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr, whoever replaced it
 
     beat()
     try:

@@ -15,7 +15,7 @@ class RegionSums(NamedTuple):
 
     loss: jax.Array  # nats
     correct: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
 
 def cells(batch: dict[str, jax.Array]) -> jax.Array:

@@ -39,15 +39,14 @@ def frozen_mask(params: nnx.State, layers: int) -> nnx.State:
     """True for the embedding and the parameters of the first `layers` layers."""
 
     def frozen(path: tuple, _) -> bool:
-        keys = [getattr(p, "key", None) for p in path]
-        return keys[0] == "embedding" or (keys[0] == "layers" and int(keys[1]) < layers)
+        first = path[0].key
+        return first == "embedding" or (first == "layers" and int(path[1].key) < layers)
 
     return jax.tree_util.tree_map_with_path(frozen, params)
 
 
 def _name(path: tuple) -> str:
-    keys = [getattr(p, "key", None) for p in path]
-    return [k for k in keys if isinstance(k, str)][-1]
+    return [p.key for p in path if isinstance(getattr(p, "key", None), str)][-1]
 
 
 def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.spec import EncoderSpec, Execution
@@ -83,7 +83,7 @@ def started_from(state: TrainState, params: nnx.State) -> TrainState:
 
 
 def abstract_state(
-    spec: EncoderSpec, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh
+    spec: EncoderSpec, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, nothing allocated: the target of a restore."""
     shapes = jax.eval_shape(_maker(spec, optimizer, 0, ema))
@@ -104,7 +104,7 @@ def _maker(spec, optimizer, seed, ema):
     return make
 
 
-def params_sharding(params: nnx.State, mesh: Mesh) -> nnx.State:
+def params_sharding(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     """Sharding of every parameter, from the axis letters that it carries."""
     return jax.tree.map(
         lambda p: p.replace(axes_sharding(mesh, p.axes, p.get_value().shape)),
@@ -114,7 +114,7 @@ def params_sharding(params: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def state_sharding(
-    shapes: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh
+    shapes: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shardings of a whole state: moments lie where their parameters lie."""
     params = params_sharding(shapes.params, mesh)
@@ -126,7 +126,7 @@ def state_sharding(
         transform_non_params=lambda _: replicated(mesh),
     )
     ema = None if shapes.ema is None else params
-    return TrainState(replicated(mesh), params, moments, ema)
+    return shapes._replace(step=replicated(mesh), params=params, opt_state=moments, ema=ema)
 
 
 def params_sha256(params: nnx.State) -> str:

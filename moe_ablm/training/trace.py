@@ -44,7 +44,7 @@ class Trace:
 
     def end(self, update: int, wait: Callable[[], None]) -> bool:
         """Writes the trace once the last update of the window is done; True if it did."""
-        if not self._open or update < self._window[1]:
+        if not self._open or self._window is None or update < self._window[1]:
             return False
         wait()
         self._write()
