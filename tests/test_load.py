@@ -78,7 +78,7 @@ def test_without_an_average_the_parameters_count(trained, tmp_path):
     content["config"]["train"]["ema"] = 0.0
     (run / "config.json").write_text(json.dumps(content))
     shutil.rmtree(run / "checkpoints" / "8")
-    # the checksums are of the whole state: parameters are found among them by their place
+    # the checksums are of the whole state: those of the parameters are found among them
     assert params_sha256(load_model(run).params) == params_sha256(trained[1][12].params)
 
 

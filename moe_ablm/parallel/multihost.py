@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # has no public name; orbax takes it from here, too
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -143,8 +142,13 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def _service():
-    """The coordination service: unlike a collective, it waits as long as it is told to."""
-    return distributed.global_state.client
+    """The coordination service: unlike a collective, it waits as long as it should.
+
+    JAX has no public name for it, orbax has.
+    """
+    from orbax.checkpoint import multihost  # takes a second; only several processes need it
+
+    return multihost.get_jax_distributed_client()
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ from moe_ablm.training.state import (
 
 log = logging.getLogger(__name__)
 METRIC = "valid_loss"
-LAYOUT = 2  # 1, or absent: the optimizer also has moments of variables that it never moves
+# 1, or absent: the optimizer also has moments of variables that it never moves; 1 and 2: checksums
+# are a list in the order of the arrays
+LAYOUT = 3
 SPARE = 1 << 20  # bytes a checkpoint may need beside its arrays: metadata, indices
 
 
@@ -39,14 +42,37 @@ class Restored(NamedTuple):
     record: dict
 
 
-@jax.jit
-def checksums(state: TrainState | nnx.State) -> jax.Array:
-    """One uint32 an array, over its bits and their places.
+def checksums(parts: Mapping[str, Any]) -> dict[str, int]:
+    """uint32 by path of every array of a state, or of some of its fields.
 
-    Sums of integers are exact in any order, so the result does not depend on how the array is
-    sharded over devices or hosts.
+    A checksum is a sum over the bits of the array and their places. Sums of integers are exact in
+    any order, so it does not depend on how the array is sharded over devices or hosts.
+
+    Args:
+      parts: trees of arrays by field of `TrainState`.
     """
-    return jnp.stack([_checksum(x) for x in jax.tree.leaves(state)])
+    flat = {
+        f"{name}{jax.tree_util.keystr(path)}": x
+        for name, tree in parts.items()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return dict(zip(flat, np.asarray(_stacked(list(flat.values()))).tolist(), strict=True))
+
+
+@jax.jit
+def _stacked(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_checksum(x) for x in arrays])
+
+
+def _require_same(parts: Mapping[str, Any], expected: dict[str, int] | list[int]) -> None:
+    """ValueError where arrays differ from what was saved (a list, in order: layouts 1 and 2)."""
+    found = checksums(parts)
+    if isinstance(expected, dict):
+        same = found == {path: expected.get(path) for path in found}
+    else:
+        same = list(found.values()) == expected
+    if not same:
+        raise ValueError("the arrays differ from their checksums")
 
 
 def _checksum(x: jax.Array) -> jax.Array:
@@ -90,7 +116,7 @@ class Checkpoints:
         self.wait()
         self._check_space(state)
         record = record | {
-            "layout": LAYOUT, "checksums": np.asarray(checksums(state)).tolist()
+            "layout": LAYOUT, "checksums": checksums(state._asdict())
         }  # fmt: skip
         self._manager.save(
             step,
@@ -144,7 +170,7 @@ class Checkpoints:
 
     def restore_step(self, step: int, target: TrainState) -> Restored:
         """One checkpoint; ValueError when its arrays are not those that were saved."""
-        earlier = _record(self.directory / str(step)).get("layout", 1) < LAYOUT
+        earlier = _record(self.directory / str(step)).get("layout", 1) < 2
         if earlier:
             target = with_untrained_moments(target)
         restored = self._manager.restore(
@@ -154,9 +180,7 @@ class Checkpoints:
             ),
         )
         state, record = TrainState(**restored["state"]), dict(restored["record"])
-        found = np.asarray(checksums(state))
-        if not np.array_equal(found, np.asarray(record.pop("checksums"), np.uint32)):
-            raise ValueError("the arrays differ from their checksums")
+        _require_same(state._asdict(), record.pop("checksums"))
         record.pop("layout", None)
         return Restored(without_untrained_moments(state) if earlier else state, record)
 
@@ -247,9 +271,8 @@ def _read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx
             ),
         )
     params = restored[name]
-    # in the order of TrainState: step, parameters, optimizer, average
     expected, count = _record(checkpoint)["checksums"], len(jax.tree.leaves(params))
-    expected = expected[-count:] if averaged else expected[1 : 1 + count]
-    if not np.array_equal(np.asarray(checksums(params)), np.asarray(expected, np.uint32)):
-        raise ValueError("the arrays differ from their checksums")
+    if isinstance(expected, list):  # step, parameters, optimizer, average
+        expected = expected[-count:] if averaged else expected[1 : 1 + count]
+    _require_same({name: params}, expected)
     return params

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     """What `get_config` of a config file returns, as plain mappings."""
     if not path.is_file():
         raise UserError(f"--suite {path}: there is no such file")
-    sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec = importlib.util.spec_from_file_location("suite", path)
         module = importlib.util.module_from_spec(spec)
