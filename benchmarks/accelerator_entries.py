@@ -12,9 +12,9 @@ from waves import Entry, Prepared, Wave
 from moe_ablm.model.experts import IMPLEMENTATIONS
 from moe_ablm.model.families import ExpertChoice, Soft, TopK
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
+from moe_ablm.training.device import device_memory
 from moe_ablm.training.execution import make_execution
 from moe_ablm.training.memory import abstract_mesh, fitting_remat
-from moe_ablm.training.throughput import device_memory
 
 K = 2  # experts a token
 EVERYWHERE = {"experts": 8, "placement": "every", "first_dense": 0}

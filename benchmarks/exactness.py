@@ -20,9 +20,8 @@ from moe_ablm.model.families import Soft, TopK
 from moe_ablm.model.linear import dot, dot_transposed
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
-from moe_ablm.training.losses import region_sums
 from moe_ablm.training.state import make_definition
-from moe_ablm.training.step import forward
+from moe_ablm.training.step import forward, region_sums
 
 # bfloat16 has 8 bits: factors and results are rounded by up to 0.4 %, sums less
 LIMITS = {"bfloat16": 2e-2, "float32": 1e-5}

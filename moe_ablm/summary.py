@@ -14,8 +14,8 @@ from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.program import FLAGS, HARDWARE
 from moe_ablm.results import versions
+from moe_ablm.training.device import Peak, peak_memory
 from moe_ablm.training.state import TrainState, params_sha256
-from moe_ablm.training.throughput import Peak, peak_memory
 
 COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
 

@@ -50,12 +50,12 @@ from moe_ablm.results import read_results
 from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
+from moe_ablm.training.device import device_memory, peak
 from moe_ablm.training.memory import abstract_mesh, fitting_remat, needed
-from moe_ablm.training.metrics import Results, loss_metrics, router_metrics
+from moe_ablm.training.metrics import Clock, Results, loss_metrics, router_metrics
 from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, StepMetrics, make_eval_step
-from moe_ablm.training.throughput import Clock, device_memory, peak
 from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
 

@@ -13,10 +13,9 @@ from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import load_entropy, summarise
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import make_mesh
-from moe_ablm.training.balance import rebalanced
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.state import TrainState, abstract_state, split_trained
-from moe_ablm.training.step import make_train_step
+from moe_ablm.training.step import make_train_step, rebalanced
 
 SPARSE = TopK(experts=4, balance_rate=0.125, placement="every", first_dense=0)
 

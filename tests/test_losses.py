@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moe_ablm.data.regions import region_names
-from moe_ablm.training.losses import CELLS, REGIONS, region_sums
 from moe_ablm.training.metrics import loss_metrics
+from moe_ablm.training.step import CELLS, REGIONS, region_sums
 
 
 def example():

@@ -44,7 +44,7 @@ def draw_routing(routed: dict[str, list], path: Path) -> None:
     """Heat map, one panel a MoE layer: how much more than its share each expert takes of a region.
 
     Args:
-      routed: `{layer: [E][cells]}` counts of an "eval" line, cells as in `training.losses`; of
+      routed: `{layer: [E][cells]}` counts of an "eval" line, cells as in `training.step`; of
         soft-MoE sums of shares, no whole numbers.
       path: PNG to write.
 

@@ -16,11 +16,10 @@ from jax.sharding import AbstractMesh, AxisType
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES
-from moe_ablm.training.losses import region_sums
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.spec import OptimizerSpec
 from moe_ablm.training.state import TrainState, abstract_state, make_definition
-from moe_ablm.training.step import auxiliary_loss, forward
+from moe_ablm.training.step import auxiliary_loss, forward, region_sums
 
 SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
 # of what a layer would keep without remat, alive at a time while its backward pass recomputes it:

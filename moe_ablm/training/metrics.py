@@ -1,7 +1,8 @@
-"""What a run reports: its metrics by name, `results.jsonl` and TensorBoard events."""
+"""What a run reports: metrics by name, speed, `results.jsonl` and TensorBoard events."""
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from moe_ablm.model.routing import RouterStats
 from moe_ablm.results import keep_until
-from moe_ablm.training.losses import REGIONS, RegionSums
 from moe_ablm.training.stability import dead_experts, max_min_load
+from moe_ablm.training.step import REGIONS, RegionSums
 
 
 def loss_metrics(sums: RegionSums, names: tuple[str, ...]) -> dict[str, Any]:
@@ -51,6 +52,38 @@ def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any
     return {
         str(layer): {k: a[i].tolist() for k, a in arrays.items()} for i, layer in enumerate(layers)
     }
+
+
+class Clock:
+    """Tokens a second of training: evaluations and the first update, which compiles, left out."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._last: float | None = None
+        self._recent: float | None = None
+
+    def tick(self, tokens: int) -> float:
+        """Counts an update of `tokens`; returns the smoothed tokens a second, 0 at the first."""
+        now = time.perf_counter()
+        last, self._last = self._last, now
+        if last is None:
+            return 0.0
+        seconds = now - last
+        self.tokens += tokens
+        self.seconds += seconds
+        rate = tokens / seconds
+        self._recent = rate if self._recent is None else 0.9 * self._recent + 0.1 * rate
+        return self._recent
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was not spent training."""
+        if self._last is not None:
+            self._last += seconds
+
+    @property
+    def mean(self) -> float | None:
+        """Tokens a second since the second update."""
+        return self.tokens / self.seconds if self.seconds else None
 
 
 class Results:

@@ -1,4 +1,7 @@
-"""One update and one evaluation of a batch, as pure functions to be jitted."""
+"""One update and one evaluation of a batch, as pure functions to be jitted.
+
+Losses are sums by region, so that any grouping of batches adds up exactly.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,15 +13,55 @@ from flax import nnx
 
 from moe_ablm.model.encoder import Encoder, Output
 from moe_ablm.model.families import Router
+from moe_ablm.model.layers import Balance
 from moe_ablm.model.moe import Routed
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.routing import RouterStats
 from moe_ablm.model.spec import EncoderSpec
-from moe_ablm.training.balance import rebalanced
-from moe_ablm.training.losses import CELLS, RegionSums, cells, region_sums
 from moe_ablm.training.state import TrainState, split_trained
 
+# cells of the tables below: (segment - 1) * REGIONS + region; see data.regions for both codes
+REGIONS = 8
+CELLS = 2 * REGIONS
+
 Batch = dict[str, jax.Array]
+
+
+class RegionSums(NamedTuple):
+    """Sums over the masked positions of each (chain, region) cell, float32 `[CELLS]`."""
+
+    loss: jax.Array  # nats
+    correct: jax.Array
+    tokens: jax.Array
+
+
+def cells(batch: Batch) -> jax.Array:
+    """Cell of every position, int32 `[B, L]`; padding falls in cell 0, where no mask ever is."""
+    segment = batch["segment"].astype(jnp.int32)
+    return jnp.maximum(segment - 1, 0) * REGIONS + batch["region"].astype(jnp.int32)
+
+
+def region_sums(logits: jax.Array, batch: Batch) -> RegionSums:
+    """Cross-entropy and hits at the masked positions.
+
+    Args:
+      logits: float32 `[B, L, V]`.
+      batch: `targets`, `loss_mask`, `segment`, `region`, each `[B, L]`.
+    """
+    targets = batch["targets"].astype(jnp.int32)
+    # a gather along V would have a scatter as its gradient
+    chosen = (logits * jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)).sum(-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+    correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+    counted = batch["loss_mask"]
+    one_hot = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
+    sums = jnp.einsum(
+        "nbl,blc->nc",
+        jnp.stack([jnp.where(counted, x, 0.0) for x in (loss, correct, jnp.ones_like(loss))]),
+        one_hot,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return RegionSums(*sums)
 
 
 class StepMetrics(NamedTuple):
@@ -127,6 +170,29 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step
+
+
+def rebalanced(params: nnx.State, asked: jax.Array, rate: float) -> nnx.State:
+    """Parameters with each layer's `balance` moved towards equal loads.
+
+    An expert with less than its share becomes easier to choose by `rate`, one with more harder:
+    `b_e += rate * sign(1/E - load_e)` (Wang et al. 2024, algorithm 1; used by DeepSeek-V3). Where
+    experts have a capacity, the load is what was asked for: what is left after drops is capped, and
+    would push experts below their share further down.
+
+    Args:
+      params: of an encoder whose M MoE layers have a `balance [E]`.
+      asked: `[M, E]`, shares of the assignments before drops.
+      rate: of the update.
+    """
+    flat = dict(nnx.to_flat_state(params))
+    paths = sorted(path for path, variable in flat.items() if isinstance(variable, Balance))
+    for path, shares in zip(paths, asked, strict=True):
+        missing = 1 / asked.shape[-1] - shares
+        # a share that is fair but for its last bits moves nothing
+        step = rate * jnp.where(jnp.abs(missing) < 1e-6, 0.0, jnp.sign(missing))
+        flat[path] = flat[path].replace(flat[path].get_value() + step)
+    return nnx.from_flat_state(flat)
 
 
 class EvalSums(NamedTuple):

@@ -1,4 +1,4 @@
-"""How fast this device multiplies matrices: the yardstick for model FLOPs utilisation."""
+"""What this device can do: peak FLOP/s, the yardstick of model FLOPs utilisation, and memory."""
 
 import resource
 import sys
@@ -56,35 +56,3 @@ def peak_memory() -> int:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, else kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class Clock:
-    """Tokens a second of training: evaluations and the first update, which compiles, left out."""
-
-    def __init__(self):
-        self.tokens, self.seconds = 0, 0.0
-        self._last: float | None = None
-        self._recent: float | None = None
-
-    def tick(self, tokens: int) -> float:
-        """Counts an update of `tokens`; returns the smoothed tokens a second, 0 at the first."""
-        now = time.perf_counter()
-        last, self._last = self._last, now
-        if last is None:
-            return 0.0
-        seconds = now - last
-        self.tokens += tokens
-        self.seconds += seconds
-        rate = tokens / seconds
-        self._recent = rate if self._recent is None else 0.9 * self._recent + 0.1 * rate
-        return self._recent
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that was not spent training."""
-        if self._last is not None:
-            self._last += seconds
-
-    @property
-    def mean(self) -> float | None:
-        """Tokens a second since the second update."""
-        return self.tokens / self.seconds if self.seconds else None

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from moe_ablm.training import throughput
+from moe_ablm.training import device
 from moe_ablm.training.peaks import KINDS, PEAKS, data_sheet_peak
 
 
@@ -41,10 +41,10 @@ class Gpu:
 def test_the_data_sheet_counts_all_devices_and_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(), Gpu()])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    monkeypatch.setattr(throughput, "matmul_peak", lambda *_: pytest.fail("measured"))
-    assert throughput.peak("bfloat16") == (2 * 989e12, "data sheet")
+    monkeypatch.setattr(device, "matmul_peak", lambda *_: pytest.fail("measured"))
+    assert device.peak("bfloat16") == (2 * 989e12, "data sheet")
 
 
 def test_a_cpu_is_measured():
-    found = throughput.peak("float32")
+    found = device.peak("float32")
     assert found.source == "measured" and 1e8 < found.flops < 1e14
