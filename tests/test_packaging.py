@@ -38,3 +38,14 @@ def test_every_extra_that_the_documentation_installs_exists(package):
         for extras in re.findall(r"'\.\[([a-z0-9,]+)\]'", page.read_text()):
             named |= set(extras.split(","))
     assert {"cuda12", "cuda13", "tpu"} <= named <= set(package["extras_require"])
+
+
+def test_files_that_the_documentation_names_exist():
+    """Those in backquotes, from the top of the checkout, such as `moe_ablm/config.py`."""
+    top = "moe_ablm|configs|launch|sweeps|benchmarks|docs|tests"
+    missing = {}
+    for page in (*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")):
+        named = re.findall(rf"`((?:{top})/[\w./-]+\.(?:py|md|json|html))`", page.read_text())
+        if gone := sorted(name for name in set(named) if not (REPO / name).exists()):
+            missing[page.name] = gone
+    assert not missing
