@@ -104,13 +104,13 @@ def compile_step(config: Config, where: Hardware, given: Collection[str] = ()) -
             raise
         raise UserError(f"it does not fit {where.name}: {_one_line(error)}") from error
     seconds = time.perf_counter() - start
-    told, text = compiled.memory_analysis(), compiled.as_text()
-    assert told is not None and text is not None  # both platforms have them
+    sizes, text = compiled.memory_analysis(), compiled.as_text()
+    assert sizes is not None and text is not None  # both platforms have them
     memory = Memory(
-        arguments=told.argument_size_in_bytes,
-        temporaries=told.temp_size_in_bytes,
-        output=told.output_size_in_bytes - told.alias_size_in_bytes,
-        code=told.generated_code_size_in_bytes,
+        arguments=sizes.argument_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        output=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
     )
     return Compiled(found, memory, hlo.count(text), seconds)
 

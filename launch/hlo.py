@@ -1,7 +1,7 @@
 """What a compiled step does, counted in the text of its optimised HLO module.
 
 Everything is counted as often as a step runs it: what stands in the body of a loop, once for every
-iteration of the loop. The number of iterations is known where XLA tells it, or where the loop
+iteration of the loop. The number of iterations is known where XLA states it, or where the loop
 counts from one constant to another; the body of any other loop is counted once, and the loop is
 reported among `Counts.open_loops`. Of a conditional the last branch counts: what `lax.cond` does
 where its condition holds.
@@ -23,7 +23,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
         "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"}  # fmt: skip
 VIEWS = {"bitcast", "get-tuple-element"}  # other names for the same data
 CONTROL = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
-# custom calls that only tell where buffers lie
+# custom calls that only say where buffers lie
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "SliceBitcast", "Sharding", "AssumeGatherIndices"}
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
@@ -169,7 +169,7 @@ class Module:
                     yield from self._executed(name, times)
 
     def iterations(self, computation: dict[str, Instruction], loop: Instruction) -> int | None:
-        """How often the body of a `while` runs; None where the text does not tell."""
+        """How often the body of a `while` runs; None where the text does not say."""
         if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(found[1])
         condition = self.computations[loop.called["condition"][0]]
@@ -292,7 +292,7 @@ def count(text: str) -> Counts:
 
 
 def _collective(module: Module, x: Instruction, times: int) -> tuple[str, Collective] | None:
-    """A collective, with what tells it from others: TPUs spread one over several fusions."""
+    """A collective, with a key that identifies it: TPUs spread one over several fusions."""
     for y in (x, *module.inside(x)):
         name = y.opcode.removesuffix("-done")  # its result alone; a start has its operands, too
         if name in COLLECTIVES:

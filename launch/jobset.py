@@ -299,7 +299,7 @@ def _pod(cell: Cell, where: Hardware, settings: dict[str, str | None]) -> dict:
 
 
 def _environment(cell: Cell, where: Hardware) -> list[dict]:
-    """How the processes find each other: GKE tells those of a TPU slice by itself."""
+    """How the processes find each other: GKE sets it for a TPU slice."""
     env = [{"name": k, "value": _literal(v)} for k, v in cell.environment.items()]
     if where.kind == "tpu" or where.hosts == 1:
         return env

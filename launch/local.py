@@ -127,15 +127,15 @@ class _Launch:
 
     def run(self) -> list[tuple[Cell, str]]:
         """Returns the cells that failed, with reasons."""
-        told = False
+        passed_on = False
         while self.jobs or ((self.waiting or self.adopted) and not self.stop):
             for slot in range(len(self.slots)):
                 if slot not in self.jobs and not self.stop:
                     self._fill(slot)
                 elif slot in self.jobs:
                     self._look_at(slot)
-            if self.stop and not told:
-                told = True
+            if self.stop and not passed_on:
+                passed_on = True
                 self._pass_on_signal()
             time.sleep(POLL)
         return self.failed
@@ -230,7 +230,7 @@ def start(cell: Cell, cores: tuple[int, ...]) -> subprocess.Popen:
 
 
 def note_exit(cell: Cell, code: int) -> None:
-    """Writes into the log how a process ended that did not tell itself, for `sweeps.status`."""
+    """Writes into the log how a process ended that left no message, for `sweeps.status`."""
     output = last_attempt(cell)[0]
     if not error_of(output):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -138,7 +138,7 @@ class Hardware:
         """Variables for every process of a run."""
         flags = " ".join(self.flags)
         if self.kind == "gpu":
-            # XLA takes three quarters of the memory unless it is told
+            # XLA takes three quarters of the memory by default
             return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": str(USABLE)}
         return {"LIBTPU_INIT_ARGS": flags} if self.kind == "tpu" else {}
 

@@ -1,4 +1,4 @@
-"""What a launcher must be told about a cluster: options, else `~/.config/moe_ablm/launch.toml`.
+"""What a launcher must know about a cluster: options, else `~/.config/moe_ablm/launch.toml`.
 
     [slurm]
     partition = "gpu"

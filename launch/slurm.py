@@ -162,15 +162,17 @@ def submit(cells: list[Cell], settings: dict[str, str | None]) -> str:
 def queued_fingerprints(cells: list[Cell]) -> set[str]:
     """Fingerprints of the cells of this sweep that wait or run in SLURM."""
     logs = _logs(cells)
-    told = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F %K")
-    found = set()
-    for line in told.splitlines():
+    listed = _run(
+        "squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F %K"
+    )
+    queued = set()
+    for line in listed.splitlines():
         job, _, index = line.strip().partition(" ")
         try:
-            found.add(json.loads((logs / f"slurm-{job}.json").read_text())[int(index)])
+            queued.add(json.loads((logs / f"slurm-{job}.json").read_text())[int(index)])
         except (OSError, ValueError, IndexError, TypeError):
             continue  # a job of something else
-    return found
+    return queued
 
 
 def script(cells: list[Cell], settings: dict[str, str | None]) -> str:

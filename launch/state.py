@@ -12,7 +12,7 @@ from moe_ablm.files import locked
 COMPLETE, RUNNING, INTERRUPTED = "complete", "running", "interrupted"
 FAILED, DAMAGED, WAITING = "failed", "damaged", "waiting"
 STATES = (COMPLETE, RUNNING, INTERRUPTED, FAILED, DAMAGED, WAITING)
-ATTEMPT = "$ "  # begins the line of a log that tells the command of a new attempt
+ATTEMPT = "$ "  # begins the line of a log with the command of a new attempt
 SAVED = "saved at step "  # what the trainer prints when a signal stopped it
 TAIL = 1 << 18  # bytes at the end of a file that are enough to know how things stand
 STARTING = 60.0  # seconds for which a log without a lock counts as a process that starts
@@ -81,7 +81,7 @@ def state_of(cell: Cell, steps: int | None = None) -> State:
 
 
 def _ended(summary: dict, cell: Cell) -> State:
-    """The state that a `run.json` tells."""
+    """The state of a run with a `run.json`."""
     status, step = summary["status"], finite(summary.get("step"))
     step = None if step is None else int(step)
     loss = finite(summary.get("valid_loss_final"))
@@ -137,13 +137,13 @@ def last_attempt(cell: Cell) -> tuple[str, float]:
 
 
 def error_of(output: str) -> str:
-    """The line with which a process told that it failed; empty if it told nothing like it."""
+    """The last line of a process that failed; empty if it printed no error."""
     lines = [line for line in output.splitlines() if line.strip()]
     if not lines:
         return ""
     last = lines[-1]
-    told = last.startswith(("moe_ablm: ", "launch: "))
-    return one_line(last) if told or "Traceback (most recent call last)" in output else ""
+    ours = last.startswith(("moe_ablm: ", "launch: "))
+    return one_line(last) if ours or "Traceback (most recent call last)" in output else ""
 
 
 def one_line(text: str) -> str:

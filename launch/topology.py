@@ -17,7 +17,7 @@ _TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compilations at once, since they share no device
 }
-# what XLA asks a GPU for; data sheets, and what drivers tell
+# what XLA asks a GPU for; from data sheets and drivers
 _TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024

@@ -68,10 +68,10 @@ def embed(
       float32 `[antibodies, D]`; else a list of `[chains, D]` or `[residues, D]`, heavy chain first.
     """
     _one_of("level", level, embeddings.LEVELS)
-    found = embeddings.embed(model, _given(model, antibodies), level, layer)
+    embedded = embeddings.embed(model, _given(model, antibodies), level, layer)
     if level != "antibody":
-        return found
-    return np.concatenate([np.zeros((0, model.model.spec.d_model), np.float32), *found])
+        return embedded
+    return np.concatenate([np.zeros((0, model.model.spec.d_model), np.float32), *embedded])
 
 
 def score(
@@ -120,7 +120,7 @@ def infill(
       samples: completions of each antibody drawn by probability; 0: the most probable residues.
       temperature: of the draws.
       seed: of the draws.
-      top: candidates to tell.
+      top: number of candidates.
 
     Returns:
       For each completion heavy, light, sample, log_probability and `filled`: place (index among

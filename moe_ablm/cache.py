@@ -10,7 +10,7 @@ def cache_directory() -> Path:
 
 
 def keep_compilations() -> None:
-    """Compiled functions are kept in the user's cache, unless JAX was told another place.
+    """Keeps compiled functions in the user's cache, unless JAX has another place for them.
 
     JAX finds them by program, versions, flags and devices (of CPUs: also the instruction set), so
     that one directory serves different machines. Several processes on CPU keep nothing: only the

@@ -1,4 +1,4 @@
-"""The trainer's command line: flags, and errors told in one line."""
+"""The trainer's command line: flags, and one line for each error."""
 
 import errno
 import shlex

@@ -35,7 +35,7 @@ class Feed:
 
     Attributes:
       train_rows: row numbers of the training records, dataset after dataset.
-      mixture: the rows of each step; its `notes` are worth telling.
+      mixture: the rows of each step; its `notes` are printed.
       left_out: training sequences that are longer than `data.length`.
       unique_tokens: tokens of all training sequences, special tokens included.
     """

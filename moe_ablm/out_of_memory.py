@@ -1,4 +1,4 @@
-"""A device that has too little memory for a run, told in one line."""
+"""One line for a run that does not fit the memory of a device."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""A run that is told to stop before it is complete: how it hears of it, and SLURM's queue again."""
+"""Stop signals, and the return of a stopped run to SLURM's queue."""
 
 import os
 import re
@@ -42,9 +42,9 @@ def requeue_job() -> str:
     if not job:
         return ""
     try:
-        told = _scontrol("show", "job", "--oneliner", job)
-        state = _field(told, "JobState")
-        if state != "RUNNING" or _field(told, "BatchFlag") != "1":
+        line = _scontrol("show", "job", "--oneliner", job)
+        state = _field(line, "JobState")
+        if state != "RUNNING" or _field(line, "BatchFlag") != "1":
             return f"SLURM job {job} is {state.lower()} and not queued again"
         _scontrol("requeue", job)
     except FileNotFoundError:

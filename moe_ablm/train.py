@@ -149,7 +149,7 @@ def _check_divides(config: Config, mesh: Mesh) -> None:
 
 
 class Trainer:
-    """One run, told from top to bottom in `train`."""
+    """One run; `train` is its story from top to bottom."""
 
     def __init__(
         self, config: Config, workdir: Path, mesh: Mesh, feed: Feed, start: nnx.State | None
@@ -176,7 +176,7 @@ class Trainer:
     def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
         """The whole story of a run; it ends early, saved, once `stop` says so.
 
-        Both are called at every update, `beat` to tell that the run has not come to a halt.
+        Both are called at every update; `beat` shows that the run is alive.
         """
         steps = self.config.train.steps
         state = self._restore_or_init()
@@ -324,7 +324,7 @@ class Trainer:
         # whether or not a checkpoint or a restart came between
         return self.config.train.stop_on_collapse and self.watch.is_lasting(self.step)
 
-    # telling
+    # reporting
 
     def _log(self, kind: str, step: int, values: dict) -> None:
         if self.results is not None:
@@ -350,9 +350,9 @@ class Trainer:
         """Waits for the last checkpoint, then writes `run.json`."""
         self.checkpoints.wait()
         recent = recent_train_loss(read_results(self.workdir / "results.jsonl"), self.step)
-        told = self.watch.summary(), self.clock.mean, recent
+        measured = self.watch.summary(), self.clock.mean, recent
         state = state._replace(params=multihost.gathered(state.params, self.mesh))
-        summary = run_summary(self.config, self.feed, state, self.record, status, *told)
+        summary = run_summary(self.config, self.feed, state, self.record, status, *measured)
         summary["execution"] = self._execution()
         self._write_run(summary)
         if status == "stopped":
@@ -373,7 +373,7 @@ class Trainer:
         return good
 
     def run_out_of_memory(self, error: Exception) -> str:
-        """Lets a save in progress end and closes everything; returns what to tell."""
+        """Lets a save in progress end and closes everything; returns the line for the user."""
         with contextlib.suppress(Exception):  # what failed may be the save
             self.checkpoints.close()
         if self.results is not None:
@@ -427,8 +427,8 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    if summary["status"] == "stopped" and multihost.is_first() and (told := requeue_job()):
-        print(told)
+    if summary["status"] == "stopped" and multihost.is_first() and (line := requeue_job()):
+        print(line)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a grid can tell, before it is run: which coefficients of a law it cannot identify."""
+"""Which coefficients of a law a grid cannot identify, before it is run."""
 
 from collections.abc import Mapping, Sequence
 

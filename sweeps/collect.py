@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sweeps: {error}", file=sys.stderr)
         return 2
     count = Counter(state.name for state in states)
-    told = ", ".join(f"{n} {name}" for name, n in count.items())
-    print(f"{options.out}: {len(states)} cells ({told})")
+    counts = ", ".join(f"{n} {name}" for name, n in count.items())
+    print(f"{options.out}: {len(states)} cells ({counts})")
     return int(bool(count["failed"] + count["damaged"]))
 
 

@@ -34,7 +34,7 @@ def plan(
     out: Path,
     extra: Sequence[str] = (),
 ) -> tuple[list[Planned], list[str]]:
-    """Cells of the points under the folder `out`, in their order, and lines to tell.
+    """Cells of the points under the folder `out`, in their order, and lines to print.
 
     Args:
       points: of the grid.

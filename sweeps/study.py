@@ -152,7 +152,7 @@ def _plan(
 
 
 def _to_launch(cells: list[Planned], states: list[State]) -> tuple[list[Cell], bool]:
-    """Cells that are left to run, and whether others have failed for good; tells about both."""
+    """Cells that are left to run, and whether others have failed for good; prints both."""
     left, failed = [], False
     for p, state in zip(cells, states, strict=True):
         if state.final:

@@ -1,4 +1,4 @@
-"""What XLA:CPU needs to be told: kernels that other backends neither need nor use.
+"""Kernels for XLA:CPU that other backends neither need nor use.
 
 Each does what its generic counterpart does (`layers.gelu`, `attention.attend`,
 `experts.grouped_ffn`), to rounding; `Execution.backend` chooses between them.

@@ -54,7 +54,7 @@ class Router:
     varying: ClassVar[bool] = False
     # the decision is one per antibody, from the mean of its tokens
     per_antibody: ClassVar[bool] = False
-    # experts (or slots) weigh tokens: how undecided they are tells whether dispatch does anything
+    # experts (or slots) weigh tokens: how undecided they are shows whether dispatch does anything
     weighs_tokens: ClassVar[bool] = False
 
     experts: int = 8  # E

@@ -65,7 +65,7 @@ def start() -> None:
 
 
 def arguments_of(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be told; None for a process that is alone.
+    """Arguments of `jax.distributed.initialize`; None for a process that is alone.
 
     In this order: `JAX_COORDINATOR_ADDRESS=host:port` with `JAX_PROCESS_COUNT` and
     `JAX_PROCESS_INDEX` (a count of 1 alone says that there is nobody else); a SLURM step of more
@@ -131,14 +131,14 @@ def from_first(function: Callable[[], Any]) -> Any:
     key = f"moe_ablm/from_first/{next(_questions)}"  # all ask the same questions in the same order
     if is_first():
         try:
-            told = {"value": function()}
+            answer = {"value": function()}
         except UserError as error:
-            told = {"error": str(error)}
-        _service().key_value_set(key, json.dumps(told))
-    told = json.loads(_service().blocking_key_value_get(key, int(_hang_seconds() * 1000)))
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+            answer = {"error": str(error)}
+        _service().key_value_set(key, json.dumps(answer))
+    answer = json.loads(_service().blocking_key_value_get(key, int(_hang_seconds() * 1000)))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
 def _service():

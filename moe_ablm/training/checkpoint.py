@@ -66,11 +66,11 @@ def _stacked(arrays: list[jax.Array]) -> jax.Array:
 
 def _require_same(parts: Mapping[str, Any], expected: dict[str, int] | list[int]) -> None:
     """ValueError where arrays differ from what was saved (a list, in order: layouts 1 and 2)."""
-    found = checksums(parts)
+    now = checksums(parts)
     if isinstance(expected, dict):
-        same = found == {path: expected.get(path) for path in found}
+        same = now == {path: expected.get(path) for path in now}
     else:
-        same = list(found.values()) == expected
+        same = list(now.values()) == expected
     if not same:
         raise ValueError("the arrays differ from their checksums")
 

@@ -45,7 +45,7 @@ def matmul_peak(operands: str, rounds: int = 5) -> float:
 
 
 def device_memory() -> int | None:
-    """Bytes that this process may allocate on a device; None where that is not told (CPU)."""
+    """Bytes that this process may allocate on a device; None where unknown (CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 

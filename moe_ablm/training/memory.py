@@ -21,7 +21,7 @@ from moe_ablm.training.spec import OptimizerSpec
 from moe_ablm.training.state import TrainState, abstract_state, make_definition
 from moe_ablm.training.step import auxiliary_loss, forward, region_sums
 
-SPARE = 1.1  # XLA's own temporaries and fragmentation, over what shapes tell
+SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
 # of what a layer would keep without remat, alive at a time while its backward pass recomputes it:
 # kernels that fuse hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
@@ -71,7 +71,7 @@ class Needed(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Bytes at the peak of a step, with `SPARE` for what shapes do not tell.
+        """Bytes at the peak of a step, with `SPARE` for what shapes do not show.
 
         The backward pass begins with all activations and ends with all gradients.
         """
@@ -174,10 +174,10 @@ def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> in
     def backward(params, batch):
         def loss(params):
             output = forward(nnx.merge(definition, params), batch, training=True)
-            found = region_sums(output.logits, batch).loss.sum()
+            total = region_sums(output.logits, batch).loss.sum()
             if spec.moe and output.routing is not None:
-                found = found + auxiliary_loss(output.routing.stats, spec.moe)
-            return found
+                total = total + auxiliary_loss(output.routing.stats, spec.moe)
+            return total
 
         return jax.vjp(loss, params)[1]
 

@@ -9,7 +9,7 @@ Reads the statistics of every update (no jax needed), keeps a small JSON state a
 What is judged depends on the router. Token choice: load entropy, max/min load, dead experts, share
 dropped. Soft-MoE: the same of the experts' shares of the output, and a dispatch that is flat or
 sharp. Expert choice is balanced by construction: it collapses when its experts all choose the same
-tokens (the others are seen by none) or cannot tell tokens apart. All: logit norm. Every run, dense
+tokens (the others are seen by none) or treat all tokens alike. All: logit norm. Every run, dense
 too: loss spikes.
 """
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     """Step (int32, number of updates done), parameters, optimizer state and, if on, their EMA.
 
     `params` holds all variables of the encoder, those among them that no optimizer moves
-    (`layers.Balance`), too; `split_trained` tells them apart.
+    (`layers.Balance`), too; `split_trained` separates them.
     """
 
     step: jax.Array
@@ -126,7 +126,8 @@ def state_sharding(
         transform_non_params=lambda _: replicated(mesh),
     )
     ema = None if shapes.ema is None else params
-    return shapes._replace(step=replicated(mesh), params=params, opt_state=moments, ema=ema)
+    step: Any = replicated(mesh)  # shardings in the places of arrays
+    return TrainState(step, params, moments, ema)
 
 
 def params_sha256(params: nnx.State) -> str:
