@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import Quadratic
 from moe_ablm.scaling.published import STUDIES, published_objective, rounded_objective
 from moe_ablm.scaling.runs import Reading, read_runs
+from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import minimise
 from moe_ablm.scaling.tables import published_lines
 from moe_ablm.scaling.uncertainty import coefficient_draws

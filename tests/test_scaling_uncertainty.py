@@ -7,27 +7,25 @@ import pytest
 from scipy import stats
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law, prepare
 from moe_ablm.scaling.identify import scores
 from moe_ablm.scaling.inputs import Centre
 from moe_ablm.scaling.laws_dense import Chinchilla
 from moe_ablm.scaling.noise import delta_sensitivity, lack_of_fit, pure_error
-from moe_ablm.scaling.profile import (
-    Walk,
-    critical_root,
-    likelihood_scale,
-    profiles,
-    with_gradient,
-)
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import minimise
 from moe_ablm.scaling.uncertainty import (
+    Walk,
     bootstrap,
     bootstrap_intervals,
+    critical_root,
+    likelihood_scale,
     prediction_interval,
+    profiles,
     quantities,
     resample,
+    with_gradient,
 )
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}

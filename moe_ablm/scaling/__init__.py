@@ -21,14 +21,14 @@ _HOME = {
     "fit_law": "fit",
     "fit_parabolas": "parabola_fit",
     "fit_envelope": "envelope",
-    "analyse": "analysis",
-    "Question": "analysis",
+    "analyse": "selection",
+    "Question": "selection",
     "bootstrap": "uncertainty",
-    "profiles": "profile",
+    "profiles": "uncertainty",
     "compare": "selection",
     "check_design": "design",
-    "advise": "advice",
-    "next_runs": "advice",
+    "advise": "design",
+    "next_runs": "design",
 }
 __all__ = sorted(_HOME)
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
-from moe_ablm.scaling.checks import mixed_units
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
 from moe_ablm.scaling.inputs import Centre, Inputs, check_inputs, make_inputs
 from moe_ablm.scaling.laws import Law, Parameter
 from moe_ablm.scaling.noise import pure_error
+from moe_ablm.scaling.readers import mixed_units
 from moe_ablm.scaling.result import Fit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Minimum, Problem, minimise

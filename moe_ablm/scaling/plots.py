@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_ablm.files import replacing
-from moe_ablm.scaling.analysis import Analysis
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.parabola_fit import band
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Analysis
 
 GROUPS = 6  # most curves in one panel
 MOST_VECTORS = 5000  # points of a line that an SVG keeps apart; more become pixels

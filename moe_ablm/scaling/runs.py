@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.checks import (
+from moe_ablm.scaling.inputs import INPUTS
+from moe_ablm.scaling.readers import (
+    RUN_FIELDS,
     BadValue,
+    Row,
+    Sheet,
     check_flops,
     few_tokens,
     label,
     mixed_units,
     number,
+    read_sheet,
     smooth_prediction,
 )
-from moe_ablm.scaling.inputs import INPUTS
-from moe_ablm.scaling.readers import RUN_FIELDS, Row, Sheet, read_sheet
 
 NUMBERS = (
     "params",

@@ -128,13 +128,11 @@ def _check_out(out: Path) -> None:
 
 def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     """Fits, compares, draws and writes; the first law is the one that is saved."""
-    from moe_ablm.scaling.analysis import Question, analyse
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
-    from moe_ablm.scaling.report import write_report
-    from moe_ablm.scaling.selection import compare, verdict
-    from moe_ablm.scaling.tables import comparison_table, show
+    from moe_ablm.scaling.selection import Question, analyse, compare, verdict
+    from moe_ablm.scaling.tables import comparison_table, show, write_report
 
     question = Question(
         law="",
@@ -184,7 +182,7 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
 
 def _advice(analysis, args, reading) -> tuple[list, list[str]]:
     """Tables and sentences for --advise and --next-run."""
-    from moe_ablm.scaling import advice, tables
+    from moe_ablm.scaling import design, tables
     from moe_ablm.scaling.runs import read_runs
     from moe_ablm.scaling.uncertainty import quantities
 
@@ -196,20 +194,20 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
             "too few: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
-    noise = advice.noise_of(fit)
+    noise = design.noise_of(fit)
     shown, said = [], []
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
-        limits = advice.Limits(args.max_flops, args.max_params, args.max_unique)
-        best = advice.advise(fit, boot, limits)
+        limits = design.Limits(args.max_flops, args.max_params, args.max_unique)
+        best = design.advise(fit, boot, limits)
         shown.append(tables.advice_table(best))
         if best.at_bound.any():
             said.append(
                 f"{best.at_bound.mean():.0%} of the draws want a size at the edge of those tried "
-                f"({advice.BEYOND:g} times beyond the runs): that is extrapolation."
+                f"({design.BEYOND:g} times beyond the runs): that is extrapolation."
             )
-        values, sentence = advice.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
+        values, sentence = design.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
         if values:
             shown.append(tables.data_table(values, args.tokens_per_pair))
         said.append(sentence)
@@ -217,8 +215,8 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
         grid = read_runs(
             [args.next_run], replace(reading, need_loss=False, where=None, drop_largest_losses=0)
         )
-        quantity = advice.pick_quantity(quantities(fit))
-        ranked = advice.next_runs(fit, boot, grid, quantity, noise)
+        quantity = design.pick_quantity(quantities(fit))
+        ranked = design.next_runs(fit, boot, grid, quantity, noise)
         shown.append(tables.next_table(ranked, quantity.name))
     return shown, said
 
