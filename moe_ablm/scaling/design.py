@@ -12,7 +12,7 @@ from moe_ablm.scaling.fit import Setup, prepare
 from moe_ablm.scaling.identify import by_error, null_space, prior_precision
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import Derived
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.uncertainty import Bootstrap, with_gradient
 
@@ -181,7 +181,7 @@ class _Grid:
     full: np.ndarray  # largest size of its kind that memory allows
 
 
-def advise(fit: Fit, boot: Bootstrap, limits: Limits) -> Advice:
+def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
     """Minimises the law over (N, kind of model, D) under the limits, for each bootstrap draw.
 
     A kind is a combination of experts, router, granularity and sparsity that was run; its total
@@ -216,7 +216,7 @@ def advise(fit: Fit, boot: Bootstrap, limits: Limits) -> Advice:
     )
 
 
-def _grid(fit: Fit, limits: Limits) -> _Grid:
+def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
     runs = fit.runs
     kinds, ratios, values = _kinds(runs)
     if limits.total_params and "total_params" not in runs and any(r != 1.0 for r in ratios):
@@ -282,7 +282,7 @@ class DataValue:
 
 
 def worth_of_data(
-    fit: Fit,
+    fit: SmoothFit,
     boot: Bootstrap,
     limits: Limits,
     noise: float,
@@ -338,7 +338,7 @@ class Candidate:
 
 
 def next_runs(
-    fit: Fit, boot: Bootstrap, grid: Runs, quantity: Derived, noise: float
+    fit: SmoothFit, boot: Bootstrap, grid: Runs, quantity: Derived, noise: float
 ) -> list[Candidate]:
     """Cells of a grid by expected reduction of var(quantity) per FLOP, best first.
 
@@ -370,14 +370,14 @@ def next_runs(
     return sorted(out, key=lambda c: -c.per_flops)
 
 
-def noise_of(fit: Fit) -> float:
+def noise_of(fit: SmoothFit) -> float:
     """Sd of ln L of one run: between replicates, else the fit's robust residual spread."""
     from moe_ablm.scaling.noise import pure_error
 
     sd, freedom = pure_error(fit.runs)
     if freedom >= 3:
         return sd
-    residuals = fit.problem.residuals(fit.theta[None])[0]
+    residuals = fit.residuals()
     return float(1.4826 * np.median(np.abs(residuals)))
 
 

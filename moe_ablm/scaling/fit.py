@@ -9,11 +9,11 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
-from moe_ablm.scaling.inputs import Centre, Inputs, check_inputs, make_inputs
-from moe_ablm.scaling.laws import Law, Parameter
+from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
+from moe_ablm.scaling.laws import Parameter, SmoothLaw
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.readers import mixed_units
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Minimum, Problem, minimise
 
@@ -32,8 +32,8 @@ def fit_law(
     huber_delta: float | None = None,
     fixed: Mapping[str, float] | None = None,
     start: Mapping[str, float] | None = None,
-    target: Mapping[str, float] | None = None,
-) -> Fit:
+    target: Target | None = None,
+) -> SmoothFit:
     """Fits a smooth law to runs.
 
     Minimises the sum over runs of huber(ln L_model - ln L). `huber_delta` defaults to the seed sd
@@ -64,14 +64,14 @@ def fit_law(
             "add runs, fix coefficients with --fix, or choose a smaller law"
         )
     best = solve(setup, start)
-    return describe(setup, best, runs, fixed, delta_source, target or {})
+    return describe(setup, best, runs, fixed, delta_source, target or Target())
 
 
 @dataclass(frozen=True)
 class Setup:
     """A law meeting its runs: the problem in centred units, and where its parameters start."""
 
-    law: Law
+    law: SmoothLaw
     problem: Problem
     centre: Centre
     template: np.ndarray  # [K], with fixed parameters at their values
@@ -88,7 +88,7 @@ def default_delta(runs: Runs) -> tuple[float, str]:
     return DELTA_DEFAULT, "convention (Hoffmann et al. 2022): no replicates to measure seed noise"
 
 
-def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> Setup:
+def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]) -> Setup:
     """The problem of fitting `law` to `runs`, with `fixed` coefficients in natural units."""
     for name in fixed:
         if name not in law.names:
@@ -134,7 +134,7 @@ def _fixed_value(parameter: Parameter, value: float) -> float:
     return parameter.internal(value)
 
 
-def _bounds(law: Law, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(law: SmoothLaw, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
     """Internal bounds: a term is between a billionth and a million times the loss."""
     low = np.array([p.low for p in law.parameters])
     high = np.array([p.high for p in law.parameters])
@@ -157,11 +157,11 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
     without a table and without chance.
     """
     law, problem = setup.law, setup.problem
-    searched = [
-        k
+    searched = {
+        k: p.search
         for k, p in enumerate(law.parameters)
         if problem.free[k] and not p.linear and p.search and p.search[1] > p.search[0]
-    ]
+    }
     if start is not None:
         theta = setup.template.copy()
         for name, value in start.items():
@@ -173,17 +173,14 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
         grid = theta[None]
     else:
         dimension = max(len(searched), 1)
-        count = (
-            1 if not searched or law.name == "moe_clark" else min(48 * 2 ** (dimension - 1), 512)
-        )
+        count = min(48 * 2 ** (dimension - 1), law.most_starts) if searched else 1
         root = 1.5
         for _ in range(60):
             root = (1.0 + root) ** (1.0 / (dimension + 1))
         steps = root ** -np.arange(1.0, dimension + 1)
         points = (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
         grid = np.repeat(setup.template[None], count, axis=0)
-        for j, k in enumerate(searched):
-            low, high = law.parameters[k].search
+        for j, (k, (low, high)) in enumerate(searched.items()):
             grid[:, k] = low + points[:, j] * (high - low)
     x, log_loss, weights = _some(problem)
     solved = [law.linear_start(t, x, log_loss, weights) for t in grid]
@@ -196,9 +193,7 @@ def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
         return problem.x, problem.log_loss, problem.weights
     # by chance, because a step through a grid could meet one of its columns only
     some = np.random.default_rng(0).choice(problem.x.size, MOST_FOR_STARTS, replace=False)
-    picked = {k: v[some] if isinstance(v, np.ndarray) else v for k, v in vars(problem.x).items()}
-    x = Inputs(**(picked | {"size": MOST_FOR_STARTS}))
-    return x, problem.log_loss[some], problem.weights[some]
+    return problem.x.take(some), problem.log_loss[some], problem.weights[some]
 
 
 def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
@@ -221,8 +216,8 @@ def describe(
     runs: Runs,
     fixed: Mapping[str, float],
     delta_source: str,
-    target: Mapping[str, float],
-) -> Fit:
+    target: Target,
+) -> SmoothFit:
     """The minimum as a `Fit`: natural units, verdicts, derived quantities."""
     law, problem, theta = setup.law, setup.problem, best.theta[0]
     residuals = problem.residuals(best.theta)[0]
@@ -246,7 +241,7 @@ def describe(
     quantities = law.derived(setup.centre, target)
     derived = {q.name: float(q.report(q.function(best.theta)[0])) for q in quantities}
     notes += _target_notes(setup, runs, target, derived)
-    return Fit(
+    return SmoothFit(
         law=law,
         n=len(runs),
         coefficients=coefficients,
@@ -261,7 +256,7 @@ def describe(
         delta_source=delta_source,
         standard_errors=_errors(setup, theta, exact),
         derived=derived,
-        target=dict(target),
+        target=target.copy(),
         notes=tuple(notes),
         data_unit=runs.data_unit,
         theta=theta,
@@ -273,11 +268,11 @@ def describe(
 
 
 def _target_notes(
-    setup: Setup, runs: Runs, target: Mapping[str, float], derived: Mapping[str, float]
+    setup: Setup, runs: Runs, target: Target, derived: Mapping[str, float]
 ) -> list[str]:
     """What a target does not give, and sizes that no run was near."""
     out = []
-    if target and len(derived) == len(setup.law.derived(setup.centre, {})):
+    if target and len(derived) == len(setup.law.derived(setup.centre, Target())):
         needs = ", ".join(n for n in setup.law.needs if n != "loss")
         out.append(
             f"--target {', '.join(target)}: law {setup.law.name} derives nothing from it; a loss "

@@ -5,7 +5,8 @@ points), `n` runs, `K` parameters of a law, `J` additive terms of a law.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -25,6 +26,26 @@ INPUTS = (
 )
 
 
+class Target(TypedDict, total=False):
+    """Inputs, in natural units, at which derived quantities are wanted."""
+
+    params: float
+    total_params: float
+    tokens: float
+    unique_tokens: float
+    flops: float
+    experts: float
+    router: str
+    granularity: float
+    sparsity: float
+
+
+def make_target(where: str, values: Mapping[str, object]) -> Target:
+    """The values as a target; raises UserError as `check_inputs` does."""
+    check_inputs(where, values)
+    return cast(Target, dict(values))
+
+
 def check_inputs(where: str, values: Mapping[str, object]) -> None:
     """Inputs of a prediction, in natural units; `where` begins the message.
 
@@ -37,14 +58,13 @@ def check_inputs(where: str, values: Mapping[str, object]) -> None:
         if name == "router":
             continue
         try:
-            value = np.asarray(value, float)
+            numbers = np.atleast_1d(np.asarray(value, float))
         except (TypeError, ValueError):
             raise UserError(f"{where}: {name}={value}: expected a number") from None
-        outside = (value < 0.0) | (value >= 1.0) if name == "sparsity" else value <= 0.0
-        bad = ~np.isfinite(value) | outside
-        if bad.any():
-            found = np.atleast_1d(value)[np.atleast_1d(bad)][0]
-            raise UserError(f"{where}: {name}={found:g}: expected positive finite numbers")
+        outside = (numbers < 0.0) | (numbers >= 1.0) if name == "sparsity" else numbers <= 0.0
+        bad = numbers[~np.isfinite(numbers) | outside]
+        if bad.size:
+            raise UserError(f"{where}: {name}={bad[0]:g}: expected positive finite numbers")
 
 
 @dataclass(frozen=True)
@@ -55,9 +75,12 @@ class Centre:
     log_tokens: float = 0.0
 
 
+ABSENT = np.empty(0)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Logs of the inputs of `n` runs, each `[n]`; an input that the law does not need is None.
+    """Logs of the inputs of `n` runs, each `[n]`; empty where the runs lack the input.
 
     `n` active parameters / N0, `n_total` all parameters / N0, `d` tokens / D0, `u` unique tokens
     / D0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a log), `router` index
@@ -65,15 +88,20 @@ class Inputs:
     """
 
     size: int
-    n: np.ndarray | None = None
-    n_total: np.ndarray | None = None
-    d: np.ndarray | None = None
-    u: np.ndarray | None = None
-    repeats: np.ndarray | None = None
-    experts: np.ndarray | None = None
-    router: np.ndarray | None = None
-    granularity: np.ndarray | None = None
-    density: np.ndarray | None = None
+    n: np.ndarray
+    n_total: np.ndarray
+    d: np.ndarray
+    u: np.ndarray
+    repeats: np.ndarray
+    experts: np.ndarray
+    router: np.ndarray
+    granularity: np.ndarray
+    density: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Inputs":
+        """The runs at `index`."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
+        return Inputs(index.size, **{k: v[index] if v.size else v for k, v in arrays.items()})
 
 
 def make_inputs(
@@ -87,16 +115,16 @@ def make_inputs(
     size = max(np.asarray(v).size for v in columns.values())
     get = {k: np.broadcast_to(np.asarray(v), (size,)) for k, v in columns.items()}
 
-    def log(name: str, shift: float) -> np.ndarray | None:
-        return np.log(get[name].astype(float)) - shift if name in get else None
+    def log(name: str, shift: float) -> np.ndarray:
+        return np.log(get[name].astype(float)) - shift if name in get else ABSENT
 
-    repeats = None
+    repeats = ABSENT
     if "tokens" in get and "unique_tokens" in get:
         ratio = get["tokens"].astype(float) / get["unique_tokens"].astype(float)
         repeats = np.maximum(ratio - 1.0, 0.0)
     index = {name: i for i, name in enumerate(routers)}
     names = get.get("router", np.full(size, "dense"))
-    density = None
+    density = ABSENT
     if "sparsity" in get:
         density = np.log1p(-get["sparsity"].astype(float))
     n = log("params", centre.log_params)

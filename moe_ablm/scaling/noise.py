@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 
 
@@ -31,7 +31,7 @@ class LackOfFit:
     p_value: float
 
 
-def lack_of_fit(fit: Fit) -> LackOfFit | None:
+def lack_of_fit(fit: SmoothFit) -> LackOfFit | None:
     """The test of Fisher on ln L; None without replicates, or without cells to spare."""
     from scipy.special import fdtrc
 
@@ -41,8 +41,7 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     spare = int(cells.max()) + 1 - len(fit.identifiable)
     if pure == 0 or spare <= 0 or sd == 0.0:
         return None
-    misfit = fit.problem.residuals(fit.theta[None])[0]
-    residuals = np.bincount(fit.index, misfit) / np.bincount(fit.index)
+    residuals = fit.by_run(fit.residuals())
     counts = np.bincount(cells)
     means = np.bincount(cells, residuals) / counts
     misfit = float(np.sum(counts * means**2)) / spare
@@ -50,7 +49,7 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     return LackOfFit(sd, (spare, pure), statistic, float(fdtrc(spare, pure, statistic)))
 
 
-def delta_sensitivity(fit: Fit) -> list[tuple[float, Mapping[str, float], float]]:
+def delta_sensitivity(fit: SmoothFit) -> list[tuple[float, Mapping[str, float], float]]:
     """The fit at deltas around its own: (delta, coefficients, sum of |residual|).
 
     From nearly least absolute deviations to least squares; warm-started from the fit, larger

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import check_inputs
+from moe_ablm.scaling.inputs import Target, check_inputs
 from moe_ablm.scaling.parabolas import (
     Parabola,
     Quadratic,
@@ -16,6 +16,14 @@ from moe_ablm.scaling.parabolas import (
 )
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParabolaFit(Fit):
+    """A fit of parabolas, with the runs that it was made from."""
+
+    law: Quadratic
+    noise_sd: float  # of one run's loss, widened for few degrees of freedom; nan: not known
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ def fit_parabolas(
     seed_sd: float | None = None,
     draws: int = 4000,
     seed: int = 0,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     level: float = 0.95,
-) -> Fit:
+) -> ParabolaFit:
     """Parabolas, their minima, the line through them, and a parametric bootstrap of all.
 
     Noise is `seed_sd` (of one run's loss, in the units of the loss), else the sd between
@@ -45,8 +53,8 @@ def fit_parabolas(
     """
     if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
-    _require(runs, law)
-    target = target or {}
+    law.require(runs)
+    target = target or Target()
     check_inputs("--target", target)
     parabolas, notes = split(law, runs)
     loss = runs["loss"]
@@ -78,7 +86,7 @@ def fit_parabolas(
             if p.freedom == 0 and noise.source.startswith("residual"):
                 intervals.pop(f"N_star[{p.key}]", None)
     identifiable = {n: v == "identified" for n, v in verdicts.items()}
-    return Fit(
+    return ParabolaFit(
         law=law,
         n=len(runs),
         coefficients=coefficients,
@@ -90,7 +98,7 @@ def fit_parabolas(
         verdicts=verdicts,
         intervals=intervals,
         derived={k: float(np.exp(v)) for k, v in estimates.items()},
-        target=dict(target),
+        target=target.copy(),
         notes=(*runs.notes, *notes),
         data_unit=runs.data_unit,
         noise_sd=np.nan if noise is None else _half_factor(noise) * noise.sd,
@@ -105,7 +113,7 @@ def _half_factor(noise: Noise) -> float:
     return float(stdtrit(min(noise.freedom, 1e6), 0.975)) / 1.959964
 
 
-def band(fit: Fit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def band(fit: ParabolaFit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """95 % band `[m]` of the parabola at one data size (or budget); None without known noise."""
     if not np.isfinite(fit.noise_sd):
         return None
@@ -117,13 +125,6 @@ def band(fit: Fit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndar
             abc = np.array([fit.coefficients[f"{name}[{p.key}]"] for name in "abc"])
             return basis @ abc - half, basis @ abc + half
     return None
-
-
-def _require(runs: Runs, law: Quadratic) -> None:
-    if law.name == "quadratic":
-        return runs.require(law.needs, law.name)
-    runs.require(("params", "loss"), law.name)
-    return None if "flops" in runs else runs.require(("tokens",), law.name)
 
 
 def _status(parabolas: list[Parabola], usable: list[int], identifiable: Mapping[str, bool]) -> str:

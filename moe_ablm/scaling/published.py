@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moe_ablm.scaling.inputs import Centre
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import Fit, SmoothFit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _clark() -> dict[str, float]:
 
 def published_objective(fit: Fit, study: Study) -> float | None:
     """Our objective at the published point; None where the study lacks a free coefficient."""
-    if fit.problem is None or any(name not in study.values for name in fit.identifiable):
+    if not isinstance(fit, SmoothFit) or any(name not in study.values for name in fit.identifiable):
         return None
     values = {**fit.coefficients, **{k: study.values[k] for k in fit.identifiable}}
     natural = np.array([p.internal(values[p.name]) for p in fit.law.parameters])

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Row:
     """One row of a table: where it stands and its values by column name (text or numbers)."""
 
     source: str
-    values: dict[str, object]
+    values: dict[str, Any]
 
 
 @dataclass
@@ -244,7 +245,7 @@ def number(row: Row, role: str, name: str) -> float:
     return value
 
 
-def check_flops(values: Mapping[str, object], names: Mapping[str, str]) -> None:
+def check_flops(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Training FLOPs are some 6 N D: raises BadValue where they are a thousandfold off."""
     if not all(role in values for role in ("flops", "params", "tokens")):
         return

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,7 @@ def _where(sheet: Sheet, where: Mapping[str, str], notes: list[str]) -> list[Row
     return rows
 
 
-def _equal(found: object, wanted: str) -> bool:
+def _equal(found: Any, wanted: str) -> bool:
     try:
         return float(found) == float(wanted)
     except (TypeError, ValueError):
@@ -197,7 +198,9 @@ def _parse(
     out, clamped = [], 0
     for row in rows:
         try:
-            values = {r: number(row, r, n) for r, n in names.items() if r in NUMBERS}
+            values: dict[str, Any] = {
+                r: number(row, r, n) for r, n in names.items() if r in NUMBERS
+            }
             values |= {r: label(row, n) for r, n in names.items() if r in LABELS}
             clamped += _complete(values, names, sheet.is_runs, reading)
         except BadValue as bad:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.catalogue import PARABOLIC, resolve
+from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
+from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.inputs import Target
 from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
-from moe_ablm.scaling.parabola_fit import fit_parabolas
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
+from moe_ablm.scaling.result import Fit, SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import minimise
 from moe_ablm.scaling.uncertainty import (
@@ -20,7 +22,6 @@ from moe_ablm.scaling.uncertainty import (
     Profile,
     bootstrap,
     bootstrap_intervals,
-    merge,
     profiles,
 )
 
@@ -63,7 +64,8 @@ def compare(
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
     scores = []
-    for name in dict.fromkeys(resolve(law) for law in laws):
+    names = dict.fromkeys(resolve(law) for law in laws)
+    for name in (n for n in names if not LAWS[n].needs_curves):
         try:
             made = ready.get(name) or _fit(runs, name, huber_delta)
             residuals = _residuals(made, runs)
@@ -97,20 +99,19 @@ def _fit(runs: Runs, name: str, huber_delta: float | None) -> Fit:
 
 def _count(fit: Fit) -> int:
     """Free coefficients; a parabola's line through minima does not predict a loss."""
-    if fit.problem is not None:
+    if isinstance(fit, SmoothFit):
         return int(fit.problem.free.sum())
     return sum(name[:2] in ("a[", "b[", "c[") for name in fit.coefficients)
 
 
 def _residuals(fit: Fit, runs: Runs) -> np.ndarray:
     """ln L_model - ln L of each run; the mean over curves where a run counts in several."""
-    if fit.problem is None:
-        inputs = runs.inputs()
-        if "flops" in fit.law.needs:
-            inputs["flops"] = fit.law.groups(runs)
-        return np.log(fit.predict(**inputs)) - np.log(runs["loss"])
-    residuals = fit.problem.residuals(fit.theta[None])[0]
-    return np.bincount(fit.index, residuals) / np.bincount(fit.index)
+    if isinstance(fit, SmoothFit):
+        return fit.by_run(fit.residuals())
+    inputs = runs.inputs()
+    if isinstance(fit, ParabolaFit):
+        inputs[fit.law.group] = fit.law.groups(runs)
+    return np.log(fit.predict(**inputs)) - np.log(runs["loss"])
 
 
 def aicc(residuals: np.ndarray, delta: float, parameters: int) -> float:
@@ -167,12 +168,11 @@ def _largest(runs: Runs, cells: np.ndarray) -> np.ndarray:
 
 def _held_out(fit: Fit, runs: Runs, held: np.ndarray, huber_delta: float | None) -> np.ndarray:
     """ln L_model - ln L `[splits, runs]`, each model fitted without its `held [splits, runs]`."""
-    if fit.problem is not None:
+    if isinstance(fit, SmoothFit):
         problem = replace(fit.problem, weights=(~held[:, fit.index]).astype(float))
         ends = minimise(problem, np.repeat(fit.theta[None], len(held), axis=0))
         errors = fit.problem.residuals(ends.theta)
-        counts = np.bincount(fit.index)
-        return np.stack([np.bincount(fit.index, e) / counts for e in errors])
+        return np.stack([fit.by_run(e) for e in errors])
     out = np.full(held.shape, np.nan)
     for row, without in zip(out, held, strict=True):
         try:
@@ -188,7 +188,8 @@ def verdict(scores: Sequence[Score]) -> str:
     if not ranked:
         return "There are too few runs to compare these laws."
     best = ranked[0]
-    same, worse = [], []
+    same: list[str] = []
+    worse: list[str] = []
     for other in ranked[1:]:
         gap = other.aicc - best.aicc
         text = f"{other.law} (AICc +{gap:.1f}"
@@ -223,7 +224,7 @@ class Question:
     law: str
     huber_delta: float | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
-    target: Mapping[str, float] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
     draws: int = 1000
     seed: int = 0
     seed_sd: float | None = None
@@ -244,46 +245,37 @@ class Analysis:
 def analyse(runs: Runs, question: Question) -> Analysis:
     """Fits one law and asks how sure it is; raises UserError as `fit_law` does."""
     name = resolve(question.law)
-    if name in PARABOLIC and question.fixed:
-        raise UserError(f"--fix: law {name} has no coefficients that can be held")
-    if name == "envelope":
-        from moe_ablm.scaling.envelope import fit_envelope
-
-        return Analysis(
-            fit_envelope(runs, question.draws, question.seed, question.target, question.level)
-        )
     if name in PARABOLIC:
-        return Analysis(
-            fit_parabolas(
-                runs,
-                PARABOLIC[name](),
-                question.seed_sd,
-                question.draws,
-                question.seed,
-                question.target,
-                question.level,
-            )
-        )
+        if question.fixed:
+            raise UserError(f"--fix: law {name} has no coefficients that can be held")
+        law = PARABOLIC[name]()
+        asked = (question.draws, question.seed, question.target, question.level)
+        if law.needs_curves:
+            return Analysis(fit_envelope(runs, *asked))
+        return Analysis(fit_parabolas(runs, law, question.seed_sd, *asked))
     made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
     walked = profiles(made, question.level)
-    parts = [{p.quantity.name: (p.interval(question.level),) for p in walked}]
-    boot = None
+    boot, drawn = None, {}
     if question.draws > 0:
         boot = bootstrap(made, question.draws, question.seed)
-        parts.insert(0, bootstrap_intervals(made, boot, question.level))
+        drawn = bootstrap_intervals(made, boot, question.level)
         if len(boot.usable) < FEWEST_DRAWS:
             note = (
                 f"{len(boot.usable)} of {question.draws} bootstrap draws converged, too few for "
                 f"an interval ({FEWEST_DRAWS})"
             )
             boot, made = None, replace(made, notes=(*made.notes, note))
-    made = replace(with_open_profiles(made, walked), intervals=merge(*parts))
+    intervals = {**drawn}  # those of the bootstrap before those of the profiles
+    for p in walked:
+        name = p.quantity.name
+        intervals[name] = (*drawn.get(name, ()), p.interval(question.level))
+    made = replace(with_open_profiles(made, walked), intervals=intervals)
     return Analysis(made, boot, walked, lack_of_fit(made), delta_sensitivity(made))
 
 
-def with_open_profiles(fit: Fit, walked: Sequence[Profile]) -> Fit:
+def with_open_profiles(fit: SmoothFit, walked: Sequence[Profile]) -> SmoothFit:
     """The fit with coefficients whose profile never closes called not identified."""
     verdicts, identifiable = dict(fit.verdicts), dict(fit.identifiable)
     for p in walked:

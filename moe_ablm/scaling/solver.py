@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_ablm.scaling.inputs import Inputs
-from moe_ablm.scaling.laws import Law, log_sum
+from moe_ablm.scaling.laws import SmoothLaw, log_sum
 
 CHUNK = 256  # rows of the batch worked on together: keeps [chunk, n] arrays in cache
 LARGEST_ARRAY = 2**22  # entries of one [chunk, n] array, where runs are very many
@@ -58,7 +58,7 @@ class Problem:
     prior into the units of the objective.
     """
 
-    law: Law
+    law: SmoothLaw
     x: Inputs
     log_loss: np.ndarray
     weights: np.ndarray
@@ -118,11 +118,11 @@ class Problem:
         robust = self.delta / np.maximum(size, self.delta) if np.isfinite(self.delta) else 1.0
         weights = np.broadcast_to(self.weights * robust, size.shape)
         out = np.swapaxes(jacobian * weights[:, :, None], 1, 2) @ jacobian
-        if self.law.penalty(theta) is not None:
+        # the priors are quadratic: their gradient is linear in theta
+        prior = self.law.penalty(np.eye(theta.shape[1]))
+        if prior is not None:
             diagonal = np.arange(theta.shape[1])
-            step = np.eye(theta.shape[1])
-            for k in diagonal:  # the priors are quadratic: their gradient is linear in theta
-                out[:, k, k] += self.prior_scale * self.law.penalty(step)[1][k, k]
+            out[:, diagonal, diagonal] += self.prior_scale * np.diag(prior[1])
         if self.tilt is not None:
             by_theta = self.tilt.evaluate(theta)[1]
             outer = by_theta[:, :, None] * by_theta[:, None, :]

@@ -124,8 +124,6 @@ def summary_lines(analysis: Analysis) -> list[str]:
 
 def dropped_lines(fit: Fit) -> list[str]:
     """Which rows were left out and why, many of one reason in one line."""
-    if fit.runs is None:
-        return []
     reasons: dict[str, list[str]] = {}
     for source, reason in fit.runs.dropped:
         kind = next((text for start, text in KINDS.items() if reason.startswith(start)), reason)

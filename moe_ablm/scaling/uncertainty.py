@@ -8,9 +8,8 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.identify import Scores, degrees_of_freedom, scores
-from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import Derived
-from moe_ablm.scaling.result import Fit, Interval
+from moe_ablm.scaling.result import Interval, SmoothFit
 from moe_ablm.scaling.solver import Problem, Tilt, minimise
 
 FEWEST_DRAWS = 20  # that an interval is made of
@@ -59,7 +58,7 @@ def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, str]
     return out, "runs within cells"
 
 
-def bootstrap(fit: Fit, draws: int = 4000, seed: int = 0) -> Bootstrap:
+def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
     """Refits the law to resampled runs, all draws as one batch, from the fit's own minimum.
 
     The same seed gives the same draws whatever the machine. A draw that loses a coefficient's
@@ -83,14 +82,7 @@ def bootstrap(fit: Fit, draws: int = 4000, seed: int = 0) -> Bootstrap:
     return Bootstrap(ends.theta, ends.converged, share(low), share(high), scheme)
 
 
-def coefficient_draws(fit: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Free coefficients in natural units for draws `[B, K]`, each `[B]`."""
-    natural = fit.law.shift(theta, fit.centre)
-    free = fit.problem.free
-    return {p.name: p.report(natural[:, k]) for k, p in enumerate(fit.law.parameters) if free[k]}
-
-
-def quantities(fit: Fit) -> list[Derived]:
+def quantities(fit: SmoothFit) -> list[Derived]:
     """Free coefficients (their internal, natural-unit values) and derived quantities."""
 
     def natural(k: int):
@@ -105,10 +97,10 @@ def quantities(fit: Fit) -> list[Derived]:
 
 
 def bootstrap_intervals(
-    fit: Fit, boot: Bootstrap, level: float = 0.95
+    fit: SmoothFit, boot: Bootstrap, level: float = 0.95
 ) -> dict[str, tuple[Interval, ...]]:
     """Percentile intervals and standard errors of coefficients and derived quantities."""
-    out = {}
+    out: dict[str, tuple[Interval, ...]] = {}
     for q in quantities(fit):
         with np.errstate(all="ignore"):
             values = q.report(q.function(boot.usable))
@@ -126,41 +118,6 @@ def bootstrap_intervals(
                 note += f"; {shares[q.name]:.1%} at the {side} bound: open on that side"
                 ends[end], spread = None, None
         out[q.name] = (Interval("bootstrap", level, ends[0], ends[1], spread, note),)
-    return out
-
-
-def prediction_interval(
-    fit: Fit,
-    boot: Bootstrap,
-    columns: Mapping[str, np.ndarray],
-    level: float = 0.95,
-    new_run: bool = True,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high loss `[m]` at inputs in natural units.
-
-    The spread of the draws, plus for a new run one of the fit's own residuals (scaled up for the
-    parameters that were spent on them).
-    """
-    x = make_inputs(columns, fit.centre, fit.law.routers)
-    log_loss = fit.law.log_loss(boot.usable, x)
-    if new_run:
-        rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
-        residuals = -fit.problem.residuals(fit.theta[None])[0]
-        freedom = max(residuals.size - int(fit.problem.free.sum()), 1)
-        residuals = residuals * np.sqrt(residuals.size / freedom)
-        log_loss = log_loss + rng.choice(residuals, log_loss.shape)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(log_loss, [tail, 100 - tail], axis=0)
-    return np.exp(low), np.exp(high)
-
-
-def merge(*parts: Mapping[str, tuple[Interval, ...]]) -> dict[str, tuple[Interval, ...]]:
-    """Intervals of several methods side by side."""
-    out: dict[str, tuple[Interval, ...]] = {}
-    for part in parts:
-        for name, items in part.items():
-            out[name] = (*out.get(name, ()), *items)
     return out
 
 
@@ -217,7 +174,7 @@ def likelihood_scale(found: Scores, by_theta: np.ndarray) -> float:
     return max(float(by_theta @ found.covariance @ by_theta) / curvature, found.scale)
 
 
-def profiles(fit: Fit, level: float = 0.95, names: list[str] | None = None) -> list[Profile]:
+def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None) -> list[Profile]:
     """Profiles of coefficients and derived quantities; none for an exact fit."""
     wanted = [q for q in quantities(fit) if names is None or q.name in names]
     if fit.status == "exact" or not wanted:

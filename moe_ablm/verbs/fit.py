@@ -6,9 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
+
+if TYPE_CHECKING:  # loaded when the verb runs
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_ablm.scaling.inputs import Target
+    from moe_ablm.scaling.runs import Reading, Runs
+    from moe_ablm.scaling.selection import Analysis, Score
 
 HELP = "fit scaling laws to runs, with intervals, model choice and advice"
 COMPARE = "compare"
@@ -77,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
     """Reads, then fits or checks a design; raises UserError for wrong input."""
     from rich.console import Console
 
+    from moe_ablm.scaling.catalogue import LAWS
+    from moe_ablm.scaling.laws import Law
     from moe_ablm.scaling.runs import Reading, read_runs
 
     console = Console()
@@ -92,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         drop_bad_rows=args.drop_bad_rows,
         drop_largest_losses=args.drop_largest_losses,
         tokens_per_pair=args.tokens_per_pair,
-        curves=laws == ["envelope"],
+        curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
@@ -126,7 +137,14 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: no permission to write in {place}")
 
 
-def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
+def _fit(
+    console: "Console",
+    runs: "Runs",
+    laws: Sequence[str],
+    args: argparse.Namespace,
+    out: Path,
+    reading: "Reading",
+) -> None:
     """Fits, compares, draws and writes; the first law is the one that is saved."""
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
@@ -147,7 +165,8 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
     if not candidates:
         raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
-    tables, sentences = [], []
+    tables: list[Table] = []
+    sentences: list[str] = []
     if len(candidates) > 1:
         scores = compare(runs, candidates, args.huber_delta, args.seed)
         if not scores:
@@ -180,22 +199,26 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
 
 
-def _advice(analysis, args, reading) -> tuple[list, list[str]]:
+def _advice(
+    analysis: "Analysis", args: argparse.Namespace, reading: "Reading"
+) -> tuple[list["Table"], list[str]]:
     """Tables and sentences for --advise and --next-run."""
     from moe_ablm.scaling import design, tables
+    from moe_ablm.scaling.result import SmoothFit
     from moe_ablm.scaling.runs import read_runs
     from moe_ablm.scaling.uncertainty import quantities
 
     if not args.advise and not args.next_run:
         return [], []
     fit, boot = analysis.fit, analysis.boot
-    if boot is None:
+    if boot is None or not isinstance(fit, SmoothFit):
         raise UserError(
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
             "too few: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
     noise = design.noise_of(fit)
-    shown, said = [], []
+    shown: list[Table] = []
+    said: list[str] = []
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
@@ -221,7 +244,9 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
     return shown, said
 
 
-def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
+def _design(
+    console: "Console", runs: "Runs", laws: Sequence[str], args: argparse.Namespace, out: Path
+) -> None:
     from moe_ablm.scaling.catalogue import SMOOTH, resolve
     from moe_ablm.scaling.design import check_design
     from moe_ablm.scaling.tables import design_table
@@ -246,7 +271,7 @@ def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
     _write_json(out, "design.json", {"schema": "moe_ablm.design/1", **values})
 
 
-def _scores_json(scores, sentence: str) -> dict:
+def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
     def plain(value: float) -> float | None:
         return value if abs(value) < float("inf") else None
 
@@ -286,8 +311,10 @@ def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _target(args, runs) -> dict[str, object]:
+def _target(args: argparse.Namespace, runs: "Runs") -> "Target":
     """The target's inputs; pairs are turned into what the runs' data sizes are counted in."""
+    from moe_ablm.scaling.inputs import make_target
+
     pairs = _pairs("--target", [args.target])
     router = {"router": pairs.pop("router")} if "router" in pairs else {}
     target = {k: _number("--target", k, v) for k, v in pairs.items()}
@@ -296,7 +323,7 @@ def _target(args, runs) -> dict[str, object]:
             raise UserError("--target unique_pairs=...: the runs are in tokens; --tokens-per-pair?")
         scale = 1.0 if runs.data_unit == "pairs" else args.tokens_per_pair
         target["unique_tokens"] = target.pop("unique_pairs") * scale
-    return target | router
+    return make_target("--target", {**target, **router})
 
 
 def _numbers(flag: str, text: str) -> dict[str, float]:
