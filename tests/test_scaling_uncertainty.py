@@ -21,7 +21,6 @@ from moe_ablm.scaling.uncertainty import (
     bootstrap_intervals,
     critical_root,
     likelihood_scale,
-    prediction_interval,
     profiles,
     quantities,
     resample,
@@ -249,17 +248,6 @@ def test_an_exact_fit_has_no_interval():
     runs = simulate(side=8).take(np.array([0, 7, 30, 56, 63]))
     made = analyse(runs, Question("chinchilla", draws=100)).fit
     assert made.status == "exact" and not made.intervals
-
-
-def test_prediction_intervals_hold_new_runs():
-    runs = simulate(seed=3)
-    made = fit_law(runs, huber_delta=2e-3)
-    boot = bootstrap(made, 400, seed=0)
-    low, high = prediction_interval(made, boot, runs.inputs())
-    fresh = simulate(seed=99)["loss"]
-    assert 0.88 <= np.mean((low <= fresh) & (fresh <= high)) <= 1.0
-    mean_low, mean_high = prediction_interval(made, boot, runs.inputs(), new_run=False)
-    assert np.all(mean_high - mean_low < high - low)
 
 
 def test_intervals_name_their_method_and_order():

@@ -12,6 +12,7 @@ from moe_ablm.scaling.fit import Setup, prepare
 from moe_ablm.scaling.identify import by_error, null_space, prior_precision
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import Derived
+from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.uncertainty import Bootstrap, with_gradient
@@ -372,8 +373,6 @@ def next_runs(
 
 def noise_of(fit: SmoothFit) -> float:
     """Sd of ln L of one run: between replicates, else the fit's robust residual spread."""
-    from moe_ablm.scaling.noise import pure_error
-
     sd, freedom = pure_error(fit.runs)
     if freedom >= 3:
         return sd

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import minimise
 
 
 def pure_error(runs: Runs) -> tuple[float, int]:
@@ -55,8 +56,6 @@ def delta_sensitivity(fit: SmoothFit) -> list[tuple[float, Mapping[str, float], 
     From nearly least absolute deviations to least squares; warm-started from the fit, larger
     deltas first, each from the last.
     """
-    from moe_ablm.scaling.solver import minimise
-
     base = fit.huber_delta if np.isfinite(fit.huber_delta) else 1e-3
     down = [base, base / 3, base / 10, base / 100]
     up = [base * 3, base * 10, np.inf]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +36,7 @@ THOUSANDFOLD = 1e3  # a count that is off by this factor is in another unit
 LN_BITS = math.log(1.0 / math.log(2.0))  # ln of (bits per token / nats per token)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a table: where it stands and its values by column name (text or numbers)."""
 
     source: str

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
+from moe_ablm.scaling.catalogue import saved_law
 from moe_ablm.scaling.inputs import Centre, Target, check_inputs
 from moe_ablm.scaling.laws import Law, SmoothLaw
 from moe_ablm.scaling.runs import Runs
@@ -135,8 +136,6 @@ def load(path: Path | str) -> Fit:
     Raises:
       UserError: the file is absent, not JSON, or of another schema.
     """
-    from moe_ablm.scaling.catalogue import saved_law
-
     path = Path(path)
     path = path / "fit.json" if path.is_dir() else path
     try:

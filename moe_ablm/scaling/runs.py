@@ -122,7 +122,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
             )
     dropped: list[tuple[str, str]] = []
     notes: list[str] = []
-    table: list[tuple[str, dict]] = []
+    table: list[Row] = []
     for item in inputs:
         sheet = read_sheet(Path(item), reading.curves, reading.drop_bad_rows)
         dropped += sheet.skipped
@@ -188,7 +188,7 @@ def _parse(
     reading: Reading,
     dropped: list[tuple[str, str]],
     notes: list[str],
-) -> list[tuple[str, dict]]:
+) -> list[Row]:
     """Rows with numbers for text; a bad row is an error, or dropped where that was asked for."""
     if reading.need_loss and "loss" not in names:
         raise UserError(
@@ -208,7 +208,7 @@ def _parse(
                 dropped.append((row.source, bad.what))
                 continue
             raise UserError(f"{row.source}, {bad.what}; mend it, or use --drop-bad-rows") from None
-        out.append((row.source, values))
+        out.append(Row(row.source, values))
     if clamped:
         notes.append(
             f"{sheet.path}: {clamped} runs stopped before one epoch: their unique tokens are "
@@ -253,9 +253,7 @@ def _complete(values: dict, names: Mapping[str, str], is_runs: bool, reading: Re
     return False
 
 
-def _last_step(
-    table: list[tuple[str, dict]], dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
+def _last_step(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
     """The last step of each run, where both columns are given."""
     if not table or not all("run" in v and "step" in v for _, v in table):
         return table
@@ -271,9 +269,7 @@ def _last_step(
     return [table[i] for i in sorted(keep)]
 
 
-def _without_duplicates(
-    table: list[tuple[str, dict]], dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
+def _without_duplicates(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
     """Without rows equal in every mapped column, the loss too: one run written down twice.
 
     A run directory is called by its path, and a copy of it is not another run.
@@ -287,13 +283,11 @@ def _without_duplicates(
             dropped.append((source, f"duplicate of {seen[key]}"))
         else:
             seen[key] = source
-            out.append((source, values))
+            out.append(Row(source, values))
     return out
 
 
-def _without_largest(
-    table: list[tuple[str, dict]], count: int, dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
+def _without_largest(table: list[Row], count: int, dropped: list[tuple[str, str]]) -> list[Row]:
     if count <= 0:
         return table
     if count >= len(table):
@@ -306,7 +300,7 @@ def _without_largest(
 
 
 def _assemble(
-    table: list[tuple[str, dict]],
+    table: list[Row],
     dropped: list[tuple[str, str]],
     notes: list[str],
     reading: Reading,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # loaded when the verb runs
     from moe_ablm.scaling.runs import Reading, Runs
     from moe_ablm.scaling.selection import Analysis, Score
 
-HELP = "fit scaling laws to runs, with intervals, model choice and advice"
 COMPARE = "compare"
 PIPE_WIDTH = 180
 
