@@ -1,4 +1,4 @@
-"""Scaling laws from tables of runs: fits, honest intervals, model choice, designs and advice.
+"""Scaling laws from tables of runs: fits, intervals, model choice, designs and advice.
 
     from moe_ablm.scaling import read_runs, fit_law, load
     runs = read_runs(["runs.csv"])
@@ -6,7 +6,7 @@
     made.predict(params=1e8, tokens=1e10)
 
 Needs numpy and scipy (pyarrow for parquet, matplotlib for figures), never jax. Names are loaded
-when first used.
+when they are first used.
 """
 
 from importlib import import_module

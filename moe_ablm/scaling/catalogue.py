@@ -1,4 +1,4 @@
-"""The laws by name: what `--law` accepts."""
+"""The laws by name, as `--law` accepts them."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ NAMES = (*LAWS, *ALIASES)
 
 
 def resolve(name: str) -> str:
-    """The law's own name; raises UserError for a name that is no law."""
+    """The full name of a law or an alias; raises UserError for an unknown one."""
     name = ALIASES.get(name, name)
     if name not in LAWS:
         raise UserError(f"--law {name}: unknown; expected one of {', '.join(NAMES)}")

@@ -19,15 +19,15 @@ from moe_ablm.scaling.uncertainty import Bootstrap, with_gradient
 
 EQUAL = 0.01  # relative spread below which a column counts as one value
 SIZES = 96  # model sizes tried, log-spaced
-BEYOND = 8.0  # they reach this factor beyond the sizes that were run
-SHORTER = 0.5 ** np.arange(8)  # parts of the affordable tokens that are tried
-DRAWS = 200  # bootstrap draws that an answer is computed for
+BEYOND = 8.0  # the sizes reach this factor beyond those that were run
+SHORTER = 0.5 ** np.arange(8)  # fractions of the affordable tokens that are tried
+DRAWS = 200  # bootstrap draws that are evaluated
 KIND = ("experts", "router", "granularity", "sparsity")
 
 
 @dataclass(frozen=True)
 class Design:
-    """What a grid can say of a law: verdicts in words and expected errors by coefficient."""
+    """What a grid can identify: a verdict and an expected error for each coefficient."""
 
     law: str
     runs: int
@@ -48,7 +48,7 @@ def check_design(
     """Checks a grid of planned runs (no losses needed) for a smooth law.
 
     Uses the Jacobian of ln L at `coefficients` (an earlier fit's, in natural units), else at
-    middling exponents with every term an equal part of the loss. `seed_sd` is the sd of ln L
+    exponents in the middle of their ranges, with terms of equal size. `seed_sd` is the sd of ln L
     between seeds.
 
     Raises:
@@ -90,7 +90,7 @@ def _nominal(setup: Setup, coefficients: Mapping[str, float] | None) -> np.ndarr
     law = setup.law
     if coefficients:
         theta = np.array([p.internal(coefficients[p.name]) for p in law.parameters])
-        # shift is linear in the centre, so the way back is the negative centre
+        # shift is linear in the centre, so the negative centre inverts it
         back = type(setup.centre)(-setup.centre.log_params, -setup.centre.log_tokens)
         return law.shift(theta, back)
     theta = setup.template.copy()
@@ -173,22 +173,22 @@ class Advice:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Everything that is tried: columns for the law, and the kind of each row."""
+    """All candidates: columns for the law, and the kind of each row."""
 
     columns: Mapping[str, np.ndarray]
     kind: np.ndarray
     kinds: tuple[str, ...]
-    edge: np.ndarray
-    full: np.ndarray  # largest size of its kind that memory allows
+    edge: np.ndarray  # the smallest or largest size of the grid
+    full: np.ndarray  # the largest size of its kind that memory allows
 
 
 def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
     """Minimises the law over (N, kind of model, D) under the limits, for each bootstrap draw.
 
-    A kind is a combination of experts, router, granularity and sparsity that was run; its total
-    over active parameters is the median of its runs. FLOPs are 6 N D. Fewer tokens than compute
-    allows are tried too, because repeats may hurt. Laws without unique tokens are only believed
-    up to one epoch: tokens are then capped by `unique_tokens`.
+    A kind is a combination of experts, router, granularity and sparsity that was run. Its ratio
+    of total to active parameters is the median of its runs. FLOPs are 6 N D. Fewer tokens than
+    compute allows are tried too, because repeats may hurt. A law without unique tokens is trusted
+    up to one epoch only: `unique_tokens` then limits the tokens.
 
     Raises:
       UserError: the law has no tokens, or no model fits the limits.
@@ -289,7 +289,7 @@ def worth_of_data(
     noise: float,
     tokens_per_pair: float | None = None,
 ) -> tuple[list[DataValue], str]:
-    """How far doubling the unique data goes on paying, at fixed compute, and a sentence on it.
+    """The gain of each doubling of the unique data at fixed compute, and a sentence on it.
 
     A doubling is worth it while its median gain in ln L exceeds `noise`, the sd between seeds.
     """
@@ -329,7 +329,7 @@ def _range(values: np.ndarray) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell that could be run: its compute, and what it would do to var(ln quantity)."""
+    """A cell of the grid: its compute, and how far a run of it lowers var(ln quantity)."""
 
     source: str
     inputs: Mapping[str, object]
@@ -372,7 +372,7 @@ def next_runs(
 
 
 def noise_of(fit: SmoothFit) -> float:
-    """Sd of ln L of one run: between replicates, else the fit's robust residual spread."""
+    """Sd of ln L of one run: between replicates, else the robust spread of the residuals."""
     sd, freedom = pure_error(fit.runs)
     if freedom >= 3:
         return sd
@@ -381,7 +381,7 @@ def noise_of(fit: SmoothFit) -> float:
 
 
 def pick_quantity(quantities: Sequence[Derived]) -> Derived:
-    """The best size among derived quantities: N_star, else N_opt, else the exponent ratio."""
+    """The derived quantity to learn about: N_star, else N_opt, else the exponent ratio."""
     for name in ("N_star", "N_opt", "exponent_ratio"):
         for q in quantities:
             if q.name == name:

@@ -23,12 +23,11 @@ def fit_envelope(
 ) -> Fit:
     """Hoffmann et al. 2022, section 3.1, from whole training curves (one row a step).
 
-    At each of 1,500 budgets the curve with the lowest interpolated loss is found. Where it passes
-    from one size to another the best size is between them, and the line of ln N_opt on ln C goes
-    through these passages (through all budgets, as in the paper, it is too flat: below the first
-    passage and beyond the last the best size was not run). Curves are told apart by `run`, else
-    by `params`.
-    Intervals are percentiles of a bootstrap over whole curves.
+    Each of 1,500 budgets has a curve with the lowest interpolated loss. Where the lowest curve
+    changes from one size to another, the best size lies between them, and the line of ln N_opt on
+    ln C goes through these passages. A line through all budgets, as in the paper, is too flat:
+    below the first passage and beyond the last one the best size was not run. `run` identifies a
+    curve, else `params`. Intervals are percentiles of a bootstrap over whole curves.
 
     Raises:
       UserError: fewer than three sizes have curves of two points, or they never overlap.
@@ -45,7 +44,7 @@ def fit_envelope(
         )
     low, high = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
     grid = np.linspace(low, high, BUDGETS)
-    # A curve says nothing beyond its own ends; there it cannot be the lowest.
+    # A curve is not extrapolated: beyond its ends it cannot be the lowest.
     losses = np.stack([np.interp(grid, c, y, left=np.inf, right=np.inf) for c, y in curves])
     values = _regress(grid, losses, params, np.arange(len(curves)), target)
     if values is None:

@@ -1,4 +1,4 @@
-"""Fitting a smooth law: variable projection for starts, quasi-Newton on the Huber loss after."""
+"""Fitting a smooth law: starts by variable projection, then quasi-Newton on the Huber loss."""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from moe_ablm.scaling.solver import Minimum, Problem, minimise
 
 DELTA_DEFAULT = 1e-3  # Hoffmann et al. 2022
 DELTA_FLOOR = 1e-4
-DELTA_SMALLEST = 1e-12  # below, rounding is all that is left of the objective
-MOST_FOR_STARTS = 4096  # runs that starts are solved on; all of them are fitted
-POLISHED = 32  # best starts that are polished
-QUICK, FINISHED = 60, 3  # iterations for all of them, and how many are then finished
+DELTA_SMALLEST = 1e-12  # below it the objective is rounding error
+MOST_FOR_STARTS = 4096  # most runs that starts are solved on; the fit uses all runs
+POLISHED = 32  # starts that are minimised, the best ones
+QUICK, FINISHED = 60, 3  # iterations of each of them, and how many then go on to the end
 SMALLEST_SHARE, LARGEST_SHARE = 1e-9, 1e6  # of a term at the centre of the runs, over the loss
 
 
@@ -69,17 +69,17 @@ def fit_law(
 
 @dataclass(frozen=True)
 class Setup:
-    """A law meeting its runs: the problem in centred units, and where its parameters start."""
+    """A law and its runs: the problem in centred units, and the start of its parameters."""
 
     law: SmoothLaw
     problem: Problem
     centre: Centre
     template: np.ndarray  # [K], with fixed parameters at their values
-    index: np.ndarray  # run behind each observation
+    index: np.ndarray  # the run behind each observation
 
 
 def default_delta(runs: Runs) -> tuple[float, str]:
-    """Huber's delta: the seed sd of ln L from replicates, or the field's 1e-3 without any."""
+    """Huber's delta, and its source: the seed sd of ln L from replicates, else 1e-3."""
     sd, freedom = pure_error(runs)
     if freedom >= 3:
         return max(
@@ -97,7 +97,7 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
                 f"{', '.join(law.names)}"
             )
     observed, index = law.observe(runs.columns)
-    # A fixed coefficient is a constant only in natural units, so then nothing is centred.
+    # A fixed linear coefficient is a constant in natural units only: then nothing is centred.
     natural = any(law.parameters[law.index(n)].linear for n in fixed)
     centre = Centre()
     if not natural:
@@ -123,7 +123,7 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
 
 
 def _fixed_value(parameter: Parameter, value: float) -> float:
-    """The internal value of a coefficient that is held, within its range."""
+    """The internal value of a fixed coefficient; raises UserError outside its range."""
     if parameter.log and not value > 0:
         raise UserError(f"--fix {parameter.name}={value}: expected a positive number")
     low, high = parameter.report(parameter.low), parameter.report(parameter.high)
@@ -154,7 +154,7 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
     """Starts `[S, K]`: a low-discrepancy grid of the searched parameters (or the user's point).
 
     The additive recurrence of Roberts 2018 (plastic-number sequence) fills any dimension evenly
-    without a table and without chance.
+    without a table or random numbers.
     """
     law, problem = setup.law, setup.problem
     searched = {
@@ -188,10 +188,10 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
 
 
 def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """The observations that starts are solved on: all, or a fixed sample of very many."""
+    """The observations that starts are solved on: all, or a sample (with a fixed seed)."""
     if problem.x.size <= MOST_FOR_STARTS:
         return problem.x, problem.log_loss, problem.weights
-    # by chance, because a step through a grid could meet one of its columns only
+    # random, because a regular step through a grid could hit a single column
     some = np.random.default_rng(0).choice(problem.x.size, MOST_FOR_STARTS, replace=False)
     return problem.x.take(some), problem.log_loss[some], problem.weights[some]
 
@@ -203,7 +203,7 @@ def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
     value = problem.value_and_gradient(np.clip(theta, problem.low, problem.high))[0]
     value = np.where(np.isfinite(value), value, np.inf)
     theta = theta[np.argsort(value, kind="stable")[:POLISHED]]
-    # Most starts meet in one minimum within some tens of iterations; only the best few go on.
+    # Most starts reach one minimum within some tens of iterations: only the best few go on.
     ends = minimise(problem, theta, max_iterations=QUICK)
     ends = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
     best = int(np.argmin(ends.value))
@@ -270,7 +270,7 @@ def describe(
 def _target_notes(
     setup: Setup, runs: Runs, target: Target, derived: Mapping[str, float]
 ) -> list[str]:
-    """What a target does not give, and sizes that no run was near."""
+    """Notes on a target that the law derives nothing from, and on extrapolated sizes."""
     out = []
     if target and len(derived) == len(setup.law.derived(setup.centre, Target())):
         needs = ", ".join(n for n in setup.law.needs if n != "loss")
@@ -289,7 +289,7 @@ def _target_notes(
 
 
 def _check_units(setup: Setup, runs: Runs, residuals: np.ndarray) -> None:
-    """The law predicts better than the smooth trend of the reader: look for mixed units again."""
+    """Raises UserError for mixed units: the law predicts better than the reader's smooth trend."""
     log_loss = setup.problem.log_loss
     odd, unit = mixed_units(log_loss, log_loss + residuals)
     if odd.size:

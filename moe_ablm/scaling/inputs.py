@@ -1,4 +1,4 @@
-"""What a law sees of the runs: centred logarithms, one entry a run.
+"""The inputs of a law: centred logarithms, one entry per run.
 
 Axis legend of this package: `B` batch of parameter vectors (starts, bootstrap draws, profile
 points), `n` runs, `K` parameters of a law, `J` additive terms of a law.
@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 
-# What a prediction may depend on; other columns of a table (seed, step, ...) only describe a run.
+# A prediction depends on these; other columns of a table (seed, step, ...) describe a run.
 INPUTS = (
     "params",
     "total_params",
@@ -47,7 +47,7 @@ def make_target(where: str, values: Mapping[str, object]) -> Target:
 
 
 def check_inputs(where: str, values: Mapping[str, object]) -> None:
-    """Inputs of a prediction, in natural units; `where` begins the message.
+    """Checks inputs of a prediction, in natural units; `where` begins the message.
 
     Raises:
       UserError: a name is no input, or a value is no positive finite number.
@@ -109,7 +109,7 @@ def make_inputs(
 ) -> Inputs:
     """Columns in natural units (`params`, `tokens`, ..., each `[n]`) to centred logs.
 
-    A router that is not in `routers` gets index -1, that is no effect: dense, or new to the fit.
+    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect.
     `total_params` defaults to `params`, `experts` to 1.
     """
     size = max(np.asarray(v).size for v in columns.values())

@@ -29,8 +29,8 @@ class Parameter:
     low: float
     high: float
     log: bool = False  # the reported coefficient is exp(internal value)
-    linear: bool = False  # L is linear in the coefficient: solved for, not searched
-    search: tuple[float, float] | None = None  # where starts are drawn; default: the whole range
+    linear: bool = False  # L is linear in it: solved for, not searched
+    search: tuple[float, float] | None = None  # range of the starts; default: the whole range
 
     def report(self, internal: np.ndarray | float) -> np.ndarray:
         """The coefficient in reported units."""
@@ -53,7 +53,7 @@ def exponent(
     high: float = 4.0,
     search: tuple[float, float] = (0.05, 1.2),
 ) -> Parameter:
-    """An exponent, with its range and the part of it where starts are drawn."""
+    """An exponent, with its range and the range of its starts."""
     return Parameter(name, meaning, low, high, search=search)
 
 
@@ -137,7 +137,7 @@ class SmoothLaw(Law):
     ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
         """Columns of the observations, and the index `[n]` of the run behind each of them.
 
-        One a run, unless a law lets a run count in several curves.
+        A run is one observation, unless it counts in several curves of the law.
         """
         return columns, np.arange(np.asarray(columns["params"]).size)
 
@@ -191,8 +191,8 @@ class SmoothLaw(Law):
         """Variable projection: `theta [K]` with its linear coefficients solved for.
 
         Non-negative least squares of the relative error, which is the error of ln L to first
-        order. A term that comes out zero is given a millionth of the loss, to leave its
-        derivative alive.
+        order. A term of zero is set to a millionth of the loss, so that its derivative is not
+        zero.
         """
         from scipy.optimize import nnls
 
@@ -203,7 +203,7 @@ class SmoothLaw(Law):
             terms = [t[0] for t, _ in self.terms(theta[None], x)]
             basis = [t - theta[k] - log_loss for t, k in zip(terms, columns, strict=True)]
             scale = np.array([np.max(b) for b in basis])
-            if not np.all(np.isfinite(scale)):  # a term that no run has: leave it where it was
+            if not np.all(np.isfinite(scale)):  # no run has the term: keep its value
                 scale = np.where(np.isfinite(scale), scale, 0.0)
             matrix = np.stack([np.exp(b - s) for b, s in zip(basis, scale, strict=True)], axis=1)
             solution, _ = nnls(matrix * root[:, None], root)

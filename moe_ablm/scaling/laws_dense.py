@@ -77,7 +77,7 @@ R_D, R_N = 5, 6
 
 
 class DataConstrainedB1(Chinchilla):
-    """Muennighoff et al. 2023, equations 5, 6 and 11: repeats are worth less and less."""
+    """Muennighoff et al. 2023, equations 5, 6 and 11: each repeat is worth less than the last."""
 
     name = "data_constrained_b1"
     equation = (
@@ -99,12 +99,12 @@ class DataConstrainedB1(Chinchilla):
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         e, a, b, alpha, beta, r_d, r_n = (theta[:, k, None] for k in range(7))
         log_d, d_r_d, _ = saturate(x.u, x.repeats, r_d)
-        # N_opt(U): the parameters that U tokens deserve on the compute-optimal frontier.
+        # N_opt(U): parameters of the compute-optimal frontier at U tokens.
         gain = np.log(alpha) + a - np.log(beta) - b
         log_n_opt = (gain + beta * x.u) / alpha
         capped = log_n_opt < x.n
         u_n = np.where(capped, log_n_opt, x.n)
-        excess = np.expm1(np.minimum(x.n - u_n, 60.0))  # beyond, saturated long ago
+        excess = np.expm1(np.minimum(x.n - u_n, 60.0))  # saturated long before 60
         log_n, d_r_n, d_excess = saturate(u_n, excess, r_n)
         d_u_n = np.where(capped, 1.0 - d_excess * (excess + 1.0), 0.0)
         by_alpha = d_u_n * (1.0 - gain - beta * x.u) / alpha**2
@@ -141,7 +141,7 @@ P, DELTA, KAPPA = 5, 6, 7
 
 
 class DataConstrainedB2(Chinchilla):
-    """Chinchilla with an over-fitting penalty: loss may rise with repeats, which b1 cannot say."""
+    """Chinchilla with an over-fitting penalty: loss may rise with repeats, unlike in b1."""
 
     name = "data_constrained_b2"
     equation = "L = E + A N^-alpha + B D^-beta + P R^delta (N/U)^kappa, R = max(D/U - 1, 0)"
@@ -171,9 +171,9 @@ class DataConstrainedB2(Chinchilla):
 
 
 def best_size(centre: Centre, target: Target) -> list[Derived]:
-    """N* of A N^-alpha + P R^delta (N/U)^kappa at the target's tokens and unique tokens.
+    """N* minimises A N^-alpha + P R^delta (N/U)^kappa at the target's tokens and unique tokens.
 
-    Where the derivative by N is zero; only where the target has repeats.
+    Empty unless the target has repeats.
     """
     if not target.get("tokens", 0.0) > target.get("unique_tokens", np.inf):
         return []

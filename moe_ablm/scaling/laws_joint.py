@@ -1,4 +1,4 @@
-"""The joint law: dense and mixture-of-experts runs, under limited unique data, in one fit."""
+"""The joint law: one fit of dense and mixture-of-experts runs under limited unique data."""
 
 from collections.abc import Mapping
 
@@ -68,7 +68,7 @@ class Joint(DataConstrainedB2):
 
     def __init__(self, routers: tuple[str, ...] = ()) -> None:
         super().__init__(routers)
-        # With one router its effects are mu and P themselves.
+        # The effects of a single router are part of mu and P.
         self.effects = routers if len(routers) > 1 else ()
         effects = [
             Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0))

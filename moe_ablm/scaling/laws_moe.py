@@ -40,7 +40,7 @@ def effective_experts(
 
 
 class MoeClark(SmoothLaw):
-    """Clark et al. 2022, equations 1 and 7: one curve a router, dense runs shared by all curves.
+    """Clark et al. 2022, equations 1 and 7: a curve per router; all curves share the dense runs.
 
     log10 L = a log10 N + b log10 E^ + c log10 N log10 E^ + d. Coefficients of router `r` are
     called `a[r]` and so on.
@@ -128,7 +128,7 @@ class MoeClark(SmoothLaw):
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """As of every law; a dense run must say which router's curve it is to be read from."""
+        """As for every law; a dense run must name the router whose curve predicts it."""
         default = self.routers[0] if len(self.routers) == 1 else "dense"
         names = np.atleast_1d(columns.get("router", default))
         for name in np.unique(names):
@@ -156,7 +156,7 @@ class MoeClark(SmoothLaw):
     ) -> np.ndarray:
         """Ordinary least squares for a, b, c, d of every router, on a grid of (E_start, E_max).
 
-        Each router keeps its own best pair of the grid: the curves share no parameter.
+        Each router has its own best pair of the grid: the curves share no parameter.
         """
         theta = theta.copy()
         grid = [(s, m) for s in (0.0, 0.4, 1.0, 2.0) for m in np.arange(0.7, 9.0, 0.7)]
@@ -196,7 +196,7 @@ class MoeClark(SmoothLaw):
                     log10_n_cut,
                 ),
             ]
-        # Without a router there is no curve to read the loss from; with one it is that one.
+        # The loss needs a curve: the target names its router, or there is only one.
         if "router" in target or len(self.routers) == 1:
             self._known(target.get("router", self.routers[0]), "--target")
             out += self.loss_at(centre, {"router": self.routers[0], **target})

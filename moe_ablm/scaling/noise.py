@@ -1,4 +1,4 @@
-"""Seed noise: what replicates say, whether a law fits within it, and how delta moves the answer."""
+"""Seed noise: its sd from replicates, the lack-of-fit test, and sensitivity to Huber's delta."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ def pure_error(runs: Runs) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class LackOfFit:
-    """F test of a law's misfit against seed noise: small p says that the law itself is wrong."""
+    """F test of a law's misfit against seed noise: at a small p the law itself is wrong."""
 
     seed_sd: float
     freedom: tuple[int, int]  # of the lack of fit, of the pure error
@@ -33,7 +33,7 @@ class LackOfFit:
 
 
 def lack_of_fit(fit: SmoothFit) -> LackOfFit | None:
-    """The test of Fisher on ln L; None without replicates, or without cells to spare."""
+    """Fisher's test on ln L; None without replicates or without spare cells."""
     from scipy.special import fdtrc
 
     runs = fit.runs
@@ -53,8 +53,8 @@ def lack_of_fit(fit: SmoothFit) -> LackOfFit | None:
 def delta_sensitivity(fit: SmoothFit) -> list[tuple[float, Mapping[str, float], float]]:
     """The fit at deltas around its own: (delta, coefficients, sum of |residual|).
 
-    From nearly least absolute deviations to least squares; warm-started from the fit, larger
-    deltas first, each from the last.
+    The deltas go from nearly least absolute deviations to least squares. Each fit starts from the
+    one at the delta next to it, beginning at the fit's own.
     """
     base = fit.huber_delta if np.isfinite(fit.huber_delta) else 1e-3
     down = [base, base / 3, base / 10, base / 100]

@@ -1,4 +1,4 @@
-"""Fitting parabolas and the line through their minima, and the noise of few points."""
+"""Fitting parabolas and the line through their minima, with intervals from few points."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,12 +54,12 @@ def fit_parabolas(
     target: Target | None = None,
     level: float = 0.95,
 ) -> ParabolaFit:
-    """Parabolas, their minima, the line through them, and a parametric bootstrap of all.
+    """Parabolas, their minima, the line through the minima, and a parametric bootstrap of all.
 
     Noise is `seed_sd` (of one run's loss, in the units of the loss), else the sd between
-    replicates, else the pooled residual of the parabolas; a measured sd is itself drawn (scaled
-    inverse chi-square), which gives few degrees of freedom their wide t intervals. Draws that
-    have no minimum count as an open end.
+    replicates, else the pooled residual of the parabolas. A measured sd is drawn as well (scaled
+    inverse chi-square), so that few degrees of freedom give wide t intervals. Draws without a
+    minimum count as an open end.
     """
     if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
@@ -162,7 +162,7 @@ def measure_noise(
 
 
 def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]) -> list[str]:
-    """A note where the parabolas miss by more than noise that was given or measured apart."""
+    """A note where the parabolas miss by more than the noise, if that is known independently."""
     from scipy.special import chdtrc
 
     freedom = sum(p.freedom for p in parabolas)
@@ -227,7 +227,7 @@ def _noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:
 
 
 def percentile_interval(value: np.ndarray, level: float, noise: Noise, log: bool) -> Interval:
-    """Quantiles over draws that have a value; the note counts those that have none."""
+    """Quantiles over the draws that have a value; the note counts the others."""
     good = np.isfinite(value)
     missing = 1.0 - float(good.mean())
     note = f"noise sd {noise.sd:.2g}, {noise.source}"

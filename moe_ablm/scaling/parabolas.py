@@ -1,7 +1,7 @@
-"""Parabolas in log10 N, one a data size (the AbLM study) or one a compute budget (isoFLOP).
+"""Parabolas in log10 N, one per data size (the AbLM study) or per compute budget (isoFLOP).
 
 Each parabola is linear least squares on the loss; the law is then a straight line through the
-minima on log axes. With three points a parabola is exact, and it need not have a minimum.
+minima on log axes. A parabola through three points is exact. It need not have a minimum.
 """
 
 from collections.abc import Mapping
@@ -124,7 +124,7 @@ class Envelope(IsoFlop):
 
 @dataclass(frozen=True)
 class Parabola:
-    """One group: its runs, its design and whether it has a residual."""
+    """One group: its runs, its least-squares solution and its residual degrees of freedom."""
 
     size: float
     members: np.ndarray

@@ -1,6 +1,6 @@
 """Figures of a fit: loss against size, isoFLOP, the frontier, profiles, residuals.
 
-Drawn without pyplot, so that nothing global is touched and nothing needs a display.
+Drawn without pyplot: no global state, no backend, no display.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from moe_ablm.scaling.selection import Analysis
 # Loss, and both ends of its band where there is one, `[m]` each.
 Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 GROUPS = 6  # most curves in one panel
-MOST_VECTORS = 5000  # points of a line that an SVG keeps apart; more become pixels
+MOST_VECTORS = 5000  # most points of a vector line in an SVG; longer lines are rasterised
 STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -68,7 +68,7 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
 
 
 def data_groups(runs: Runs, role: str) -> list[tuple[str, np.ndarray, float]]:
-    """Runs by data size: label, members, middle value; quantile bins where there are many."""
+    """Runs by data size: label, members, middle value; quantile bins where sizes are many."""
     values = runs[role]
     sizes = np.unique(values)
     if sizes.size <= GROUPS:
@@ -127,7 +127,7 @@ def _paint(axes: Axes, x: np.ndarray, curve: Curve, color: np.ndarray, label: st
 
 
 def _frame(axes: Axes, loss: np.ndarray) -> None:
-    """Limits by the losses that were seen: a law may leave them far behind."""
+    """Limits from the observed losses: the curve of a law may go far beyond them."""
     margin = 0.15 * np.ptp(loss) or 0.01 * loss.max()
     axes.set_ylim(loss.min() - margin, loss.max() + margin)
 
@@ -163,7 +163,7 @@ def loss_against_params(analysis: Analysis) -> Figure:
 
 
 def loss_against_experts(analysis: Analysis) -> Figure:
-    """Loss against the number of experts, a panel a router and a curve a size (Clark fig. 2)."""
+    """Loss against the number of experts: a panel per router, a curve per size (Clark fig. 2)."""
     made, runs = analysis.fit, analysis.fit.runs
     routers = made.law.routers
     figure = Figure(figsize=(3.0 * len(routers), 3.4))
@@ -241,7 +241,7 @@ def frontier(analysis: Analysis) -> Figure:
 
 
 def _surface(analysis: Analysis, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """The loss over sizes and tokens of any one shape, at the most unique tokens that were run."""
+    """The loss at sizes and tokens (arrays of one shape), at the most unique tokens of the runs."""
     made, runs = analysis.fit, analysis.fit.runs
     columns = _along_params(_middle(runs, np.ones(len(runs), bool)), n.ravel())
     columns["tokens"] = d.ravel()

@@ -1,4 +1,4 @@
-"""Numbers that others published for public tables of runs, to be printed beside ours."""
+"""Published coefficients for public tables of runs, to print beside ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -47,7 +47,7 @@ def published_objective(fit: Fit, study: Study) -> float | None:
 
 
 def rounded_objective(fit: Fit, study: Study) -> float | None:
-    """The objective at our own minimum rounded as the study's values are; None if they are not."""
+    """Our objective at our minimum rounded like the study's values; None if they are not rounded."""
     if study.decimals is None:
         return None
     rounded = {k: round(v, study.decimals) for k, v in fit.coefficients.items()}

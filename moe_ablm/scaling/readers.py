@@ -28,16 +28,16 @@ RUN_FIELDS = {
 FINISHED = ("complete", "done", "finished")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 COUNTS = ("params", "total_params", "tokens", "unique_tokens", "unique_pairs", "flops")
-# A count below this is a count of something larger: 35 for 35 million.
+# A smaller count is in a larger unit: 35 for 35 million.
 SMALLEST_COUNT = 1e3
 LARGEST_COUNT = 1e40
-LOSSES = (1e-9, 1e9)  # nats, bits or perplexities: none is outside
+LOSSES = (1e-9, 1e9)  # range of nats, bits and perplexities
 THOUSANDFOLD = 1e3  # a count that is off by this factor is in another unit
 LN_BITS = math.log(1.0 / math.log(2.0))  # ln of (bits per token / nats per token)
 
 
 class Row(NamedTuple):
-    """One row of a table: where it stands and its values by column name (text or numbers)."""
+    """One row of a table: its place, and its values by column name (text or numbers)."""
 
     source: str
     values: dict[str, Any]
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Sheet:
-    """All rows of one input, with what had to be left out and why."""
+    """All rows of one input, and what was left out with the reason."""
 
     path: Path
     header: list[str]
@@ -170,7 +170,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
-    """A row for each evaluation of the run, its tokens and FLOPs counted up to there."""
+    """A row for each evaluation of the run, with the tokens and FLOPs up to it."""
     results = file.with_name("results.jsonl")
     try:
         lines = results.read_text(encoding="utf-8").splitlines()
@@ -193,7 +193,7 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
 
 
 class BadValue(Exception):
-    """A row that cannot be used; `what` says the column, what was found and what was expected."""
+    """An unusable row; `what` names the column, the value found and the value expected."""
 
     def __init__(self, what: str, missing_loss: bool = False) -> None:
         super().__init__(what)
@@ -205,7 +205,7 @@ def number(row: Row, role: str, name: str) -> float:
     """A finite number in the range of its role; counts may carry a suffix, as 35M or 1.5B.
 
     Raises:
-      BadValue: names the column, what was found and what was expected.
+      BadValue: names the column, the value found and the value expected.
     """
     raw = row.values.get(name)
     text = "" if raw is None else str(raw).strip()
@@ -245,7 +245,7 @@ def number(row: Row, role: str, name: str) -> float:
 
 
 def check_flops(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Training FLOPs are some 6 N D: raises BadValue where they are a thousandfold off."""
+    """Raises BadValue where training FLOPs are a thousandfold off 6 N D."""
     if not all(role in values for role in ("flops", "params", "tokens")):
         return
     expected = 6.0 * values["params"] * values["tokens"]
@@ -258,7 +258,7 @@ def check_flops(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
 
 
 def few_tokens(columns: Mapping[str, np.ndarray]) -> str | None:
-    """A note where tokens are so few beside the parameters that a unit may be wrong."""
+    """A note where tokens are so few per parameter that a unit may be wrong."""
     if "params" not in columns or "tokens" not in columns:
         return None
     ratio = float(np.median(columns["tokens"] / columns["params"]))
@@ -279,10 +279,10 @@ def label(row: Row, name: str) -> str:
 def mixed_units(log_loss: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, str]:
     """Rows whose loss is in another unit than the others' (bits for nats, or perplexity).
 
-    Compares each ln L `[n]` with a robust prediction of it: a change from nats to bits moves it
-    by ln(1/ln 2) = .367, and a perplexity is exp(loss). Small models and short runs also lie
-    off a trend, but not all by one factor: rows are called odd only where the rest scatters by
-    less than 2 % and *every* row far off is off by what the unit says.
+    Compares each ln L `[n]` with a robust prediction. A change from nats to bits moves it by
+    ln(1/ln 2) = .367, and a perplexity is exp(loss). Small models and short runs also lie off a
+    trend, but not all by one factor. So rows are reported only where the rest scatters by less
+    than 2 % and *every* outlier is off by what the unit implies.
     """
     residual = log_loss - predicted
     sd = max(1.4826 * float(np.median(np.abs(residual))), 1e-3)
@@ -309,7 +309,7 @@ def mixed_units(log_loss: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray
 def smooth_prediction(columns: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Least absolute deviations of ln L `[n]` on the logs of the inputs; None where rows are few.
 
-    Squares and products of the logs join where there are at least three rows for each term.
+    Squares and products of the logs are used where there are at least three rows per term.
     """
     log_loss = np.log(columns["loss"])
     logs = []

@@ -29,14 +29,14 @@ class Interval:
     high: float | None
     se: float | None = None
     note: str = ""
-    open: bool = False  # the ends are those of draws that have a value, and too many have none
+    open: bool = False  # too many draws have no value; the ends are those of the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """A fitted law; `coefficients` are unrounded and in the units of the input.
 
-    A reloaded fit predicts from its coefficients; its `runs` are empty.
+    A fit reloaded from disk predicts from its coefficients and has no `runs`.
     """
 
     law: Law
@@ -174,7 +174,7 @@ def load(path: Path | str) -> Fit:
 
 
 def _number(value: object) -> object:
-    """JSON has no infinity and no NaN: the first becomes a string, the second null."""
+    """JSON has no infinity and no NaN: infinity becomes a string, NaN becomes null."""
     if isinstance(value, (float, np.floating)):
         if math.isnan(value):
             return None

@@ -1,4 +1,4 @@
-"""Rows to a checked table of runs; nothing is dropped or changed without saying which and why."""
+"""Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +189,7 @@ def _parse(
     dropped: list[tuple[str, str]],
     notes: list[str],
 ) -> list[Row]:
-    """Rows with numbers for text; a bad row is an error, or dropped where that was asked for."""
+    """Rows with text turned into numbers; a bad row is an error, or dropped on request."""
     if reading.need_loss and "loss" not in names:
         raise UserError(
             f"--input {sheet.path}: no column for the loss; it has {', '.join(sheet.header)}; "
@@ -270,9 +270,10 @@ def _last_step(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
 
 
 def _without_duplicates(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
-    """Without rows equal in every mapped column, the loss too: one run written down twice.
+    """Without rows that equal an earlier one in every mapped column, the loss too.
 
-    A run directory is called by its path, and a copy of it is not another run.
+    The name of a run directory is its path, so a copied directory differs in `run` only and is
+    a duplicate as well.
     """
     seen: dict[tuple, str] = {}
     out = []
@@ -305,7 +306,7 @@ def _assemble(
     notes: list[str],
     reading: Reading,
 ) -> Runs:
-    """Columns that every row has; pairs stand in for tokens where the data size is in pairs."""
+    """Columns that every row has; without `unique_tokens`, `unique_pairs` replace them."""
     roles = [r for r in ROLES if all(r in v for _, v in table)]
     columns = {r: np.array([v[r] for _, v in table]) for r in roles}
     unit = "tokens"

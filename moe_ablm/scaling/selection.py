@@ -32,7 +32,7 @@ CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (B
 
 @dataclass(frozen=True)
 class Score:
-    """One law against the others; errors are of ln L, nan where they cannot be had."""
+    """The scores of one law; errors are of ln L, nan where it cannot be held out."""
 
     law: str
     fit: Fit
@@ -56,8 +56,8 @@ def compare(
 ) -> list[Score]:
     """Scores of several laws on the same runs, best AICc first.
 
-    `fits` are ready-made fits, used where their law is asked for. A law with more coefficients
-    than runs is left out.
+    `fits` are existing fits, used in place of new ones. A law with more coefficients than runs is
+    left out, and so is a law of whole curves.
     """
     ready = {f.law.name: f for f in fits}
     cells = runs.cells()
@@ -147,8 +147,8 @@ def negative_log_likelihood(residuals: np.ndarray, delta: float) -> float:
         return n * math.log(middle + tails) + total / s
 
     guess = math.log(total / n)
-    found = minimize_scalar(cost, bounds=(guess - 10, guess + 10), method="bounded")
-    return float(found.fun)
+    best = minimize_scalar(cost, bounds=(guess - 10, guess + 10), method="bounded")
+    return float(best.fun)
 
 
 def _folds(cells: int, seed: int) -> np.ndarray:
@@ -178,12 +178,12 @@ def _held_out(fit: Fit, runs: Runs, held: np.ndarray, huber_delta: float | None)
         try:
             row[:] = _residuals(_fit(runs.take(~without), fit.law.name, huber_delta), runs)
         except UserError:
-            continue  # a parabola with too few points left: this law cannot be held out here
+            continue  # a parabola has too few points left: the split has no error
     return out
 
 
 def verdict(scores: Sequence[Score]) -> str:
-    """A plain sentence: which law the data support, and which they cannot tell apart."""
+    """A sentence: which law the data support, and which others they cannot exclude."""
     ranked = [s for s in scores if math.isfinite(s.aicc)]
     if not ranked:
         return "There are too few runs to compare these laws."
@@ -219,7 +219,7 @@ def verdict(scores: Sequence[Score]) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the runs: see the flags of `python -m moe_ablm fit`."""
+    """The law and the settings of an analysis; see the flags of `python -m moe_ablm fit`."""
 
     law: str
     huber_delta: float | None = None
@@ -233,7 +233,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A fit with its bootstrap draws and profiles; those are absent for exact and closed fits."""
+    """A fit with its bootstrap draws and profiles; exact fits and parabolas have neither."""
 
     fit: Fit
     boot: Bootstrap | None = None
@@ -243,16 +243,16 @@ class Analysis:
 
 
 def analyse(runs: Runs, question: Question) -> Analysis:
-    """Fits one law and asks how sure it is; raises UserError as `fit_law` does."""
+    """Fits one law, with intervals and tests; raises UserError as `fit_law` does."""
     name = resolve(question.law)
     if name in PARABOLIC:
         if question.fixed:
             raise UserError(f"--fix: law {name} has no coefficients that can be held")
         law = PARABOLIC[name]()
-        asked = (question.draws, question.seed, question.target, question.level)
+        settings = (question.draws, question.seed, question.target, question.level)
         if law.needs_curves:
-            return Analysis(fit_envelope(runs, *asked))
-        return Analysis(fit_parabolas(runs, law, question.seed_sd, *asked))
+            return Analysis(fit_envelope(runs, *settings))
+        return Analysis(fit_parabolas(runs, law, question.seed_sd, *settings))
     made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
@@ -276,7 +276,7 @@ def analyse(runs: Runs, question: Question) -> Analysis:
 
 
 def with_open_profiles(fit: SmoothFit, walked: Sequence[Profile]) -> SmoothFit:
-    """The fit with coefficients whose profile never closes called not identified."""
+    """The fit, with "not identified" for coefficients whose profile never closes."""
     verdicts, identifiable = dict(fit.verdicts), dict(fit.identifiable)
     for p in walked:
         name = p.quantity.name

@@ -16,7 +16,7 @@ from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.selection import Analysis, Score
 
 SHOWN_DROPS = 8
-# Reasons that differ from row to row, and what they have in common.
+# Reasons that differ from row to row, and their common part.
 KINDS = {
     "not the last step": "not the last step of its run",
     "duplicate of": "duplicate of a row before it",
@@ -70,9 +70,9 @@ def coefficient_table(fit: Fit, study: Study | None = None) -> Table:
         cells = [name, number(value)]
         if study:
             cells.append(_published(study, name))
-        found = {i.method: i for i in fit.intervals.get(name, ())}
+        by_method = {i.method: i for i in fit.intervals.get(name, ())}
         for method in methods:
-            item = found.get(method)
+            item = by_method.get(method)
             text = "" if item is None else interval_text(item)
             if item is not None and item.se is not None:
                 text += f" ({number(item.se)})"
@@ -89,7 +89,7 @@ def _published(study: Study, name: str) -> str:
 
 
 def summary_lines(analysis: Analysis) -> list[str]:
-    """Status, objective, noise and everything that was not as asked, one sentence a line."""
+    """Status, objective, noise and notes, one sentence per line."""
     fit = analysis.fit
     delta = "least squares" if math.isinf(fit.huber_delta) else f"Huber delta {fit.huber_delta:.3g}"
     lines = [
@@ -123,7 +123,7 @@ def summary_lines(analysis: Analysis) -> list[str]:
 
 
 def dropped_lines(fit: Fit) -> list[str]:
-    """Which rows were left out and why, many of one reason in one line."""
+    """Rows that were left out, one line per reason."""
     reasons: dict[str, list[str]] = {}
     for source, reason in fit.runs.dropped:
         kind = next((text for start, text in KINDS.items() if reason.startswith(start)), reason)
@@ -138,7 +138,7 @@ def dropped_lines(fit: Fit) -> list[str]:
 
 
 def published_lines(fit: Fit, study: Study) -> list[str]:
-    """What is known of the published point, and its value in our objective."""
+    """The remark on the published point, and our objective there."""
     lines = [f"published: {study.remark}"] if study.remark else []
     there = published_objective(fit, study)
     if there is not None:
@@ -211,7 +211,7 @@ def design_table(design: Design) -> Table:
 
 
 def advice_table(advice: Advice) -> Table:
-    """Best models over bootstrap draws, a row a kind."""
+    """Best models over bootstrap draws, a row per kind."""
     import numpy as np
 
     table = Table(title="best model under the limits, over bootstrap draws", title_justify="left")

@@ -1,4 +1,4 @@
-"""How sure a fit is: a bootstrap over runs, and profile likelihoods of coefficients."""
+"""Intervals of a fit: a bootstrap over runs, and profile likelihoods."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from moe_ablm.scaling.laws import Derived
 from moe_ablm.scaling.result import Interval, SmoothFit
 from moe_ablm.scaling.solver import Problem, Tilt, minimise
 
-FEWEST_DRAWS = 20  # that an interval is made of
-MOST_WEIGHTS = 10**8  # draws times runs: beyond, the weights alone take gigabytes
+FEWEST_DRAWS = 20  # of an interval
+MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
 ROUNDS = 16
 ITERATIONS = 100  # of the minimiser in a round; a well-behaved profile needs some ten
-ENDLESS = 1e5  # a pull of so many standard errors that does not reach the goal never will
+ENDLESS = 1e5  # standard errors; a profile that needs a longer pull never closes
 CLOSE = 0.003  # relative error of the signed root at which an end is accepted
 NOISELESS = 1e-18  # residual variance of ln L that is rounding, not noise
 FAR = 30.0  # a log quantity that moves by more than this has no end
@@ -40,9 +40,9 @@ class Bootstrap:
 def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, str]:
     """How often each run is drawn, `[draws, runs]`, and the scheme in words.
 
-    Whole runs are drawn with replacement. Where every cell has replicates they are drawn within
-    their cell, so that each draw keeps the design; a cell of one run would then never change, so
-    otherwise runs are drawn from all runs.
+    Whole runs are drawn with replacement. Where every cell has replicates, runs are drawn within
+    their cell, so that each draw keeps the design. Otherwise they are drawn from all runs: a cell
+    of one run would never change.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0]))
     runs = cells.size
@@ -107,7 +107,7 @@ def bootstrap_intervals(
         values = values[np.isfinite(values)]
         if values.size < FEWEST_DRAWS:
             continue
-        if np.ptp(values) <= 1e-12 * np.abs(values[0]):  # nothing free moves it
+        if np.ptp(values) <= 1e-12 * np.abs(values[0]):  # depends on fixed coefficients only
             continue
         tail = 50 * (1 - level)
         ends: list[float | None] = [float(v) for v in np.percentile(values, [tail, 100 - tail])]
@@ -126,7 +126,7 @@ class Profile:
     """The profile of one quantity; `values` are internal (logs where `quantity.log`).
 
     `roots` are signed square roots of the scaled likelihood ratio, about N(0, 1) at the truth.
-    `low` or `high` is None where the profile never closes: the runs do not bound it there.
+    `low` or `high` is None where the profile never closes: the runs do not bound the quantity.
     """
 
     quantity: Derived
@@ -146,7 +146,7 @@ class Profile:
 
 
 def with_gradient(function: Callable[[np.ndarray], np.ndarray]):
-    """A quantity with its gradient by central differences (a few operations each)."""
+    """A quantity and its gradient, by central differences."""
 
     def both(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         step = 1e-5
@@ -161,17 +161,17 @@ def with_gradient(function: Callable[[np.ndarray], np.ndarray]):
     return both
 
 
-def likelihood_scale(found: Scores, by_theta: np.ndarray) -> float:
-    """What twice an increase of the objective is divided by to be about chi-square(1).
+def likelihood_scale(sandwich: Scores, by_theta: np.ndarray) -> float:
+    """Scale s for which 2 (increase of the objective) / s is about chi-square(1).
 
     The robust likelihood ratio of Heritier and Ronchetti 1994, for the direction `by_theta` of
     the quantity: sandwich variance over inverse curvature. With equally noisy runs that is
     E psi^2 / E psi' (least squares: the residual variance), which is also its floor.
     """
-    curvature = float(by_theta @ found.inverse_hessian @ by_theta)
-    if not curvature > 0.0:  # a direction that the design does not move
-        return found.scale
-    return max(float(by_theta @ found.covariance @ by_theta) / curvature, found.scale)
+    curvature = float(by_theta @ sandwich.inverse_hessian @ by_theta)
+    if not curvature > 0.0:  # a direction in the null space of the design
+        return sandwich.scale
+    return max(float(by_theta @ sandwich.covariance @ by_theta) / curvature, sandwich.scale)
 
 
 def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None) -> list[Profile]:
@@ -179,8 +179,8 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
     wanted = [q for q in quantities(fit) if names is None or q.name in names]
     if fit.status == "exact" or not wanted:
         return []
-    found = scores(fit.problem, fit.theta)
-    if found.scale < NOISELESS:
+    sandwich = scores(fit.problem, fit.theta)
+    if sandwich.scale < NOISELESS:
         return []
     value = fit.problem.value_and_gradient(fit.theta[None])[0][0]
     functions = tuple(with_gradient(q.function) for q in wanted)
@@ -191,7 +191,7 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
         if np.isfinite(g[0]) and np.all(np.isfinite(slope)) and np.any(np.abs(slope) > 1e-9):
             usable.append(i)
             estimates.append(g[0])
-            variance = float(slope @ found.covariance @ slope)
+            variance = float(slope @ sandwich.covariance @ slope)
             errors.append(math.sqrt(variance) if variance > 0.0 else 1.0)
             scales.append(likelihood_scale(found, slope))
     count = len(usable)
@@ -221,7 +221,7 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
 
 
 def critical_root(problem: Problem, level: float) -> float:
-    """Student's t quantile: the residual variance is itself estimated."""
+    """Student's t quantile, because the residual variance is estimated."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(degrees_of_freedom(problem), 1), 0.5 * (1 + level)))

@@ -1,4 +1,4 @@
-"""`python -m moe_ablm fit`: a table of runs to a scaling law with honest uncertainty."""
+"""`python -m moe_ablm fit`: fits scaling laws to tables of runs."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ PIPE_WIDTH = 180
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb; the names are relied on by scripts."""
+    """Flags of the verb; scripts rely on their names."""
     from moe_ablm.scaling.published import STUDIES
 
     add = parser.add_argument
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, before anything is read or fitted."""
+    """Raises UserError for a number out of range, before anything is read or fitted."""
     for flag in ("bootstrap", "seed", "drop_largest_losses"):
         value = getattr(args, flag)
         if value < 0:
@@ -144,7 +144,7 @@ def _fit(
     out: Path,
     reading: "Reading",
 ) -> None:
-    """Fits, compares, draws and writes; the first law is the one that is saved."""
+    """Fits, compares, draws and writes; the first law is saved."""
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
@@ -311,7 +311,7 @@ def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
 
 
 def _target(args: argparse.Namespace, runs: "Runs") -> "Target":
-    """The target's inputs; pairs are turned into what the runs' data sizes are counted in."""
+    """The inputs of the target; pairs become the unit of the runs' data sizes."""
     from moe_ablm.scaling.inputs import make_target
 
     pairs = _pairs("--target", [args.target])
