@@ -47,7 +47,7 @@ def published_objective(fit: Fit, study: Study) -> float | None:
 
 
 def rounded_objective(fit: Fit, study: Study) -> float | None:
-    """Our objective at our minimum rounded like the study's values; None if they are not rounded."""
+    """Our objective at our minimum rounded like the study's values; None if those are exact."""
     if study.decimals is None:
         return None
     rounded = {k: round(v, study.decimals) for k, v in fit.coefficients.items()}

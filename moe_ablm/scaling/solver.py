@@ -265,7 +265,7 @@ def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
 def _line_search(
     problem: Problem, theta: np.ndarray, value: np.ndarray, step: np.ndarray, slope: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Backtracking to a sufficient decrease, projected on the bounds; rows that fail do not move."""
+    """Backtracking to a sufficient decrease, projected on the bounds; failed rows do not move."""
     # A log coefficient or an exponent never usefully moves by more than 1 at once.
     length = np.minimum(1.0, 1.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))
     new, new_value = theta.copy(), value.copy()

@@ -193,7 +193,7 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
             estimates.append(g[0])
             variance = float(slope @ sandwich.covariance @ slope)
             errors.append(math.sqrt(variance) if variance > 0.0 else 1.0)
-            scales.append(likelihood_scale(found, slope))
+            scales.append(likelihood_scale(sandwich, slope))
     count = len(usable)
     walk = Walk(
         problem=fit.problem,
