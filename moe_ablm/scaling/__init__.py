@@ -10,6 +10,7 @@ when they are first used.
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOME = {
     "load": "result",
@@ -33,7 +34,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -52,14 +52,11 @@ def compare(
     laws: Sequence[str],
     huber_delta: float | None = None,
     seed: int = 0,
-    fits: Sequence[Fit] = (),
 ) -> list[Score]:
     """Scores of several laws on the same runs, best AICc first.
 
-    `fits` are existing fits, used in place of new ones. A law with more coefficients than runs is
-    left out, and so is a law of whole curves.
+    A law with more coefficients than runs is left out, and so is a law of whole curves.
     """
-    ready = {f.law.name: f for f in fits}
     cells = runs.cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
@@ -67,7 +64,7 @@ def compare(
     names = dict.fromkeys(resolve(law) for law in laws)
     for name in (n for n in names if not LAWS[n].needs_curves):
         try:
-            made = ready.get(name) or _fit(runs, name, huber_delta)
+            made = _fit(runs, name, huber_delta)
             residuals = _residuals(made, runs)
         except UserError:
             continue

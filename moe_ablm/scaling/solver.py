@@ -23,6 +23,10 @@ STALLS = 5  # iterations in a row that gain less than FTOL: rounding, or a flat 
 EXACT = 1e-19  # an objective below n times this (residuals of some 4e-10) is an exact fit
 
 
+# theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
+WithGradient = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Tilt:
     """Adds stiffness/2 (g(theta) - target)^2, to walk along the profile of a quantity g.
@@ -32,7 +36,7 @@ class Tilt:
     its gradient `[B, K]`; row b of the batch is tilted by quantity `which[b]`.
     """
 
-    functions: tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], ...]
+    functions: tuple[WithGradient, ...]
     which: np.ndarray
     target: np.ndarray
     stiffness: np.ndarray

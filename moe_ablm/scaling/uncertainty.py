@@ -10,7 +10,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling.identify import Scores, degrees_of_freedom, scores
 from moe_ablm.scaling.laws import Derived
 from moe_ablm.scaling.result import Interval, SmoothFit
-from moe_ablm.scaling.solver import Problem, Tilt, minimise
+from moe_ablm.scaling.solver import Problem, Tilt, WithGradient, minimise
 
 FEWEST_DRAWS = 20  # of an interval
 MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
@@ -85,7 +85,7 @@ def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
 def quantities(fit: SmoothFit) -> list[Derived]:
     """Free coefficients (their internal, natural-unit values) and derived quantities."""
 
-    def natural(k: int):
+    def natural(k: int) -> Callable[[np.ndarray], np.ndarray]:
         return lambda theta: fit.law.shift(theta, fit.centre)[:, k]
 
     out = [
@@ -145,7 +145,7 @@ class Profile:
         return Interval("profile", level, low, high, None, note)
 
 
-def with_gradient(function: Callable[[np.ndarray], np.ndarray]):
+def with_gradient(function: Callable[[np.ndarray], np.ndarray]) -> WithGradient:
     """A quantity and its gradient, by central differences."""
 
     def both(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +235,7 @@ class Walk:
     """
 
     problem: Problem
-    functions: tuple
+    functions: tuple[WithGradient, ...]
     which: np.ndarray  # [B] quantity of each row
     side: np.ndarray  # [B] -1 or 1
     theta: np.ndarray  # [B, K] the minimum
