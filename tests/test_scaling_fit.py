@@ -7,10 +7,10 @@ import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import load
-from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Question, analyse
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 TRUTH = {

@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import Quadratic
 from moe_ablm.scaling.published import STUDIES, published_objective, rounded_objective
 from moe_ablm.scaling.runs import Reading, read_runs
+from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import minimise
 from moe_ablm.scaling.tables import published_lines
-from moe_ablm.scaling.uncertainty import coefficient_draws
+from moe_ablm.scaling.uncertainty import quantities
 
 PUBLISHED_B1 = {
     "A": np.exp(6.255414),
@@ -119,7 +119,7 @@ def test_chinchilla_bootstrap_errors_on_the_published_resamples(chinchilla_rows)
     problem = replace(made.problem, weights=weights)
     ends = minimise(problem, np.repeat(made.theta[None], 4000, axis=0))
     assert ends.converged.all()
-    drawn = coefficient_draws(made, ends.theta)
+    drawn = {q.name: q.report(q.function(ends.theta)) for q in quantities(made)}
     expected = {"A": 124.5, "B": 1293.0, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
     for name, value in expected.items():
         assert drawn[name].std(ddof=1) == pytest.approx(value, rel=0.05), name

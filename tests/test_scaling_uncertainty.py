@@ -7,27 +7,24 @@ import pytest
 from scipy import stats
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.analysis import Question, analyse
 from moe_ablm.scaling.fit import fit_law, prepare
 from moe_ablm.scaling.identify import scores
 from moe_ablm.scaling.inputs import Centre
 from moe_ablm.scaling.laws_dense import Chinchilla
 from moe_ablm.scaling.noise import delta_sensitivity, lack_of_fit, pure_error
-from moe_ablm.scaling.profile import (
+from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Question, analyse
+from moe_ablm.scaling.solver import minimise
+from moe_ablm.scaling.uncertainty import (
     Walk,
+    bootstrap,
+    bootstrap_intervals,
     critical_root,
     likelihood_scale,
     profiles,
-    with_gradient,
-)
-from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.solver import minimise
-from moe_ablm.scaling.uncertainty import (
-    bootstrap,
-    bootstrap_intervals,
-    prediction_interval,
     quantities,
     resample,
+    with_gradient,
 )
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -251,17 +248,6 @@ def test_an_exact_fit_has_no_interval():
     runs = simulate(side=8).take(np.array([0, 7, 30, 56, 63]))
     made = analyse(runs, Question("chinchilla", draws=100)).fit
     assert made.status == "exact" and not made.intervals
-
-
-def test_prediction_intervals_hold_new_runs():
-    runs = simulate(seed=3)
-    made = fit_law(runs, huber_delta=2e-3)
-    boot = bootstrap(made, 400, seed=0)
-    low, high = prediction_interval(made, boot, runs.inputs())
-    fresh = simulate(seed=99)["loss"]
-    assert 0.88 <= np.mean((low <= fresh) & (fresh <= high)) <= 1.0
-    mean_low, mean_high = prediction_interval(made, boot, runs.inputs(), new_run=False)
-    assert np.all(mean_high - mean_low < high - low)
 
 
 def test_intervals_name_their_method_and_order():

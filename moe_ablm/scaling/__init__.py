@@ -1,4 +1,4 @@
-"""Scaling laws from tables of runs: fits, honest intervals, model choice, designs and advice.
+"""Scaling laws from tables of runs: fits, intervals, model choice, designs and advice.
 
     from moe_ablm.scaling import read_runs, fit_law, load
     runs = read_runs(["runs.csv"])
@@ -6,10 +6,11 @@
     made.predict(params=1e8, tokens=1e10)
 
 Needs numpy and scipy (pyarrow for parquet, matplotlib for figures), never jax. Names are loaded
-when first used.
+when they are first used.
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOME = {
     "load": "result",
@@ -21,19 +22,19 @@ _HOME = {
     "fit_law": "fit",
     "fit_parabolas": "parabola_fit",
     "fit_envelope": "envelope",
-    "analyse": "analysis",
-    "Question": "analysis",
+    "analyse": "selection",
+    "Question": "selection",
     "bootstrap": "uncertainty",
-    "profiles": "profile",
+    "profiles": "uncertainty",
     "compare": "selection",
     "check_design": "design",
-    "advise": "advice",
-    "next_runs": "advice",
+    "advise": "design",
+    "next_runs": "design",
 }
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,11 +1,11 @@
-"""The laws by name: what `--law` accepts."""
+"""The laws by name, as `--law` accepts them."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.laws import Law
+from moe_ablm.scaling.laws import Law, SmoothLaw
 from moe_ablm.scaling.laws_dense import (
     Chinchilla,
     DataConstrainedB1,
@@ -16,7 +16,7 @@ from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
 from moe_ablm.scaling.parabolas import Envelope, IsoFlop, Quadratic
 
-SMOOTH: dict[str, type[Law]] = {
+SMOOTH: dict[str, type[SmoothLaw]] = {
     law.name: law
     for law in (
         Chinchilla,
@@ -29,45 +29,33 @@ SMOOTH: dict[str, type[Law]] = {
         Joint,
     )
 }
-PARABOLIC = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}
+PARABOLIC: dict[str, type[Quadratic]] = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}
+LAWS: dict[str, type[Law]] = {**PARABOLIC, **SMOOTH}
 ALIASES = {"data_constrained": "data_constrained_b1"}  # the published form
-NAMES = (*PARABOLIC, *SMOOTH, *ALIASES)
+NAMES = (*LAWS, *ALIASES)
 
 
 def resolve(name: str) -> str:
-    """The law's own name; raises UserError for a name that is no law."""
+    """The full name of a law or an alias; raises UserError for an unknown one."""
     name = ALIASES.get(name, name)
-    if name not in SMOOTH and name not in PARABOLIC:
+    if name not in LAWS:
         raise UserError(f"--law {name}: unknown; expected one of {', '.join(NAMES)}")
     return name
 
 
-def law_for(name: str, columns: Mapping[str, np.ndarray]) -> Law:
+def law_for(name: str, columns: Mapping[str, np.ndarray]) -> SmoothLaw:
     """A smooth law, with its router effects, for these runs."""
     return SMOOTH[resolve(name)].for_runs(columns)
 
 
-def saved_law(name: str, routers: tuple[str, ...]):
+def saved_law(name: str, routers: tuple[str, ...]) -> Law:
     """The law that a `fit.json` names."""
     name = resolve(name)
-    if name in PARABOLIC:
-        return PARABOLIC[name]()
-    return SMOOTH[name](routers) if routers else SMOOTH[name]()
+    if name in SMOOTH and routers:
+        return SMOOTH[name](routers)
+    return LAWS[name]()
 
 
 def applicable(columns: Mapping[str, np.ndarray]) -> list[str]:
     """Laws whose columns are all there and vary enough to be worth a fit."""
-    out = []
-    for name, law in {**PARABOLIC, **SMOOTH}.items():
-        if name == "envelope" or any(need not in columns for need in law.needs):
-            continue
-        moe = "experts" in columns and np.any(columns["experts"] > 1)
-        if name in ("moe_clark", "joint") and not moe:
-            continue
-        repeats = "tokens" in columns and "unique_tokens" in columns
-        if name.startswith("data_") and not (
-            repeats and np.any(columns["tokens"] > columns["unique_tokens"] * (1 + 1e-6))
-        ):
-            continue
-        out.append(name)
-    return out
+    return [name for name, law in LAWS.items() if law.applies(columns)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import check_inputs
+from moe_ablm.scaling.inputs import Target, check_inputs
 from moe_ablm.scaling.parabolas import Envelope, line
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
@@ -18,25 +18,24 @@ def fit_envelope(
     runs: Runs,
     draws: int = 1000,
     seed: int = 0,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     level: float = 0.95,
 ) -> Fit:
     """Hoffmann et al. 2022, section 3.1, from whole training curves (one row a step).
 
-    At each of 1,500 budgets the curve with the lowest interpolated loss is found. Where it passes
-    from one size to another the best size is between them, and the line of ln N_opt on ln C goes
-    through these passages (through all budgets, as in the paper, it is too flat: below the first
-    passage and beyond the last the best size was not run). Curves are told apart by `run`, else
-    by `params`.
-    Intervals are percentiles of a bootstrap over whole curves.
+    Each of 1,500 budgets has a curve with the lowest interpolated loss. Where the lowest curve
+    changes from one size to another, the best size lies between them, and the line of ln N_opt on
+    ln C goes through these passages. A line through all budgets, as in the paper, is too flat:
+    below the first passage and beyond the last one the best size was not run. `run` identifies a
+    curve, else `params`. Intervals are percentiles of a bootstrap over whole curves.
 
     Raises:
       UserError: fewer than three sizes have curves of two points, or they never overlap.
     """
-    runs.require(("params", "loss"), "envelope")
-    check_inputs("--target", target or {})
-    if "flops" not in runs:
-        runs.require(("tokens",), "envelope")
+    law = Envelope()
+    law.require(runs)
+    target = target or Target()
+    check_inputs("--target", target)
     curves, params = _curves(runs)
     if np.unique(params).size < FEWEST_SIZES:
         raise UserError(
@@ -45,30 +44,31 @@ def fit_envelope(
         )
     low, high = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
     grid = np.linspace(low, high, BUDGETS)
-    # A curve says nothing beyond its own ends; there it cannot be the lowest.
+    # A curve is not extrapolated: beyond its ends it cannot be the lowest.
     losses = np.stack([np.interp(grid, c, y, left=np.inf, right=np.inf) for c, y in curves])
-    values = _regress(grid, losses, params, np.arange(len(curves)), target or {})
+    values = _regress(grid, losses, params, np.arange(len(curves)), target)
     if values is None:
         raise UserError("law envelope: the lowest curve passes from size to size fewer than twice")
     passages = int(values.pop("passages"))
     notes = list(runs.notes)
     if passages == 2:
         notes.append("two passages from size to size: the line through them is exact")
-    intervals = _intervals(values, grid, losses, params, draws, seed, target or {}, level)
-    derived = {k: values.pop(k) for k in ("N_opt", "D_opt") if k in values}
+    intervals = _intervals(values, grid, losses, params, draws, seed, target, level)
+    derived = {k: v for k, v in values.items() if k in ("N_opt", "D_opt")}
+    coefficients = {k: v for k, v in values.items() if k not in derived}
     return Fit(
-        law=Envelope(),
+        law=law,
         n=len(curves),
-        coefficients=values,
+        coefficients=coefficients,
         objective=float("nan"),
         huber_delta=float("inf"),
         delta_source="least squares on the log-log envelope",
         status="exact" if passages == 2 else "converged",
-        identifiable=dict.fromkeys(values, True),
-        verdicts=dict.fromkeys(values, "identified"),
+        identifiable=dict.fromkeys(coefficients, True),
+        verdicts=dict.fromkeys(coefficients, "identified"),
         intervals=intervals,
         derived=derived,
-        target=dict(target or {}),
+        target=target.copy(),
         notes=tuple(notes),
         data_unit=runs.data_unit,
         runs=runs,
@@ -82,7 +82,7 @@ def _intervals(
     params: np.ndarray,
     draws: int,
     seed: int,
-    target: Mapping[str, float],
+    target: Target,
     level: float,
 ) -> dict[str, tuple[Interval, ...]]:
     """Percentiles over draws of whole curves."""
@@ -97,7 +97,7 @@ def _intervals(
     note = f"{len(kept)} draws of curves"
     if len(kept) < draws:
         note += f"; {draws - len(kept)} draws had fewer than two passages"
-    out = {}
+    out: dict[str, tuple[Interval, ...]] = {}
     for name in values:
         column = np.array([d[name] for d in kept])
         low, high = np.percentile(column, [50 * (1 - level), 50 * (1 + level)])
@@ -125,10 +125,9 @@ def _regress(
     losses: np.ndarray,
     params: np.ndarray,
     chosen: np.ndarray,
-    target: Mapping[str, float],
+    target: Target,
 ) -> dict[str, float] | None:
-    """Coefficients of the envelope of the chosen curves;
-    None with fewer than two passages."""
+    """Coefficients of the envelope of the chosen curves; None with fewer than two passages."""
     part = losses[chosen]
     lowest = np.argmin(part, axis=0)
     loss = part[lowest, np.arange(grid.size)]
@@ -142,14 +141,14 @@ def _regress(
     )
     loss_intercept, loss_slope = line(log_c, np.log(loss[good]))
     out = {
-        "slope": slope,
-        "intercept": intercept,
-        "loss_slope": loss_slope,
-        "loss_intercept": loss_intercept,
-        "passages": changes.size,
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "loss_slope": float(loss_slope),
+        "loss_intercept": float(loss_intercept),
+        "passages": float(changes.size),
     }
     if "flops" in target:
         log_c = np.log(target["flops"])
-        out["N_opt"] = np.exp(intercept + slope * log_c)
-        out["D_opt"] = np.exp(log_c) / 6.0 / out["N_opt"]
-    return {k: float(v) for k, v in out.items()}
+        n_opt = np.exp(intercept + slope * log_c)
+        out |= {"N_opt": float(n_opt), "D_opt": float(np.exp(log_c) / 6.0 / n_opt)}
+    return out

@@ -1,4 +1,4 @@
-"""Fitting a smooth law: variable projection for starts, quasi-Newton on the Huber loss after."""
+"""Fitting a smooth law: starts by variable projection, then quasi-Newton on the Huber loss."""
 
 import math
 from collections.abc import Mapping
@@ -8,21 +8,21 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
-from moe_ablm.scaling.checks import mixed_units
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
-from moe_ablm.scaling.inputs import Centre, Inputs, check_inputs, make_inputs
-from moe_ablm.scaling.laws import Law, Parameter
+from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
+from moe_ablm.scaling.laws import Parameter, SmoothLaw
 from moe_ablm.scaling.noise import pure_error
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.readers import mixed_units
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Minimum, Problem, minimise
 
 DELTA_DEFAULT = 1e-3  # Hoffmann et al. 2022
 DELTA_FLOOR = 1e-4
-DELTA_SMALLEST = 1e-12  # below, rounding is all that is left of the objective
-MOST_FOR_STARTS = 4096  # runs that starts are solved on; all of them are fitted
-POLISHED = 32  # best starts that are polished
-QUICK, FINISHED = 60, 3  # iterations for all of them, and how many are then finished
+DELTA_SMALLEST = 1e-12  # below it the objective is rounding error
+MOST_FOR_STARTS = 4096  # most runs that starts are solved on; the fit uses all runs
+POLISHED = 32  # starts that are minimised, the best ones
+QUICK, FINISHED = 60, 3  # iterations of each of them, and how many then go on to the end
 SMALLEST_SHARE, LARGEST_SHARE = 1e-9, 1e6  # of a term at the centre of the runs, over the loss
 
 
@@ -32,8 +32,8 @@ def fit_law(
     huber_delta: float | None = None,
     fixed: Mapping[str, float] | None = None,
     start: Mapping[str, float] | None = None,
-    target: Mapping[str, float] | None = None,
-) -> Fit:
+    target: Target | None = None,
+) -> SmoothFit:
     """Fits a smooth law to runs.
 
     Minimises the sum over runs of huber(ln L_model - ln L). `huber_delta` defaults to the seed sd
@@ -64,22 +64,22 @@ def fit_law(
             "add runs, fix coefficients with --fix, or choose a smaller law"
         )
     best = solve(setup, start)
-    return describe(setup, best, runs, fixed, delta_source, target or {})
+    return describe(setup, best, runs, fixed, delta_source, target or Target())
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A law meeting its runs: the problem in centred units, and where its parameters start."""
+    """A law and its runs: the problem in centred units, and the start of its parameters."""
 
-    law: Law
+    law: SmoothLaw
     problem: Problem
     centre: Centre
     template: np.ndarray  # [K], with fixed parameters at their values
-    index: np.ndarray  # run behind each observation
+    index: np.ndarray  # the run behind each observation
 
 
 def default_delta(runs: Runs) -> tuple[float, str]:
-    """Huber's delta: the seed sd of ln L from replicates, or the field's 1e-3 without any."""
+    """Huber's delta, and its source: the seed sd of ln L from replicates, else 1e-3."""
     sd, freedom = pure_error(runs)
     if freedom >= 3:
         return max(
@@ -88,7 +88,7 @@ def default_delta(runs: Runs) -> tuple[float, str]:
     return DELTA_DEFAULT, "convention (Hoffmann et al. 2022): no replicates to measure seed noise"
 
 
-def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> Setup:
+def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]) -> Setup:
     """The problem of fitting `law` to `runs`, with `fixed` coefficients in natural units."""
     for name in fixed:
         if name not in law.names:
@@ -97,7 +97,7 @@ def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> S
                 f"{', '.join(law.names)}"
             )
     observed, index = law.observe(runs.columns)
-    # A fixed coefficient is a constant only in natural units, so then nothing is centred.
+    # A fixed linear coefficient is a constant in natural units only: then nothing is centred.
     natural = any(law.parameters[law.index(n)].linear for n in fixed)
     centre = Centre()
     if not natural:
@@ -123,7 +123,7 @@ def prepare(law: Law, runs: Runs, delta: float, fixed: Mapping[str, float]) -> S
 
 
 def _fixed_value(parameter: Parameter, value: float) -> float:
-    """The internal value of a coefficient that is held, within its range."""
+    """The internal value of a fixed coefficient; raises UserError outside its range."""
     if parameter.log and not value > 0:
         raise UserError(f"--fix {parameter.name}={value}: expected a positive number")
     low, high = parameter.report(parameter.low), parameter.report(parameter.high)
@@ -134,7 +134,7 @@ def _fixed_value(parameter: Parameter, value: float) -> float:
     return parameter.internal(value)
 
 
-def _bounds(law: Law, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(law: SmoothLaw, log_loss: np.ndarray, natural: bool) -> tuple[np.ndarray, np.ndarray]:
     """Internal bounds: a term is between a billionth and a million times the loss."""
     low = np.array([p.low for p in law.parameters])
     high = np.array([p.high for p in law.parameters])
@@ -154,14 +154,14 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
     """Starts `[S, K]`: a low-discrepancy grid of the searched parameters (or the user's point).
 
     The additive recurrence of Roberts 2018 (plastic-number sequence) fills any dimension evenly
-    without a table and without chance.
+    without a table or random numbers.
     """
     law, problem = setup.law, setup.problem
-    searched = [
-        k
+    searched = {
+        k: p.search
         for k, p in enumerate(law.parameters)
         if problem.free[k] and not p.linear and p.search and p.search[1] > p.search[0]
-    ]
+    }
     if start is not None:
         theta = setup.template.copy()
         for name, value in start.items():
@@ -173,17 +173,14 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
         grid = theta[None]
     else:
         dimension = max(len(searched), 1)
-        count = (
-            1 if not searched or law.name == "moe_clark" else min(48 * 2 ** (dimension - 1), 512)
-        )
+        count = min(48 * 2 ** (dimension - 1), law.most_starts) if searched else 1
         root = 1.5
         for _ in range(60):
             root = (1.0 + root) ** (1.0 / (dimension + 1))
         steps = root ** -np.arange(1.0, dimension + 1)
         points = (0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0
         grid = np.repeat(setup.template[None], count, axis=0)
-        for j, k in enumerate(searched):
-            low, high = law.parameters[k].search
+        for j, (k, (low, high)) in enumerate(searched.items()):
             grid[:, k] = low + points[:, j] * (high - low)
     x, log_loss, weights = _some(problem)
     solved = [law.linear_start(t, x, log_loss, weights) for t in grid]
@@ -191,14 +188,12 @@ def candidates(setup: Setup, start: Mapping[str, float] | None) -> np.ndarray:
 
 
 def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """The observations that starts are solved on: all, or a fixed sample of very many."""
+    """The observations that starts are solved on: all, or a sample (with a fixed seed)."""
     if problem.x.size <= MOST_FOR_STARTS:
         return problem.x, problem.log_loss, problem.weights
-    # by chance, because a step through a grid could meet one of its columns only
+    # random, because a regular step through a grid could hit a single column
     some = np.random.default_rng(0).choice(problem.x.size, MOST_FOR_STARTS, replace=False)
-    picked = {k: v[some] if isinstance(v, np.ndarray) else v for k, v in vars(problem.x).items()}
-    x = Inputs(**(picked | {"size": MOST_FOR_STARTS}))
-    return x, problem.log_loss[some], problem.weights[some]
+    return problem.x.take(some), problem.log_loss[some], problem.weights[some]
 
 
 def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
@@ -208,7 +203,7 @@ def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
     value = problem.value_and_gradient(np.clip(theta, problem.low, problem.high))[0]
     value = np.where(np.isfinite(value), value, np.inf)
     theta = theta[np.argsort(value, kind="stable")[:POLISHED]]
-    # Most starts meet in one minimum within some tens of iterations; only the best few go on.
+    # Most starts reach one minimum within some tens of iterations: only the best few go on.
     ends = minimise(problem, theta, max_iterations=QUICK)
     ends = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
     best = int(np.argmin(ends.value))
@@ -221,8 +216,8 @@ def describe(
     runs: Runs,
     fixed: Mapping[str, float],
     delta_source: str,
-    target: Mapping[str, float],
-) -> Fit:
+    target: Target,
+) -> SmoothFit:
     """The minimum as a `Fit`: natural units, verdicts, derived quantities."""
     law, problem, theta = setup.law, setup.problem, best.theta[0]
     residuals = problem.residuals(best.theta)[0]
@@ -246,7 +241,7 @@ def describe(
     quantities = law.derived(setup.centre, target)
     derived = {q.name: float(q.report(q.function(best.theta)[0])) for q in quantities}
     notes += _target_notes(setup, runs, target, derived)
-    return Fit(
+    return SmoothFit(
         law=law,
         n=len(runs),
         coefficients=coefficients,
@@ -261,7 +256,7 @@ def describe(
         delta_source=delta_source,
         standard_errors=_errors(setup, theta, exact),
         derived=derived,
-        target=dict(target),
+        target=target.copy(),
         notes=tuple(notes),
         data_unit=runs.data_unit,
         theta=theta,
@@ -273,11 +268,11 @@ def describe(
 
 
 def _target_notes(
-    setup: Setup, runs: Runs, target: Mapping[str, float], derived: Mapping[str, float]
+    setup: Setup, runs: Runs, target: Target, derived: Mapping[str, float]
 ) -> list[str]:
-    """What a target does not give, and sizes that no run was near."""
+    """Notes on a target that the law derives nothing from, and on extrapolated sizes."""
     out = []
-    if target and len(derived) == len(setup.law.derived(setup.centre, {})):
+    if target and len(derived) == len(setup.law.derived(setup.centre, Target())):
         needs = ", ".join(n for n in setup.law.needs if n != "loss")
         out.append(
             f"--target {', '.join(target)}: law {setup.law.name} derives nothing from it; a loss "
@@ -294,7 +289,7 @@ def _target_notes(
 
 
 def _check_units(setup: Setup, runs: Runs, residuals: np.ndarray) -> None:
-    """The law predicts better than the smooth trend of the reader: look for mixed units again."""
+    """Raises UserError for mixed units: the law predicts better than the reader's smooth trend."""
     log_loss = setup.problem.log_loss
     odd, unit = mixed_units(log_loss, log_loss + residuals)
     if odd.size:

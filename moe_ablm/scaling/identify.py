@@ -1,4 +1,4 @@
-"""What the runs can say about each parameter: rank, bounds, standard errors, in plain words."""
+"""Which parameters the runs identify: rank, bounds, standard errors, and verdicts in words."""
 
 import math
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ def degrees_of_freedom(problem: Problem) -> int:
 
 
 def within_delta(residuals: np.ndarray, delta: float) -> np.ndarray:
-    """E psi' of each run `[n]`: the chance that its residual is within delta of zero.
+    """E psi' of each run `[n]`: the probability that its residual is within delta of zero.
 
-    Where delta is far below the spread of the residuals only a handful are within, so each is
-    spread out by a Gaussian kernel (width of Silverman 1986, eq. 3.31).
+    Where delta is far below the spread of the residuals only a few are within it, so a Gaussian
+    kernel smooths each of them (width of Silverman 1986, eq. 3.31).
     """
     if not math.isfinite(delta):
         return np.ones_like(residuals)
@@ -42,7 +42,7 @@ def within_delta(residuals: np.ndarray, delta: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a sandwich is made of, on the free parameters."""
+    """The sandwich covariance of the free parameters and its parts."""
 
     inverse_hessian: np.ndarray  # (J' diag(E psi') J + prior)^-1
     covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian, n / (n - K)
@@ -50,9 +50,9 @@ class Scores:
 
 
 def scores(problem: Problem, theta: np.ndarray) -> Scores:
-    """Huber 1981, section 7.6, with the noise of each run its own (White 1980).
+    """Huber 1981, section 7.6, with heteroscedastic noise (White 1980).
 
-    Directions that the design does not move get a pseudo-inverse: look at `judge` first.
+    Directions in the null space get a pseudo-inverse: see `judge` first.
     """
     jacobian = problem.law.jacobian(theta[None], problem.x)[0][:, problem.free]
     residuals = problem.residuals(theta[None])[0]
@@ -67,7 +67,7 @@ def scores(problem: Problem, theta: np.ndarray) -> Scores:
     inverse = np.linalg.pinv(scaled, rcond=1e-13, hermitian=True) * np.outer(root, root)
     meat = (jacobian * psi[:, None] ** 2).T @ jacobian * (residuals.size / spare)
     scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
-    # The prior is information too: it adds its own share to the score's variance.
+    # The prior is information too: it adds its share to the variance of the score.
     meat = meat + problem.prior_scale * scale * prior
     return Scores(inverse, inverse @ meat @ inverse, scale)
 
@@ -99,7 +99,7 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
         return 1.0, dict.fromkeys(names, "fixed")
     jacobian = law.jacobian(theta[None], problem.x)[0][:, free]
     prior = np.sqrt(np.diag(prior_precision(problem))[free]) * math.sqrt(problem.prior_scale)
-    # what the runs say where every other parameter is known: the most that they can say
+    # the information of the runs on each parameter if all others were known: an upper bound
     weak = prior > np.linalg.norm(jacobian, axis=0)
     jacobian = np.concatenate([jacobian, np.diag(prior)])
     condition, null = null_space(jacobian)
@@ -129,7 +129,7 @@ def null_space(jacobian: np.ndarray) -> tuple[float, np.ndarray]:
     dead = norms <= 1e-10 * max(norms.max(), 1e-300)
     scaled = jacobian / np.where(dead, 1.0, norms)
     scaled[:, dead] = 0.0
-    # R has the singular values of the whole and K columns, however many runs there are.
+    # R has the singular values of the whole matrix, and K rows whatever the number of runs.
     _, singular, vectors = np.linalg.svd(np.linalg.qr(scaled, mode="r"), full_matrices=True)
     singular = np.concatenate([singular, np.zeros(jacobian.shape[1] - singular.size)])
     zero = singular <= SINGULAR * singular.max()

@@ -1,17 +1,18 @@
-"""What a law sees of the runs: centred logarithms, one entry a run.
+"""The inputs of a law: centred logarithms, one entry per run.
 
 Axis legend of this package: `B` batch of parameter vectors (starts, bootstrap draws, profile
 points), `n` runs, `K` parameters of a law, `J` additive terms of a law.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypedDict, cast
 
 import numpy as np
 
 from moe_ablm.errors import UserError
 
-# What a prediction may depend on; other columns of a table (seed, step, ...) only describe a run.
+# A prediction depends on these; other columns of a table (seed, step, ...) describe a run.
 INPUTS = (
     "params",
     "total_params",
@@ -25,8 +26,28 @@ INPUTS = (
 )
 
 
+class Target(TypedDict, total=False):
+    """Inputs, in natural units, at which derived quantities are wanted."""
+
+    params: float
+    total_params: float
+    tokens: float
+    unique_tokens: float
+    flops: float
+    experts: float
+    router: str
+    granularity: float
+    sparsity: float
+
+
+def make_target(where: str, values: Mapping[str, object]) -> Target:
+    """The values as a target; raises UserError as `check_inputs` does."""
+    check_inputs(where, values)
+    return cast(Target, dict(values))
+
+
 def check_inputs(where: str, values: Mapping[str, object]) -> None:
-    """Inputs of a prediction, in natural units; `where` begins the message.
+    """Checks inputs of a prediction, in natural units; `where` begins the message.
 
     Raises:
       UserError: a name is no input, or a value is no positive finite number.
@@ -37,14 +58,13 @@ def check_inputs(where: str, values: Mapping[str, object]) -> None:
         if name == "router":
             continue
         try:
-            value = np.asarray(value, float)
+            numbers = np.atleast_1d(np.asarray(value, float))
         except (TypeError, ValueError):
             raise UserError(f"{where}: {name}={value}: expected a number") from None
-        outside = (value < 0.0) | (value >= 1.0) if name == "sparsity" else value <= 0.0
-        bad = ~np.isfinite(value) | outside
-        if bad.any():
-            found = np.atleast_1d(value)[np.atleast_1d(bad)][0]
-            raise UserError(f"{where}: {name}={found:g}: expected positive finite numbers")
+        outside = (numbers < 0.0) | (numbers >= 1.0) if name == "sparsity" else numbers <= 0.0
+        bad = numbers[~np.isfinite(numbers) | outside]
+        if bad.size:
+            raise UserError(f"{where}: {name}={bad[0]:g}: expected positive finite numbers")
 
 
 @dataclass(frozen=True)
@@ -55,9 +75,12 @@ class Centre:
     log_tokens: float = 0.0
 
 
+ABSENT = np.empty(0)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Logs of the inputs of `n` runs, each `[n]`; an input that the law does not need is None.
+    """Logs of the inputs of `n` runs, each `[n]`; empty where the runs lack the input.
 
     `n` active parameters / N0, `n_total` all parameters / N0, `d` tokens / D0, `u` unique tokens
     / D0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a log), `router` index
@@ -65,15 +88,20 @@ class Inputs:
     """
 
     size: int
-    n: np.ndarray | None = None
-    n_total: np.ndarray | None = None
-    d: np.ndarray | None = None
-    u: np.ndarray | None = None
-    repeats: np.ndarray | None = None
-    experts: np.ndarray | None = None
-    router: np.ndarray | None = None
-    granularity: np.ndarray | None = None
-    density: np.ndarray | None = None
+    n: np.ndarray
+    n_total: np.ndarray
+    d: np.ndarray
+    u: np.ndarray
+    repeats: np.ndarray
+    experts: np.ndarray
+    router: np.ndarray
+    granularity: np.ndarray
+    density: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Inputs":
+        """The runs at `index`."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
+        return Inputs(index.size, **{k: v[index] if v.size else v for k, v in arrays.items()})
 
 
 def make_inputs(
@@ -81,22 +109,22 @@ def make_inputs(
 ) -> Inputs:
     """Columns in natural units (`params`, `tokens`, ..., each `[n]`) to centred logs.
 
-    A router that is not in `routers` gets index -1, that is no effect: dense, or new to the fit.
+    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect.
     `total_params` defaults to `params`, `experts` to 1.
     """
     size = max(np.asarray(v).size for v in columns.values())
     get = {k: np.broadcast_to(np.asarray(v), (size,)) for k, v in columns.items()}
 
-    def log(name: str, shift: float) -> np.ndarray | None:
-        return np.log(get[name].astype(float)) - shift if name in get else None
+    def log(name: str, shift: float) -> np.ndarray:
+        return np.log(get[name].astype(float)) - shift if name in get else ABSENT
 
-    repeats = None
+    repeats = ABSENT
     if "tokens" in get and "unique_tokens" in get:
         ratio = get["tokens"].astype(float) / get["unique_tokens"].astype(float)
         repeats = np.maximum(ratio - 1.0, 0.0)
     index = {name: i for i, name in enumerate(routers)}
     names = get.get("router", np.full(size, "dense"))
-    density = None
+    density = ABSENT
     if "sparsity" in get:
         density = np.log1p(-get["sparsity"].astype(float))
     n = log("params", centre.log_params)

@@ -1,9 +1,10 @@
-"""What every smooth scaling law has in common: L is a sum of positive terms.
+"""What scaling laws have in common, and the smooth ones: L is a sum of positive terms.
 
-A law gives the log of each term and its derivatives by the parameters; from these follow ln L and
-its gradient (a softmax over terms), so that gradients are exact and nothing overflows. Parameters
-are kept as an internal vector `theta [B, K]`: logs of positive coefficients, in centred units.
-The laws are in `laws_dense.py`, `laws_moe.py` and `laws_joint.py`.
+A smooth law gives the log of each term and its derivatives by the parameters. From these follow
+ln L and its gradient (a softmax over terms), so that gradients are exact and nothing overflows.
+Parameters are kept as an internal vector `theta [B, K]`: logs of positive coefficients, in centred
+units. The smooth laws are in `laws_dense.py`, `laws_moe.py` and `laws_joint.py`, the others in
+`parabolas.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.scaling.inputs import Centre, Inputs, make_inputs
+from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
 
 # A derivative of a term by one parameter: its index and a scalar, `[n]` or `[B, n]`.
 Derivative = tuple[int, float | np.ndarray]
@@ -28,10 +29,10 @@ class Parameter:
     low: float
     high: float
     log: bool = False  # the reported coefficient is exp(internal value)
-    linear: bool = False  # L is linear in the coefficient: solved for, not searched
-    search: tuple[float, float] | None = None  # where starts are drawn; default: the whole range
+    linear: bool = False  # L is linear in it: solved for, not searched
+    search: tuple[float, float] | None = None  # range of the starts; default: the whole range
 
-    def report(self, internal: np.ndarray) -> np.ndarray:
+    def report(self, internal: np.ndarray | float) -> np.ndarray:
         """The coefficient in reported units."""
         return np.exp(internal) if self.log else np.asarray(internal)
 
@@ -52,7 +53,7 @@ def exponent(
     high: float = 4.0,
     search: tuple[float, float] = (0.05, 1.2),
 ) -> Parameter:
-    """An exponent, with its range and the part of it where starts are drawn."""
+    """An exponent, with its range and the range of its starts."""
     return Parameter(name, meaning, low, high, search=search)
 
 
@@ -69,24 +70,54 @@ class Derived:
     function: Callable[[np.ndarray], np.ndarray]
     log: bool = False
 
-    def report(self, value: np.ndarray) -> np.ndarray:
+    def report(self, value: np.ndarray | float) -> np.ndarray:
         return np.exp(value) if self.log else np.asarray(value)
 
 
 class Law:
-    """A scaling law L(inputs; theta) that is a sum of positive terms, one linear coefficient each.
-
-    Subclasses set the class attributes, `terms` and `shift`, and may add `derived` and `penalty`.
-    """
+    """A scaling law: what it needs of the runs, how it is drawn, and the loss that it predicts."""
 
     name: str
     equation: str
     source: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # columns
+    needs_experts = False  # a fit is only worth it with runs of several experts
+    needs_repeats = False  # a fit is only worth it with runs of more than one epoch
+    needs_curves = False  # fitted to whole training curves, not to the last step of each run
+    figure = "loss_against_params"  # the figure that shows the loss of this law
+    routers: tuple[str, ...] = ()
+
+    @classmethod
+    def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
+        """Whether the columns are all there and vary enough to be worth a fit."""
+        if cls.needs_curves or any(need not in columns for need in cls.needs):
+            return False
+        if cls.needs_experts and not np.any(columns["experts"] > 1):
+            return False
+        if cls.needs_repeats:
+            return bool(np.any(columns["tokens"] > columns["unique_tokens"] * (1 + 1e-6)))
+        return True
+
+    def predict(
+        self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Losses from reported coefficients and columns in natural units, both unrounded."""
+        raise NotImplementedError
+
+
+class SmoothLaw(Law):
+    """A law L(inputs; theta) that is a sum of positive terms, one linear coefficient each.
+
+    Subclasses set the class attributes, `terms` and `shift`, and may add `derived` and `penalty`.
+    """
+
     parameters: tuple[Parameter, ...]
     defaults: Mapping[str, float] = {}  # parameters held fixed unless the user says otherwise
     linear_rounds = 1  # solves for the linear coefficients; more where they also sit elsewhere
-    routers: tuple[str, ...] = ()
+    most_starts = 512
+
+    def __init__(self, routers: tuple[str, ...] = ()) -> None:
+        self.routers = routers
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,8 +127,8 @@ class Law:
         return self.names.index(name)
 
     @classmethod
-    def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Law":
-        """The law for these runs; laws with router effects make one parameter a router."""
+    def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "SmoothLaw":
+        """The law for these runs; laws with router effects add parameters for each router."""
         del columns
         return cls()
 
@@ -106,7 +137,7 @@ class Law:
     ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
         """Columns of the observations, and the index `[n]` of the run behind each of them.
 
-        One a run, unless a law lets a run count in several curves.
+        A run is one observation, unless it counts in several curves of the law.
         """
         return columns, np.arange(np.asarray(columns["params"]).size)
 
@@ -120,11 +151,19 @@ class Law:
     def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Minus the log prior `[B]` and its gradient `[B, K]`, or None where there is no prior."""
         del theta
+        return None
 
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
+    def derived(self, centre: Centre, target: Target) -> list[Derived]:
         """Quantities worth an interval, for parameters in the units of `centre`."""
-        del centre, target
-        return []
+        return self.loss_at(centre, target)
+
+    def loss_at(self, centre: Centre, target: Target) -> list[Derived]:
+        """The loss at the target's inputs, where the target has all that the law needs."""
+        if not all(name in target for name in self.needs if name != "loss"):
+            return []
+        x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre, self.routers)
+        loss = Derived("loss", "loss at the target", lambda t: self.log_loss(t, x)[:, 0], log=True)
+        return [loss]
 
     def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
         """ln L `[B, n]` for parameters `[B, K]`."""
@@ -133,7 +172,6 @@ class Law:
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """Losses from reported coefficients and columns in natural units, both unrounded."""
         theta = np.array([p.internal(coefficients[p.name]) for p in self.parameters])
         return np.exp(self.log_loss(theta[None], make_inputs(columns, Centre(), self.routers))[0])
 
@@ -153,8 +191,8 @@ class Law:
         """Variable projection: `theta [K]` with its linear coefficients solved for.
 
         Non-negative least squares of the relative error, which is the error of ln L to first
-        order. A term that comes out zero is given a millionth of the loss, to leave its
-        derivative alive.
+        order. A term of zero is set to a millionth of the loss, so that its derivative is not
+        zero.
         """
         from scipy.optimize import nnls
 
@@ -165,7 +203,7 @@ class Law:
             terms = [t[0] for t, _ in self.terms(theta[None], x)]
             basis = [t - theta[k] - log_loss for t, k in zip(terms, columns, strict=True)]
             scale = np.array([np.max(b) for b in basis])
-            if not np.all(np.isfinite(scale)):  # a term that no run has: leave it where it was
+            if not np.all(np.isfinite(scale)):  # no run has the term: keep its value
                 scale = np.where(np.isfinite(scale), scale, 0.0)
             matrix = np.stack([np.exp(b - s) for b, s in zip(basis, scale, strict=True)], axis=1)
             solution, _ = nnls(matrix * root[:, None], root)
@@ -185,3 +223,10 @@ def log_sum(terms: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     for p in parts[2:]:
         total = total + p
     return top + np.log(total), [p / total for p in parts]
+
+
+def routers_of(columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Names of the routers of runs with more than one expert, sorted; "moe" without a column."""
+    experts = np.asarray(columns["experts"], float)
+    names = np.asarray(columns.get("router", np.full(experts.size, "moe")))
+    return tuple(sorted({str(r) for r in names[experts > 1]}))

@@ -1,11 +1,9 @@
 """Dense laws: Chinchilla, and three ways to pay for repeating data."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from moe_ablm.scaling.inputs import Centre, Inputs
-from moe_ablm.scaling.laws import Derived, Law, Parameter, Term, coefficient, exponent
+from moe_ablm.scaling.inputs import Centre, Inputs, Target
+from moe_ablm.scaling.laws import Derived, Parameter, SmoothLaw, Term, coefficient, exponent
 
 E, A, B, ALPHA, BETA = range(5)
 CHINCHILLA_PARAMETERS = (
@@ -17,14 +15,14 @@ CHINCHILLA_PARAMETERS = (
 )
 
 
-class Chinchilla(Law):
+class Chinchilla(SmoothLaw):
     """Hoffmann et al. 2022, equation 2 (approach 3)."""
 
     name = "chinchilla"
     equation = "L = E + A N^-alpha + B D^-beta"
     source = "Hoffmann et al. 2022, Training compute-optimal large language models, eq. 2"
-    needs = ("params", "tokens", "loss")
-    parameters = CHINCHILLA_PARAMETERS
+    needs: tuple[str, ...] = ("params", "tokens", "loss")
+    parameters: tuple[Parameter, ...] = CHINCHILLA_PARAMETERS
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         e, a, b, alpha, beta = (theta[:, k, None] for k in range(5))
@@ -40,11 +38,11 @@ class Chinchilla(Law):
         out[..., B] += out[..., BETA] * centre.log_tokens
         return out
 
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        return frontier(centre, target) + loss_at(self, centre, target)
+    def derived(self, centre: Centre, target: Target) -> list[Derived]:
+        return frontier(centre, target) + self.loss_at(centre, target)
 
 
-def frontier(centre: Centre, target: Mapping[str, float]) -> list[Derived]:
+def frontier(centre: Centre, target: Target) -> list[Derived]:
     """The compute-optimal frontier of A N^-alpha + B D^-beta under C = 6 N D (Hoffmann eq. 4)."""
     out = [
         Derived(
@@ -75,23 +73,11 @@ def frontier(centre: Centre, target: Mapping[str, float]) -> list[Derived]:
     return out
 
 
-def loss_at(law: Law, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-    """The loss at the target's inputs, where the target has all that the law needs."""
-    from moe_ablm.scaling.inputs import make_inputs
-
-    if not all(name in target for name in law.needs if name != "loss"):
-        return []
-    x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre, law.routers)
-    return [
-        Derived("loss", "loss at the target", lambda t: law.log_loss(t, x)[:, 0], log=True),
-    ]
-
-
 R_D, R_N = 5, 6
 
 
-class DataConstrainedB1(Law):
-    """Muennighoff et al. 2023, equations 5, 6 and 11: repeats are worth less and less."""
+class DataConstrainedB1(Chinchilla):
+    """Muennighoff et al. 2023, equations 5, 6 and 11: each repeat is worth less than the last."""
 
     name = "data_constrained_b1"
     equation = (
@@ -107,17 +93,18 @@ class DataConstrainedB1(Law):
         ),
         Parameter("R_N", "the same of excess parameters", -4.6, 9.2, True, search=(0.0, 5.0)),
     )
+    needs_repeats = True
     linear_rounds = 3  # A and B also sit inside N_opt(U)
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         e, a, b, alpha, beta, r_d, r_n = (theta[:, k, None] for k in range(7))
         log_d, d_r_d, _ = saturate(x.u, x.repeats, r_d)
-        # N_opt(U): the parameters that U tokens deserve on the compute-optimal frontier.
+        # N_opt(U): parameters of the compute-optimal frontier at U tokens.
         gain = np.log(alpha) + a - np.log(beta) - b
         log_n_opt = (gain + beta * x.u) / alpha
         capped = log_n_opt < x.n
         u_n = np.where(capped, log_n_opt, x.n)
-        excess = np.expm1(np.minimum(x.n - u_n, 60.0))  # beyond, saturated long ago
+        excess = np.expm1(np.minimum(x.n - u_n, 60.0))  # saturated long before 60
         log_n, d_r_n, d_excess = saturate(u_n, excess, r_n)
         d_u_n = np.where(capped, 1.0 - d_excess * (excess + 1.0), 0.0)
         by_alpha = d_u_n * (1.0 - gain - beta * x.u) / alpha**2
@@ -137,12 +124,6 @@ class DataConstrainedB1(Law):
             (b - beta * log_d, [(B, 1.0), (BETA, -log_d), (R_D, -beta * d_r_d)]),
         ]
 
-    def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
-        return Chinchilla().shift(theta, centre)
-
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        return frontier(centre, target) + loss_at(self, centre, target)
-
 
 def saturate(
     log_unit: np.ndarray, repeats: np.ndarray, log_scale: np.ndarray
@@ -159,14 +140,15 @@ def saturate(
 P, DELTA, KAPPA = 5, 6, 7
 
 
-class DataConstrainedB2(Law):
-    """Chinchilla with an over-fitting penalty: loss may rise with repeats, which b1 cannot say."""
+class DataConstrainedB2(Chinchilla):
+    """Chinchilla with an over-fitting penalty: loss may rise with repeats, unlike in b1."""
 
     name = "data_constrained_b2"
     equation = "L = E + A N^-alpha + B D^-beta + P R^delta (N/U)^kappa, R = max(D/U - 1, 0)"
     source = "this project; the penalty's form follows the rise of masked losses with epochs"
-    needs = ("params", "tokens", "unique_tokens", "loss")
-    parameters = (
+    needs: tuple[str, ...] = ("params", "tokens", "unique_tokens", "loss")
+    needs_repeats = True
+    parameters: tuple[Parameter, ...] = (
         *CHINCHILLA_PARAMETERS,
         coefficient("P", "size of the over-fitting penalty"),
         exponent("delta", "exponent of repeats", 1e-3, 4.0, (0.2, 2.0)),
@@ -177,21 +159,21 @@ class DataConstrainedB2(Law):
         p, delta, kappa = (theta[:, k, None] for k in (P, DELTA, KAPPA))
         value, log_repeats = penalty_term(p, delta, kappa, x.repeats, x.n - x.u)
         penalty = (value, [(P, 1.0), (DELTA, log_repeats), (KAPPA, x.n - x.u)])
-        return [*Chinchilla().terms(theta[:, :5], x), penalty]
+        return [*super().terms(theta, x), penalty]
 
     def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
-        out = Chinchilla().shift(theta, centre)
+        out = super().shift(theta, centre)
         out[..., P] -= out[..., KAPPA] * (centre.log_params - centre.log_tokens)
         return out
 
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        return frontier(centre, target) + best_size(centre, target) + loss_at(self, centre, target)
+    def derived(self, centre: Centre, target: Target) -> list[Derived]:
+        return frontier(centre, target) + best_size(centre, target) + self.loss_at(centre, target)
 
 
-def best_size(centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-    """N* of A N^-alpha + P R^delta (N/U)^kappa at the target's tokens and unique tokens.
+def best_size(centre: Centre, target: Target) -> list[Derived]:
+    """N* minimises A N^-alpha + P R^delta (N/U)^kappa at the target's tokens and unique tokens.
 
-    Where the derivative by N is zero; only where the target has repeats.
+    Empty unless the target has repeats.
     """
     if not target.get("tokens", 0.0) > target.get("unique_tokens", np.inf):
         return []

@@ -1,15 +1,34 @@
-"""The joint law: dense and mixture-of-experts runs, under limited unique data, in one fit."""
+"""The joint law: one fit of dense and mixture-of-experts runs under limited unique data."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from moe_ablm.scaling.inputs import Centre, Inputs
-from moe_ablm.scaling.laws import Derived, Law, Parameter, Term, coefficient, exponent
-from moe_ablm.scaling.laws_dense import best_size, frontier, loss_at, penalty_term
+from moe_ablm.scaling.inputs import Centre, Inputs, Target
+from moe_ablm.scaling.laws import (
+    Derivative,
+    Derived,
+    Parameter,
+    Term,
+    coefficient,
+    exponent,
+    routers_of,
+)
+from moe_ablm.scaling.laws_dense import (
+    ALPHA,
+    BETA,
+    DELTA,
+    KAPPA,
+    A,
+    B,
+    DataConstrainedB2,
+    E,
+    P,
+    penalty_term,
+)
 from moe_ablm.scaling.laws_moe import effective_experts
 
-E, A, B, ALPHA, BETA, P, DELTA, KAPPA, MU, E_MAX, TAU = range(11)
+MU, E_MAX, TAU = 8, 9, 10  # after the parameters of b2
 SHARED = (
     coefficient("E", "loss that neither parameters nor tokens remove"),
     coefficient("A", "size of the term in effective parameters"),
@@ -27,13 +46,14 @@ SHARED = (
 ROUTER_SD = {"u": 0.1, "v": 1.0}
 
 
-class Joint(Law):
+class Joint(DataConstrainedB2):
     """Chinchilla in effective parameters plus an over-fitting penalty, with router effects.
 
     L = E + A N_eff^-alpha + B D^-beta + P exp(v_r) R^delta (N_mem/U)^kappa,
     N_eff = N_active E^^(mu + u_r), N_mem = N_active^(1-tau) N_total^tau. Router effects u_r, v_r
     are shrunk toward 0 by normal priors. E^ is that of Clark et al. 2022 with E_start = 1, so
-    that a dense run has E^ = 1 and N_total = N_active and pools exactly.
+    that a dense run has E^ = 1 and N_total = N_active and pools exactly: for dense runs this is
+    law data_constrained_b2.
     """
 
     name = "joint"
@@ -43,10 +63,12 @@ class Joint(Law):
     )
     source = "this project; E^ of Clark et al. 2022, eq. 7, with E_start = 1"
     needs = ("params", "total_params", "tokens", "unique_tokens", "experts", "loss")
+    needs_experts = True
+    needs_repeats = False
 
     def __init__(self, routers: tuple[str, ...] = ()) -> None:
-        self.routers = routers
-        # With one router its effects are mu and P themselves.
+        super().__init__(routers)
+        # The effects of a single router are part of mu and P.
         self.effects = routers if len(routers) > 1 else ()
         effects = [
             Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0))
@@ -60,9 +82,7 @@ class Joint(Law):
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
-        experts = np.asarray(columns["experts"], float)
-        names = np.asarray(columns.get("router", np.full(experts.size, "moe")))
-        return cls(tuple(sorted({str(r) for r in names[experts > 1]})))
+        return cls(routers_of(columns))
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         e, a, b, alpha, beta, p, delta, kappa, mu, e_max, tau = (
@@ -90,13 +110,16 @@ class Joint(Law):
             ),
         ]
 
-    def _effects(self, theta: np.ndarray, x: Inputs):
+    def _effects(
+        self, theta: np.ndarray, x: Inputs
+    ) -> tuple[np.ndarray, np.ndarray, list[Derivative], list[Derivative]]:
         """Router effects of each run `[B, n]`, and the indicator of each router `[n]`."""
         u = np.zeros((theta.shape[0], x.size))
         v = np.zeros_like(u)
-        u_derivatives, v_derivatives = [], []
+        u_derivatives: list[Derivative] = []
+        v_derivatives: list[Derivative] = []
         for i in range(len(self.effects)):
-            here = (x.router == i).astype(float)
+            here = np.asarray(x.router == i, float)
             k_u, k_v = len(SHARED) + i, len(SHARED) + len(self.effects) + i
             u += theta[:, k_u, None] * here
             v += theta[:, k_v, None] * here
@@ -113,17 +136,13 @@ class Joint(Law):
         gradient[:, len(SHARED) :] = z / sd
         return 0.5 * np.sum(z**2, axis=1), gradient
 
-    def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
-        out = np.array(theta)
-        out[..., A] += out[..., ALPHA] * centre.log_params
-        out[..., B] += out[..., BETA] * centre.log_tokens
-        out[..., P] -= out[..., KAPPA] * (centre.log_params - centre.log_tokens)
-        return out
-
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        out = frontier(centre, target) + best_size(centre, target) + loss_at(self, centre, target)
+    def derived(self, centre: Centre, target: Target) -> list[Derived]:
+        out = super().derived(centre, target)
         for i, router in enumerate(self.effects):
-            k = len(SHARED) + i
+
+            def mu(t: np.ndarray, k: int = len(SHARED) + i) -> np.ndarray:
+                return t[:, MU] + t[:, k]
+
             meaning = "mu + u of this router, which the data know better than its parts"
-            out.append(Derived(f"mu[{router}]", meaning, lambda t, k=k: t[:, MU] + t[:, k]))
+            out.append(Derived(f"mu[{router}]", meaning, mu))
         return out

@@ -5,9 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import Centre, Inputs
-from moe_ablm.scaling.laws import Derived, Law, Parameter, Term, coefficient, exponent
-from moe_ablm.scaling.laws_dense import loss_at
+from moe_ablm.scaling.inputs import Centre, Inputs, Target
+from moe_ablm.scaling.laws import (
+    Derivative,
+    Derived,
+    Parameter,
+    SmoothLaw,
+    Term,
+    coefficient,
+    exponent,
+    routers_of,
+)
 
 LN10 = np.log(10.0)
 CLARK_BLOCK = 6  # parameters a router: a, b, c, d, E_start, E_max / E_start
@@ -31,8 +39,8 @@ def effective_experts(
     return -np.log(reciprocal), by_start, by_ratio
 
 
-class MoeClark(Law):
-    """Clark et al. 2022, equations 1 and 7: one curve a router, dense runs shared by all curves.
+class MoeClark(SmoothLaw):
+    """Clark et al. 2022, equations 1 and 7: a curve per router; all curves share the dense runs.
 
     log10 L = a log10 N + b log10 E^ + c log10 N log10 E^ + d. Coefficients of router `r` are
     called `a[r]` and so on.
@@ -45,9 +53,12 @@ class MoeClark(Law):
     )
     source = "Clark et al. 2022, Unified scaling laws for routed language models, eq. 1, 7"
     needs = ("params", "experts", "loss")
+    needs_experts = True
+    figure = "loss_against_experts"
+    most_starts = 1  # `linear_start` searches a grid of its own
 
     def __init__(self, routers: tuple[str, ...] = ("moe",)) -> None:
-        self.routers = routers
+        super().__init__(routers)
         self.parameters = tuple(
             Parameter(f"{p.name}[{r}]", p.meaning, p.low, p.high, p.log, search=p.search)
             for r in routers
@@ -70,14 +81,12 @@ class MoeClark(Law):
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "MoeClark":
-        experts = np.asarray(columns["experts"], float)
-        if np.all(experts <= 1):
+        if np.all(np.asarray(columns["experts"], float) <= 1):
             raise UserError(
                 "law moe_clark: every run has experts = 1, and at least one router with more is "
                 "needed; map the column with --columns experts=NAME or use --law chinchilla"
             )
-        names = np.asarray(columns.get("router", np.full(experts.size, "moe")))
-        return cls(tuple(sorted({str(r) for r in names[experts > 1]})))
+        return cls(routers_of(columns))
 
     def observe(
         self, columns: Mapping[str, np.ndarray]
@@ -96,7 +105,7 @@ class MoeClark(Law):
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         value = np.zeros((theta.shape[0], x.size))
-        derivatives = []
+        derivatives: list[Derivative] = []
         for i in range(len(self.routers)):
             k = i * CLARK_BLOCK
             here = x.router == i
@@ -119,7 +128,7 @@ class MoeClark(Law):
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """As of every law; a dense run must say which router's curve it is to be read from."""
+        """As for every law; a dense run must name the router whose curve predicts it."""
         default = self.routers[0] if len(self.routers) == 1 else "dense"
         names = np.atleast_1d(columns.get("router", default))
         for name in np.unique(names):
@@ -147,7 +156,7 @@ class MoeClark(Law):
     ) -> np.ndarray:
         """Ordinary least squares for a, b, c, d of every router, on a grid of (E_start, E_max).
 
-        Each router keeps its own best pair of the grid: the curves share no parameter.
+        Each router has its own best pair of the grid: the curves share no parameter.
         """
         theta = theta.copy()
         grid = [(s, m) for s in (0.0, 0.4, 1.0, 2.0) for m in np.arange(0.7, 9.0, 0.7)]
@@ -168,7 +177,7 @@ class MoeClark(Law):
                     theta[k : k + CLARK_BLOCK] = [*solution, start, ratio]
         return theta
 
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
+    def derived(self, centre: Centre, target: Target) -> list[Derived]:
         out = []
         for i, router in enumerate(self.routers):
             k = i * CLARK_BLOCK
@@ -187,14 +196,14 @@ class MoeClark(Law):
                     log10_n_cut,
                 ),
             ]
-        # Without a router there is no curve to read the loss from; with one it is that one.
+        # The loss needs a curve: the target names its router, or there is only one.
         if "router" in target or len(self.routers) == 1:
             self._known(target.get("router", self.routers[0]), "--target")
-            out += loss_at(self, centre, {"router": self.routers[0], **target})
+            out += self.loss_at(centre, {"router": self.routers[0], **target})
         return out
 
 
-class MoeGranularity(Law):
+class MoeGranularity(SmoothLaw):
     """Krajewski et al. 2024, equation 9: finer experts, G = FFN width over expert width."""
 
     name = "moe_granularity"
@@ -227,11 +236,8 @@ class MoeGranularity(Law):
         out[..., 3] += out[..., 6] * centre.log_tokens
         return out
 
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        return loss_at(self, centre, target)
 
-
-class MoeSparsity(Law):
+class MoeSparsity(SmoothLaw):
     """Abnar et al. 2025, equation 3: N counts all parameters, S the share of idle experts."""
 
     name = "moe_sparsity"
@@ -270,6 +276,3 @@ class MoeSparsity(Law):
         out[..., 1] += out[..., 6] * centre.log_tokens
         out[..., 3] += out[..., 9] * centre.log_params
         return out
-
-    def derived(self, centre: Centre, target: Mapping[str, float]) -> list[Derived]:
-        return loss_at(self, centre, target)

@@ -1,12 +1,13 @@
-"""Seed noise: what replicates say, whether a law fits within it, and how delta moves the answer."""
+"""Seed noise: its sd from replicates, the lack-of-fit test, and sensitivity to Huber's delta."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import minimise
 
 
 def pure_error(runs: Runs) -> tuple[float, int]:
@@ -23,7 +24,7 @@ def pure_error(runs: Runs) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class LackOfFit:
-    """F test of a law's misfit against seed noise: small p says that the law itself is wrong."""
+    """F test of a law's misfit against seed noise: at a small p the law itself is wrong."""
 
     seed_sd: float
     freedom: tuple[int, int]  # of the lack of fit, of the pure error
@@ -31,8 +32,8 @@ class LackOfFit:
     p_value: float
 
 
-def lack_of_fit(fit: Fit) -> LackOfFit | None:
-    """The test of Fisher on ln L; None without replicates, or without cells to spare."""
+def lack_of_fit(fit: SmoothFit) -> LackOfFit | None:
+    """Fisher's test on ln L; None without replicates or without spare cells."""
     from scipy.special import fdtrc
 
     runs = fit.runs
@@ -41,8 +42,7 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     spare = int(cells.max()) + 1 - len(fit.identifiable)
     if pure == 0 or spare <= 0 or sd == 0.0:
         return None
-    misfit = fit.problem.residuals(fit.theta[None])[0]
-    residuals = np.bincount(fit.index, misfit) / np.bincount(fit.index)
+    residuals = fit.by_run(fit.residuals())
     counts = np.bincount(cells)
     means = np.bincount(cells, residuals) / counts
     misfit = float(np.sum(counts * means**2)) / spare
@@ -50,14 +50,12 @@ def lack_of_fit(fit: Fit) -> LackOfFit | None:
     return LackOfFit(sd, (spare, pure), statistic, float(fdtrc(spare, pure, statistic)))
 
 
-def delta_sensitivity(fit: Fit) -> list[tuple[float, Mapping[str, float], float]]:
+def delta_sensitivity(fit: SmoothFit) -> list[tuple[float, Mapping[str, float], float]]:
     """The fit at deltas around its own: (delta, coefficients, sum of |residual|).
 
-    From nearly least absolute deviations to least squares; warm-started from the fit, larger
-    deltas first, each from the last.
+    The deltas go from nearly least absolute deviations to least squares. Each fit starts from the
+    one at the delta next to it, beginning at the fit's own.
     """
-    from moe_ablm.scaling.solver import minimise
-
     base = fit.huber_delta if np.isfinite(fit.huber_delta) else 1e-3
     down = [base, base / 3, base / 10, base / 100]
     up = [base * 3, base * 10, np.inf]

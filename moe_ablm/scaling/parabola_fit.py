@@ -1,4 +1,4 @@
-"""Fitting parabolas and the line through their minima, and the noise of few points."""
+"""Fitting parabolas and the line through their minima, with intervals from few points."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import check_inputs
+from moe_ablm.scaling.inputs import Target, check_inputs
+from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.parabolas import (
     Parabola,
     Quadratic,
@@ -17,6 +18,16 @@ from moe_ablm.scaling.parabolas import (
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
 
+NORMAL = 1.959964  # quantile of the normal distribution at 97.5 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParabolaFit(Fit):
+    """A fit of parabolas, with the runs that it was made from."""
+
+    law: Quadratic
+    noise_sd: float  # of one run's loss, widened for few degrees of freedom; nan: not known
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -25,6 +36,13 @@ class Noise:
     sd: float
     freedom: float
     source: str
+    from_residuals: bool = False  # of the parabolas themselves
+
+    def quantile(self) -> float:
+        """Student's t at 97.5 %."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(min(self.freedom, 1e6), 0.975))
 
 
 def fit_parabolas(
@@ -33,26 +51,29 @@ def fit_parabolas(
     seed_sd: float | None = None,
     draws: int = 4000,
     seed: int = 0,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     level: float = 0.95,
-) -> Fit:
-    """Parabolas, their minima, the line through them, and a parametric bootstrap of all.
+) -> ParabolaFit:
+    """Parabolas, their minima, the line through the minima, and a parametric bootstrap of all.
 
     Noise is `seed_sd` (of one run's loss, in the units of the loss), else the sd between
-    replicates, else the pooled residual of the parabolas; a measured sd is itself drawn (scaled
-    inverse chi-square), which gives few degrees of freedom their wide t intervals. Draws that
-    have no minimum count as an open end.
+    replicates, else the pooled residual of the parabolas. A measured sd is drawn as well (scaled
+    inverse chi-square), so that few degrees of freedom give wide t intervals. Draws without a
+    minimum count as an open end.
     """
     if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
-    _require(runs, law)
-    target = target or {}
+    law.require(runs)
+    target = target or Target()
     check_inputs("--target", target)
     parabolas, notes = split(law, runs)
     loss = runs["loss"]
     abc = coefficients_of(parabolas, loss)
     residual = np.concatenate(
-        [loss[p.members] - _fitted(p, runs["params"], abc[i]) for i, p in enumerate(parabolas)]
+        [
+            loss[p.members] - np.polyval(row, np.log10(runs["params"][p.members]))
+            for p, row in zip(parabolas, abc, strict=True)
+        ]
     )
     noise = measure_noise(runs, parabolas, residual, seed_sd)
     usable = [i for i, a in enumerate(abc[:, 0]) if a > 0]
@@ -73,12 +94,15 @@ def fit_parabolas(
     intervals = {}
     if noise is not None and draws > 0:
         moved = abc + coefficients_of(parabolas, _noise_draws(noise, loss.size, draws, seed))
-        intervals = _intervals(quantities(law, parabolas, usable, moved, target), level, noise)
+        intervals = {
+            name: (percentile_interval(drawn, level, noise, name not in ("slope", "intercept")),)
+            for name, drawn in quantities(law, parabolas, usable, moved, target).items()
+        }
         for p in parabolas:
-            if p.freedom == 0 and noise.source.startswith("residual"):
+            if p.freedom == 0 and noise.from_residuals:
                 intervals.pop(f"N_star[{p.key}]", None)
     identifiable = {n: v == "identified" for n, v in verdicts.items()}
-    return Fit(
+    return ParabolaFit(
         law=law,
         n=len(runs),
         coefficients=coefficients,
@@ -90,22 +114,15 @@ def fit_parabolas(
         verdicts=verdicts,
         intervals=intervals,
         derived={k: float(np.exp(v)) for k, v in estimates.items()},
-        target=dict(target),
+        target=target.copy(),
         notes=(*runs.notes, *notes),
         data_unit=runs.data_unit,
-        noise_sd=np.nan if noise is None else _half_factor(noise) * noise.sd,
+        noise_sd=np.nan if noise is None else noise.quantile() / NORMAL * noise.sd,
         runs=runs,
     )
 
 
-def _half_factor(noise: Noise) -> float:
-    """Student's t quantile over the normal one: how much wider few degrees of freedom make it."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(min(noise.freedom, 1e6), 0.975)) / 1.959964
-
-
-def band(fit: Fit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def band(fit: ParabolaFit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """95 % band `[m]` of the parabola at one data size (or budget); None without known noise."""
     if not np.isfinite(fit.noise_sd):
         return None
@@ -113,17 +130,10 @@ def band(fit: Fit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndar
         if p.key == f"{size:.15g}":
             z = np.log10(params)
             basis = np.stack([z**2, z, np.ones_like(z)], axis=1)
-            half = 1.959964 * fit.noise_sd * np.linalg.norm(basis @ p.solve, axis=1)
+            half = NORMAL * fit.noise_sd * np.linalg.norm(basis @ p.solve, axis=1)
             abc = np.array([fit.coefficients[f"{name}[{p.key}]"] for name in "abc"])
             return basis @ abc - half, basis @ abc + half
     return None
-
-
-def _require(runs: Runs, law: Quadratic) -> None:
-    if law.name == "quadratic":
-        return runs.require(law.needs, law.name)
-    runs.require(("params", "loss"), law.name)
-    return None if "flops" in runs else runs.require(("tokens",), law.name)
 
 
 def _status(parabolas: list[Parabola], usable: list[int], identifiable: Mapping[str, bool]) -> str:
@@ -134,16 +144,10 @@ def _status(parabolas: list[Parabola], usable: list[int], identifiable: Mapping[
     return "converged" if all(identifiable.values()) else "not_identifiable"
 
 
-def _fitted(parabola: Parabola, params: np.ndarray, abc: np.ndarray) -> np.ndarray:
-    return np.polyval(abc, np.log10(params[parabola.members]))
-
-
 def measure_noise(
     runs: Runs, parabolas: list[Parabola], residual: np.ndarray, seed_sd: float | None
 ) -> Noise | None:
     """The sd of one run's loss; None where nothing measures it."""
-    from moe_ablm.scaling.noise import pure_error
-
     if seed_sd is not None:
         return Noise(seed_sd, float("inf"), "given")
     sd, freedom = pure_error(runs)
@@ -153,15 +157,16 @@ def measure_noise(
     if freedom == 0:
         return None
     sd = float(np.sqrt(np.sum(residual**2) / freedom))
-    return Noise(sd, freedom, f"residuals of the parabolas ({freedom} degrees of freedom)")
+    source = f"residuals of the parabolas ({freedom} degrees of freedom)"
+    return Noise(sd, freedom, source, from_residuals=True)
 
 
 def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]) -> list[str]:
-    """A note where the parabolas miss by more than noise that was given or measured apart."""
+    """A note where the parabolas miss by more than the noise, if that is known independently."""
     from scipy.special import chdtrc
 
     freedom = sum(p.freedom for p in parabolas)
-    if noise is None or freedom == 0 or noise.source.startswith("residual"):
+    if noise is None or freedom == 0 or noise.from_residuals:
         return []
     statistic = float(np.sum(residual**2)) / noise.sd**2
     p_value = float(chdtrc(freedom, statistic))
@@ -182,9 +187,8 @@ def _verdicts(
     notes: list[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Coefficients by name, and whether each parabola has a minimum that the noise allows."""
-    from scipy.special import stdtrit
-
-    coefficients, verdicts = {}, {}
+    coefficients: dict[str, float] = {}
+    verdicts: dict[str, str] = {}
     for p, row in zip(parabolas, abc, strict=True):
         for name, value in zip("abc", row, strict=True):
             coefficients[f"{name}[{p.key}]"] = float(value)
@@ -198,8 +202,7 @@ def _verdicts(
             verdict = "not convex: the parabola has no minimum"
             notes.append(f"data size or budget {p.key}: {verdict}")
         elif noise is not None:
-            t = float(stdtrit(min(noise.freedom, 1e6), 0.975))
-            half = t * noise.sd * float(np.linalg.norm(p.solve[0]))
+            half = noise.quantile() * noise.sd * float(np.linalg.norm(p.solve[0]))
             if half >= row[0]:
                 verdict = f"not identified: curvature {row[0]:.3g} +- {half:.2g} reaches zero"
         log10_n = -row[1] / (2 * row[0]) if row[0] > 0 else np.nan
@@ -223,18 +226,8 @@ def _noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:
     return rng.standard_normal((draws, runs)) * sd[:, None]
 
 
-def _intervals(
-    values: Mapping[str, np.ndarray], level: float, noise: Noise
-) -> dict[str, tuple[Interval, ...]]:
-    """Percentile intervals of a parametric bootstrap over seeds."""
-    return {
-        name: (percentile_interval(value, level, noise, name not in ("slope", "intercept")),)
-        for name, value in values.items()
-    }
-
-
 def percentile_interval(value: np.ndarray, level: float, noise: Noise, log: bool) -> Interval:
-    """Quantiles over draws that have a value; the note counts those that have none."""
+    """Quantiles over the draws that have a value; the note counts the others."""
     good = np.isfinite(value)
     missing = 1.0 - float(good.mean())
     note = f"noise sd {noise.sd:.2g}, {noise.source}"

@@ -1,7 +1,7 @@
-"""Parabolas in log10 N, one a data size (the AbLM study) or one a compute budget (isoFLOP).
+"""Parabolas in log10 N, one per data size (the AbLM study) or per compute budget (isoFLOP).
 
 Each parabola is linear least squares on the loss; the law is then a straight line through the
-minima on log axes. With three points a parabola is exact, and it need not have a minimum.
+minima on log axes. A parabola through three points is exact. It need not have a minimum.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.inputs import Target
+from moe_ablm.scaling.laws import Law
 from moe_ablm.scaling.runs import Runs
 
 SAME_BUDGET = 0.1  # runs whose FLOPs differ by less than this (natural log) share a budget
 
 
-class Quadratic:
+class Quadratic(Law):
     """Shafiei Neyestanak and Briney 2025: the best size for each number of unique sequences."""
 
     name = "quadratic"
     equation = "L = a (log10 N)^2 + b log10 N + c per data size; N* = 10^(-b/2a); ln U on ln N*"
     source = "Shafiei Neyestanak and Briney 2025, Data-optimal scaling laws for paired AbLMs"
     needs = ("params", "unique_tokens", "loss")
-    routers = ()
-    group = "unique_tokens"
+    group = "unique_tokens"  # the column whose values have a parabola each
+
+    def require(self, runs: Runs) -> None:
+        """Raises UserError where the runs lack a column."""
+        runs.require(self.needs, self.name)
 
     def groups(self, runs: Runs) -> np.ndarray:
         """The data size of each run, `[n]`."""
@@ -50,6 +55,18 @@ class Quadratic:
             out[i] = (a * z + b) * z + c
         return out
 
+    def through_minima(
+        self, log_n: np.ndarray, log_size: np.ndarray, target: Target
+    ) -> dict[str, np.ndarray]:
+        """The line of ln U on ln N* `[..., G]`, and the logs of what it gives at the target."""
+        intercept, slope = line(log_n, log_size)
+        out = {"slope": slope, "intercept": intercept}
+        if "params" in target:
+            out["data_needed"] = intercept + slope * np.log(target["params"])
+        if "unique_tokens" in target:
+            out["N_star"] = (np.log(target["unique_tokens"]) - intercept) / slope
+        return out
+
 
 class IsoFlop(Quadratic):
     """Hoffmann et al. 2022, approach 2: the best size for each compute budget."""
@@ -59,6 +76,11 @@ class IsoFlop(Quadratic):
     source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.2"
     needs = ("params", "flops", "loss")
     group = "flops"
+
+    def require(self, runs: Runs) -> None:
+        runs.require(("params", "loss"), self.name)
+        if "flops" not in runs:
+            runs.require(("tokens",), self.name)
 
     def groups(self, runs: Runs) -> np.ndarray:
         """The geometric mean of each run's budget: sorted FLOPs, cut at gaps above 10 %."""
@@ -71,6 +93,17 @@ class IsoFlop(Quadratic):
             out[members] = float(f"{np.exp(log_flops[members].mean()):.6g}")
         return out
 
+    def through_minima(
+        self, log_n: np.ndarray, log_size: np.ndarray, target: Target
+    ) -> dict[str, np.ndarray]:
+        """The line of ln N_opt on ln C, and the logs of what it gives at the target."""
+        intercept, slope = line(log_size, log_n)
+        out = {"slope": slope, "intercept": intercept}
+        if "flops" in target:
+            out["N_opt"] = intercept + slope * np.log(target["flops"])
+            out["D_opt"] = np.log(target["flops"] / 6.0) - out["N_opt"]
+        return out
+
 
 class Envelope(IsoFlop):
     """Hoffmann et al. 2022, approach 1: see `envelope.py`."""
@@ -78,7 +111,8 @@ class Envelope(IsoFlop):
     name = "envelope"
     equation = "lowest loss over all training curves at each C; N_opt = k C^slope"
     source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.1"
-    needs = ("params", "flops", "loss")
+    needs_curves = True
+    figure = "envelope"
 
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
@@ -90,7 +124,7 @@ class Envelope(IsoFlop):
 
 @dataclass(frozen=True)
 class Parabola:
-    """One group: its runs, its design and whether it has a residual."""
+    """One group: its runs, its least-squares solution and its residual degrees of freedom."""
 
     size: float
     members: np.ndarray
@@ -105,7 +139,8 @@ class Parabola:
 def split(law: Quadratic, runs: Runs) -> tuple[list[Parabola], list[str]]:
     """Groups with at least three sizes, and notes on those without."""
     groups = law.groups(runs)
-    out, notes = [], []
+    out: list[Parabola] = []
+    notes: list[str] = []
     for size in np.unique(groups):
         members = np.flatnonzero(groups == size)
         z = np.log10(runs["params"][members])
@@ -136,21 +171,10 @@ def minima(abc: np.ndarray) -> np.ndarray:
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intercept and slope of y on x along the last axis, nan where an entry is."""
+    """Intercept and slope of y on x along the last axis; nan where an entry is nan."""
     mean_x, mean_y = x.mean(axis=-1, keepdims=True), y.mean(axis=-1, keepdims=True)
     slope = ((x - mean_x) * (y - mean_y)).sum(axis=-1) / ((x - mean_x) ** 2).sum(axis=-1)
     return mean_y[..., 0] - slope * mean_x[..., 0], slope
-
-
-def data_for_params(
-    n_star: np.ndarray, data: np.ndarray, params: float
-) -> tuple[float, tuple[float, float]]:
-    """Unique data for which `params` is the best size: ln data regressed on ln N*.
-
-    Returns the data and the line's (intercept, slope); the extrapolation of the AbLM study.
-    """
-    intercept, slope = line(np.log(np.asarray(n_star, float)), np.log(np.asarray(data, float)))
-    return float(np.exp(intercept + slope * np.log(params))), (float(intercept), float(slope))
 
 
 def quantities(
@@ -158,7 +182,7 @@ def quantities(
     parabolas: list[Parabola],
     usable: list[int],
     abc: np.ndarray,
-    target: Mapping[str, float],
+    target: Target,
 ) -> dict[str, np.ndarray]:
     """Logs of derived quantities for coefficients `[..., G, 3]`, each `[...]`; slopes as they are.
 
@@ -169,19 +193,6 @@ def quantities(
     out = {f"N_star[{p.key}]": log_n[..., i] for i, p in enumerate(parabolas)}
     if len(usable) < 2:
         return out
-    log_n = log_n[..., usable]
     log_size = np.log([parabolas[i].size for i in usable])
-    if law.name == "isoflop":
-        intercept, slope = line(np.broadcast_to(log_size, log_n.shape), log_n)
-        out |= {"slope": slope, "intercept": intercept}
-        if "flops" in target:
-            out["N_opt"] = intercept + slope * np.log(target["flops"])
-            out["D_opt"] = np.log(target["flops"] / 6.0) - out["N_opt"]
-        return out
-    intercept, slope = line(log_n, np.broadcast_to(log_size, log_n.shape))
-    out |= {"slope": slope, "intercept": intercept}
-    if "params" in target:
-        out["data_needed"] = intercept + slope * np.log(target["params"])
-    if "unique_tokens" in target:
-        out["N_star"] = (np.log(target["unique_tokens"]) - intercept) / slope
-    return out
+    log_n = log_n[..., usable]
+    return out | law.through_minima(log_n, np.broadcast_to(log_size, log_n.shape), target)

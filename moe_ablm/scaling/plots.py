@@ -1,26 +1,31 @@
 """Figures of a fit: loss against size, isoFLOP, the frontier, profiles, residuals.
 
-Drawn without pyplot, so that nothing global is touched and nothing needs a display.
+Drawn without pyplot: no global state, no backend, no display.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from moe_ablm.files import replacing
-from moe_ablm.scaling.analysis import Analysis
 from moe_ablm.scaling.inputs import make_inputs
-from moe_ablm.scaling.parabola_fit import band
+from moe_ablm.scaling.parabola_fit import ParabolaFit, band
+from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Analysis
 
+# Loss, and both ends of its band where there is one, `[m]` each.
+Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 GROUPS = 6  # most curves in one panel
-MOST_VECTORS = 5000  # points of a line that an SVG keeps apart; more become pixels
-STYLE = {
+MOST_VECTORS = 5000  # most points of a vector line in an SVG; longer lines are rasterised
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,14 +40,9 @@ def draw_all(analysis: Analysis) -> dict[str, Figure]:
     made = analysis.fit
     figures: dict[str, Figure] = {}
     with rc_context(STYLE):
-        if made.law.name == "envelope":
-            return {"envelope": envelope(analysis)}
-        if made.law.name == "moe_clark":
-            figures["loss_against_experts"] = loss_against_experts(analysis)
-        else:
-            figures["loss_against_params"] = loss_against_params(analysis)
-        if made.problem is not None:
-            figures["residuals"] = residuals(analysis)
+        figures[made.law.figure] = OF_LOSS[made.law.figure](analysis)
+        if isinstance(made, SmoothFit):
+            figures["residuals"] = residuals(made)
             if "tokens" in made.law.needs:
                 figures["isoflop"] = isoflop(analysis)
                 figures["frontier"] = frontier(analysis)
@@ -58,7 +58,7 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     with rc_context(STYLE):
         for name, figure in figures.items():
             for line in (line for axes in figure.axes for line in axes.lines):
-                line.set_rasterized(len(line.get_xdata()) > MOST_VECTORS)
+                line.set_rasterized(np.size(line.get_xdata()) > MOST_VECTORS)
             for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
                 path = directory / f"{name}.{kind}"
                 with replacing(path) as temporary:
@@ -68,7 +68,7 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
 
 
 def data_groups(runs: Runs, role: str) -> list[tuple[str, np.ndarray, float]]:
-    """Runs by data size: label, members, middle value; quantile bins where there are many."""
+    """Runs by data size: label, members, middle value; quantile bins where sizes are many."""
     values = runs[role]
     sizes = np.unique(values)
     if sizes.size <= GROUPS:
@@ -83,29 +83,31 @@ def data_groups(runs: Runs, role: str) -> list[tuple[str, np.ndarray, float]]:
     return out
 
 
-def _middle(runs: Runs, members: np.ndarray) -> dict[str, object]:
-    """Middling inputs of some runs: medians of numbers, the commonest label."""
-    out: dict[str, object] = {}
+def _middle(runs: Runs, members: np.ndarray) -> dict[str, np.ndarray]:
+    """Typical inputs of some runs, `[]` each: medians of numbers, the commonest label."""
+    out: dict[str, np.ndarray] = {}
     for role, values in runs.inputs().items():
         part = values[members]
         if part.dtype.kind in "fiu":
-            out[role] = float(np.median(part))
+            out[role] = np.asarray(np.median(part))
         else:
             names, counts = np.unique(part, return_counts=True)
-            out[role] = names[np.argmax(counts)]
+            out[role] = np.asarray(names[np.argmax(counts)])
     return out
 
 
-def _curve(
-    analysis: Analysis, inputs: Mapping[str, object], params: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Loss along model sizes at fixed other inputs, with the 95 % band of the draws."""
-    made = analysis.fit
-    ratio = float(inputs.get("total_params", inputs["params"])) / float(inputs["params"])
+def _along_params(inputs: Mapping[str, np.ndarray], params: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns for model sizes `[m]` at fixed other inputs and a fixed share of active ones."""
+    ratio = inputs.get("total_params", inputs["params"]) / inputs["params"]
     columns = {**inputs, "params": params, "total_params": params * ratio}
-    columns = {k: np.broadcast_to(np.asarray(v), params.shape) for k, v in columns.items()}
+    return {k: np.broadcast_to(v, params.shape) for k, v in columns.items()}
+
+
+def _curve(analysis: Analysis, columns: Mapping[str, np.ndarray]) -> Curve:
+    """Loss along the columns, with the 95 % band of the bootstrap draws."""
+    made = analysis.fit
     middle = made.predict(**columns)
-    if analysis.boot is None:
+    if analysis.boot is None or not isinstance(made, SmoothFit):
         return middle, None, None
     x = make_inputs(columns, made.centre, made.law.routers)
     draws = np.exp(made.law.log_loss(analysis.boot.usable[:1000], x))
@@ -117,15 +119,15 @@ def _sizes(runs: Runs) -> np.ndarray:
     return np.geomspace(runs["params"].min() / 1.5, runs["params"].max() * 1.5, 120)
 
 
-def _paint(axes: Axes, x: np.ndarray, band: tuple, color, label: str) -> None:
-    middle, low, high = band
+def _paint(axes: Axes, x: np.ndarray, curve: Curve, color: np.ndarray, label: str) -> None:
+    middle, low, high = curve
     axes.plot(x, middle, color=color, lw=1.3, label=label)
-    if low is not None:
+    if low is not None and high is not None:
         axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
 
 
 def _frame(axes: Axes, loss: np.ndarray) -> None:
-    """Limits by the losses that were seen: a law may leave them far behind."""
+    """Limits from the observed losses: the curve of a law may go far beyond them."""
     margin = 0.15 * np.ptp(loss) or 0.01 * loss.max()
     axes.set_ylim(loss.min() - margin, loss.max() + margin)
 
@@ -134,21 +136,20 @@ def loss_against_params(analysis: Analysis) -> Figure:
     """Loss against N, a curve per data size with its bootstrap band."""
     made, runs = analysis.fit, analysis.fit.runs
     role = "unique_tokens" if "unique_tokens" in made.law.needs else "tokens"
-    if made.law.name == "isoflop":
-        role = "flops"
-        runs = Runs({**runs.columns, "flops": made.law.groups(runs)}, runs.source)
+    if isinstance(made, ParabolaFit):
+        role = made.law.group
+        runs = Runs({**runs.columns, role: made.law.groups(runs)}, runs.source)
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
     groups = data_groups(runs, role)
     colors = colormaps["viridis"](np.linspace(0, 0.88, len(groups)))
-    parabola = made.problem is None
     for (label, members, value), color in zip(groups, colors, strict=True):
         axes.plot(runs["params"][members], runs["loss"][members], "o", ms=4, color=color)
-        if parabola and f"a[{value:.15g}]" not in made.coefficients:
+        if isinstance(made, ParabolaFit) and f"a[{value:.15g}]" not in made.coefficients:
             continue
-        inputs = {**_middle(runs, members), role: value}
-        drawn = _curve(analysis, inputs, _sizes(runs))
-        if parabola:
+        inputs = {**_middle(runs, members), role: np.asarray(value)}
+        drawn = _curve(analysis, _along_params(inputs, _sizes(runs)))
+        if isinstance(made, ParabolaFit):
             drawn = (drawn[0], *(band(made, value, _sizes(runs)) or (None, None)))
         _paint(axes, _sizes(runs), drawn, color, label)
         best = made.derived.get(f"N_star[{value:.15g}]")
@@ -162,7 +163,7 @@ def loss_against_params(analysis: Analysis) -> Figure:
 
 
 def loss_against_experts(analysis: Analysis) -> Figure:
-    """Loss against the number of experts, a panel a router and a curve a size (Clark fig. 2)."""
+    """Loss against the number of experts: a panel per router, a curve per size (Clark fig. 2)."""
     made, runs = analysis.fit, analysis.fit.runs
     routers = made.law.routers
     figure = Figure(figsize=(3.0 * len(routers), 3.4))
@@ -180,12 +181,7 @@ def loss_against_experts(analysis: Analysis) -> Figure:
                 "experts": experts,
                 "router": np.full(experts.size, router),
             }
-            band = (made.predict(**columns), None, None)
-            if analysis.boot is not None:
-                x = make_inputs(columns, made.centre, routers)
-                draws = np.exp(made.law.log_loss(analysis.boot.usable[:1000], x))
-                band = (band[0], *np.percentile(draws, [2.5, 97.5], axis=0))
-            _paint(axes, experts, band, color, f"{size:.3g}")
+            _paint(axes, experts, _curve(analysis, columns), color, f"{size:.3g}")
         axes.set(xscale="log", xlabel="experts E", title=router)
     panels[0].set_ylabel("loss")
     panels[-1].legend(title="parameters", fontsize=7, title_fontsize=7)
@@ -245,19 +241,12 @@ def frontier(analysis: Analysis) -> Figure:
 
 
 def _surface(analysis: Analysis, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """The loss over sizes and tokens of any one shape, at the most unique tokens that were run."""
+    """The loss at sizes and tokens (arrays of one shape), at the most unique tokens of the runs."""
     made, runs = analysis.fit, analysis.fit.runs
-    inputs = _middle(runs, np.ones(len(runs), bool))
-    ratio = inputs["total_params"] / inputs["params"] if "total_params" in inputs else 1.0
-    columns = {
-        **inputs,
-        "params": n.ravel(),
-        "tokens": d.ravel(),
-        "total_params": n.ravel() * ratio,
-    }
+    columns = _along_params(_middle(runs, np.ones(len(runs), bool)), n.ravel())
+    columns["tokens"] = d.ravel()
     if "unique_tokens" in made.law.needs:
         columns["unique_tokens"] = np.minimum(runs["unique_tokens"].max(), d.ravel())
-    columns = {k: np.broadcast_to(np.asarray(v), n.size) for k, v in columns.items()}
     return made.predict(**columns).reshape(n.shape)
 
 
@@ -285,10 +274,10 @@ def profile_panels(analysis: Analysis) -> Figure:
     return figure
 
 
-def residuals(analysis: Analysis) -> Figure:
+def residuals(made: SmoothFit) -> Figure:
     """Residuals of ln L against the prediction, and against N and D."""
-    made, runs = analysis.fit, analysis.fit.runs
-    misfit = -made.problem.residuals(made.theta[None])[0]
+    runs = made.runs
+    misfit = -made.residuals()
     predicted = np.exp(made.problem.log_loss - misfit)
     index = made.index
     inputs = [("predicted loss", predicted, False), ("parameters N", runs["params"][index], True)]
@@ -320,3 +309,11 @@ def envelope(analysis: Analysis) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss")
     axes.legend(fontsize=7)
     return figure
+
+
+# by `figure` of a law
+OF_LOSS: dict[str, Callable[[Analysis], Figure]] = {
+    "loss_against_params": loss_against_params,
+    "loss_against_experts": loss_against_experts,
+    "envelope": envelope,
+}

@@ -1,4 +1,4 @@
-"""Numbers that others published for public tables of runs, to be printed beside ours."""
+"""Published coefficients for public tables of runs, to print beside ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moe_ablm.scaling.inputs import Centre
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.result import Fit, SmoothFit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _clark() -> dict[str, float]:
 
 def published_objective(fit: Fit, study: Study) -> float | None:
     """Our objective at the published point; None where the study lacks a free coefficient."""
-    if fit.problem is None or any(name not in study.values for name in fit.identifiable):
+    if not isinstance(fit, SmoothFit) or any(name not in study.values for name in fit.identifiable):
         return None
     values = {**fit.coefficients, **{k: study.values[k] for k in fit.identifiable}}
     natural = np.array([p.internal(values[p.name]) for p in fit.law.parameters])
@@ -47,7 +47,7 @@ def published_objective(fit: Fit, study: Study) -> float | None:
 
 
 def rounded_objective(fit: Fit, study: Study) -> float | None:
-    """The objective at our own minimum rounded as the study's values are; None if they are not."""
+    """Our objective at our minimum rounded like the study's values; None if those are exact."""
     if study.decimals is None:
         return None
     rounded = {k: round(v, study.decimals) for k, v in fit.coefficients.items()}

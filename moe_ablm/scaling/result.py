@@ -10,7 +10,9 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
-from moe_ablm.scaling.inputs import Centre, check_inputs
+from moe_ablm.scaling.catalogue import saved_law
+from moe_ablm.scaling.inputs import Centre, Target, check_inputs
+from moe_ablm.scaling.laws import Law, SmoothLaw
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Problem
 
@@ -27,18 +29,17 @@ class Interval:
     high: float | None
     se: float | None = None
     note: str = ""
-    open: bool = False  # the ends are those of draws that have a value, and too many have none
+    open: bool = False  # too many draws have no value; the ends are those of the others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """A fitted law; `coefficients` are unrounded and in the units of the input.
 
-    `theta` and `problem` (what was minimised, in centred units) exist only in the session that
-    made the fit; a reloaded fit predicts from its coefficients.
+    A fit reloaded from disk predicts from its coefficients and has no `runs`.
     """
 
-    law: object
+    law: Law
     n: int
     coefficients: Mapping[str, float]
     objective: float
@@ -53,15 +54,10 @@ class Fit:
     standard_errors: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[Interval, ...]] = field(default_factory=dict)
     derived: Mapping[str, float] = field(default_factory=dict)
-    target: Mapping[str, float] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
     notes: tuple[str, ...] = ()
     data_unit: str = "tokens"
-    noise_sd: float = math.nan  # of one run's loss, where a parabola needs it for its band
-    theta: np.ndarray | None = None
-    centre: Centre = Centre()
-    problem: Problem | None = None
-    index: np.ndarray | None = None  # the run behind each observation of `problem`
-    runs: Runs | None = None
+    runs: Runs = Runs({}, ())
 
     def predict(self, **inputs: float | np.ndarray) -> np.ndarray:
         """Losses at inputs in natural units, as `params=1e8, tokens=1e10`; arrays broadcast.
@@ -103,8 +99,8 @@ class Fit:
             "target": _plain(self.target),
             "data_unit": self.data_unit,
             "notes": list(self.notes),
-            "runs": list(self.runs.source) if self.runs else [],
-            "dropped": [list(d) for d in self.runs.dropped] if self.runs else [],
+            "runs": list(self.runs.source),
+            "dropped": [list(d) for d in self.runs.dropped],
         }
 
     def save(self, directory: Path | str) -> Path:
@@ -115,14 +111,31 @@ class Fit:
         return path
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmoothFit(Fit):
+    """A fit of a smooth law in the session that made it: what was minimised, in centred units."""
+
+    law: SmoothLaw
+    theta: np.ndarray  # [K], the minimum
+    centre: Centre
+    problem: Problem
+    index: np.ndarray  # the run behind each observation of `problem`
+
+    def residuals(self) -> np.ndarray:
+        """ln L_model - ln L of each observation."""
+        return self.problem.residuals(self.theta[None])[0]
+
+    def by_run(self, values: np.ndarray) -> np.ndarray:
+        """Means over the observations of each run, for a run that counts in several curves."""
+        return np.bincount(self.index, values) / np.bincount(self.index)
+
+
 def load(path: Path | str) -> Fit:
     """A fit from `fit.json` or the directory that holds it.
 
     Raises:
       UserError: the file is absent, not JSON, or of another schema.
     """
-    from moe_ablm.scaling.catalogue import saved_law
-
     path = Path(path)
     path = path / "fit.json" if path.is_dir() else path
     try:
@@ -161,7 +174,7 @@ def load(path: Path | str) -> Fit:
 
 
 def _number(value: object) -> object:
-    """JSON has no infinity and no NaN: the first becomes a string, the second null."""
+    """JSON has no infinity and no NaN: infinity becomes a string, NaN becomes null."""
     if isinstance(value, (float, np.floating)):
         if math.isnan(value):
             return None
@@ -176,9 +189,9 @@ def _plain(values: Mapping[str, object]) -> dict:
     }
 
 
-def _float(value: object) -> float:
+def _float(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _floats(values: Mapping[str, object]) -> dict[str, float]:
+def _floats(values: Mapping[str, float | str | None]) -> dict[str, float]:
     return {k: _float(v) for k, v in values.items()}

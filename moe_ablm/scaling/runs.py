@@ -1,23 +1,27 @@
-"""Rows to a checked table of runs; nothing is dropped or changed without saying which and why."""
+"""Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.checks import (
+from moe_ablm.scaling.inputs import INPUTS
+from moe_ablm.scaling.readers import (
+    RUN_FIELDS,
     BadValue,
+    Row,
+    Sheet,
     check_flops,
     few_tokens,
     label,
     mixed_units,
     number,
+    read_sheet,
     smooth_prediction,
 )
-from moe_ablm.scaling.inputs import INPUTS
-from moe_ablm.scaling.readers import RUN_FIELDS, Row, Sheet, read_sheet
 
 NUMBERS = (
     "params",
@@ -118,7 +122,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
             )
     dropped: list[tuple[str, str]] = []
     notes: list[str] = []
-    table: list[tuple[str, dict]] = []
+    table: list[Row] = []
     for item in inputs:
         sheet = read_sheet(Path(item), reading.curves, reading.drop_bad_rows)
         dropped += sheet.skipped
@@ -170,7 +174,7 @@ def _where(sheet: Sheet, where: Mapping[str, str], notes: list[str]) -> list[Row
     return rows
 
 
-def _equal(found: object, wanted: str) -> bool:
+def _equal(found: Any, wanted: str) -> bool:
     try:
         return float(found) == float(wanted)
     except (TypeError, ValueError):
@@ -184,8 +188,8 @@ def _parse(
     reading: Reading,
     dropped: list[tuple[str, str]],
     notes: list[str],
-) -> list[tuple[str, dict]]:
-    """Rows with numbers for text; a bad row is an error, or dropped where that was asked for."""
+) -> list[Row]:
+    """Rows with text turned into numbers; a bad row is an error, or dropped on request."""
     if reading.need_loss and "loss" not in names:
         raise UserError(
             f"--input {sheet.path}: no column for the loss; it has {', '.join(sheet.header)}; "
@@ -194,7 +198,9 @@ def _parse(
     out, clamped = [], 0
     for row in rows:
         try:
-            values = {r: number(row, r, n) for r, n in names.items() if r in NUMBERS}
+            values: dict[str, Any] = {
+                r: number(row, r, n) for r, n in names.items() if r in NUMBERS
+            }
             values |= {r: label(row, n) for r, n in names.items() if r in LABELS}
             clamped += _complete(values, names, sheet.is_runs, reading)
         except BadValue as bad:
@@ -202,7 +208,7 @@ def _parse(
                 dropped.append((row.source, bad.what))
                 continue
             raise UserError(f"{row.source}, {bad.what}; mend it, or use --drop-bad-rows") from None
-        out.append((row.source, values))
+        out.append(Row(row.source, values))
     if clamped:
         notes.append(
             f"{sheet.path}: {clamped} runs stopped before one epoch: their unique tokens are "
@@ -247,9 +253,7 @@ def _complete(values: dict, names: Mapping[str, str], is_runs: bool, reading: Re
     return False
 
 
-def _last_step(
-    table: list[tuple[str, dict]], dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
+def _last_step(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
     """The last step of each run, where both columns are given."""
     if not table or not all("run" in v and "step" in v for _, v in table):
         return table
@@ -265,12 +269,11 @@ def _last_step(
     return [table[i] for i in sorted(keep)]
 
 
-def _without_duplicates(
-    table: list[tuple[str, dict]], dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
-    """Without rows equal in every mapped column, the loss too: one run written down twice.
+def _without_duplicates(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
+    """Without rows that equal an earlier one in every mapped column, the loss too.
 
-    A run directory is called by its path, and a copy of it is not another run.
+    The name of a run directory is its path, so a copied directory differs in `run` only and is
+    a duplicate as well.
     """
     seen: dict[tuple, str] = {}
     out = []
@@ -281,13 +284,11 @@ def _without_duplicates(
             dropped.append((source, f"duplicate of {seen[key]}"))
         else:
             seen[key] = source
-            out.append((source, values))
+            out.append(Row(source, values))
     return out
 
 
-def _without_largest(
-    table: list[tuple[str, dict]], count: int, dropped: list[tuple[str, str]]
-) -> list[tuple[str, dict]]:
+def _without_largest(table: list[Row], count: int, dropped: list[tuple[str, str]]) -> list[Row]:
     if count <= 0:
         return table
     if count >= len(table):
@@ -300,12 +301,12 @@ def _without_largest(
 
 
 def _assemble(
-    table: list[tuple[str, dict]],
+    table: list[Row],
     dropped: list[tuple[str, str]],
     notes: list[str],
     reading: Reading,
 ) -> Runs:
-    """Columns that every row has; pairs stand in for tokens where the data size is in pairs."""
+    """Columns that every row has; without `unique_tokens`, `unique_pairs` replace them."""
     roles = [r for r in ROLES if all(r in v for _, v in table)]
     columns = {r: np.array([v[r] for _, v in table]) for r in roles}
     unit = "tokens"

@@ -1,18 +1,29 @@
-"""Which law do the runs support: AICc, cross-validation by cell, and the largest runs held out."""
+"""One law with its intervals and tests, and which of several laws the runs support."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.catalogue import PARABOLIC, resolve
+from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
+from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
-from moe_ablm.scaling.parabola_fit import fit_parabolas
-from moe_ablm.scaling.result import Fit
+from moe_ablm.scaling.inputs import Target
+from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
+from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
+from moe_ablm.scaling.result import Fit, SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import minimise
+from moe_ablm.scaling.uncertainty import (
+    FEWEST_DRAWS,
+    Bootstrap,
+    Profile,
+    bootstrap,
+    bootstrap_intervals,
+    profiles,
+)
 
 FOLDS = 10
 HELD_OUT = 0.15  # share of cells, the largest by compute, that is predicted from the rest
@@ -21,7 +32,7 @@ CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (B
 
 @dataclass(frozen=True)
 class Score:
-    """One law against the others; errors are of ln L, nan where they cannot be had."""
+    """The scores of one law; errors are of ln L, nan where it cannot be held out."""
 
     law: str
     fit: Fit
@@ -41,21 +52,19 @@ def compare(
     laws: Sequence[str],
     huber_delta: float | None = None,
     seed: int = 0,
-    fits: Sequence[Fit] = (),
 ) -> list[Score]:
     """Scores of several laws on the same runs, best AICc first.
 
-    `fits` are ready-made fits, used where their law is asked for. A law with more coefficients
-    than runs is left out.
+    A law with more coefficients than runs is left out, and so is a law of whole curves.
     """
-    ready = {f.law.name: f for f in fits}
     cells = runs.cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
     scores = []
-    for name in dict.fromkeys(resolve(law) for law in laws):
+    names = dict.fromkeys(resolve(law) for law in laws)
+    for name in (n for n in names if not LAWS[n].needs_curves):
         try:
-            made = ready.get(name) or _fit(runs, name, huber_delta)
+            made = _fit(runs, name, huber_delta)
             residuals = _residuals(made, runs)
         except UserError:
             continue
@@ -87,20 +96,19 @@ def _fit(runs: Runs, name: str, huber_delta: float | None) -> Fit:
 
 def _count(fit: Fit) -> int:
     """Free coefficients; a parabola's line through minima does not predict a loss."""
-    if fit.problem is not None:
+    if isinstance(fit, SmoothFit):
         return int(fit.problem.free.sum())
     return sum(name[:2] in ("a[", "b[", "c[") for name in fit.coefficients)
 
 
 def _residuals(fit: Fit, runs: Runs) -> np.ndarray:
     """ln L_model - ln L of each run; the mean over curves where a run counts in several."""
-    if fit.problem is None:
-        inputs = runs.inputs()
-        if "flops" in fit.law.needs:
-            inputs["flops"] = fit.law.groups(runs)
-        return np.log(fit.predict(**inputs)) - np.log(runs["loss"])
-    residuals = fit.problem.residuals(fit.theta[None])[0]
-    return np.bincount(fit.index, residuals) / np.bincount(fit.index)
+    if isinstance(fit, SmoothFit):
+        return fit.by_run(fit.residuals())
+    inputs = runs.inputs()
+    if isinstance(fit, ParabolaFit):
+        inputs[fit.law.group] = fit.law.groups(runs)
+    return np.log(fit.predict(**inputs)) - np.log(runs["loss"])
 
 
 def aicc(residuals: np.ndarray, delta: float, parameters: int) -> float:
@@ -136,8 +144,8 @@ def negative_log_likelihood(residuals: np.ndarray, delta: float) -> float:
         return n * math.log(middle + tails) + total / s
 
     guess = math.log(total / n)
-    found = minimize_scalar(cost, bounds=(guess - 10, guess + 10), method="bounded")
-    return float(found.fun)
+    best = minimize_scalar(cost, bounds=(guess - 10, guess + 10), method="bounded")
+    return float(best.fun)
 
 
 def _folds(cells: int, seed: int) -> np.ndarray:
@@ -157,28 +165,28 @@ def _largest(runs: Runs, cells: np.ndarray) -> np.ndarray:
 
 def _held_out(fit: Fit, runs: Runs, held: np.ndarray, huber_delta: float | None) -> np.ndarray:
     """ln L_model - ln L `[splits, runs]`, each model fitted without its `held [splits, runs]`."""
-    if fit.problem is not None:
+    if isinstance(fit, SmoothFit):
         problem = replace(fit.problem, weights=(~held[:, fit.index]).astype(float))
         ends = minimise(problem, np.repeat(fit.theta[None], len(held), axis=0))
         errors = fit.problem.residuals(ends.theta)
-        counts = np.bincount(fit.index)
-        return np.stack([np.bincount(fit.index, e) / counts for e in errors])
+        return np.stack([fit.by_run(e) for e in errors])
     out = np.full(held.shape, np.nan)
     for row, without in zip(out, held, strict=True):
         try:
             row[:] = _residuals(_fit(runs.take(~without), fit.law.name, huber_delta), runs)
         except UserError:
-            continue  # a parabola with too few points left: this law cannot be held out here
+            continue  # a parabola has too few points left: the split has no error
     return out
 
 
 def verdict(scores: Sequence[Score]) -> str:
-    """A plain sentence: which law the data support, and which they cannot tell apart."""
+    """A sentence: which law the data support, and which others they cannot exclude."""
     ranked = [s for s in scores if math.isfinite(s.aicc)]
     if not ranked:
         return "There are too few runs to compare these laws."
     best = ranked[0]
-    same, worse = [], []
+    same: list[str] = []
+    worse: list[str] = []
     for other in ranked[1:]:
         gap = other.aicc - best.aicc
         text = f"{other.law} (AICc +{gap:.1f}"
@@ -204,3 +212,76 @@ def verdict(scores: Sequence[Score]) -> str:
             f"({winner.largest_error:.2g} against {best.largest_error:.2g}): mistrust extrapolation"
         )
     return sentence + "."
+
+
+@dataclass(frozen=True)
+class Question:
+    """The law and the settings of an analysis; see the flags of `python -m moe_ablm fit`."""
+
+    law: str
+    huber_delta: float | None = None
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    draws: int = 1000
+    seed: int = 0
+    seed_sd: float | None = None
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A fit with its bootstrap draws and profiles; exact fits and parabolas have neither."""
+
+    fit: Fit
+    boot: Bootstrap | None = None
+    profiles: Sequence[Profile] = ()
+    lack_of_fit: LackOfFit | None = None
+    deltas: Sequence[tuple[float, Mapping[str, float], float]] = ()
+
+
+def analyse(runs: Runs, question: Question) -> Analysis:
+    """Fits one law, with intervals and tests; raises UserError as `fit_law` does."""
+    name = resolve(question.law)
+    if name in PARABOLIC:
+        if question.fixed:
+            raise UserError(f"--fix: law {name} has no coefficients that can be held")
+        law = PARABOLIC[name]()
+        settings = (question.draws, question.seed, question.target, question.level)
+        if law.needs_curves:
+            return Analysis(fit_envelope(runs, *settings))
+        return Analysis(fit_parabolas(runs, law, question.seed_sd, *settings))
+    made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
+    if made.status == "exact" or not made.problem.free.any():
+        return Analysis(made)
+    walked = profiles(made, question.level)
+    boot, drawn = None, {}
+    if question.draws > 0:
+        boot = bootstrap(made, question.draws, question.seed)
+        drawn = bootstrap_intervals(made, boot, question.level)
+        if len(boot.usable) < FEWEST_DRAWS:
+            note = (
+                f"{len(boot.usable)} of {question.draws} bootstrap draws converged, too few for "
+                f"an interval ({FEWEST_DRAWS})"
+            )
+            boot, made = None, replace(made, notes=(*made.notes, note))
+    intervals = {**drawn}  # those of the bootstrap before those of the profiles
+    for p in walked:
+        name = p.quantity.name
+        intervals[name] = (*drawn.get(name, ()), p.interval(question.level))
+    made = replace(with_open_profiles(made, walked), intervals=intervals)
+    return Analysis(made, boot, walked, lack_of_fit(made), delta_sensitivity(made))
+
+
+def with_open_profiles(fit: SmoothFit, walked: Sequence[Profile]) -> SmoothFit:
+    """The fit, with "not identified" for coefficients whose profile never closes."""
+    verdicts, identifiable = dict(fit.verdicts), dict(fit.identifiable)
+    for p in walked:
+        name = p.quantity.name
+        if identifiable.get(name) and None in (p.low, p.high):
+            side = "above" if p.high is None else "below"
+            verdicts[name] = f"not identified: its profile never closes {side}"
+            identifiable[name] = False
+    status = fit.status
+    if status == "converged" and not all(identifiable.values()):
+        status = "not_identifiable"
+    return replace(fit, verdicts=verdicts, identifiable=identifiable, status=status)

@@ -1,4 +1,4 @@
-"""One minimiser for everything: quasi-Newton on the summed Huber loss, batched over problems.
+"""One minimiser for all fits: quasi-Newton on the summed Huber loss, batched over problems.
 
 Starts, bootstrap draws, profile points, folds and simulated data sets are all rows of one batch,
 so that a thousand fits cost a few matrix operations an iteration instead of a thousand calls.
@@ -14,13 +14,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_ablm.scaling.inputs import Inputs
-from moe_ablm.scaling.laws import Law, log_sum
+from moe_ablm.scaling.laws import SmoothLaw, log_sum
 
-CHUNK = 256  # rows of the batch worked on together: keeps [chunk, n] arrays in cache
-LARGEST_ARRAY = 2**22  # entries of one [chunk, n] array, where runs are very many
-FTOL = 1e-14  # relative decrease that the local quadratic model still promises
+CHUNK = 256  # rows of the batch per chunk: keeps [chunk, n] arrays in cache
+LARGEST_ARRAY = 2**22  # most entries of a [chunk, n] array: chunks shrink where runs are many
+FTOL = 1e-14  # relative decrease predicted by the quadratic model at which a row stops
 STALLS = 5  # iterations in a row that gain less than FTOL: rounding, or a flat direction
-EXACT = 1e-19  # a summed objective below n times this (residuals of some 4e-10) is an exact fit
+EXACT = 1e-19  # an objective below n times this (residuals of some 4e-10) is an exact fit
+
+
+# theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
+WithGradient = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Tilt:
     its gradient `[B, K]`; row b of the batch is tilted by quantity `which[b]`.
     """
 
-    functions: tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], ...]
+    functions: tuple[WithGradient, ...]
     which: np.ndarray
     target: np.ndarray
     stiffness: np.ndarray
@@ -58,7 +62,7 @@ class Problem:
     prior into the units of the objective.
     """
 
-    law: Law
+    law: SmoothLaw
     x: Inputs
     log_loss: np.ndarray
     weights: np.ndarray
@@ -118,11 +122,11 @@ class Problem:
         robust = self.delta / np.maximum(size, self.delta) if np.isfinite(self.delta) else 1.0
         weights = np.broadcast_to(self.weights * robust, size.shape)
         out = np.swapaxes(jacobian * weights[:, :, None], 1, 2) @ jacobian
-        if self.law.penalty(theta) is not None:
+        # the priors are quadratic: their gradient is linear in theta
+        prior = self.law.penalty(np.eye(theta.shape[1]))
+        if prior is not None:
             diagonal = np.arange(theta.shape[1])
-            step = np.eye(theta.shape[1])
-            for k in diagonal:  # the priors are quadratic: their gradient is linear in theta
-                out[:, k, k] += self.prior_scale * self.law.penalty(step)[1][k, k]
+            out[:, diagonal, diagonal] += self.prior_scale * np.diag(prior[1])
         if self.tilt is not None:
             by_theta = self.tilt.evaluate(theta)[1]
             outer = by_theta[:, :, None] * by_theta[:, None, :]
@@ -146,7 +150,7 @@ class Minimum:
     theta: np.ndarray
     value: np.ndarray
     converged: np.ndarray
-    decrement: np.ndarray  # decrease that the quadratic model still promises, over the value
+    decrement: np.ndarray  # relative decrease that the quadratic model still predicts
     iterations: np.ndarray
 
 
@@ -155,8 +159,8 @@ def minimise(
 ) -> Minimum:
     """Projected BFGS from `theta [B, K]`, started from the Gauss-Newton Hessian of each row.
 
-    Chunks of the batch run on `workers` threads (default: one a core; numpy lets go of the lock);
-    rows never meet, so that the result does not depend on their number.
+    Chunks of the batch run on `workers` threads (default: one per core; numpy releases the GIL).
+    Rows are independent, so the result does not depend on the number of threads.
     """
     size = max(1, min(CHUNK, LARGEST_ARRAY // max(problem.x.size, 1)))
     chunks = [
@@ -165,7 +169,7 @@ def minimise(
     ]
 
     def work(index: np.ndarray) -> tuple:
-        # Steps into overflow are tried and refused by the line search; no need to hear of each.
+        # The line search tries steps that overflow and rejects them: no warning for each.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             return _minimise_chunk(problem.rows(index), theta[index], max_iterations)
 
@@ -213,7 +217,7 @@ def _minimise_chunk(problem: Problem, start: np.ndarray, max_iterations: int) ->
         iterations[rows] += 1
         failures[rows] = np.where(ok, 0, failures[rows] + 1)
         stuck = rows[failures[rows] == 1]
-        if stuck.size:  # the quadratic model is wrong here: begin it anew
+        if stuck.size:  # the quadratic model is wrong here: restart it
             inverse[stuck] = _inverse(problem.rows(stuck).curvature(theta[stuck]), problem.free)
         live[rows[(failures[rows] > 1) | (stalls[rows] >= STALLS)]] = False
     converged = (decrement <= 1e-9) | (value <= exact)
@@ -247,14 +251,14 @@ def _direction(
 def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Inverse Hessians `[B, K, K]` of the other parameters alone, zero for the held ones `[B, K]`.
 
-    Leaving rows and columns of the inverse out would not do: that allows the held ones to move.
+    Deleting rows and columns of the inverse would be wrong: that lets the held ones move.
     """
     if not held.any():
         return inverse
     inside = held[:, :, None] & held[:, None, :]
     across = np.where(held[:, :, None] & ~held[:, None, :], inverse, 0.0)
     block = np.where(inside, inverse, 0.0)
-    # parameters that are fixed anyhow have no row of their own
+    # fixed parameters have no row of their own
     empty = ~held | (np.einsum("bkk->bk", block) <= 0.0)
     block = block + np.eye(held.shape[1]) * empty[:, None, :]
     taken = np.swapaxes(across, 1, 2) @ np.linalg.solve(block, across)
@@ -265,7 +269,7 @@ def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
 def _line_search(
     problem: Problem, theta: np.ndarray, value: np.ndarray, step: np.ndarray, slope: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Backtracking to a sufficient decrease, projected on the bounds; rows that fail stay put."""
+    """Backtracking to a sufficient decrease, projected on the bounds; failed rows do not move."""
     # A log coefficient or an exponent never usefully moves by more than 1 at once.
     length = np.minimum(1.0, 1.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))
     new, new_value = theta.copy(), value.copy()

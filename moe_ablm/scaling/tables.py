@@ -1,21 +1,22 @@
-"""What a fit says, on the terminal: rich tables and plain sentences."""
+"""What a fit says: rich tables and sentences for the terminal, and one HTML page of both."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_ablm.scaling.advice import Advice, Candidate, DataValue
-from moe_ablm.scaling.analysis import Analysis
-from moe_ablm.scaling.design import Design
+from moe_ablm.page import image_html, lines_html, table_html, write_page
+from moe_ablm.scaling.design import Advice, Candidate, DataValue, Design
 from moe_ablm.scaling.published import Study, published_objective, rounded_objective
 from moe_ablm.scaling.result import Fit, Interval
-from moe_ablm.scaling.selection import Score
+from moe_ablm.scaling.selection import Analysis, Score
 
 SHOWN_DROPS = 8
-# Reasons that differ from row to row, and what they have in common.
+# Reasons that differ from row to row, and their common part.
 KINDS = {
     "not the last step": "not the last step of its run",
     "duplicate of": "duplicate of a row before it",
@@ -69,9 +70,9 @@ def coefficient_table(fit: Fit, study: Study | None = None) -> Table:
         cells = [name, number(value)]
         if study:
             cells.append(_published(study, name))
-        found = {i.method: i for i in fit.intervals.get(name, ())}
+        by_method = {i.method: i for i in fit.intervals.get(name, ())}
         for method in methods:
-            item = found.get(method)
+            item = by_method.get(method)
             text = "" if item is None else interval_text(item)
             if item is not None and item.se is not None:
                 text += f" ({number(item.se)})"
@@ -88,7 +89,7 @@ def _published(study: Study, name: str) -> str:
 
 
 def summary_lines(analysis: Analysis) -> list[str]:
-    """Status, objective, noise and everything that was not as asked, one sentence a line."""
+    """Status, objective, noise and notes, one sentence per line."""
     fit = analysis.fit
     delta = "least squares" if math.isinf(fit.huber_delta) else f"Huber delta {fit.huber_delta:.3g}"
     lines = [
@@ -122,9 +123,7 @@ def summary_lines(analysis: Analysis) -> list[str]:
 
 
 def dropped_lines(fit: Fit) -> list[str]:
-    """Which rows were left out and why, many of one reason in one line."""
-    if fit.runs is None:
-        return []
+    """Rows that were left out, one line per reason."""
     reasons: dict[str, list[str]] = {}
     for source, reason in fit.runs.dropped:
         kind = next((text for start, text in KINDS.items() if reason.startswith(start)), reason)
@@ -139,7 +138,7 @@ def dropped_lines(fit: Fit) -> list[str]:
 
 
 def published_lines(fit: Fit, study: Study) -> list[str]:
-    """What is known of the published point, and its value in our objective."""
+    """The remark on the published point, and our objective there."""
     lines = [f"published: {study.remark}"] if study.remark else []
     there = published_objective(fit, study)
     if there is not None:
@@ -212,7 +211,7 @@ def design_table(design: Design) -> Table:
 
 
 def advice_table(advice: Advice) -> Table:
-    """Best models over bootstrap draws, a row a kind."""
+    """Best models over bootstrap draws, a row per kind."""
     import numpy as np
 
     table = Table(title="best model under the limits, over bootstrap draws", title_justify="left")
@@ -278,3 +277,40 @@ def show(console: Console, analysis: Analysis, study: Study | None = None) -> No
         console.print(line, markup=False, highlight=False)
     if analysis.deltas:
         console.print(delta_table(analysis))
+
+
+def rich_html(table: Table) -> str:
+    """A rich table as an HTML table."""
+    rows = zip(*(list(c.cells) for c in table.columns), strict=True)
+    cells = [[str(cell) for cell in row] for row in rows]
+    return table_html([str(c.header) for c in table.columns], cells, str(table.title or ""))
+
+
+def write_report(
+    directory: Path,
+    analysis: Analysis,
+    figures: Mapping[str, Path],
+    tables: Sequence[Table] = (),
+    sentences: Sequence[str] = (),
+    study: Study | None = None,
+) -> Path:
+    """Writes `report.html` into `directory`; `figures` are SVG files to embed, by name."""
+    fit = analysis.fit
+    parts = [
+        f"<h1>Scaling law: {escape(fit.law.name)}</h1>",
+        f"<p><code>{escape(fit.law.equation)}</code><br>{escape(fit.law.source)}</p>",
+        "".join(f"<p><b>{escape(s)}</b></p>" for s in sentences),
+        rich_html(coefficient_table(fit, study)),
+        lines_html(published_lines(fit, study)) if study else "",
+        lines_html(summary_lines(analysis)),
+        *(rich_html(t) for t in tables),
+    ]
+    for name, path in figures.items():
+        alt = name.replace("_", " ")
+        parts.append(f"<h2>{escape(alt)}</h2>{image_html(path, alt)}")
+    if analysis.deltas:
+        parts.append(rich_html(delta_table(analysis)))
+    dropped = dropped_lines(fit)
+    if dropped:
+        parts.append("<h2>rows left out</h2>" + lines_html(dropped))
+    return write_page(directory / "report.html", fit.law.name, parts)

@@ -1,4 +1,4 @@
-"""`python -m moe_ablm fit`: a table of runs to a scaling law with honest uncertainty."""
+"""`python -m moe_ablm fit`: fits scaling laws to tables of runs."""
 
 import argparse
 import math
@@ -6,17 +6,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 
-HELP = "fit scaling laws to runs, with intervals, model choice and advice"
+if TYPE_CHECKING:  # loaded when the verb runs
+    from rich.console import Console
+    from rich.table import Table
+
+    from moe_ablm.scaling.inputs import Target
+    from moe_ablm.scaling.runs import Reading, Runs
+    from moe_ablm.scaling.selection import Analysis, Score
+
 COMPARE = "compare"
 PIPE_WIDTH = 180
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb; the names are relied on by scripts."""
+    """Flags of the verb; scripts rely on their names."""
     from moe_ablm.scaling.published import STUDIES
 
     add = parser.add_argument
@@ -77,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     """Reads, then fits or checks a design; raises UserError for wrong input."""
     from rich.console import Console
 
+    from moe_ablm.scaling.catalogue import LAWS
+    from moe_ablm.scaling.laws import Law
     from moe_ablm.scaling.runs import Reading, read_runs
 
     console = Console()
@@ -92,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         drop_bad_rows=args.drop_bad_rows,
         drop_largest_losses=args.drop_largest_losses,
         tokens_per_pair=args.tokens_per_pair,
-        curves=laws == ["envelope"],
+        curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
@@ -103,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of its range, before anything is read or fitted."""
+    """Raises UserError for a number out of range, before anything is read or fitted."""
     for flag in ("bootstrap", "seed", "drop_largest_losses"):
         value = getattr(args, flag)
         if value < 0:
@@ -126,15 +136,20 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: no permission to write in {place}")
 
 
-def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
-    """Fits, compares, draws and writes; the first law is the one that is saved."""
-    from moe_ablm.scaling.analysis import Question, analyse
+def _fit(
+    console: "Console",
+    runs: "Runs",
+    laws: Sequence[str],
+    args: argparse.Namespace,
+    out: Path,
+    reading: "Reading",
+) -> None:
+    """Fits, compares, draws and writes; the first law is saved."""
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
-    from moe_ablm.scaling.report import write_report
-    from moe_ablm.scaling.selection import compare, verdict
-    from moe_ablm.scaling.tables import comparison_table, show
+    from moe_ablm.scaling.selection import Question, analyse, compare, verdict
+    from moe_ablm.scaling.tables import comparison_table, show, write_report
 
     question = Question(
         law="",
@@ -149,7 +164,8 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
     if not candidates:
         raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
-    tables, sentences = [], []
+    tables: list[Table] = []
+    sentences: list[str] = []
     if len(candidates) > 1:
         scores = compare(runs, candidates, args.huber_delta, args.seed)
         if not scores:
@@ -182,34 +198,38 @@ def _fit(console, runs, laws: Sequence[str], args, out: Path, reading) -> None:
     console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
 
 
-def _advice(analysis, args, reading) -> tuple[list, list[str]]:
+def _advice(
+    analysis: "Analysis", args: argparse.Namespace, reading: "Reading"
+) -> tuple[list["Table"], list[str]]:
     """Tables and sentences for --advise and --next-run."""
-    from moe_ablm.scaling import advice, tables
+    from moe_ablm.scaling import design, tables
+    from moe_ablm.scaling.result import SmoothFit
     from moe_ablm.scaling.runs import read_runs
     from moe_ablm.scaling.uncertainty import quantities
 
     if not args.advise and not args.next_run:
         return [], []
     fit, boot = analysis.fit, analysis.boot
-    if boot is None:
+    if boot is None or not isinstance(fit, SmoothFit):
         raise UserError(
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
             "too few: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
-    noise = advice.noise_of(fit)
-    shown, said = [], []
+    noise = design.noise_of(fit)
+    shown: list[Table] = []
+    said: list[str] = []
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
-        limits = advice.Limits(args.max_flops, args.max_params, args.max_unique)
-        best = advice.advise(fit, boot, limits)
+        limits = design.Limits(args.max_flops, args.max_params, args.max_unique)
+        best = design.advise(fit, boot, limits)
         shown.append(tables.advice_table(best))
         if best.at_bound.any():
             said.append(
                 f"{best.at_bound.mean():.0%} of the draws want a size at the edge of those tried "
-                f"({advice.BEYOND:g} times beyond the runs): that is extrapolation."
+                f"({design.BEYOND:g} times beyond the runs): that is extrapolation."
             )
-        values, sentence = advice.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
+        values, sentence = design.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
         if values:
             shown.append(tables.data_table(values, args.tokens_per_pair))
         said.append(sentence)
@@ -217,13 +237,15 @@ def _advice(analysis, args, reading) -> tuple[list, list[str]]:
         grid = read_runs(
             [args.next_run], replace(reading, need_loss=False, where=None, drop_largest_losses=0)
         )
-        quantity = advice.pick_quantity(quantities(fit))
-        ranked = advice.next_runs(fit, boot, grid, quantity, noise)
+        quantity = design.pick_quantity(quantities(fit))
+        ranked = design.next_runs(fit, boot, grid, quantity, noise)
         shown.append(tables.next_table(ranked, quantity.name))
     return shown, said
 
 
-def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
+def _design(
+    console: "Console", runs: "Runs", laws: Sequence[str], args: argparse.Namespace, out: Path
+) -> None:
     from moe_ablm.scaling.catalogue import SMOOTH, resolve
     from moe_ablm.scaling.design import check_design
     from moe_ablm.scaling.tables import design_table
@@ -248,7 +270,7 @@ def _design(console, runs, laws: Sequence[str], args, out: Path) -> None:
     _write_json(out, "design.json", {"schema": "moe_ablm.design/1", **values})
 
 
-def _scores_json(scores, sentence: str) -> dict:
+def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
     def plain(value: float) -> float | None:
         return value if abs(value) < float("inf") else None
 
@@ -288,8 +310,10 @@ def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _target(args, runs) -> dict[str, object]:
-    """The target's inputs; pairs are turned into what the runs' data sizes are counted in."""
+def _target(args: argparse.Namespace, runs: "Runs") -> "Target":
+    """The inputs of the target; pairs become the unit of the runs' data sizes."""
+    from moe_ablm.scaling.inputs import make_target
+
     pairs = _pairs("--target", [args.target])
     router = {"router": pairs.pop("router")} if "router" in pairs else {}
     target = {k: _number("--target", k, v) for k, v in pairs.items()}
@@ -298,7 +322,7 @@ def _target(args, runs) -> dict[str, object]:
             raise UserError("--target unique_pairs=...: the runs are in tokens; --tokens-per-pair?")
         scale = 1.0 if runs.data_unit == "pairs" else args.tokens_per_pair
         target["unique_tokens"] = target.pop("unique_pairs") * scale
-    return target | router
+    return make_target("--target", {**target, **router})
 
 
 def _numbers(flag: str, text: str) -> dict[str, float]:
