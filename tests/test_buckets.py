@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 from tiny_models import MOE, engine, tiny_model
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.inference import buckets
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import HiddenStates
 from moe_ablm.inference.logits import EveryPosition

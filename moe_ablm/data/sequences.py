@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.data.antibody import row_sizes
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import mix
 from moe_ablm.data.regions import CDR3, CHAINS
@@ -45,9 +46,7 @@ class Sequences:
 
     def tokens(self, dataset: Dataset, layout: Layout) -> np.ndarray:
         """Tokens of each sequence in a layout, special ones included, int64 `[n]`."""
-        heavy, light = self.residues(dataset)
-        around = len(layout.before) + len(layout.after)
-        return heavy + light + around + ((heavy > 0) & (light > 0)) * len(layout.between)
+        return row_sizes(*self.residues(dataset), layout)
 
 
 def stored(dataset: Dataset, rows: np.ndarray) -> Sequences:

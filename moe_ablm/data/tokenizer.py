@@ -16,6 +16,7 @@ VOCABULARY = (
 CLS, PAD, EOS, UNK = range(4)
 MASK = VOCABULARY.index("<mask>")
 NULL = VOCABULARY.index("<null_1>")
+MASKED = "_"  # letter of a masked residue
 AMINO_ACIDS = "LAGVSERTIDPKQNFYMHWC"
 FIRST_AMINO_ACID = VOCABULARY.index(AMINO_ACIDS[0])
 

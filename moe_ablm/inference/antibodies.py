@@ -1,83 +1,23 @@
-"""Antibodies as people give them - files, or strings in Python - and as rows of tokens."""
+"""Antibodies as users give them: files, or strings in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.antibody import Antibody, tokens_of
 from moe_ablm.data.readers import Report, Source
-from moe_ablm.data.readers.check import MASKED, check_batch, place_of
+from moe_ablm.data.readers.check import check_batch, place_of
 from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
 from moe_ablm.data.regions import CHAINS
-from moe_ablm.data.tokenizer import AMINO_ACIDS, MASK, VOCABULARY, Layout
+from moe_ablm.data.tokenizer import AMINO_ACIDS, Layout
 from moe_ablm.errors import UserError
 
 AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but neither scored nor mutated
 LETTERS = AMINO_ACIDS + AMBIGUOUS
 SORTED = 8192  # sources whose rows are joined keep the order of the file up to so many antibodies
-_TOKEN = {t: i for i, t in enumerate(VOCABULARY) if len(t) == 1} | {MASKED: MASK}
-_ENCODE = np.zeros(256, np.uint8)
-_ENCODE[[ord(letter) for letter in _TOKEN]] = list(_TOKEN.values())
-
-
-@dataclass(frozen=True)
-class Antibody:
-    """Chains in upper-case letters, "" where there is none; `MASKED` stands for a masked residue.
-
-    Attributes:
-      name: its id, or the number of its row.
-      heavy, light: the chains.
-      where: its place in the source, for messages.
-      cdr_masks: `cdr_mask_aa` of both chains, where the source has it; else "".
-    """
-
-    name: str
-    heavy: str
-    light: str
-    where: str = ""
-    cdr_masks: tuple[str, str] = ("", "")
-
-    def chains(self) -> list[tuple[str, str]]:
-        """(name, letters) of the chains that are there."""
-        both = zip(CHAINS, (self.heavy, self.light), strict=True)
-        return [(chain, letters) for chain, letters in both if letters]
-
-    @property
-    def residues(self) -> int:
-        """Residues of both chains."""
-        return len(self.heavy) + len(self.light)
-
-
-class Row(NamedTuple):
-    """An antibody as the model sees it: `tokens` uint8 `[n]`, and where its residues stand.
-
-    Attributes:
-      tokens: special tokens and residues.
-      places: int64 `[residues]`, index in `tokens` of each residue, heavy chain first.
-    """
-
-    tokens: np.ndarray
-    places: np.ndarray
-
-
-def row_of(antibody: Antibody, layout: Layout) -> Row:
-    """Tokens of an antibody in a layout."""
-    tokens, places = list(layout.before), []
-    for number, (_, letters) in enumerate(antibody.chains()):
-        tokens += layout.between if number else ()
-        places.append(np.arange(len(letters)) + len(tokens))
-        tokens += _ENCODE[np.frombuffer(letters.encode(), np.uint8)].tolist()
-    return Row(np.array([*tokens, *layout.after], np.uint8), np.concatenate(places))
-
-
-def tokens_of(antibody: Antibody, layout: Layout) -> int:
-    """Tokens of an antibody, special ones included."""
-    between = len(layout.between) if len(antibody.chains()) == 2 else 0
-    return len(layout.before) + antibody.residues + between + len(layout.after)
 
 
 def labels(antibodies: Iterable[Antibody]) -> dict[str, np.ndarray]:

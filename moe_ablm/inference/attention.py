@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import Antibody, row_of
 from moe_ablm.inference.buckets import Batch, Engine, Task
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe

@@ -10,9 +10,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.files import replacing
-from moe_ablm.inference.antibodies import Antibody
 
 ORDER = "AVILMGPCSTNQDEHKRFWY"  # of rows, by chemistry: aliphatic, small, polar, charged, aromatic
 LONGEST_NAME = 80  # letters of a file's name

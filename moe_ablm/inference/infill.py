@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.readers.check import MASKED
-from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK
-from moe_ablm.inference.antibodies import LETTERS, Antibody, row_of
+from moe_ablm.data.antibody import Antibody, row_of
+from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK, MASKED
+from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.antibody import Antibody, Row, row_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
-from moe_ablm.inference.antibodies import Antibody, Row, labels, row_of
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import OnePosition
 from moe_ablm.inference.score import (

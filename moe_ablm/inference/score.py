@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.antibody import Antibody, Row, row_of
 from moe_ablm.data.regions import CHAINS, FR4, region_names, regions_from_cdr_mask
 from moe_ablm.data.tokenizer import MASK, is_amino_acid
-from moe_ablm.inference.antibodies import Antibody, Row, labels, row_of
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition, OnePosition
 

@@ -19,7 +19,6 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
-HELP = "regions, genes and germline of amino-acid chains"
 COLUMNS = (
     *("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa"),
     *("v_gene", "j_gene", "v_call", "j_call", "cdr3_aa", "v_identity_aa"),

@@ -13,7 +13,6 @@ from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 
-HELP = "what a dataset holds, in words and pictures"
 _GENES_SHOWN = 25
 
 

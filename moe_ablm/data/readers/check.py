@@ -13,7 +13,6 @@ from moe_ablm.data.regions import CHAINS
 # A V domain has about 130 residues, a whole heavy chain 450, an scFv 250.
 LONGEST_CHAIN = 2000
 LONGEST_PROTEIN = 50_000
-MASKED = "_"  # where it is allowed, `*` and `<mask>` become it
 
 _ALLOWED = {
     "germline_aa": tokenizer.AMINO_ACIDS,
@@ -41,14 +40,15 @@ def check_batch(
       batch: columns of the study as strings, `_row` and `_line`; a chain's column may be missing.
       report: told of what was found; raises UserError for a malformed row when asked to fail.
       longest: most residues of a chain.
-      letters: allowed in sequences; with `MASKED` among them masks may be spelled `*` or `<mask>`.
+      letters: allowed in sequences; with `tokenizer.MASKED` among them masks may be spelled `*`
+        or `<mask>`.
     """
     n = batch.num_rows
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
         if name not in batch.schema.names:
             batch = batch.append_column(name, pa.array([""] * n, pa.string()))
-        batch = _tidied(batch, name, report, MASKED in letters)
+        batch = _tidied(batch, name, report, tokenizer.MASKED in letters)
     good = np.ones(n, bool)
     lengths = {}
     for chain in CHAINS:
@@ -77,7 +77,7 @@ def place_of(batch: pa.RecordBatch, row: int) -> str:
 def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa.RecordBatch:
     sequences = batch[name]
     if masks:
-        sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", MASKED)
+        sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", tokenizer.MASKED)
         batch = batch.set_column(batch.schema.get_field_index(name), name, sequences)
     upper = pc.ascii_upper(pc.utf8_trim_whitespace(sequences))
     changed = pc.not_equal(sequences, upper).to_numpy(zero_copy_only=False)
