@@ -50,6 +50,8 @@ V and J usage are counts of pairs, D usage is what explains the CDRH3; the other
 fields of `SimulationParams`.
 """
 
+from typing import Any
+
 # fmt: off
 '''
 
@@ -312,7 +314,7 @@ def module_text(params, source: str, rows: int) -> str:
         "LIGHT_LOAD": params.light_load,
         "SURVIVAL": params.survival,
         "MEMORY_CDRH3_SELECTION": params.memory_cdrh3_selection,
-        "JUNCTIONS": {
+        "JUNCTIONS: dict[str, dict[str, Any]]": {
             locus: {
                 name: getattr(p, name)
                 for name in ("v_trim", "j_trim", "n1", "d5_trim", "d3_trim", "n2", "cdr3_length")

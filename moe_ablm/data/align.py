@@ -232,7 +232,8 @@ class _Near:
 def _nearest(text: str, found_words: np.ndarray, table: VTable) -> list[_Near]:
     """The germline that shares most words, of each of the nearest layouts; best score first."""
     shared = table.has_word[found_words].sum(axis=0, dtype=np.int64)
-    near, layouts = [], set()
+    near: list[_Near] = []
+    layouts: set[int] = set()
     for g in np.argsort(-shared, kind="stable").tolist():
         if shared[g] < MIN_SHARED_WORDS or len(layouts) == LAYOUTS_ALIGNED:
             break
@@ -289,7 +290,7 @@ def _log_odds(hit: _Hit, codes: np.ndarray, table: VTable) -> np.ndarray:
 
 
 def _place_gapped(
-    codes: np.ndarray, own: VTable, other: VTable, placement: Placement, row: int
+    codes: np.ndarray, own: VTable, other: VTable, placement: Placement, row: int | np.integer
 ) -> None:
     """Fills one row of a placement by gapped alignment."""
     if len(codes) < MIN_ALIGNED:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pyarrow as pa
@@ -86,18 +87,21 @@ def _row(domains: Domains, row: int) -> ChainAnnotation | Rejection:
     if domains.reason[row] != ACCEPTED:
         return Rejection(REASONS[domains.reason[row]])
     length, first = domains.length[row], domains.cdr3_start[row]
-    texts = [
+    sequence, germline, cdr_mask, mutated = (
         array[row, :length].tobytes().decode()
         for array in (domains.residues, domains.germline, domains.cdr, domains.mutated)
-    ]
+    )
     v_call, j_call = domains.v_call[row], domains.j_call[row]
     return ChainAnnotation(
-        *texts,
+        sequence_aa=sequence,
+        germline_aa=germline,
+        cdr_mask_aa=cdr_mask,
+        nongermline_mask_aa=mutated,
         v_gene=v_call.split("|")[0],
         j_gene=j_call.split("|")[0],
         v_call=v_call,
         j_call=j_call,
-        cdr3_aa=texts[0][first : first + domains.cdr3_length[row]],
+        cdr3_aa=sequence[first : first + domains.cdr3_length[row]],
         v_identity_aa=float(domains.v_identity[row]),
         start=int(domains.start[row]),
     )
@@ -168,11 +172,12 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def _die_with_parent() -> None:
     """Ends this worker when the process that started it is killed, which the pool does not see."""
 
-    def watch() -> None:
-        multiprocessing.parent_process().join()
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBatch, np.ndarray]:

@@ -143,7 +143,7 @@ def mmseqs_clusters(
     with fasta.open("wb") as f:
         for row, sequence in enumerate(sequences):
             f.write(b">%d\n%s\n" % (row, sequence))
-    command = [program, "easy-cluster", fasta, prefix, scratch / "mmseqs-tmp"]
+    command: list[str | Path] = [program, "easy-cluster", fasta, prefix, scratch / "mmseqs-tmp"]
     command += ["--min-seq-id", f"{identity:g}", "-c", _MMSEQS_COVERAGE, "--cov-mode", "0"]
     command += ["--threads", str(os.cpu_count() or 1), "-v", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

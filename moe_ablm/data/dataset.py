@@ -143,7 +143,7 @@ class DatasetWriter:
         self._dir.chmod(0o755)
         self._pending: list[pa.RecordBatch] = []
         self._rows_pending = 0
-        self._file = None
+        self._file: pa.ipc.RecordBatchFileWriter | None = None
         self._shards: list[dict] = []
         self._counts = dict.fromkeys(SPLITS, 0)
         self._fractions = {s: dict.fromkeys(FRACTIONS, 0) for s in SPLITS}
@@ -249,8 +249,10 @@ class Dataset:
         self._batches = batches
         self._views = [_views(b) for b in batches]
         self._starts = np.cumsum([0] + [b.num_rows for b in batches])
-        for name in ("key", "split", "fraction_key", "cluster"):
-            setattr(self, name, np.concatenate([np.asarray(b[name]) for b in batches]))
+        self.key, self.split, self.fraction_key, self.cluster = (
+            np.concatenate([np.asarray(b[name]) for b in batches])
+            for name in ("key", "split", "fraction_key", "cluster")
+        )
         self.lengths = {
             chain: np.concatenate([np.diff(v[f"{chain}_offsets"]) for v in self._views])
             for chain in CHAINS
@@ -315,7 +317,7 @@ class Dataset:
         """
         chunk = np.searchsorted(self._starts, rows, side="right") - 1
         local = rows - self._starts[chunk]
-        targets = [(f"{chain}_{column}", memoryview(array)) for column, array in into.items()]
+        targets = [(f"{chain}_{column}", array.data) for column, array in into.items()]
         offsets = f"{chain}_offsets"
         for c, row, to, skipped, n in zip(
             chunk.tolist(), local.tolist(), at.tolist(), skip.tolist(), count.tolist(), strict=True

@@ -152,7 +152,7 @@ def _calls(best: np.ndarray, genes: Sequence[tuple[str, ...]]) -> list[str]:
     calls = []
     for key in map(bytes, np.packbits(best, axis=1)):
         if key not in names:
-            chosen = np.flatnonzero(np.unpackbits(np.frombuffer(key, np.uint8)))
+            chosen = np.flatnonzero(np.unpackbits(np.frombuffer(key, np.uint8))).tolist()
             names[key] = "|".join(dict.fromkeys(gene for g in chosen for gene in genes[g]))
         calls.append(names[key])
     return calls

@@ -10,6 +10,7 @@ transversion), or, in one replacement out of five, any residue. Whole numbers ma
 that a tie between alleles is a tie on every machine and in every batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from moe_ablm.data.germline import (
     CODON_TABLE,
     LOCI,
     LOCI_OF_CHAIN,
+    Allele,
     JAllele,
     VAllele,
     load_germlines,
@@ -42,7 +44,7 @@ CDR3_KEPT = (0.4, 0.7, 0.85, 0.9, 0.95)
 # Share of the J genes of a locus in human repertoires, roughly. Without their trimmed 5' ends and
 # with mutations some J cannot be told apart by protein (IGHJ1, 4 and 5); then usage decides which
 # one is named first.
-J_USAGE = {
+J_USAGE: dict[str, dict[str, float]] = {
     "IGH": {"IGHJ4": 48, "IGHJ6": 20, "IGHJ3": 13, "IGHJ5": 13, "IGHJ2": 3, "IGHJ1": 2},
     "IGK": {"IGKJ1": 29, "IGKJ2": 26, "IGKJ4": 25, "IGKJ5": 11, "IGKJ3": 9},
     "IGL": {
@@ -189,7 +191,7 @@ def _v_scores(alleles: list[VAllele], n: int) -> np.ndarray:
     return np.rint(total / len(alleles)).astype(np.int16)
 
 
-def _loci(alleles: list[VAllele] | list[JAllele]) -> np.ndarray:
+def _loci(alleles: Sequence[Allele]) -> np.ndarray:
     return np.array([LOCI.index(allele.locus) for allele in alleles], np.uint8)
 
 
@@ -247,9 +249,8 @@ def _j_prior(allele: JAllele) -> int:
 @lru_cache(maxsize=2)
 def j_table(chain: str) -> JTable:
     """The J table of a chain ("heavy" or "light"), built once a process."""
-    alleles = load_germlines().j_of(*LOCI_OF_CHAIN[chain])
-    prior = {j.name: _j_prior(j) for j in alleles}
-    alleles = sorted(alleles, key=lambda j: -prior[j.name])
+    prior = {j: _j_prior(j) for j in load_germlines().j_of(*LOCI_OF_CHAIN[chain])}
+    alleles = sorted(prior, key=lambda j: -prior[j])
     lengths = np.array([len(j.amino_acids) - j.motif for j in alleles])
     before = max(j.motif for j in alleles)
     fr4 = np.full((len(alleles), lengths.max()), OTHER, np.uint8)
@@ -265,7 +266,7 @@ def j_table(chain: str) -> JTable:
     return JTable(
         genes=tuple((j.gene,) for j in alleles),
         locus=_loci(alleles),
-        prior=np.array([prior[j.name] for j in alleles], np.int32),
+        prior=np.array([prior[j] for j in alleles], np.int32),
         fr4=fr4,
         fr4_length=lengths,
         fr4_scores=fr4_scores,

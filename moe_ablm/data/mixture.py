@@ -97,10 +97,10 @@ def parse_regime(text: str) -> Regime:
             raise ValueError(f"SHARE={share:g} of unpaired sequences, expected between 0 and 1")
         return Regime("mixed", curve=(share, 0.0, 0.0, 0.0))
     if found := _SIGMOID.fullmatch(text):
-        curve = tuple(map(float, found.groups())) if found[1] else CURRICULUM
-        if not 0 <= curve[0] - curve[1] <= curve[0] <= 1:
+        start, drop, slope, middle = map(float, found.groups()) if found[1] else CURRICULUM
+        if not 0 <= start - drop <= start <= 1:
             raise ValueError("START and START - DROP are shares: expected 0 to 1")
-        return Regime("curriculum", curve=curve)
+        return Regime("curriculum", curve=(start, drop, slope, middle))
     raise ValueError(f"expected one of {', '.join(REGIMES)}")
 
 
@@ -213,7 +213,7 @@ class Stream:
         self.size = np.minimum(sequences.tokens(dataset, layout), length)
         self._seed, self._spawn = seed, (number,) if number else ()
         self._packing = first_fit_decreasing(self.size, length) if packed else None
-        self.rows = len(self._packing) if packed else len(sequences)
+        self.rows = len(sequences) if self._packing is None else len(self._packing)
         self._order = lru_cache(_EPOCHS_KEPT)(self._make_order)
 
     def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -242,7 +242,7 @@ class Stream:
     def _draw_epoch(
         self, here: np.ndarray, rows: np.ndarray, seated: np.ndarray | None, epoch: int
     ) -> Drawn:
-        if seated is None:
+        if self._packing is None or seated is None:
             return Drawn(here, rows, np.full(len(rows), epoch), np.zeros(len(rows), np.int64))
         first = self._packing.first[rows]
         count = self._packing.first[rows + 1] - first
@@ -327,7 +327,7 @@ class Mixture:
                 (length, sequences.take(np.flatnonzero(bucket == i)))
                 for i, length in enumerate(b.buckets)
             ]
-        added = []
+        added: list[Stream] = []
         for length, part in parts:
             if len(part):
                 number = len(self.streams) + len(added)
@@ -345,8 +345,8 @@ class Mixture:
         b = self.batching.rows
         counts = self._before[step + 1] - self._before[step]
         if self.batching.kind == "bucketed":
-            stream = int(np.argmax(counts))
-            return np.full(b, stream), self._before[step, stream] * b + np.arange(b)
+            chosen = int(np.argmax(counts))
+            return np.full(b, chosen), self._before[step, chosen] * b + np.arange(b)
         stream = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
         position = np.arange(b) + (self._before[step] - first)[stream]

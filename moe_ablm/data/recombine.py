@@ -137,7 +137,7 @@ class Recombiner:
         self.domains = Assembler(v, j)
         self.d = AlleleTable(d) if d else None
         self.v_tail = self.domains.v.length - 3 * self.domains.v_codons
-        self._d_cdf = np.cumsum(d_usage) if d else None
+        self._d_cdf = np.cumsum(() if d_usage is None else d_usage)
         self._n_cdf = np.cumsum(params.n_composition)
         names = ("v_trim", "j_trim", "n1", "n2", "d5_trim", "d3_trim")
         self._cdf = {name: _negative_binomial_cdf(*getattr(params, name)) for name in names}

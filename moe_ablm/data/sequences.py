@@ -90,7 +90,8 @@ def repaired(dataset: Dataset, rows: np.ndarray, seed: int) -> tuple[Sequences, 
             f"with both chains in a split, found {len(both)}"
         )
     partner, met, left = _deal(
-        *(_chain_hashes(dataset, both, chain) for chain in CHAINS),
+        _chain_hashes(dataset, both, "heavy"),
+        _chain_hashes(dataset, both, "light"),
         np.random.default_rng(np.random.SeedSequence([seed, 0x5EA1])),
     )
     single = stored(dataset, np.setdiff1d(rows, both, assume_unique=True))

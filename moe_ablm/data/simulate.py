@@ -7,7 +7,7 @@ real cells. The genes of the two chains are independent unless `pairing_tilt` is
 nucleotide. Insertions, deletions and P nucleotides are not simulated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,9 +54,9 @@ class SimulationParams:
                         own usage and junctions take the place of those above
     """
 
-    v_usage: dict[str, dict[str, float]] = field(default_factory=lambda: dict(usage.V_USAGE))
-    j_usage: dict[str, dict[str, float]] = field(default_factory=lambda: dict(usage.J_USAGE))
-    d_usage: dict[str, float] = field(default_factory=lambda: dict(usage.D_USAGE))
+    v_usage: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: dict(usage.V_USAGE))
+    j_usage: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: dict(usage.J_USAGE))
+    d_usage: Mapping[str, float] = field(default_factory=lambda: dict(usage.D_USAGE))
     kappa_share: float = usage.KAPPA_SHARE
     memory_share: float = usage.MEMORY_SHARE
     load: tuple[float, float] = usage.LOAD
@@ -125,7 +125,7 @@ def v_pairing(params: SimulationParams) -> tuple[list[str], list[str], np.ndarra
     return genes["IGH"], genes["IGK"] + genes["IGL"], joint
 
 
-def gene_frequencies(gene_usage: dict[str, float]) -> np.ndarray:
+def gene_frequencies(gene_usage: Mapping[str, float]) -> np.ndarray:
     """Frequencies of the genes of a usage table, in the order of their names."""
     weights = np.array([gene_usage[gene] for gene in sorted(gene_usage)], float)
     return weights / weights.sum()
@@ -326,7 +326,7 @@ def _gamma(mean_and_shape: tuple[float, float], rng) -> np.ndarray:
     return rng.gamma(shape, mean / shape, BLOCK)
 
 
-def allele_frequencies(alleles: tuple, gene_usage: dict[str, float]) -> np.ndarray:
+def allele_frequencies(alleles: tuple, gene_usage: Mapping[str, float]) -> np.ndarray:
     """Frequency of each allele: its gene's usage, shared equally by the alleles of the gene."""
     owner = [allele.gene for allele in alleles]
     weights = np.array([gene_usage.get(gene, 0) / owner.count(gene) for gene in owner])

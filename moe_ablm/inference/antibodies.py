@@ -20,9 +20,9 @@ LETTERS = AMINO_ACIDS + AMBIGUOUS
 SORTED = 8192  # sources whose rows are joined keep the order of the file up to so many antibodies
 
 
-def labels(antibodies: Iterable[Antibody]) -> dict[str, np.ndarray]:
+def labels(antibodies: Iterable[Antibody]) -> dict[str, list]:
     """Columns that name every residue: `sequence_id`, `chain`, `position` (from 1), `residue`."""
-    columns = {"sequence_id": [], "chain": [], "position": [], "residue": []}
+    columns: dict[str, list] = {"sequence_id": [], "chain": [], "position": [], "residue": []}
     for antibody in antibodies:
         for chain, letters in antibody.chains():
             columns["sequence_id"] += [antibody.name] * len(letters)
@@ -183,7 +183,8 @@ def windows(
       cost: rows through the encoder, and bytes of the result, of an antibody.
       most: of both in a group; a single antibody may exceed them.
     """
-    window, total = [], np.zeros(2, np.int64)
+    window: list[Antibody] = []
+    total = np.zeros(2, np.int64)
     for antibody in antibodies:
         price = cost(antibody)
         if window and (total + price > most).any():

@@ -33,8 +33,10 @@ class MeanAttentionWeights:
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
         weights = _weights(encoder, batch)
-        chosen = weights if self.layer is None else [weights[self.layer]]
-        return sum(each.mean(1) for each in chosen) / len(chosen)
+        if self.layer is not None:
+            return weights[self.layer].mean(1)
+        first, *others = (each.mean(1) for each in weights)
+        return sum(others, first) / len(weights)
 
 
 def _weights(encoder: Encoder, batch: Batch) -> tuple[jax.Array, ...]:

@@ -39,15 +39,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """`Choices` or `Weights`, arrays `[B, L, M, ...]`."""
+    """The arrays of `Choices` or `Weights` by name, `[B, L, M, ...]`."""
 
-    def __call__(self, encoder: Encoder, batch: Batch) -> Choices | Weights:
+    def __call__(self, encoder: Encoder, batch: Batch) -> dict[str, jax.Array]:
         routing = encoder(batch.tokens, batch.valid, observe=Observe(plans=True)).routing
+        assert routing is not None  # a model with experts
         # layers after tokens, in what was `[M, B, L, ...]`
         plan = jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 2), routing.plan)
         if isinstance(plan, SoftPlan):
-            return Weights(plan.dispatch, plan.combine)
-        return Choices(plan.experts, plan.gates)
+            return {"dispatch": plan.dispatch, "combine": plan.combine}
+        return {"experts": plan.experts, "gates": plan.gates}
 
 
 def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weights]:
@@ -62,7 +63,8 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     found: list = [None] * len(rows)
     for index, routing in engine.run(Routing(), [row.tokens for row in rows]):
-        found[index] = type(routing)(*(array[rows[index].places] for array in routing))
+        kind = Weights if "combine" in routing else Choices
+        found[index] = kind(**{name: a[rows[index].places] for name, a in routing.items()})
     return found
 
 
@@ -95,13 +97,14 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
         columns["combine"] = vectors(combine.reshape(-1, slots))
         return pa.table(columns)
     experts, gates = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    moe = engine.model.spec.moe
+    assert moe is not None  # `route` refuses dense models
     order = np.argsort(-gates, axis=-1, kind="stable")
     experts, gates = (np.take_along_axis(a, order, axis=-1) for a in (experts, gates))
-    taken = experts < engine.model.spec.moe.experts
+    taken = experts < moe.experts
     taken[..., 0] |= ~taken.any(-1)
     residue, layer, choice = np.nonzero(taken)
-    expert = experts[taken]
     columns = {name: values[residue] for name, values in names.items()}
     columns |= {"layer": layers[layer]}
-    columns["expert"] = np.where(expert < engine.model.spec.moe.experts, expert, -1)
+    columns["expert"] = np.where(experts[taken] < moe.experts, experts[taken], -1)
     return pa.table(columns | {"gate": gates[taken]})

@@ -75,10 +75,10 @@ def passes(antibody: Antibody, method: str) -> int:
 def table(antibodies: Sequence[Antibody], scores: Sequence[np.ndarray]) -> pa.Table:
     """A line a mutant: `residue` is the wild type, `score` the log-odds of `mutant` against it."""
     columns = {name: np.array(values) for name, values in labels(antibodies).items()}
-    scores = np.concatenate(scores)
+    log_odds = np.concatenate(scores)
     letters = np.array(list(AMINO_ACIDS))
     # NaN: the wild type is none of the 20, and has no mutants
-    mutants = (columns["residue"][:, None] != letters) & ~np.isnan(scores)
+    mutants = (columns["residue"][:, None] != letters) & ~np.isnan(log_odds)
     residue, mutant = np.nonzero(mutants)
     columns = {name: values[residue] for name, values in columns.items()}
-    return pa.table(columns | {"mutant": letters[mutant], "score": scores[mutants]})
+    return pa.table(columns | {"mutant": letters[mutant], "score": log_odds[mutants]})

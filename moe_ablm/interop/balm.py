@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from moe_ablm.data.tokenizer import LAYOUTS, NULL
+from moe_ablm.data.tokenizer import NULL
 from moe_ablm.interop.balm_config import BALM_VOCABULARY, balm_settings, encoder_spec
 from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_balm
 from moe_ablm.interop.card import model_card
@@ -21,9 +21,8 @@ from moe_ablm.interop.huggingface import (
     check_tensors,
     check_vocabulary,
     dtype_notes,
+    imported,
     kept_for_import,
-    licence_of,
-    ours,
     some,
     sorted_out,
     write_json,
@@ -87,16 +86,14 @@ def import_balm(directory: Path, layout: str | None = None) -> Model:
     biases = config["ffn_bias"] is not False, config["expert_bias"] is not False
     check_tensors(tensors, names, _expected(shapes, spec, model, biases))
     notes += dtype_notes(tensors, names)
-    told, licence = ours(config), licence_of(directory)
-    return Model(
+    return imported(
+        config,
         spec,
         _params(shapes, spec, model, tensors),
-        LAYOUTS[layout or told.get("layout", "balm")],
-        told.get("length") or config.number("max_position_embeddings", 256),
-        f"{directory.resolve().name} ({ARCHITECTURES[model]})",
-        told.get("regime"),
-        tuple(notes),
-        dict(told.get("facts") or {}) | ({"licence": licence} if licence else {}),
+        architecture=ARCHITECTURES[model],
+        layout=layout,
+        default=("balm", 256),
+        notes=notes,
     )
 
 

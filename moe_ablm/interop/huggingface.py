@@ -6,10 +6,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.saved import Model, read_json
 from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
+from moe_ablm.model.spec import EncoderSpec
 
 CONFIG = "config.json"
 OURS = "moe_ablm"  # key of config.json under which exports keep what Hugging Face has no place for
@@ -145,7 +148,7 @@ def dtype_notes(tensors: Tensors, names: Iterable[str]) -> list[str]:
 
 
 def ours(config: HuggingFaceConfig) -> dict[str, Any]:
-    """What an export of moe_ablm told beside Hugging Face's keys; empty elsewhere."""
+    """What an export of moe_ablm keeps beside Hugging Face's keys; empty elsewhere."""
     found = config[OURS]
     if found is None:
         return {}
@@ -156,6 +159,43 @@ def ours(config: HuggingFaceConfig) -> dict[str, Any]:
             "it, or export again"
         )
     return found
+
+
+def imported(
+    config: HuggingFaceConfig,
+    spec: EncoderSpec,
+    params: nnx.State,
+    *,
+    architecture: str,
+    layout: str | None,
+    default: tuple[str, int],
+    offset: int = 0,
+    notes: Iterable[str] = (),
+) -> Model:
+    """The model of a directory.
+
+    Args:
+      config: its config.json.
+      spec, params: the encoder.
+      architecture: name of the class in Hugging Face's form.
+      layout: name of the layout in which chains become a row; None: that of an export of ours, or
+        the default.
+      default: name of the layout, and length in tokens, where config.json does not say.
+      offset: of positions in `max_position_embeddings`.
+      notes: what a user should know.
+    """
+    kept, licence = ours(config), licence_of(config.directory)
+    return Model(
+        spec,
+        params,
+        LAYOUTS[layout or kept.get("layout", default[0])],
+        kept.get("length")
+        or config.number("max_position_embeddings", default[1] + offset) - offset,
+        f"{config.directory.resolve().name} ({architecture})",
+        kept.get("regime"),
+        tuple(notes),
+        dict(kept.get("facts") or {}) | ({"licence": licence} if licence else {}),
+    )
 
 
 def kept_for_import(model: Model) -> dict:
@@ -224,7 +264,8 @@ def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list
     Raises:
       UserError: two tensors go by one expected name.
     """
-    names, ignored = {}, []
+    names: dict[str, str] = {}
+    ignored = []
     for found in tensors:
         name = rename(found)
         if name is None:

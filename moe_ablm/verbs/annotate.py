@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.RecordBatch]:
-    options = {"reannotate": reannotate, "workers": workers, "all_columns": True}
-    for batch in annotated(source.batches(), source.report, **options):
+    batches = annotated(
+        source.batches(), source.report, reannotate=reannotate, workers=workers, all_columns=True
+    )
+    for batch in batches:
         source.report.kept += batch.num_rows
         yield batch
 

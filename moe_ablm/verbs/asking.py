@@ -207,11 +207,11 @@ def _command(
     """All that decides the content of the output."""
     from moe_ablm.inference.output import file_identity
 
-    files = [file_identity(path) for source in sources for path in source.paths]
+    read: list[Any] = [file_identity(path) for source in sources for path in source.paths]
     return {
         "verb": args.verb,
         "model": engine.model.digest(),
-        "input": files or [[args.heavy or "", args.light or ""]],
+        "input": read or [[args.heavy or "", args.light or ""]],
         "reading": [args.format, args.columns, args.on_bad_row],
         "precision": args.precision,
         "options": question.options,

@@ -22,7 +22,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 def import_(args: argparse.Namespace) -> None:
     """Reads, checks, converts and writes; says what was left out."""
-    from moe_ablm.interop.directory import import_directory
+    from moe_ablm.interop.load import import_directory
     from moe_ablm.interop.saved import save_model
 
     model = import_directory(args.input, args.layout)

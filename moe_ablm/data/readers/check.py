@@ -69,7 +69,7 @@ def check_batch(
     return batch if good.all() else batch.filter(pa.array(good))
 
 
-def place_of(batch: pa.RecordBatch, row: int) -> str:
+def place_of(batch: pa.RecordBatch, row: int | np.integer) -> str:
     """Where a row of a reader's batch stands in its file."""
     return place(batch[ROW][int(row)].as_py(), batch[LINE][int(row)].as_py())
 

@@ -57,9 +57,11 @@ def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.Re
     Yields:
       Batches with the chosen columns as strings, `_row` (from 1, without the header) and `_line`.
     """
-    header = None
+    header: list[str] = []
+    delimiter = ""
+    columns: Mapping[str, str] = {}
     for line, block in line_blocks(path, report):
-        while header is None and block:
+        while not header and block:
             first, _, block = block.partition(b"\n")
             line += 1
             metadata = metadata_of(first.decode("utf-8", "replace"))
@@ -73,7 +75,7 @@ def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.Re
             columns = choose(header)
         if block:
             yield from _parse_block(block, line, header, delimiter, columns, report)
-    if header is None or report.read == 0:
+    if not header or report.read == 0:
         raise UserError(f"{report.source}: no rows below the header")
 
 

@@ -40,7 +40,9 @@ def records(path: Path, report: Report) -> Iterator[Record]:
     Raises:
       UserError: what `line_blocks` raises; text before the first header.
     """
-    header, parts, size, row, header_line = None, [], 0, 0, 0
+    header: bytes | None = None
+    parts: list[bytes] = []
+    size = row = header_line = 0
     for first, block in line_blocks(path, report):
         for number, line in enumerate(block.split(b"\n")[:-1], start=first):
             if line.startswith(b">"):
