@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from marginals import marginals
 from scipy import stats
 from scipy.optimize import brentq, minimize
 
 from moe_ablm.data.germline import load_germlines, translate, translate_codes
-from moe_ablm.data.marginals import marginals
 from moe_ablm.data.recombine import JunctionParams, Recombiner
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS
 from moe_ablm.data.simulate import SimulationParams, allele_frequencies, simulate

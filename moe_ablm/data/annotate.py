@@ -112,14 +112,14 @@ def annotate_batch(
 ) -> tuple[pa.RecordBatch, Counter]:
     """Annotates the chains of a batch that lack annotation.
 
-    Values that are there are trusted: germline, masks, genes, CDR3, identity. A chain that has
+    Given values are trusted: germline, masks, genes, CDR3, identity. A chain that has
     all of them passes unchanged, else the missing ones are computed, the sequence is cut to the V
     domain and the given per-residue strings with it.
 
     Args:
       batch: `sequence_aa_heavy` and/or `sequence_aa_light` ("" or null: no such chain), any
         columns of the annotated table, and any others, which are passed on.
-      reannotate: compute what is there, too.
+      reannotate: also compute the annotation that is there.
       workers: processes; the result does not depend on their number.
 
     Returns:
@@ -207,7 +207,7 @@ def annotate_columns(
     Args:
       batch: may have any of the columns of the annotated table.
       chain: "heavy" or "light".
-      reannotate: do as if the annotation that is there were not.
+      reannotate: ignore the annotation that is there.
 
     Returns:
       Columns by their name without the chain, and for each row the reason (object `[rows]`) why

@@ -39,8 +39,8 @@ def clonal_groups(
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     """Group and member hashes (uint64 `[rows]`) and CDRH3s of stored rows.
 
-    A light chain alone has no CDRH3: its group is V gene, J gene and CDRL3. What is not annotated
-    (general proteins) is a group of its own, named by its sequence.
+    A light chain alone has no CDRH3: its group is V gene, J gene and CDRL3. A row without
+    annotation (a general protein) is a group of its own, named by its sequence.
     """
     heavy, light = (_cdr3(stored, chain) for chain in CHAINS)
     genes = [stored[f"{c}_{g}_gene"].to_pylist() for c in CHAINS for g in "vj"]
@@ -67,7 +67,7 @@ def _cdr3(stored: pa.RecordBatch, chain: str) -> list[bytes]:
 def donor_draws(
     batch: pa.RecordBatch, report: Report, valid_donors: Sequence[str], test_donors: Sequence[str]
 ) -> np.ndarray:
-    """What decides a donor-wise split (uint64 `[rows]`, for `split.split_of`).
+    """The hashes that decide a donor-wise split (uint64 `[rows]`, for `split.split_of`).
 
     It is the hash of the row's donor; where donors are named for a split, they go there and all
     others to train.

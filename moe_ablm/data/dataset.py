@@ -55,10 +55,6 @@ def flat(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.Array:
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
 def _encode_chain(batch: pa.RecordBatch, chain: str) -> dict[str, pa.Array]:
     letters, offsets = flat(batch[f"sequence_aa_{chain}"])
     if tokenizer.invalid(letters).any():
@@ -81,7 +77,11 @@ def _encode_chain(batch: pa.RecordBatch, chain: str) -> dict[str, pa.Array]:
         "mutated": residues("nongermline_mask_aa", none) - np.uint8(ord("0")),
         "segment": segments_from_mask(residues("gene_segment_mask_aa", none)),
     }
-    return {f"{chain}_{name}": _lists(values, offsets) for name, values in codes.items()}
+    ends = pa.array(offsets)
+    return {
+        f"{chain}_{name}": pa.LargeListArray.from_arrays(ends, pa.array(values))
+        for name, values in codes.items()
+    }
 
 
 def encode_batch(

@@ -20,7 +20,7 @@ from moe_ablm.data.germline_scores import (
     v_table,
 )
 
-MAX_LENGTH = 2_000  # residues; what is longer is no antibody chain
+MAX_LENGTH = 2_000  # residues; a longer sequence is no antibody chain
 ROWS_AT_ONCE = 512
 OTHER_CHAIN = {"heavy": "light", "light": "heavy"}
 
@@ -80,13 +80,9 @@ def find_domains(flat: np.ndarray, offsets: np.ndarray, chain: str) -> Domains:
         part = _annotate_block(padded, cut, chain)
         part.reason[lengths[rows] > MAX_LENGTH] = CODE_OF_REASON["too_long"]
         parts.append(part)
-    return _concatenate(parts).take(np.argsort(order, kind="stable"))
-
-
-def _concatenate(parts: list[Domains]) -> Domains:
-    return Domains(
-        *(np.concatenate([getattr(p, f) for p in parts]) for f in Domains.__dataclass_fields__)
-    )
+    names = Domains.__dataclass_fields__
+    sorted_by_length = Domains(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+    return sorted_by_length.take(np.argsort(order, kind="stable"))
 
 
 def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str) -> Domains:

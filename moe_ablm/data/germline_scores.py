@@ -108,7 +108,7 @@ def log_odds(codons: np.ndarray, kept: np.ndarray, otherwise: np.ndarray | None)
     Args:
       codons: codes 0-63 `[n]` of codons that are no stop.
       kept: `[n]` probability that the germline residue is seen.
-      otherwise: `[20]` distribution of what is seen else; None is a replacement by hypermutation.
+      otherwise: `[20]` distribution of the residue if it is not kept; None: hypermutation.
     """
     other = replacement_probabilities()[codons] if otherwise is None else otherwise[None]
     probability = (1.0 - kept[:, None]) * np.broadcast_to(other, (len(codons), OTHER))
@@ -120,7 +120,7 @@ def log_odds(codons: np.ndarray, kept: np.ndarray, otherwise: np.ndarray | None)
 
 
 def encode(sequence: str) -> np.ndarray:
-    """Residue codes of a sequence, case ignored; what is no amino acid is `OTHER`."""
+    """Residue codes of a sequence, case ignored; `OTHER` for letters that are no amino acid."""
     return CODE_OF_BYTE[np.frombuffer(sequence.encode(), np.uint8)]
 
 

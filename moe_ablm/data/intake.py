@@ -29,7 +29,7 @@ from moe_ablm.data.spill import Partitions
 from moe_ablm.data.tokenizer import decode
 from moe_ablm.errors import UserError
 
-# What clustering needs of a row. `draw` decides the split, `group` is the clonal group, `member`
+# Columns that clustering needs. `draw` decides the split, `group` is the clonal group, `member`
 # a hash of group and CDRH3; without `cdr3` the group is the cluster.
 _CLONES = pa.schema(
     [
@@ -82,7 +82,7 @@ class SplitRule:
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """What is known once all rows have been seen; arrays `[rows]` in order of arrival.
+    """Clusters and splits, once all rows have been seen; arrays `[rows]` in order of arrival.
 
     Attributes:
       cluster (int64), split (uint8), keep (bool): see `dataset.SCHEMA`; `keep` is False for a row

@@ -30,7 +30,9 @@ _CHANCE_BITS = 24  # a chance is a multiple of 2^-24, exact in float32
 
 @dataclass(frozen=True)
 class MaskPolicy:
-    """Who is masked more often: `kind` uniform, cdr3, nongermline or span; `rate` of the preferred.
+    """Which residues are masked more often.
+
+    `kind` is uniform, cdr3, nongermline or span; `rate` is the masking rate of the preferred ones.
 
     Whatever the policy, the expected share of an antibody's residues that is masked is the mean
     rate of the run.
@@ -44,7 +46,7 @@ UNIFORM = MaskPolicy("uniform")
 
 
 def parse_policy(text: str) -> MaskPolicy:
-    """Policy from its name, one of `MASKS` (RATE such as 0.25); ValueError says what is wrong."""
+    """Policy from its name, one of `MASKS` (RATE such as 0.25); ValueError if it is malformed."""
     if text in ("uniform", "span"):
         return MaskPolicy(text)
     found = _PREFERRED.fullmatch(text)

@@ -86,7 +86,7 @@ _FORMS = {
 
 
 def parse_regime(text: str) -> Regime:
-    """Regime from its name, one of `REGIMES`; ValueError says what is wrong."""
+    """Regime from its name, one of `REGIMES`; ValueError if it is malformed."""
     if text in ("paired", "shuffled", "unpaired"):
         return Regime(text)
     if text == "unpaired:doubled":
@@ -107,7 +107,7 @@ def parse_regime(text: str) -> Regime:
 def form_of(
     dataset: Dataset, form: str, rows: np.ndarray, seed: int
 ) -> tuple[Sequences, str | None]:
-    """Records in a form, and a line to tell about it."""
+    """Records in a form, and a note for the user or None."""
     if form != "repaired":
         return {"stored": forms.stored, "chains": forms.chains, "pairs": forms.pairs}[form](
             dataset, rows
@@ -176,7 +176,7 @@ class Drawn(NamedTuple):
     """Sequences of some rows, row after row; arrays `[n]`.
 
     Attributes:
-      row: index of the position that asked for it.
+      row: index of the position in the request.
       sequence: index in the stream's sequences.
       epoch: how often the stream gave each of its sequences before.
       start: token of the row at which it begins.
@@ -192,7 +192,7 @@ class Stream:
     """Rows out of sequences of one dataset, one sequence or, packed, several in a row.
 
     Attributes:
-      dataset, sequences: what is drawn.
+      dataset, sequences: the pool that is drawn from.
       size: int64 `[n]`, tokens of each sequence, at most `length` (longer ones are cropped).
       length: tokens of a row.
       rows: rows of an epoch, the same in every epoch.
@@ -208,7 +208,7 @@ class Stream:
         number: int = 0,
         packed: bool = False,
     ):
-        """Args: the run's seed; `number` sets streams of one run apart."""
+        """Args: the run's seed; `number` distinguishes the streams of a run."""
         self.dataset, self.sequences, self.length = dataset, sequences, length
         self.size = np.minimum(sequences.tokens(dataset, layout), length)
         self._seed, self._spawn = seed, (number,) if number else ()
@@ -262,7 +262,7 @@ class Mixture:
     Attributes:
       streams: `[S]`.
       left_out: sequences that are longer than `Batching.length`.
-      notes: lines to tell at the start of a run.
+      notes: lines to print at the start of a run.
       sequences: number of sequences of all streams.
       unique_tokens: their tokens; of a dataset that is shown in two forms, the larger sum.
     """
@@ -352,14 +352,14 @@ class Mixture:
         position = np.arange(b) + (self._before[step] - first)[stream]
         if len(counts) == 1:
             return stream, position
-        # streams lie in one another's midst, so that each host and micro-batch has its share
+        # interleave the streams so that every host and micro-batch gets its share
         with np.errstate(over="ignore"):
             order = np.argsort(mix(mix(np.uint64(self._seed) + mix(np.uint64(step)))
                                    + np.arange(b, dtype=np.uint64)))  # fmt: skip
         return stream[order], position[order]
 
     def epochs(self, step: int) -> float:
-        """Chains that the steps before `step` show, over those there are."""
+        """Chains shown before `step`, over the distinct chains of the mixture."""
         unit = self.batching.rows if self.batching.kind == "bucketed" else 1
         return float(self._before[step] * unit @ self._chains_per_row / self._unique_chains)
 
@@ -382,7 +382,7 @@ def rows_before(shares: np.ndarray, units: int, seed: int) -> np.ndarray:
 
     A step's units are points (b + u) / units, b = 0..units - 1, on a line that the shares divide
     (systematic sampling): each stream gets its share, rounded up or down. u moves by the golden
-    ratio from step to step, so that what is rounded away evens out soon.
+    ratio from step to step, so that rounding evens out over a few steps.
 
     Args:
       shares: `[steps, S]`, not negative; each step's are normalised.

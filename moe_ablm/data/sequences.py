@@ -1,4 +1,4 @@
-"""What a model is shown as one sequence: a pair as stored, a chain alone, or a re-paired pair."""
+"""The sequences of a dataset as a model sees them: stored pairs, single chains, re-paired pairs."""
 
 from dataclasses import dataclass
 

@@ -42,7 +42,7 @@ class SimulationParams:
     naive_load          the same of every naive cell: variants that the germline table lacks,
                         sequencing errors, cells that have just begun to mutate
     light_load          (mean, shape) of the gamma distribution of a light chain's load over the
-                        heavy chain's: what the two do not share
+                        heavy chain's: the part that the two do not share
     survival            by chain: the probability that a replacement survives, by region
                         (FR1, CDR1, FR2, CDR2, FR3, CDR3, FR4)
     memory_cdrh3_selection  memory cells keep a CDRH3 of L residues with the probability
@@ -167,7 +167,7 @@ def mutual_information(joint: np.ndarray) -> float:
 
 @dataclass(eq=False)
 class _Chains:
-    """One chain of n cells: nucleotides `[n, 3 WIDTH]`, and what is known of each residue."""
+    """One chain of n cells: nucleotides `[n, 3 WIDTH]`, and the annotation of each residue."""
 
     codes: np.ndarray
     length: np.ndarray

@@ -175,6 +175,6 @@ def _search(
         found, unreached = unreached[near], unreached[~near]
         edges.append(np.stack([np.full(len(found), here), found]))
         frontier += found.tolist()
-    if not len(unreached):  # what is in the frontier is connected already
+    if not len(unreached):  # the rows of the frontier are connected already
         return edges, unreached
     return edges, np.append(np.array(frontier, np.int64), unreached)

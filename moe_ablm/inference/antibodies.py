@@ -45,9 +45,9 @@ def read(
 
     Args:
       sources: opened with `letters`.
-      layout: of the model.
-      longest: most tokens that the model was trained for; what is longer is a malformed row.
-      refuse: what else is wrong with an antibody, or None.
+      layout: the model's.
+      longest: tokens of the longest row that the model was trained for; longer rows are malformed.
+      refuse: another reason to refuse an antibody, or None.
 
     Raises:
       UserError: a malformed row, unless the source leaves such rows out.
@@ -129,10 +129,10 @@ def given(
     """Antibodies from Python: single chains as strings, pairs as (heavy, light).
 
     Args:
-      items: of a pair one chain may be "" or None; whether a string is a light chain, annotation
-        finds out (what is neither counts as heavy).
-      layout: of the model.
-      longest: most tokens.
+      items: one chain of a pair may be "" or None. Annotation decides whether a single string is a
+        light chain; one that is neither counts as heavy.
+      layout: the model's.
+      longest: most tokens of a row.
       letters: allowed; lower case becomes upper case.
 
     Raises:
@@ -176,12 +176,12 @@ def windows(
     cost: Callable[[Antibody], tuple[int, int]],
     most: tuple[int, int] = (4096, 128 << 20),
 ) -> Iterator[list[Antibody]]:
-    """Groups antibodies so that what is computed and held for a group is bounded.
+    """Groups antibodies so that the work and the memory of a group are bounded.
 
     Args:
       antibodies: any number.
       cost: rows through the encoder, and bytes of the result, of an antibody.
-      most: of both in a group; a single antibody may exceed them.
+      most: rows and bytes of a group; a single antibody may exceed them.
     """
     window: list[Antibody] = []
     total = np.zeros(2, np.int64)

@@ -1,4 +1,4 @@
-"""Cross-chain attention: how much the residues of one chain look at those of the other."""
+"""Cross-chain attention: weights between the residues of the heavy and the light chain."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def attention_layer(layer: int, layers: int) -> int:
 
 
 def needs_both(antibody: Antibody) -> str | None:
-    """What is wrong with an antibody of one chain."""
+    """Why an antibody of one chain is refused; None for a pair."""
     if len(antibody.chains()) == 2:
         return None
     return "one chain only: attention between chains needs a heavy and a light one"
@@ -94,7 +94,7 @@ def mean_attention(
 ) -> Iterator[tuple[int, CrossAttention]]:
     """(number of the antibody, mean over heads of a layer, or of all layers), in any order.
 
-    What is held is bounded: an antibody's weights are forgotten before those of others are made.
+    Memory is bounded: the weights of an antibody are dropped before those of the next are made.
 
     Raises:
       UserError: an antibody has one chain, or there is no such layer.

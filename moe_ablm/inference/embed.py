@@ -49,8 +49,8 @@ def embed(
 
     Args:
       engine: the model.
-      antibodies: any number; what comes back for them is held in memory.
-      level: of `LEVELS`.
+      antibodies: any number; their results are held in memory.
+      level: one of `LEVELS`.
       layer: see `layer_number`.
 
     Returns:
@@ -70,7 +70,7 @@ def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
 
     Args:
       states: `[residues, D]`.
-      antibody: theirs.
+      antibody: the one that they belong to.
       level: "antibody", or "chain" (heavy first; only chains that are there).
     """
     parts = [states]
@@ -82,7 +82,7 @@ def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str = "antibody", layer: int = -1
 ) -> pa.Table:
-    """`embedding [D]` of each antibody, chain or residue, with what it belongs to."""
+    """`embedding [D]` of each antibody, chain or residue, with the names of what it belongs to."""
     found = np.concatenate(embed(engine, antibodies, level, layer))
     columns: dict = {"sequence_id": [a.name for a in antibodies]}
     if level == "residue":

@@ -26,7 +26,7 @@ def figure_path(directory: Path, antibody: Antibody) -> Path:
 
 
 def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -> None:
-    """Draws `scores [residues, 20]` (`scan.scan`); dots mark the wild type, grey what is not known.
+    """Draws `scores [residues, 20]` (`scan.scan`); dots mark the wild type, grey unknown scores.
 
     The file appears when it is whole.
     """

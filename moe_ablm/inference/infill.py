@@ -24,8 +24,8 @@ class Filled:
 
     Attributes:
       place: index among the residues, heavy chain first.
-      residue: what stands there now.
-      probability: of it, among the 20 amino acids, given all that was filled in before.
+      residue: the new residue.
+      probability: its probability among the 20 amino acids, given all residues filled in before.
       candidates: (residue, probability) of the most probable ones, best first.
     """
 
@@ -37,7 +37,7 @@ class Filled:
 
 @dataclass
 class Completion:
-    """An antibody without masks, and how it came about.
+    """An antibody without masks, and the steps that filled it in.
 
     Attributes:
       antibody: the completed one.
@@ -62,7 +62,7 @@ class Sampling:
     Attributes:
       samples: completions of each antibody, drawn by probability; 0: one, always the most probable.
       temperature: above 1 more varied, below 1 closer to the most probable.
-      seed: of the draws. They depend on it, the sequence and the number of the sample alone.
+      seed: seed of the draws, which depend on it, the sequence and the number of the sample alone.
       top: candidates to report.
     """
 
@@ -148,7 +148,7 @@ def _completed(completion: Completion) -> Antibody:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str, sampling: Sampling
 ) -> pa.Table:
-    """Completed chains, or by residue what was filled in and its candidates."""
+    """Completed chains, or by residue the residues filled in with their candidates."""
     done = infill(engine, antibodies, sampling)
     if level == "antibody":
         return pa.table(

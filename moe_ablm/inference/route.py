@@ -1,4 +1,4 @@
-"""Routing: which experts compute for each residue, layer by layer, and with what weight."""
+"""Routing: the experts that compute for each residue in each layer, and their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Choices(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
+    """Weights of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
 
     A slot is the mean of tokens by `dispatch`, a token's output the sum over slots by `combine`.
     """
@@ -44,7 +44,7 @@ class Routing:
     def __call__(self, encoder: Encoder, batch: Batch) -> dict[str, jax.Array]:
         routing = encoder(batch.tokens, batch.valid, observe=Observe(plans=True)).routing
         assert routing is not None  # a model with experts
-        # layers after tokens, in what was `[M, B, L, ...]`
+        # `[M, B, L, ...]` -> `[B, L, M, ...]`
         plan = jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 2), routing.plan)
         if isinstance(plan, SoftPlan):
             return {"dispatch": plan.dispatch, "combine": plan.combine}

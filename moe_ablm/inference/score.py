@@ -1,4 +1,4 @@
-"""Pseudo-log-likelihood: how probable the model finds each residue of an antibody."""
+"""Pseudo-log-likelihood of antibodies: log-probability of each residue given all others."""
 
 from collections.abc import Sequence
 
@@ -60,8 +60,8 @@ def score(
     """Log-likelihood of every residue given all others, in nats.
 
     The pseudo-log-likelihood (Salazar et al. 2020, eq. 1) is their sum. Exact, every residue is
-    masked in turn; in one pass nothing is masked, which is some 200 times quicker and too
-    optimistic, as the model sees the residue that it is asked for.
+    masked in turn; in one pass nothing is masked, which is some 200 times faster and too
+    optimistic, as the model sees the residue that it predicts.
 
     Returns:
       float32 `[residues]` for each antibody, heavy chain first; NaN where a residue is none of the

@@ -1,6 +1,6 @@
 """BALM and BALM-MoE (github.com/brineylab/BALM, commit 36a8001) in Hugging Face's form, in and out.
 
-`balm_config` translates settings and `balm_ffn` FFNs and experts; this file the rest.
+`balm_config` translates settings, `balm_ffn` FFNs and experts, this file everything else.
 """
 
 from collections.abc import Mapping
@@ -100,7 +100,7 @@ def import_balm(directory: Path, layout: str | None = None) -> Model:
 def _params(
     shapes: nnx.State, spec: EncoderSpec, model: str, tensors: Mapping[str, np.ndarray]
 ) -> nnx.State:
-    @lru_cache(maxsize=1)  # the arrays of a layer are asked for one after the other
+    @lru_cache(maxsize=1)  # the arrays of a layer are read one after the other
     def ffns(number: int) -> dict[str, np.ndarray]:
         return ffns_from_balm(_layer(model, number), tensors, spec, number in spec.moe_layers)
 

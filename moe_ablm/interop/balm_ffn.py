@@ -121,7 +121,7 @@ def expected_ffns(
 
     Args:
       layer: prefix of its names.
-      spec: of the encoder.
+      spec: the encoder.
       sparse: whether the layer has experts.
       biases: whether its FFNs have any.
     """

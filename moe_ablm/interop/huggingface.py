@@ -20,7 +20,7 @@ _NAMED = 3  # tensors that a message names
 
 
 class HuggingFaceConfig:
-    """config.json of a directory, whose values are checked as they are asked for."""
+    """config.json of a directory, whose values are checked when they are read."""
 
     def __init__(self, directory: Path):
         if not directory.is_dir():
@@ -114,7 +114,7 @@ def check_tensors(
     """UserError unless the tensors are those expected, of their shapes; the first few are named.
 
     Args:
-      tensors: of the directory.
+      tensors: those of the directory.
       names: expected name -> name in the file, for all tensors that are not ignored.
       expected: shape of every tensor, by expected name.
     """
@@ -255,8 +255,8 @@ def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list
     """Splits tensors into those that count and those that are ignored.
 
     Args:
-      tensors: of the directory.
-      rename: expected name for a name in the file; None: to be ignored.
+      tensors: those of the directory.
+      rename: expected name for a name in the file; None: ignored.
 
     Returns:
       expected name -> name in the file, and the ignored names.

@@ -25,7 +25,7 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
 
     Args:
       run: the directory.
-      name: of the flag or key that named it, for messages.
+      name: flag or config key that gave the directory, for messages.
 
     Raises:
       UserError: there is no model, no checkpoint yet, or what is there is damaged.
@@ -112,7 +112,7 @@ def import_directory(directory: Path, layout: str | None = None) -> Model:
     """The model of a directory, read as its config.json says.
 
     Raises:
-      UserError: it is of no kind that can be imported, or is damaged.
+      UserError: its kind cannot be imported, or it is damaged.
     """
     config = HuggingFaceConfig(directory)
     kind = config.expect("model_type", None, *_IMPORTERS)

@@ -31,14 +31,14 @@ if TYPE_CHECKING:  # jax only when there is something to compute
 
 @dataclass(frozen=True)
 class Question:
-    """What a verb asks of the model.
+    """The work of one verb.
 
     Attributes:
-      options: what decides the answer beside model and input, plain JSON.
-      answer: from some antibodies to a table of their results.
+      options: all that decides the results beside model and input, plain JSON.
+      answer: table of the results of some antibodies.
       cost: rows through the encoder, and bytes of the result, of an antibody.
-      letters: allowed in sequences; None: those of `inference.antibodies`.
-      refuse: what is wrong with an antibody, or None.
+      letters: allowed in sequences; None: `inference.antibodies.LETTERS`.
+      refuse: the reason to refuse an antibody, or None.
     """
 
     options: dict[str, Any]
@@ -94,7 +94,7 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     """Answers the question for every antibody, window by window.
 
     Raises:
-      UserError: whatever is wrong with flags, model, sequences, or the place for results.
+      UserError: flags, model or sequences are wrong, or the output cannot be written.
     """
     if not (args.input or args.heavy or args.light):
         raise UserError("nothing to read: give --input FILE, or --heavy and --light")
@@ -185,7 +185,7 @@ def _write(
         if output.done:
             print(f"{args.out}: going on after {output.done:,} antibodies", file=sys.stderr)
         before = output.done
-        # what is kept is read again, but not computed
+        # antibodies whose results are kept are read again, but not computed
         left = itertools.islice(antibodies, output.done, None)
         columns = (TextColumn(args.verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with bar(*columns) as shown:  # the number of antibodies is not known before
@@ -304,7 +304,7 @@ def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def infill(args: argparse.Namespace) -> None:
-    """Writes completed antibodies, or what was filled in."""
+    """Writes completed antibodies, or the residues filled in."""
     if args.samples < 0:
         raise UserError(f"--samples {args.samples}: expected 0 (the most probable) or more")
     if not args.temperature > 0:

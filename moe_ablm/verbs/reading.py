@@ -1,4 +1,4 @@
-"""What the verbs that read sequence files share: their flags, their sources, their progress bar."""
+"""Flags, sources and progress bar of the verbs that read sequence files."""
 
 import argparse
 import itertools

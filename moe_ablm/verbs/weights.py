@@ -21,7 +21,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    """Reads, checks, converts and writes; says what was left out."""
+    """Reads, checks, converts and writes; prints what was left out."""
     from moe_ablm.interop.load import import_directory
     from moe_ablm.interop.saved import save_model
 
@@ -71,7 +71,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def upcycle(args: argparse.Namespace) -> None:
-    """Loads, upcycles and writes; says which settings training needs."""
+    """Loads, upcycles and writes; prints the settings that training needs."""
     from moe_ablm.interop import upcycle as upcycling
     from moe_ablm.interop.load import load_model
     from moe_ablm.interop.saved import save_model

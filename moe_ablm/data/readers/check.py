@@ -38,7 +38,8 @@ def check_batch(
 
     Args:
       batch: columns of the study as strings, `_row` and `_line`; a chain's column may be missing.
-      report: told of what was found; raises UserError for a malformed row when asked to fail.
+      report: counts changed and malformed rows; where it is set to fail, a malformed row raises
+        UserError.
       longest: most residues of a chain.
       letters: allowed in sequences; with `tokenizer.MASKED` among them masks may be spelled `*`
         or `<mask>`.

@@ -1,4 +1,4 @@
-"""What became of every row of a source: nothing is dropped without being counted."""
+"""The fate of every row of a source: nothing is dropped without being counted."""
 
 import difflib
 import os

@@ -1,4 +1,4 @@
-"""From what the user names with --input to checked batches: which format it is, and its reader."""
+"""From --input to checked batches: recognises the format of a file and calls its reader."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def open_sources(
     Args:
       inputs: paths, or `heavy=H.fasta,light=L.fasta`. Two FASTA files with equal ids in a row are
         taken as the two chains of the same antibodies.
-      format: a name out of `FORMATS` instead of what the content says.
+      format: a name out of `FORMATS`; None: recognised by the content.
       columns: names of the chains' columns (see `columns.parse_columns`).
       on_bad_row: whether a malformed row raises UserError or is counted and left out.
       letters: allowed in sequences (see `check_batch`).

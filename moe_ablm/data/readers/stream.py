@@ -125,7 +125,7 @@ def _lines_before_a_longer(whole: bytes, limit: int) -> int | None:
 
 
 def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` first lines that are not blank, to tell the format.
+    """Up to `count` first lines that are not blank, to recognise the format.
 
     Undecodable bytes become U+FFFD.
     """
