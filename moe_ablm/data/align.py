@@ -237,9 +237,9 @@ def _nearest(text: str, found_words: np.ndarray, table: VTable) -> list[_Near]:
             break
         if table.layout[g] not in layouts:
             layouts.add(table.layout[g])
-            found = parasail.sg_scan_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
-            if found.score >= MIN_BLOSUM:
-                near.append(_Near(found.score, g, found.end_ref))
+            hit = parasail.sg_scan_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
+            if hit.score >= MIN_BLOSUM:
+                near.append(_Near(hit.score, g, hit.end_ref))
     return sorted(near, key=lambda n: -n.blosum)
 
 

@@ -52,14 +52,7 @@ class ChainAnnotation:
     start: int  # index of the domain's first residue in the given sequence
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """A sequence without annotation, and why: one of `REASONS`."""
-
-    reason: str
-
-
-def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotation | Rejection]:
+def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotation | str]:
     """Annotates amino-acid sequences that each hold one V domain of a chain.
 
     Args:
@@ -67,7 +60,8 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
       chain: "heavy" or "light".
 
     Returns:
-      One entry for each sequence, in order; it depends on that sequence alone.
+      For each sequence, in order, its annotation, or the one of `REASONS` why it has none. It
+      depends on that sequence alone.
 
     Raises:
       ValueError: another `chain`.
@@ -83,9 +77,9 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
     return annotations
 
 
-def _row(domains: Domains, row: int) -> ChainAnnotation | Rejection:
+def _row(domains: Domains, row: int) -> ChainAnnotation | str:
     if domains.reason[row] != ACCEPTED:
-        return Rejection(REASONS[domains.reason[row]])
+        return REASONS[domains.reason[row]]
     length, first = domains.length[row], domains.cdr3_start[row]
     sequence, germline, cdr_mask, mutated = (
         array[row, :length].tobytes().decode()
@@ -185,11 +179,11 @@ def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBa
     reason = np.full(batch.num_rows, "", object)
     empty = np.ones(batch.num_rows, bool)
     for chain in CHAINS:
-        found, faults = annotate_columns(batch, chain, reannotate=reannotate)
-        columns |= {f"{name}_{chain}": array for name, array in found.items()}
+        computed, faults = annotate_columns(batch, chain, reannotate=reannotate)
+        columns |= {f"{name}_{chain}": array for name, array in computed.items()}
         here = (reason == "") & (faults != "")
         reason[here] = [f"{chain}: {fault}" for fault in faults[here]]
-        empty &= length_of(found["sequence_aa"]) == 0
+        empty &= length_of(computed["sequence_aa"]) == 0
     empty &= reason == ""
     reason[empty] = "no_sequence"
     passed = {n: batch[n] for n in batch.schema.names if n not in columns}

@@ -171,10 +171,10 @@ def nearest_train(parts: Callable[[], Iterable[pa.Table]], split: np.ndarray) ->
     """
     sample = _sample(parts, split)
     best = np.zeros(sum(len(s) for s in sample.values()))
-    found = False
+    any_train = False
     for part in parts():
         train = part.filter(pa.array(_of_split(part, split, "train")))
-        found = found or len(train) > 0
+        any_train = any_train or len(train) > 0
         at = 0
         for length, wanted in sample.items():
             known = _matrix(train["cdr3"], length)
@@ -182,7 +182,7 @@ def nearest_train(parts: Callable[[], Iterable[pa.Table]], split: np.ndarray) ->
                 near = _best_identity(wanted[start], known)
                 best[at + start] = max(best[at + start], near)
             at += len(wanted)
-    if not len(best) or not found:
+    if not len(best) or not any_train:
         return None
     return {
         "sampled": len(best),

@@ -372,18 +372,18 @@ def _check_shards(path: Path, shards: list[dict]) -> None:
     """Compares sizes, then SHA-256, in parallel (hashing releases the GIL)."""
     for shard in shards:
         file = path / shard["file"]
-        found = file.stat().st_size if file.is_file() else None
-        if found != shard["bytes"]:
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
             raise UserError(
-                f"{file}: {'missing' if found is None else f'{found} bytes'}, dataset.json says "
+                f"{file}: {'missing' if size is None else f'{size} bytes'}, dataset.json says "
                 f"{shard['bytes']} bytes: the shard is truncated or altered, prepare it again"
             )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         sums = pool.map(lambda s: sha256_file(path / s["file"]), shards)
-        for shard, found in zip(shards, sums, strict=True):
-            if found != shard["sha256"]:
+        for shard, digest in zip(shards, sums, strict=True):
+            if digest != shard["sha256"]:
                 raise UserError(
-                    f"{path / shard['file']}: SHA-256 {found[:12]}..., dataset.json says "
+                    f"{path / shard['file']}: SHA-256 {digest[:12]}..., dataset.json says "
                     f"{shard['sha256'][:12]}...: the shard is altered, prepare it again"
                 )
 

@@ -218,9 +218,9 @@ def v_table(chain: str) -> VTable:
         residues[g, : len(protein)] = encode(protein)
         imgt[g, : len(protein)] = group[0].imgt[: len(protein)]
         scores[: len(protein), :, g] = _v_scores(group, len(protein))
-        found = words(encode(protein[: group[0].c104 + 1]))
-        has_word[found, g] = 1
-        fr1_words[found[:FR1_WORDS]] |= np.uint32(1) << np.arange(FR1_WORDS, dtype=np.uint32)
+        numbers = words(encode(protein[: group[0].c104 + 1]))
+        has_word[numbers, g] = 1
+        fr1_words[numbers[:FR1_WORDS]] |= np.uint32(1) << np.arange(FR1_WORDS, dtype=np.uint32)
     c104 = np.array([group[0].c104 for group in by_protein.values()])
     to_c104 = np.arange(width) <= c104[:, None]
     _, layout = np.unique(np.where(to_c104, imgt, 0), axis=0, return_inverse=True)

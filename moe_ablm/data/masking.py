@@ -49,10 +49,10 @@ def parse_policy(text: str) -> MaskPolicy:
     """Policy from its name, one of `MASKS` (RATE such as 0.25); ValueError if it is malformed."""
     if text in ("uniform", "span"):
         return MaskPolicy(text)
-    found = _PREFERRED.fullmatch(text)
-    if not found or float(found[2]) == 0:
+    match = _PREFERRED.fullmatch(text)
+    if not match or float(match[2]) == 0:
         raise ValueError(f"expected one of {', '.join(MASKS)} with RATE such as 0.25")
-    return MaskPolicy(found[1], float(found[2]))
+    return MaskPolicy(match[1], float(match[2]))
 
 
 def mix(x: np.ndarray | np.uint64) -> np.ndarray:

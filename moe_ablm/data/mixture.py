@@ -91,13 +91,13 @@ def parse_regime(text: str) -> Regime:
         return Regime(text)
     if text == "unpaired:doubled":
         return Regime("unpaired", doubled=True)
-    if found := _MIXED.fullmatch(text):
-        share = float(found[1])
+    if match := _MIXED.fullmatch(text):
+        share = float(match[1])
         if not 0 < share < 1:
             raise ValueError(f"SHARE={share:g} of unpaired sequences, expected between 0 and 1")
         return Regime("mixed", curve=(share, 0.0, 0.0, 0.0))
-    if found := _SIGMOID.fullmatch(text):
-        start, drop, slope, middle = map(float, found.groups()) if found[1] else CURRICULUM
+    if match := _SIGMOID.fullmatch(text):
+        start, drop, slope, middle = map(float, match.groups()) if match[1] else CURRICULUM
         if not 0 <= start - drop <= start <= 1:
             raise ValueError("START and START - DROP are shares: expected 0 to 1")
         return Regime("curriculum", curve=(start, drop, slope, middle))
@@ -143,10 +143,10 @@ _NAMES = {
 
 
 def require_some(
-    datasets: Sequence[Dataset], split: str, form: str, found: Sequence[Sequences], length: int
+    datasets: Sequence[Dataset], split: str, form: str, sequences: Sequence[Sequences], length: int
 ) -> None:
     """UserError when no dataset has a sequence of a form in `length` tokens."""
-    if not any(map(len, found)):
+    if not any(map(len, sequences)):
         paths = ", ".join(str(d.path) for d in datasets)
         raise UserError(
             f"dataset {paths}: no {_NAMES[form]} of the {split} split (or of config.data.fraction) "
@@ -309,10 +309,10 @@ class Mixture:
         self._before = rows_before(shares, units, seed)
 
     def _form(self, dataset: Dataset, form: str, rows: np.ndarray) -> Sequences:
-        found, note = form_of(dataset, form, rows, self._seed)
+        sequences, note = form_of(dataset, form, rows, self._seed)
         self.notes += [note] if note else []
         kept, left_out = forms.fitting(
-            dataset, found, LAYOUTS[self.batching.layout], self.batching.length
+            dataset, sequences, LAYOUTS[self.batching.layout], self.batching.length
         )
         self.left_out += left_out
         return kept

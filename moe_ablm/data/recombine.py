@@ -167,9 +167,9 @@ class Recombiner:
         for _ in range(_MAX_ROUNDS):
             if not len(left):
                 break
-            done, *found = self._try(v[left], j[left], length_selection[left], longest, rng)
+            done, *productive = self._try(v[left], j[left], length_selection[left], longest, rng)
             accepted = left[done]
-            junction[accepted], pieces[accepted], d[accepted] = found
+            junction[accepted], pieces[accepted], d[accepted] = productive
             left = np.delete(left, done)
         else:
             raise RuntimeError(f"no productive junction after {_MAX_ROUNDS * _TRIES} tries")

@@ -95,20 +95,20 @@ def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
     ]
     places = [place_of(batch, row) for row in range(n)]
     rows = batch[ROW].to_pylist()
-    found = [
+    antibodies = [
         Antibody(name or str(row), heavy, light, where, (cdr_heavy, cdr_light))
         for name, heavy, light, cdr_heavy, cdr_light, where, row in zip(
             *columns, places, rows, strict=True
         )
     ]
     if ANY_CHAIN not in names:
-        return found
+        return antibodies
     either = np.flatnonzero(np.asarray(batch[ANY_CHAIN], bool))
-    for index, light in zip(either, are_light([found[i].heavy for i in either]), strict=True):
+    for index, light in zip(either, are_light([antibodies[i].heavy for i in either]), strict=True):
         if light:
-            old = found[index]
-            found[index] = Antibody(old.name, "", old.heavy, old.where)
-    return found
+            old = antibodies[index]
+            antibodies[index] = Antibody(old.name, "", old.heavy, old.where)
+    return antibodies
 
 
 def are_light(chains: Sequence[str]) -> list[bool]:
@@ -152,11 +152,11 @@ def given(
         ANY_CHAIN: [isinstance(item, str) for item in items],
     }
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-    found = _antibodies(check_batch(batch, report, letters=letters))
-    for antibody in found:
+    antibodies = _antibodies(check_batch(batch, report, letters=letters))
+    for antibody in antibodies:
         if reason := _too_long(antibody, layout, longest):
             raise UserError(f"antibodies: {antibody.where}: {reason}")
-    return found
+    return antibodies
 
 
 def _pair(item, number: int) -> tuple[str, str, str]:

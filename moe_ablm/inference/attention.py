@@ -85,8 +85,8 @@ def attention(
       UserError: an antibody has one chain, or there is no such layer.
     """
     task = AttentionWeights(attention_layer(layer, engine.model.spec.layers))
-    found = dict(_between_chains(engine, antibodies, task))
-    return [found[index] for index in range(len(antibodies))]
+    weights = dict(_between_chains(engine, antibodies, task))
+    return [weights[index] for index in range(len(antibodies))]
 
 
 def mean_attention(
@@ -128,10 +128,10 @@ def table(engine: Engine, antibodies: Sequence[Antibody], layer: int, heads: boo
     `weight` is the mean over heads; `heads` adds the column `heads [H]`.
     """
     parts = []
-    for antibody, found in zip(antibodies, attention(engine, antibodies, layer), strict=True):
+    for antibody, cross in zip(antibodies, attention(engine, antibodies, layer), strict=True):
         for query, key, weights in (
-            ("heavy", "light", found.heavy_to_light),
-            ("light", "heavy", found.light_to_heavy),
+            ("heavy", "light", cross.heavy_to_light),
+            ("light", "heavy", cross.light_to_heavy),
         ):
             h, queries, keys = weights.shape
             at, seen = np.indices((queries, keys)).reshape(2, -1)

@@ -166,11 +166,11 @@ def _unpacked(members: np.ndarray, out: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _mesh(devices: int) -> Mesh:
-    found = jax.devices()
-    if not 1 <= devices <= len(found):
+    available = jax.devices()
+    if not 1 <= devices <= len(available):
         raise UserError(
-            f"--devices {devices}: expected 1 to {len(found)}, the devices found "
+            f"--devices {devices}: expected 1 to {len(available)}, the devices found "
             f"({jax.default_backend()})"
         )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=found[:devices])
+    return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=available[:devices])

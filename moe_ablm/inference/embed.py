@@ -58,11 +58,13 @@ def embed(
     """
     task = HiddenStates(layer_number(layer, engine.model.spec.layers))
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
-    found: list = [None] * len(rows)
+    embeddings: list = [None] * len(rows)
     for index, states in engine.run(task, [row.tokens for row in rows]):
         states = states[rows[index].places]
-        found[index] = states if level == "residue" else means(states, antibodies[index], level)
-    return found
+        embeddings[index] = (
+            states if level == "residue" else means(states, antibodies[index], level)
+        )
+    return embeddings
 
 
 def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
@@ -83,11 +85,11 @@ def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str = "antibody", layer: int = -1
 ) -> pa.Table:
     """`embedding [D]` of each antibody, chain or residue, with the names of what it belongs to."""
-    found = np.concatenate(embed(engine, antibodies, level, layer))
+    embeddings = np.concatenate(embed(engine, antibodies, level, layer))
     columns: dict = {"sequence_id": [a.name for a in antibodies]}
     if level == "residue":
         columns = labels(antibodies)
     elif level == "chain":
         chains = [(a.name, chain) for a in antibodies for chain, _ in a.chains()]
         columns = {"sequence_id": [n for n, _ in chains], "chain": [c for _, c in chains]}
-    return pa.table(columns | {"embedding": vectors(found)})
+    return pa.table(columns | {"embedding": vectors(embeddings)})

@@ -90,12 +90,16 @@ def infill(
             draws.append(_generator(row.tokens, sample, sampling.seed))
     open_rows = [i for i, (tokens, _) in enumerate(rows) if (tokens == MASK).any()]
     while open_rows:
-        for number, found in engine.run(EveryPosition(), [rows[i][0] for i in open_rows]):
+        for number, log_probabilities in engine.run(
+            EveryPosition(), [rows[i][0] for i in open_rows]
+        ):
             i = open_rows[number]
             tokens, places = rows[i]
             masked = np.flatnonzero(tokens[places] == MASK)
             draw = draws[i] if sampling.samples else None
-            filled = _fill_one(found[places[masked], _AMINO_ACIDS], masked, sampling, draw)
+            filled = _fill_one(
+                log_probabilities[places[masked], _AMINO_ACIDS], masked, sampling, draw
+            )
             tokens[places[filled.place]] = FIRST_AMINO_ACID + AMINO_ACIDS.index(filled.residue)
             done[i].filled.append(filled)
         open_rows = [i for i in open_rows if (rows[i][0] == MASK).any()]

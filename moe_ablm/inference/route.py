@@ -61,11 +61,11 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
     if not spec.moe_layers:
         raise UserError(f"--run {engine.model.source}: a dense model; only experts are routed to")
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
-    found: list = [None] * len(rows)
+    routings: list = [None] * len(rows)
     for index, routing in engine.run(Routing(), [row.tokens for row in rows]):
         kind = Weights if "combine" in routing else Choices
-        found[index] = kind(**{name: a[rows[index].places] for name, a in routing.items()})
-    return found
+        routings[index] = kind(**{name: a[rows[index].places] for name, a in routing.items()})
+    return routings
 
 
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
@@ -84,10 +84,10 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
     none does; of soft-MoE all experts, with `dispatch [S]` and `combine [S]` of their slots and
     `share`, the sum of the latter.
     """
-    found, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
+    routings, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
     names = {name: np.array(values) for name, values in labels(antibodies).items()}
-    if isinstance(found[0], Weights):
-        dispatch, combine = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    if isinstance(routings[0], Weights):
+        dispatch, combine = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))
         residue, layer, expert = np.indices(combine.shape[:3]).reshape(3, -1)
         columns = {name: values[residue] for name, values in names.items()}
         columns |= {"layer": layers[layer], "expert": expert}
@@ -96,7 +96,7 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
         columns["dispatch"] = vectors(dispatch.reshape(-1, slots))
         columns["combine"] = vectors(combine.reshape(-1, slots))
         return pa.table(columns)
-    experts, gates = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    experts, gates = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))
     moe = engine.model.spec.moe
     assert moe is not None  # `route` refuses dense models
     order = np.argsort(-gates, axis=-1, kind="stable")

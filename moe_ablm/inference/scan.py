@@ -39,20 +39,20 @@ def scan(
     masked = method == "masked-marginal"
     compute = masked_log_probabilities if masked else unmasked_log_probabilities
     return [
-        found[:, _AMINO_ACIDS]
-        - np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)
-        for row, found in zip(rows, compute(engine, rows), strict=True)
+        log_probabilities[:, _AMINO_ACIDS]
+        - np.take_along_axis(log_probabilities, row.tokens[row.places, None].astype(int), axis=1)
+        for row, log_probabilities in zip(rows, compute(engine, rows), strict=True)
     ]
 
 
 def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
-    found = [np.full((len(row.places), len(AMINO_ACIDS)), np.nan, np.float32) for row in rows]
+    log_odds = [np.full((len(row.places), len(AMINO_ACIDS)), np.nan, np.float32) for row in rows]
     copies, at, owner = [], [], []
     for i, row in enumerate(rows):
         for place in scored_places(row).tolist():
             position = row.places[place]
             wild = int(row.tokens[position]) - FIRST_AMINO_ACID
-            found[i][place, wild] = 0
+            log_odds[i][place, wild] = 0
             for mutant in sorted(set(range(len(AMINO_ACIDS))) - {wild}):
                 copy = row.tokens.copy()
                 copy[position] = FIRST_AMINO_ACID + mutant
@@ -62,8 +62,8 @@ def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
     for number, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place, wild, mutant = owner[number]
         odds = log_probabilities[_AMINO_ACIDS]
-        found[i][place, mutant] = odds[mutant] - odds[wild]
-    return found
+        log_odds[i][place, mutant] = odds[mutant] - odds[wild]
+    return log_odds
 
 
 def passes(antibody: Antibody, method: str) -> int:

@@ -34,24 +34,24 @@ def masked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.nda
     Returns:
       float32 `[residues, V]` for each row; NaN where a residue is none of the 20 amino acids.
     """
-    found = [np.full((len(r.places), engine.model.spec.vocabulary), np.nan, "f4") for r in rows]
+    tables = [np.full((len(r.places), engine.model.spec.vocabulary), np.nan, "f4") for r in rows]
     copies = [copy for row in rows for copy in masked_copies(row)]
     owner = [(i, place) for i, row in enumerate(rows) for place in scored_places(row)]
     at = [rows[i].places[place] for i, place in owner]
     for copy, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place = owner[copy]
-        found[i][place] = log_probabilities
-    return found
+        tables[i][place] = log_probabilities
+    return tables
 
 
 def unmasked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
     """As `masked_log_probabilities`, from one pass over the row with nothing masked."""
-    found: list = [None] * len(rows)
+    tables: list = [None] * len(rows)
     for i, log_probabilities in engine.run(EveryPosition(), [row.tokens for row in rows]):
         row = rows[i]
         amino_acid = is_amino_acid(row.tokens[row.places])[:, None]
-        found[i] = np.where(amino_acid, log_probabilities[row.places], np.float32(np.nan))
-    return found
+        tables[i] = np.where(amino_acid, log_probabilities[row.places], np.float32(np.nan))
+    return tables
 
 
 def score(
@@ -70,8 +70,10 @@ def score(
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     compute = unmasked_log_probabilities if one_pass else masked_log_probabilities
     return [
-        np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)[:, 0]
-        for row, found in zip(rows, compute(engine, rows), strict=True)
+        np.take_along_axis(log_probabilities, row.tokens[row.places, None].astype(int), axis=1)[
+            :, 0
+        ]
+        for row, log_probabilities in zip(rows, compute(engine, rows), strict=True)
     ]
 
 
@@ -116,8 +118,8 @@ def _codes(mask: str, residues: int, first: int) -> np.ndarray:
     letters = np.frombuffer(mask.encode(), np.uint8)
     inside = np.flatnonzero(letters != ord(" "))
     if len(inside):
-        found = regions_from_cdr_mask(letters[inside], np.array([0, len(inside)])).astype(int)
-        codes[inside] = np.where(found > 0, first + found - 1, -1)
+        region = regions_from_cdr_mask(letters[inside], np.array([0, len(inside)])).astype(int)
+        codes[inside] = np.where(region > 0, first + region - 1, -1)
     return codes
 
 

@@ -141,10 +141,10 @@ def _widths(
         )
     mean = round(sum(widths) / experts)
     default = given if isinstance(given, int) else spec.ffn
-    found = config["shared_expert_intermediate_size"] or default
-    if shared and found != mean:
+    width = config["shared_expert_intermediate_size"] or default
+    if shared and width != mean:
         raise UserError(
-            f"{config.file}: shared_expert_intermediate_size is {found!r}, expected {mean}, the "
+            f"{config.file}: shared_expert_intermediate_size is {width!r}, expected {mean}, the "
             "mean width of the other experts, which shared ones have here"
         )
     return widths
@@ -277,7 +277,7 @@ def _require_balm(model: Model) -> None:
     regular = not sparse or sparse[-1] + max(strides, default=2) >= spec.layers
     topk = moe.router == "topk"
     renormalised = moe.k > 1 if moe.renormalise is None else moe.renormalise
-    for wrong, found in (
+    for wrong, feature in (
         (spec.token_dropout, "token dropout (model.token_dropout)"),
         (NULL in model.layout.between, f"<null_1> between chains (layout {model.layout_name})"),
         (sparse and moe.router not in _ROUTERS.values(), f"router {moe.router}"),
@@ -297,7 +297,7 @@ def _require_balm(model: Model) -> None:
         if wrong:
             fits = not sparse and spec.activation == "gelu"
             other = "--format hf has it" if fits else "train with model.token_dropout=False"
-            other = f"; {other}" if found.startswith("token dropout") else ""
+            other = f"; {other}" if feature.startswith("token dropout") else ""
             raise UserError(
-                f"--format balm: {model.source} has {found}, which BALM has no place for{other}"
+                f"--format balm: {model.source} has {feature}, which BALM has no place for{other}"
             )

@@ -140,10 +140,10 @@ def ffns_from_balm(
     layer: str, tensors: Mapping[str, np.ndarray], spec: EncoderSpec, sparse: bool
 ) -> dict[str, np.ndarray]:
     """Our arrays of a layer's FFN or experts, by path within the layer; the router apart."""
-    found = {p: _read(p, tensors, spec.activation) for p in _modules(layer, spec, sparse)}
+    by_module = {p: _read(p, tensors, spec.activation) for p in _modules(layer, spec, sparse)}
     if not sparse:
-        return {f"ffn/{name}": a for name, a in _kernels(*found.values()).items()}
-    ffns = list(found.values())
+        return {f"ffn/{name}": a for name, a in _kernels(*by_module.values()).items()}
+    ffns = list(by_module.values())
     count = len(spec.expert_widths)
     experts, shared = ffns[:count], ffns[count:]
     narrow = [_kernels(piece) for expert in experts for piece in cut(expert, spec.chunk)]

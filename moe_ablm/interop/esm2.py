@@ -77,8 +77,8 @@ def params_from_huggingface(params: nnx.State, tensors: Mapping[str, np.ndarray]
 def _value(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     if name.endswith("kernel"):
         return np.concatenate([tensors[n] for n in _names(name)]).T
-    found = [tensors[n] for n in _names(name)]
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    parts = [tensors[n] for n in _names(name)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _names(path: str) -> list[str]:

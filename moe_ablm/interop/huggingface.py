@@ -92,10 +92,10 @@ class HuggingFaceConfig:
 def check_vocabulary(directory: Path, config: HuggingFaceConfig, expected: tuple) -> None:
     """UserError where `vocab_list` or vocab.txt differs from the tokens expected."""
     file = directory / "vocab.txt"
-    found = {f"{config.file}: vocab_list": config["vocab_list"]}
+    vocabularies = {f"{config.file}: vocab_list": config["vocab_list"]}
     if file.exists():
-        found[str(file)] = file.read_text(errors="replace").split()
-    for where, tokens in found.items():
+        vocabularies[str(file)] = file.read_text(errors="replace").split()
+    for where, tokens in vocabularies.items():
         if tokens is None or tuple(tokens) == expected:
             continue
         pairs = list(zip(tokens, expected, strict=False))
@@ -143,22 +143,22 @@ def some(names: Iterable[str]) -> str:
 
 def dtype_notes(tensors: Tensors, names: Iterable[str]) -> list[str]:
     """A sentence on tensors that were no float32."""
-    found = sorted({tensors.dtype(name) for name in names} - {"F32"})
-    return [f"weights of {' and '.join(found)} were converted to float32"] if found else []
+    dtypes = sorted({tensors.dtype(name) for name in names} - {"F32"})
+    return [f"weights of {' and '.join(dtypes)} were converted to float32"] if dtypes else []
 
 
 def ours(config: HuggingFaceConfig) -> dict[str, Any]:
     """What an export of moe_ablm keeps beside Hugging Face's keys; empty elsewhere."""
-    found = config[OURS]
-    if found is None:
+    kept = config[OURS]
+    if kept is None:
         return {}
-    valid = isinstance(found, dict) and found.get("layout") in LAYOUTS
-    if not valid or not isinstance(found.get("length"), int):
+    valid = isinstance(kept, dict) and kept.get("layout") in LAYOUTS
+    if not valid or not isinstance(kept.get("length"), int):
         raise UserError(
             f"{config.file}: {OURS} is damaged: expected an object with layout and length; remove "
             "it, or export again"
         )
-    return found
+    return kept
 
 
 def imported(
@@ -266,12 +266,14 @@ def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list
     """
     names: dict[str, str] = {}
     ignored = []
-    for found in tensors:
-        name = rename(found)
+    for file_name in tensors:
+        name = rename(file_name)
         if name is None:
-            ignored.append(found)
+            ignored.append(file_name)
         elif name in names:
-            raise UserError(f"{tensors.path} holds both {names[name]} and {found}: expected one")
+            raise UserError(
+                f"{tensors.path} holds both {names[name]} and {file_name}: expected one"
+            )
         else:
-            names[name] = found
+            names[name] = file_name
     return names, ignored

@@ -65,10 +65,10 @@ def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Sou
     Raises UserError where nothing is left to write, or the file cannot be written.
     """
     firsts = [next(stream, None) for stream in streams]
-    found = {name for first in firsts if first is not None for name in first.schema.names}
+    present = {name for first in firsts if first is not None for name in first.schema.names}
     names = ["sequence_id", *(f"{name}_{chain}" for chain in CHAINS for name in COLUMNS)]
-    names += [name for name in OPTIONAL if name in found]
-    if not found:
+    names += [name for name in OPTIONAL if name in present]
+    if not present:
         why = why_nothing(source.report for source in sources)
         raise UserError(f"no antibody is left to write to {out}: {why}")
     schema = pa.schema(

@@ -281,7 +281,10 @@ def score(args: argparse.Namespace) -> None:
         held = 4 * engine.model.spec.vocabulary + 128
         return (1 if args.one_pass else antibody.residues), antibody.residues * held
 
-    ask(args, Question(options, lambda engine, found: table(engine, found, **options), cost))
+    ask(
+        args,
+        Question(options, lambda engine, antibodies: table(engine, antibodies, **options), cost),
+    )
 
 
 def add_infill_arguments(parser: argparse.ArgumentParser) -> None:

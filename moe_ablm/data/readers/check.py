@@ -53,9 +53,9 @@ def check_batch(
     good = np.ones(n, bool)
     lengths = {}
     for chain in CHAINS:
-        found, offsets = flat(batch[f"sequence_aa_{chain}"])
+        residues, offsets = flat(batch[f"sequence_aa_{chain}"])
         lengths[chain] = np.diff(offsets)
-        wrong = tokenizer.invalid(found) & ~np.isin(found, list(letters.encode()))
+        wrong = tokenizer.invalid(residues) & ~np.isin(residues, list(letters.encode()))
         _check_letters(batch, f"sequence_aa_{chain}", wrong, offsets, good, report)
         for row in np.flatnonzero((lengths[chain] > longest) & good):
             good[row] = False
@@ -124,18 +124,18 @@ def _check_residue_string(
     if name not in batch.schema.names:
         return
     letters, offsets = flat(batch[name])
-    found = np.diff(offsets)
+    counts = np.diff(offsets)
     allowed = np.zeros(256, bool)
     allowed[list(_ALLOWED[column].encode())] = True
-    outside = np.zeros(len(found), bool)
+    outside = np.zeros(len(counts), bool)
     outside[np.searchsorted(offsets, np.flatnonzero(~allowed[letters]), "right") - 1] = True
-    bad = (((found != expected) & (found > 0)) | outside) & good
+    bad = (((counts != expected) & (counts > 0)) | outside) & good
     for row in np.flatnonzero(bad):
         good[row] = False
         detail = (
-            f"column {name}: found {found[row]} characters, expected {expected[row]} as in "
+            f"column {name}: found {counts[row]} characters, expected {expected[row]} as in "
             f"sequence_aa_{chain}"
-            if found[row] != expected[row]
+            if counts[row] != expected[row]
             else f"column {name}: letters other than {_ALLOWED[column]}"
         )
         report.bad_row(place_of(batch, row), f"{name} does not fit", detail)

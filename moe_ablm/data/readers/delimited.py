@@ -44,11 +44,11 @@ def metadata_of(line: str) -> dict | None:
     for text in texts:
         if text.startswith("{"):
             try:
-                found = json.loads(text[: text.rfind("}") + 1])
+                content = json.loads(text[: text.rfind("}") + 1])
             except ValueError:
                 continue
-            if isinstance(found, dict):
-                return found
+            if isinstance(content, dict):
+                return content
     return None
 
 

@@ -104,12 +104,12 @@ def read_chains(paths: tuple[Path, ...], report: Report) -> Iterator[pa.RecordBa
 
 def _by_suffix(path: Path, report: Report) -> Iterator[tuple[dict, Record]]:
     for r in records(path, report):
-        found = _CHAIN_SUFFIX.match(r.id)
-        if not found:
+        suffixed = _CHAIN_SUFFIX.match(r.id)
+        if not suffixed:
             yield {"cell": "", "chain": "", "sequence": r.sequence}, r
             continue
-        chain = "light" if found[2].lower() in ("l", "vl", "light") else "heavy"
-        yield {"cell": found[1], "chain": chain, "sequence": r.sequence}, r
+        chain = "light" if suffixed[2].lower() in ("l", "vl", "light") else "heavy"
+        yield {"cell": suffixed[1], "chain": chain, "sequence": r.sequence}, r
 
 
 def _in_step(paths: tuple[Path, ...], report: Report) -> Iterator[tuple[dict, Record]]:

@@ -108,15 +108,15 @@ def open_sources(
     sources: list[Source] = []
     for text in inputs:
         paths = _paths(text)
-        found = format or _format_of(paths, columns)
-        if len(paths) == 2 and found != "fasta":
+        kind = format or _format_of(paths, columns)
+        if len(paths) == 2 and kind != "fasta":
             raise UserError(f"--input {text}: two files are read together only as FASTA")
-        if found == "fasta" and sources and _are_two_chains(sources[-1], paths):
+        if kind == "fasta" and sources and _are_two_chains(sources[-1], paths):
             paths = (*sources.pop().paths, *paths)
         names = " + ".join(map(str, paths))
         origin = " + ".join(p.name for p in paths)
-        report = Report(names, on_bad_row, format=found, origin=origin)
-        sources.append(Source(paths, found, report, columns, letters))
+        report = Report(names, on_bad_row, format=kind, origin=origin)
+        sources.append(Source(paths, kind, report, columns, letters))
     return sources
 
 
@@ -137,10 +137,10 @@ def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> st
     if columns is not None:
         return "table"
     header = header_of(path)
-    found = format_of_header(header)
-    if found is None:
+    kind = format_of_header(header)
+    if kind is None:
         raise UserError(no_chains(header, str(path)))
-    return found
+    return kind
 
 
 def _are_two_chains(before: Source, paths: tuple[Path, ...]) -> bool:

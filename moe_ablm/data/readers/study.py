@@ -88,9 +88,9 @@ def _divided(batch: pa.RecordBatch) -> pa.RecordBatch:
 def _cut(text: str) -> tuple[str, str, int, int]:
     """Heavy chain, light chain, start of the heavy one, distance from there to the light one."""
     pieces, last = [], 0
-    for found in _SEPARATOR.finditer(text):
-        pieces.append((last, text[last : found.start()]))
-        last = found.end()
+    for separator in _SEPARATOR.finditer(text):
+        pieces.append((last, text[last : separator.start()]))
+        last = separator.end()
     pieces.append((last, text[last:]))
     pieces = [(at, piece.strip()) for at, piece in pieces if piece.strip()]
     if not pieces:
