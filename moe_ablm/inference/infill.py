@@ -8,14 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
-from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK, MASKED
+from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID, MASK, MASKED
 from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
 
 INFILLED = LETTERS + MASKED  # letters that `infill` reads
 LEVELS = ("antibody", "residue")
-_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def infill(
             masked = np.flatnonzero(tokens[places] == MASK)
             draw = draws[i] if sampling.samples else None
             filled = _fill_one(
-                log_probabilities[places[masked], _AMINO_ACIDS], masked, sampling, draw
+                log_probabilities[places[masked], AMINO_ACID_TOKENS], masked, sampling, draw
             )
             tokens[places[filled.place]] = FIRST_AMINO_ACID + AMINO_ACIDS.index(filled.residue)
             done[i].filled.append(filled)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, Row, row_of
-from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
+from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID
 from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import OnePosition
@@ -17,7 +17,6 @@ from moe_ablm.inference.score import (
 )
 
 METHODS = ("masked-marginal", "wild-type-marginal", "mutant-marginal")
-_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
 
 
 def scan(
@@ -39,7 +38,7 @@ def scan(
     masked = method == "masked-marginal"
     compute = masked_log_probabilities if masked else unmasked_log_probabilities
     return [
-        log_probabilities[:, _AMINO_ACIDS]
+        log_probabilities[:, AMINO_ACID_TOKENS]
         - np.take_along_axis(log_probabilities, row.tokens[row.places, None].astype(int), axis=1)
         for row, log_probabilities in zip(rows, compute(engine, rows), strict=True)
     ]
@@ -61,7 +60,7 @@ def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
                 owner.append((i, place, wild, mutant))
     for number, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place, wild, mutant = owner[number]
-        odds = log_probabilities[_AMINO_ACIDS]
+        odds = log_probabilities[AMINO_ACID_TOKENS]
         log_odds[i][place, mutant] = odds[mutant] - odds[wild]
     return log_odds
 
