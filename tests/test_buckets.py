@@ -75,7 +75,7 @@ def test_batches_hold_every_row_once_in_two_shapes_a_bucket():
 
 
 def test_a_shape_is_compiled_once(capsys, monkeypatch):
-    monkeypatch.setattr(buckets, "WORTH_TELLING", 0.0)
+    monkeypatch.setattr(buckets, "REPORTED_FROM", 0.0)
     some = Engine(tiny_model(layers=1), batch_tokens=64)
     for _ in range(2):
         computed(some, ROWS[:1], HiddenStates(0))
