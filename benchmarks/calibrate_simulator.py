@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from marginals import marginals
 from scipy import stats
 from scipy.optimize import brentq, minimize
 
 from moe_ablm.data.germline import load_germlines, translate, translate_codes
-from moe_ablm.data.marginals import marginals
 from moe_ablm.data.recombine import JunctionParams, Recombiner
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS
 from moe_ablm.data.simulate import SimulationParams, allele_frequencies, simulate
@@ -49,6 +49,8 @@ stands in `benchmarks/calibrate_simulator.py`. The pairs are those of donor 3 of
 V and J usage are counts of pairs, D usage is what explains the CDRH3; the other names are the
 fields of `SimulationParams`.
 """
+
+from typing import Any
 
 # fmt: off
 '''
@@ -312,7 +314,7 @@ def module_text(params, source: str, rows: int) -> str:
         "LIGHT_LOAD": params.light_load,
         "SURVIVAL": params.survival,
         "MEMORY_CDRH3_SELECTION": params.memory_cdrh3_selection,
-        "JUNCTIONS": {
+        "JUNCTIONS: dict[str, dict[str, Any]]": {
             locus: {
                 name: getattr(p, name)
                 for name in ("v_trim", "j_trim", "n1", "d5_trim", "d3_trim", "n2", "cdr3_length")

@@ -29,8 +29,8 @@ BATCH = 16  # antibodies of a padded batch in torch
 
 def antibodies(count: int) -> list:
     """Simulated pairs."""
+    from moe_ablm.data.antibody import Antibody
     from moe_ablm.data.simulate import simulate
-    from moe_ablm.inference.antibodies import Antibody
 
     rows = [row for batch in simulate(count, 0) for row in batch.to_pylist()]
     return [
@@ -58,7 +58,7 @@ def work_in_torch(task: str, count: int, directory: str):
     import torch
     from transformers import EsmForMaskedLM
 
-    from moe_ablm.inference.antibodies import row_of
+    from moe_ablm.data.antibody import row_of
 
     model = EsmForMaskedLM.from_pretrained(directory, attn_implementation="sdpa").eval()
     rows = [row_of(antibody, LAYOUTS["esm"]) for antibody in antibodies(count)]

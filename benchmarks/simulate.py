@@ -12,8 +12,8 @@ import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from marginals import marginals, total_variation
 
-from moe_ablm.data.marginals import marginals, total_variation
 from moe_ablm.data.simulate import SimulationParams, pairing_information, simulate
 
 

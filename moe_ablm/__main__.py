@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else.
 
 import argparse
 import importlib
-import keyword
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ import sys
 from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.errors import UserError
 
-# one module of moe_ablm.verbs each, imported only when it is asked for
+# each in the module of moe_ablm.verbs of its name, imported only for that verb
 VERBS = {
     "simulate": "antibody pairs from human germlines, with exact truth for every residue",
     "annotate": "regions, genes and germline of amino-acid chains",
@@ -33,8 +32,11 @@ VERBS = {
     "compare": "evaluations of several models and seeds: differences, and what holds",
     "fit": "a table of runs -> a scaling law",
 }
-# those that run an encoder
-ASKING = ("embed", "score", "infill", "scan", "route", "attention", "evaluate")
+# modules of several verbs
+SHARED = {
+    **dict.fromkeys(("embed", "score", "infill", "scan", "route", "attention"), "asking"),
+    **dict.fromkeys(("import", "export", "upcycle"), "weights"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -46,10 +48,13 @@ def main(argv: list[str]) -> int:
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         if name == named:
-            file = f"{name}_" if keyword.iskeyword(name) else name
-            module = importlib.import_module(f"moe_ablm.verbs.{file}")
-            module.add_arguments(verb)
-            verb.set_defaults(carry_out=module.run)
+            module = importlib.import_module(f"moe_ablm.verbs.{SHARED.get(name, name)}")
+            if name in SHARED:
+                add_arguments, run = module.VERBS[name]
+            else:
+                add_arguments, run = module.add_arguments, module.run
+            add_arguments(verb)
+            verb.set_defaults(carry_out=run)
     arguments = parser.parse_args(argv[1:])
     try:
         arguments.carry_out(arguments)
@@ -65,6 +70,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if set(sys.argv[1:2]) & set(ASKING):
+    if any(SHARED.get(verb, verb) in ("asking", "evaluate") for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     sys.exit(main(sys.argv))

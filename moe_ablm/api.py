@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.errors import UserError
 from moe_ablm.inference import attention as attentions
 from moe_ablm.inference import embed as embeddings
@@ -17,7 +18,7 @@ from moe_ablm.inference import infill as infilling
 from moe_ablm.inference import route as routing
 from moe_ablm.inference import scan as scans
 from moe_ablm.inference import score as scores
-from moe_ablm.inference.antibodies import LETTERS, Antibody, given
+from moe_ablm.inference.antibodies import LETTERS, given
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.interop.load import load_model
 

@@ -1,10 +1,16 @@
-"""A progress bar on a terminal, plain lines elsewhere."""
+"""Progress bars on a terminal; of training plain lines elsewhere."""
 
 import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 LINE_EVERY = 10.0  # seconds between plain lines
@@ -60,3 +66,9 @@ class Progress:
             self._bar.console.print(text, highlight=False)
         else:
             print(text, flush=True)
+
+
+def bar(*columns: ProgressColumn, transient: bool = True) -> Bar:
+    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    return Bar(*columns, console=console, disable=not console.is_terminal, transient=transient)

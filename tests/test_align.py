@@ -9,6 +9,7 @@ import pytest
 from moe_ablm.data import align
 from moe_ablm.data.align import ACCEPTED, place
 from moe_ablm.data.annotate import annotate_chains
+from moe_ablm.data.domains import MAX_CDR3, MIN_CDR3, find_junction
 from moe_ablm.data.germline import CODON_TABLE, LOCI_OF_CHAIN, load_germlines
 from moe_ablm.data.germline_scores import (
     AMINO_ACIDS,
@@ -23,7 +24,6 @@ from moe_ablm.data.germline_scores import (
     v_table,
     words,
 )
-from moe_ablm.data.junction import MAX_CDR3, MIN_CDR3, find_junction
 from moe_ablm.data.simulate import simulate
 
 

@@ -6,19 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_models import HEAVY, LIGHT
 
+from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.readers import open_sources
 from moe_ablm.data.tokenizer import CLS, EOS, LAYOUTS, MASK, NULL, VOCABULARY, encode
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import (
-    LETTERS,
-    Antibody,
-    given,
-    labels,
-    read,
-    row_of,
-    tokens_of,
-    windows,
-)
+from moe_ablm.inference.antibodies import LETTERS, given, labels, read, windows
 from moe_ablm.inference.infill import INFILLED
 
 ESM = LAYOUTS["esm"]

@@ -148,10 +148,9 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
     import argparse
 
     from moe_ablm.inference.antibodies import windows
-    from moe_ablm.verbs import score
 
     parser = argparse.ArgumentParser()
-    score.add_arguments(parser)
+    asking.add_score_arguments(parser)
     args = parser.parse_args(
         [str(flag) for flag in [*flags[1:], out]], argparse.Namespace(verb="score")
     )
@@ -163,7 +162,7 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
 
     monkeypatch.setattr(asking, "_windows", two_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        score.run(args)
+        asking.score(args)
     assert not out.exists()
     result = run_quickly("moe_ablm", *flags, out)
     assert result.returncode == 0 and "going on after 2 antibodies" in result.stderr

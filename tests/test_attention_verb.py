@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 from tiny_models import engine, tiny_model
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.attention import attention, attention_layer, table
 from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.spec import Execution

@@ -14,7 +14,7 @@ from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import export_balm
 from moe_ablm.interop.balm_config import BALM_VOCABULARY
-from moe_ablm.interop.directory import import_directory
+from moe_ablm.interop.load import import_directory
 from moe_ablm.model.families import ExpertChoice, Soft, TopK, TopP
 
 FIXTURES = Path(__file__).parent / "fixtures"

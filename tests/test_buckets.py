@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 from tiny_models import MOE, engine, tiny_model
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.inference import buckets
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import HiddenStates
 from moe_ablm.inference.logits import EveryPosition
@@ -74,7 +75,7 @@ def test_batches_hold_every_row_once_in_two_shapes_a_bucket():
 
 
 def test_a_shape_is_compiled_once(capsys, monkeypatch):
-    monkeypatch.setattr(buckets, "WORTH_TELLING", 0.0)
+    monkeypatch.setattr(buckets, "REPORTED_FROM", 0.0)
     some = Engine(tiny_model(layers=1), batch_tokens=64)
     for _ in range(2):
         computed(some, ROWS[:1], HiddenStates(0))

@@ -23,7 +23,7 @@ def antibodies():
 
 def states(antibody, layer: int) -> np.ndarray:
     """What the encoder says, residues alone: <cls> H <cls><cls> L <eos>."""
-    from moe_ablm.inference.antibodies import row_of
+    from moe_ablm.data.antibody import row_of
 
     model = tiny_model()
     definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]

@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 from moe_ablm import api
 from moe_ablm.data.tokenizer import AMINO_ACIDS, VOCABULARY
 from moe_ablm.errors import UserError
-from moe_ablm.interop.directory import import_directory
-from moe_ablm.interop.load import load_model
+from moe_ablm.interop.load import import_directory, load_model
 from moe_ablm.interop.saved import flat_arrays, save_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "esm2_tiny.npz"

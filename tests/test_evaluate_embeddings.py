@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from small_datasets import Record, random_records, write_dataset
 from tiny_models import engine
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation import embeddings as module
 from moe_ablm.evaluation import neighbours
@@ -33,7 +34,6 @@ from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.pictures.embeddings import coordinates, draw_embeddings
 from moe_ablm.evaluation.statistics.spearman import RankCorrelation
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody
 from moe_ablm.inference.embed import embed
 
 GENES = np.array(["IGKV1-39", "IGKV3-20", "IGLV2-14", "IGLV1-40"])

@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 from tiny_models import HEAVY, LIGHT, engine
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation import fitness
@@ -20,7 +21,6 @@ from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.statistics.estimates import draw_counts
 from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody
 from moe_ablm.inference.scan import scan
 from moe_ablm.inference.score import score
 

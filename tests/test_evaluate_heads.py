@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from tiny_models import HEAVY, engine, tiny_model
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.supervised import head_inputs
 from moe_ablm.evaluation.supervised.head_inputs import IGNORED, POOLINGS, Head, Inputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training, fit
-from moe_ablm.inference.antibodies import Antibody
 
 CLASSES = Head("classification", 2)
 SHORT = Training(epochs=30, batch=16, lr=1e-2)

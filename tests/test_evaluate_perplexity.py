@@ -9,13 +9,13 @@ from planted import StandIn, arbitrary
 from small_datasets import Record, random_records, write_dataset
 from tiny_models import engine
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.tokenizer import AMINO_ACIDS, LAYOUTS, MASK, VOCABULARY
 from moe_ablm.evaluation.cohort import annotated
 from moe_ablm.evaluation.perplexity import MASK_RATE, Settings, evaluate, masked, test_sets
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody, row_of
 from moe_ablm.inference.logits import EveryPosition
 
 SEED, REPEATS = 11, 3

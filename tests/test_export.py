@@ -10,8 +10,8 @@ from random_models import logits_of, random_model, same
 
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
-from moe_ablm.interop.directory import import_directory
 from moe_ablm.interop.esm2 import export_esm2
+from moe_ablm.interop.load import import_directory
 from moe_ablm.interop.saved import save_model
 from moe_ablm.model.families import TopK
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tiny_models import engine
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, LAYOUTS, MASK
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.infill import INFILLED, Sampling, infill, table
 from moe_ablm.inference.logits import EveryPosition
 

@@ -1,7 +1,6 @@
 import pyarrow as pa
 import pytest
-
-from moe_ablm.data.marginals import marginals, total_variation
+from marginals import marginals, total_variation
 
 
 def row(heavy_mask: str, light_mask: str, **changed) -> dict:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moe_ablm.data.pairing import gene_frequencies, mutual_information, tilted_pairing
+from moe_ablm.data.simulate import gene_frequencies, mutual_information, tilted_pairing
 
 HEAVY = np.array([0.5, 0.3, 0.15, 0.05])
 LIGHT = np.array([0.6, 0.1, 0.3])

@@ -8,6 +8,7 @@ from small_datasets import Record, random_records, write_dataset
 from moe_ablm.data import dataset as dataset_module
 from moe_ablm.data import pipeline
 from moe_ablm.data import sequences as forms
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.data.assemble import Masking
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import UNIFORM, parse_policy
@@ -396,3 +397,16 @@ def test_real_pairs_in_every_regime(shared_data, tmp_path):
 def _runs(residue):
     edges = np.flatnonzero(np.diff(np.pad(residue.astype(int), 1)))
     return zip(edges[::2], edges[1::2], strict=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_is_the_same_in_training_and_in_inference(antibodies, records, layout):
+    stored = forms.stored(antibodies, np.arange(len(records)))
+    shape = len(records), int(stored.tokens(antibodies, LAYOUTS[layout]).max())
+    masking = Masking(UNIFORM, 0.15, 0)
+    (batch,) = evaluation_batches([(antibodies, stored)], shape, layout, masking)
+    for record, targets in zip(records, batch["targets"], strict=True):
+        row = row_of(Antibody("", record.heavy, record.light), LAYOUTS[layout])
+        padding = [PAD] * (shape[1] - len(row.tokens))
+        assert [*row.tokens.tolist(), *padding] == targets.tolist()
+        np.testing.assert_array_equal(row.places, np.flatnonzero(is_amino_acid(row.tokens)))

@@ -18,9 +18,9 @@ import pytest
 
 from moe_ablm.__main__ import main
 from moe_ablm.data import tokenizer
+from moe_ablm.data.clones import nearest_train
 from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset, DatasetWriter
 from moe_ablm.data.intake import SplitRule
-from moe_ablm.data.nearest import nearest_train
 from moe_ablm.data.prepare import prepare, prepare_batches
 from moe_ablm.data.readers import Report, open_sources
 from moe_ablm.data.simulate import simulate

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from tiny_models import MOE, engine, tiny_model
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.route import route, table
 
 ESM = LAYOUTS["esm"]

@@ -18,10 +18,11 @@ from test_flops import matmul_flops
 
 from moe_ablm import config as configs
 from moe_ablm import train
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.evaluation.routing import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.route import route, table
 from moe_ablm.inference.score import score

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_models import engine
 
+from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, LAYOUTS, MASK
-from moe_ablm.inference.antibodies import given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.heatmap import draw_scan, figure_path
 from moe_ablm.inference.logits import EveryPosition
 from moe_ablm.inference.scan import METHODS, passes, scan, table
@@ -73,7 +74,7 @@ def test_heat_map(tmp_path):
 
 
 def test_no_name_points_out_of_the_directory(tmp_path):
-    from moe_ablm.inference.antibodies import Antibody
+    from moe_ablm.data.antibody import Antibody
 
     path = figure_path(tmp_path, Antibody("../../etc/" + "x" * 300, "E", ""))
     assert path.parent == tmp_path and len(path.name) < 100

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_models import HEAVY, LIGHT, MOE, engine
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.data.tokenizer import LAYOUTS, MASK
-from moe_ablm.inference.antibodies import Antibody, given, row_of
+from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.logits import EveryPosition
 from moe_ablm.inference.score import perplexity, regions, score, summary, table
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from marginals import marginals, total_variation
 
 import moe_ablm.data
-from moe_ablm.data.marginals import marginals, total_variation
 from moe_ablm.data.simulate import BLOCK, SimulationParams, pairing_information, simulate, v_pairing
 from moe_ablm.errors import UserError
 from moe_ablm.verbs import simulate as verb

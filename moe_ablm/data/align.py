@@ -46,9 +46,7 @@ MAX_MISSING = 3
 # Residues of one insertion or deletion; those of real antibodies are nearly always below 10.
 MAX_INDEL = 18
 MAX_INSERTED = 24  # residues that all insertions together add
-LAYOUTS_ALIGNED = (
-    4  # germlines with different gaps in the IMGT numbering that a chain is aligned to
-)
+LAYOUTS_ALIGNED = 4  # a chain is aligned to germlines of so many sets of gaps in IMGT's numbering
 MIN_SHARED_WORDS = 12
 MIN_FR1_VOTES = 6
 MIN_IDENTITY = 0.5  # of aligned V residues; the most mutated human antibodies have 0.54
@@ -105,7 +103,7 @@ def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) ->
       codes: residue codes `[n, L]`, OTHER behind the end of a chain.
       lengths: `[n]`.
       own: germlines of the chain that the sequences are said to be.
-      other: germlines of the other chain, to tell a swapped chain.
+      other: germlines of the other chain, to recognise a swapped chain.
     """
     placement = Placement.empty(len(codes), own)
     if codes.shape[1] < MIN_ALIGNED:
@@ -193,7 +191,7 @@ def _needs_no_gap(
     compared = in_v & (index >= -start[:, None])
     blosum = (BLOSUM62[seen, germline] * compared).sum(axis=1)
     # No substitution scores above identity, so no alignment with a gap scores above the bound;
-    # where the ungapped one is below it, parasail is asked.
+    # where the ungapped one is below it, parasail decides.
     bound = (BLOSUM62[germline, germline] * compared).sum(axis=1) - GAP_OPEN
     for row in np.flatnonzero(good & (blosum < bound)):
         begin = max(start[row] - MAX_MISSING, 0)
@@ -232,15 +230,16 @@ class _Near:
 def _nearest(text: str, found_words: np.ndarray, table: VTable) -> list[_Near]:
     """The germline that shares most words, of each of the nearest layouts; best score first."""
     shared = table.has_word[found_words].sum(axis=0, dtype=np.int64)
-    near, layouts = [], set()
+    near: list[_Near] = []
+    layouts: set[int] = set()
     for g in np.argsort(-shared, kind="stable").tolist():
         if shared[g] < MIN_SHARED_WORDS or len(layouts) == LAYOUTS_ALIGNED:
             break
         if table.layout[g] not in layouts:
             layouts.add(table.layout[g])
-            found = parasail.sg_scan_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
-            if found.score >= MIN_BLOSUM:
-                near.append(_Near(found.score, g, found.end_ref))
+            hit = parasail.sg_scan_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
+            if hit.score >= MIN_BLOSUM:
+                near.append(_Near(hit.score, g, hit.end_ref))
     return sorted(near, key=lambda n: -n.blosum)
 
 
@@ -289,7 +288,7 @@ def _log_odds(hit: _Hit, codes: np.ndarray, table: VTable) -> np.ndarray:
 
 
 def _place_gapped(
-    codes: np.ndarray, own: VTable, other: VTable, placement: Placement, row: int
+    codes: np.ndarray, own: VTable, other: VTable, placement: Placement, row: int | np.integer
 ) -> None:
     """Fills one row of a placement by gapped alignment."""
     if len(codes) < MIN_ALIGNED:
@@ -297,7 +296,11 @@ def _place_gapped(
     text, found_words = _text(codes), np.unique(words(codes))
     near = _nearest(text, found_words, own)
     swapped = _nearest(text, found_words, other)
-    if swapped and (not near or _beats(swapped[0], near[0])):
+    # the other chain's germline explains the same part of the chain better
+    if swapped and (
+        not near
+        or (swapped[0].blosum > near[0].blosum and abs(swapped[0].end - near[0].end) < MIN_ALIGNED)
+    ):
         if _align(codes, text, swapped[0].germline, other):
             placement.reason[row] = CODE_OF_REASON["wrong_chain"]
         return
@@ -320,11 +323,6 @@ def _place_gapped(
     placement.cdr[row, : residues[-1] + 1] = _cdr_of(residues, own.imgt[g, hit.in_germline])
     placement.best[row] = log_odds == log_odds[g]
     placement.locus[row] = own.locus[g]
-
-
-def _beats(swapped: _Near, near: _Near) -> bool:
-    """Whether the other chain's germline explains the same part of a chain better."""
-    return swapped.blosum > near.blosum and abs(swapped.end - near.end) < MIN_ALIGNED
 
 
 def _cdr_of(residues: np.ndarray, imgt: np.ndarray) -> np.ndarray:

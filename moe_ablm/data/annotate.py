@@ -12,17 +12,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from moe_ablm.data import tokenizer
 from moe_ablm.data.align import ACCEPTED, REASONS
-from moe_ablm.data.annotated_columns import annotate_columns, length_of
+from moe_ablm.data.dataset import flat
 from moe_ablm.data.domains import Domains, find_domains
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 
 ROWS_A_TASK = 1024  # rows that a process annotates at a time; bounds the memory
+
+# A chain that has these is not annotated again; its CDR3 and its identity follow from them.
+NEEDED = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gene")
+CALLS = ("v_call", "j_call")
+SEGMENTS = "gene_segment_mask_aa"  # kept where it is there, never computed
+RESIDUE_COLUMNS = (*NEEDED[:3], SEGMENTS)
+DISAGREE = "columns_disagree"
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,7 @@ class ChainAnnotation:
     start: int  # index of the domain's first residue in the given sequence
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """A sequence without annotation, and why: one of `REASONS`."""
-
-    reason: str
-
-
-def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotation | Rejection]:
+def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotation | str]:
     """Annotates amino-acid sequences that each hold one V domain of a chain.
 
     Args:
@@ -57,7 +60,8 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
       chain: "heavy" or "light".
 
     Returns:
-      One entry for each sequence, in order; it depends on that sequence alone.
+      For each sequence, in order, its annotation, or the one of `REASONS` why it has none. It
+      depends on that sequence alone.
 
     Raises:
       ValueError: another `chain`.
@@ -73,22 +77,25 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
     return annotations
 
 
-def _row(domains: Domains, row: int) -> ChainAnnotation | Rejection:
+def _row(domains: Domains, row: int) -> ChainAnnotation | str:
     if domains.reason[row] != ACCEPTED:
-        return Rejection(REASONS[domains.reason[row]])
+        return REASONS[domains.reason[row]]
     length, first = domains.length[row], domains.cdr3_start[row]
-    texts = [
+    sequence, germline, cdr_mask, mutated = (
         array[row, :length].tobytes().decode()
         for array in (domains.residues, domains.germline, domains.cdr, domains.mutated)
-    ]
+    )
     v_call, j_call = domains.v_call[row], domains.j_call[row]
     return ChainAnnotation(
-        *texts,
+        sequence_aa=sequence,
+        germline_aa=germline,
+        cdr_mask_aa=cdr_mask,
+        nongermline_mask_aa=mutated,
         v_gene=v_call.split("|")[0],
         j_gene=j_call.split("|")[0],
         v_call=v_call,
         j_call=j_call,
-        cdr3_aa=texts[0][first : first + domains.cdr3_length[row]],
+        cdr3_aa=sequence[first : first + domains.cdr3_length[row]],
         v_identity_aa=float(domains.v_identity[row]),
         start=int(domains.start[row]),
     )
@@ -99,14 +106,14 @@ def annotate_batch(
 ) -> tuple[pa.RecordBatch, Counter]:
     """Annotates the chains of a batch that lack annotation.
 
-    Values that are there are trusted: germline, masks, genes, CDR3, identity. A chain that has
+    Given values are trusted: germline, masks, genes, CDR3, identity. A chain that has
     all of them passes unchanged, else the missing ones are computed, the sequence is cut to the V
     domain and the given per-residue strings with it.
 
     Args:
       batch: `sequence_aa_heavy` and/or `sequence_aa_light` ("" or null: no such chain), any
         columns of the annotated table, and any others, which are passed on.
-      reannotate: compute what is there, too.
+      reannotate: also compute the annotation that is there.
       workers: processes; the result does not depend on their number.
 
     Returns:
@@ -159,11 +166,12 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def _die_with_parent() -> None:
     """Ends this worker when the process that started it is killed, which the pool does not see."""
 
-    def watch() -> None:
-        multiprocessing.parent_process().join()
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBatch, np.ndarray]:
@@ -171,11 +179,11 @@ def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBa
     reason = np.full(batch.num_rows, "", object)
     empty = np.ones(batch.num_rows, bool)
     for chain in CHAINS:
-        found, faults = annotate_columns(batch, chain, reannotate=reannotate)
-        columns |= {f"{name}_{chain}": array for name, array in found.items()}
+        computed, faults = annotate_columns(batch, chain, reannotate=reannotate)
+        columns |= {f"{name}_{chain}": array for name, array in computed.items()}
         here = (reason == "") & (faults != "")
         reason[here] = [f"{chain}: {fault}" for fault in faults[here]]
-        empty &= length_of(found["sequence_aa"]) == 0
+        empty &= length_of(computed["sequence_aa"]) == 0
     empty &= reason == ""
     reason[empty] = "no_sequence"
     passed = {n: batch[n] for n in batch.schema.names if n not in columns}
@@ -183,3 +191,175 @@ def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBa
     done = pa.record_batch(first | columns | passed)
     accepted = reason == ""
     return done if accepted.all() else done.filter(pa.array(accepted)), reason
+
+
+def annotate_columns(
+    batch: pa.RecordBatch, chain: str, *, reannotate: bool
+) -> tuple[dict[str, pa.Array], np.ndarray]:
+    """Annotates one chain of every row.
+
+    Args:
+      batch: may have any of the columns of the annotated table.
+      chain: "heavy" or "light".
+      reannotate: ignore the annotation that is there.
+
+    Returns:
+      Columns by their name without the chain, and for each row the reason (object `[rows]`) why
+      it is not annotated: "", one of `REASONS`, or "columns_disagree" where a string has another
+      length than the sequence or a given CDR3 is not where the CDR3 is. The values of rows with
+      a reason mean nothing.
+    """
+    n = batch.num_rows
+    sequence = pc.ascii_upper(texts(batch, f"sequence_aa_{chain}"))
+    names = (SEGMENTS,) if reannotate else (*NEEDED, SEGMENTS, *CALLS, "cdr3_aa")
+    given = {name: texts(batch, f"{name}_{chain}") for name in names}
+    none = pa.array([""] * n, pa.string())
+    given = {name: given.get(name, none) for name in (*NEEDED, SEGMENTS, *CALLS, "cdr3_aa")}
+    complete = np.logical_and.reduce([length_of(given[name]) > 0 for name in NEEDED])
+    reason = _faults(sequence, given, complete)
+    rows = np.flatnonzero((length_of(sequence) > 0) & ~complete & (reason == ""))
+    domains = find_domains(*flat(sequence.take(pa.array(rows))), chain)
+    reason[rows] = np.array(REASONS, object)[domains.reason]
+    accepted = np.flatnonzero(domains.reason == ACCEPTED)
+    rows, domains = rows[accepted], domains.take(accepted)
+    columns = _residue_columns(sequence, given, reason, rows, domains)
+    columns |= _gene_columns(given, rows, domains)
+    columns |= _cdr3_and_identity(columns)
+    computed = np.full(n, np.nan)
+    computed[rows] = domains.v_identity
+    identity = np.where(np.isnan(computed), columns["v_identity_aa"], computed)
+    if not reannotate:
+        known = numbers(batch, f"v_identity_aa_{chain}")
+        identity = np.where(np.isnan(known), identity, known)
+    columns["v_identity_aa"] = pa.array(identity, mask=np.isnan(identity))
+    contradicts = (length_of(given["cdr3_aa"]) > 0) & (reason == "")
+    contradicts &= pc.not_equal(given["cdr3_aa"], columns["cdr3_aa"]).to_numpy(zero_copy_only=False)
+    reason[contradicts] = DISAGREE
+    if f"{SEGMENTS}_{chain}" not in batch.schema.names:
+        del columns[SEGMENTS]
+    return columns, reason
+
+
+def texts(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column as strings, "" where it is null or not there; raises UserError for other types."""
+    if name not in batch.schema.names:
+        return pa.array([""] * batch.num_rows, pa.string())
+    kind = batch[name].type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise UserError(f"annotate: column {name} holds {kind}; expected strings")
+    return pc.fill_null(batch[name].cast(pa.string()), "")
+
+
+def numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """A column as float64 `[rows]`, NaN where it is null, empty or not there."""
+    if name not in batch.schema.names:
+        return np.full(batch.num_rows, np.nan)
+    column = batch[name]
+    try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = pc.if_else(pc.equal(column, ""), None, column)
+        return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        raise UserError(f"annotate: column {name}: expected numbers ({error})") from error
+
+
+def length_of(strings: pa.Array) -> np.ndarray:
+    """Bytes of each string, int64 `[rows]`."""
+    return np.diff(flat(strings)[1])
+
+
+def _faults(sequence: pa.Array, given: dict[str, pa.Array], complete: np.ndarray) -> np.ndarray:
+    """Why rows cannot be used as they are given (object `[rows]`)."""
+    reason = np.full(len(sequence), "", object)
+    letters, offsets = flat(sequence)
+    lengths = np.diff(offsets)
+    wrong = np.searchsorted(offsets, np.flatnonzero(tokenizer.invalid(letters)), "right") - 1
+    reason[wrong[complete[wrong]]] = "nonstandard_residue"  # others: the annotator's decision
+    for name in RESIDUE_COLUMNS:
+        length = length_of(given[name])
+        reason[(length > 0) & (length != lengths)] = DISAGREE
+    return reason
+
+
+def _strings(values: np.ndarray, counts: np.ndarray) -> pa.Array:
+    """Strings of `counts` `[rows]` ASCII letters each, from the letters end to end."""
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.StringArray.from_buffers(len(counts), *buffers[1:])
+
+
+def _either(first: pa.Array, second: pa.Array) -> pa.Array:
+    """The first string of each row, the second where that is empty."""
+    return pc.if_else(pc.equal(first, ""), second, first)
+
+
+def _cut(strings: pa.Array, start: np.ndarray, stop: np.ndarray) -> pa.Array:
+    """Letters `start` to `stop` `[rows]` of each string."""
+    letters, offsets = flat(strings)
+    lengths = np.diff(offsets)
+    index = np.arange(len(letters)) - np.repeat(offsets[:-1], lengths)
+    inside = (index >= np.repeat(start, lengths)) & (index < np.repeat(stop, lengths))
+    return _strings(letters[inside], np.clip(stop, None, lengths) - np.clip(start, None, lengths))
+
+
+def _residue_columns(
+    sequence: pa.Array,
+    given: dict[str, pa.Array],
+    reason: np.ndarray,
+    rows: np.ndarray,
+    domains: Domains,
+) -> dict[str, pa.Array]:
+    """Per-residue strings, cut to the domain; all empty where a row has a reason."""
+    start, stop = np.zeros(len(sequence), np.int64), length_of(sequence)
+    stop[reason != ""] = 0
+    start[rows], stop[rows] = domains.start, domains.start + domains.length
+    columns = {"sequence_aa": _cut(sequence, start, stop)}
+    counts = np.zeros(len(sequence), np.int64)
+    counts[rows] = domains.length
+    inside = np.arange(domains.residues.shape[1]) < domains.length[:, None]
+    for name, computed in (("germline_aa", domains.germline), ("cdr_mask_aa", domains.cdr)):
+        spread = _strings(computed[inside], counts)
+        columns[name] = _either(_cut(given[name], start, stop), spread)
+    letters, offsets = flat(columns["sequence_aa"])
+    differs = (letters != flat(columns["germline_aa"])[0]).astype(np.uint8) + np.uint8(ord("0"))
+    derived = _strings(differs, np.diff(offsets))
+    columns["nongermline_mask_aa"] = _either(
+        _cut(given["nongermline_mask_aa"], start, stop), derived
+    )
+    columns[SEGMENTS] = _cut(given[SEGMENTS], start, stop)
+    return columns
+
+
+def _gene_columns(
+    given: dict[str, pa.Array], rows: np.ndarray, domains: Domains
+) -> dict[str, pa.Array]:
+    columns = {}
+    for segment, calls in (("v", domains.v_call), ("j", domains.j_call)):
+        call = np.full(len(given["v_gene"]), "", object)
+        call[rows] = calls
+        gene = [text.partition("|")[0] for text in call]
+        known = given[f"{segment}_gene"]
+        columns[f"{segment}_gene"] = _either(known, pa.array(gene, pa.string()))
+        computed = _either(known, pa.array(call, pa.string()))
+        columns[f"{segment}_call"] = _either(given[f"{segment}_call"], computed)
+    return columns
+
+
+def _cdr3_and_identity(columns: dict[str, pa.Array]) -> dict[str, pa.Array | np.ndarray]:
+    """CDR3 and V identity (NaN where there is no residue before a CDR3) as the masks say."""
+    letters, offsets = flat(columns["sequence_aa"])
+    n, row = len(offsets) - 1, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    in_cdr3 = flat(columns["cdr_mask_aa"])[0] == ord("3")
+    mutated = flat(columns["nongermline_mask_aa"])[0] == ord("1")
+    seen = np.concatenate([[0], np.cumsum(in_cdr3)])
+    before = seen[1:] == seen[offsets[:-1]][row]
+    before &= (seen[offsets[1:]] > seen[offsets[:-1]])[row]
+    total = np.bincount(row[before], minlength=n)
+    differing = np.bincount(row[before & mutated], minlength=n)
+    with np.errstate(invalid="ignore"):
+        identity = 1.0 - differing / total
+    cdr3 = _strings(letters[in_cdr3], np.bincount(row[in_cdr3], minlength=n))
+    return {"cdr3_aa": cdr3, "v_identity_aa": identity}

@@ -1,4 +1,4 @@
-"""Sequences at their places in a batch: tokens, chains, regions, and masks."""
+"""From sequences with places in a batch to its arrays: tokens, chains, regions and masks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_ablm.data import masking
+from moe_ablm.data.antibody import row_sizes, write_special_tokens
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import MaskPolicy
 from moe_ablm.data.regions import CDR3, CHAINS
@@ -41,7 +42,7 @@ class Placed(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """Who is masked: the policy, the mean rate, and the seed of the draws."""
+    """How residues are masked: the policy, the mean rate, and the seed of the draws."""
 
     policy: MaskPolicy
     mean: float
@@ -71,13 +72,16 @@ def assemble(
       special tokens; `antibody` uint8, 0 padding, else the number of the sequence within its row;
       `position` uint16, place within the sequence, 0 for padding.
     """
-    chains = _chain_places(datasets, placed, layout, masking_of.seed)
+    count, skip = _shown(datasets, placed, layout, masking_of.seed)
     preference = masking_of.policy.kind
     columns = ("tokens", "region") + (("mutated",) if preference == "nongermline" else ())
     places = shape[0] * shape[1]
     arrays = {c: np.zeros(places, np.uint8) for c in columns}
     arrays["tokens"].fill(PAD)
-    _write_special(arrays["tokens"], placed.start, chains, layout)
+    first = write_special_tokens(
+        arrays["tokens"], placed.start, count["heavy"], count["light"], layout
+    )
+    chains = _Chains(count, skip, dict(zip(CHAINS, first, strict=True)))
     _copy_residues(datasets, placed, chains, arrays)
     targets = arrays["tokens"]
     preferred = {
@@ -86,7 +90,7 @@ def assemble(
     }.get(preference, lambda: None)()
     tokens, loss_mask = _mask(targets, preferred, placed, chains, masking_of)
     batch = {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
-    batch |= _numbering(placed, chains, layout, places) | {"region": arrays["region"]}
+    batch |= _numbering(placed, chains, places) | {"region": arrays["region"]}
     return {name: array.reshape(shape) for name, array in batch.items()}
 
 
@@ -94,29 +98,23 @@ class _Chains(NamedTuple):
     """Where the chains of each sequence go; `{chain: int64 [n]}`.
 
     Attributes:
-      count: residues that are shown.
+      shown: residues in the batch.
       skip: residues before them that a crop leaves out.
       at: place of the first in the batch.
     """
 
-    count: dict[str, np.ndarray]
+    shown: dict[str, np.ndarray]
     skip: dict[str, np.ndarray]
     at: dict[str, np.ndarray]
 
-    @property
-    def both(self) -> np.ndarray:
-        return (self.count["heavy"] > 0) & (self.count["light"] > 0)
 
-
-def _chain_places(
+def _shown(
     datasets: Sequence[Dataset], placed: Placed, layout: Layout, seed: int
-) -> _Chains:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Residues of each chain that fit, and those that a crop leaves out before them."""
     rows = {"heavy": placed.heavy, "light": placed.light}
     count = {chain: _lengths(datasets, placed.dataset, chain, r) for chain, r in rows.items()}
-    both = (count["heavy"] > 0) & (count["light"] > 0)
-    between = both * len(layout.between)
-    special = len(layout.before) + len(layout.after) + between
-    excess = count["heavy"] + count["light"] + special - placed.size
+    excess = row_sizes(count["heavy"], count["light"], layout) - placed.size
     skip = {chain: np.zeros(len(excess), np.int64) for chain in CHAINS}
     long = np.flatnonzero(excess > 0)
     if len(long):
@@ -127,9 +125,7 @@ def _chain_places(
             at = long[mine]
             skip[chain][at] = draw[mine] * (excess[at] + 1) >> 32
             count[chain][at] -= excess[at]
-    heavy_at = placed.start + len(layout.before)
-    at = {"heavy": heavy_at, "light": heavy_at + count["heavy"] + between}
-    return _Chains(count, skip, at)
+    return count, skip
 
 
 def _lengths(
@@ -145,40 +141,28 @@ def _lengths(
     return np.where(rows == NONE, 0, lengths)
 
 
-def _write_special(tokens: np.ndarray, start: np.ndarray, chains: _Chains, layout: Layout) -> None:
-    for i, token in enumerate(layout.before):
-        tokens[start + i] = token
-    both = chains.both
-    middle = (chains.at["heavy"] + chains.count["heavy"])[both]
-    for i, token in enumerate(layout.between):
-        tokens[middle + i] = token
-    end = chains.at["light"] + chains.count["light"]
-    for i, token in enumerate(layout.after):
-        tokens[end + i] = token
-
-
 def _copy_residues(
     datasets: Sequence[Dataset], placed: Placed, chains: _Chains, arrays: dict[str, np.ndarray]
 ) -> None:
     for chain, rows in (("heavy", placed.heavy), ("light", placed.light)):
         for number, dataset in enumerate(datasets):
-            mine = np.flatnonzero((chains.count[chain] > 0) & (placed.dataset == number))
+            mine = np.flatnonzero((chains.shown[chain] > 0) & (placed.dataset == number))
             dataset.copy_residues(
                 chain,
                 rows[mine],
                 arrays,
                 at=chains.at[chain][mine],
                 skip=chains.skip[chain][mine],
-                count=chains.count[chain][mine],
+                count=chains.shown[chain][mine],
             )
 
 
-def _numbering(placed: Placed, chains: _Chains, layout: Layout, places: int) -> Batch:
+def _numbering(placed: Placed, chains: _Chains, places: int) -> Batch:
     """`segment`, `antibody` and `position`."""
     whole = masking.extents(placed.start, places)
-    heavy = chains.count["heavy"]
-    first = len(layout.before) + heavy + chains.both * len(layout.between)
-    first = np.where(chains.count["light"] > 0, first * (heavy > 0), placed.size)
+    # tokens before the light chain belong to the heavy one, all where there is no light chain
+    heavy, light = chains.shown["heavy"], chains.shown["light"]
+    first = np.where(light > 0, (chains.at["light"] - placed.start) * (heavy > 0), placed.size)
     runs = np.stack([first, placed.size - first, whole - placed.size], 1)
     segment = np.repeat(np.tile(np.array([1, 2, 0], np.uint8), len(first)), runs.ravel())
     number = np.stack([placed.number, np.zeros_like(placed.number)], 1).astype(np.uint8)
@@ -212,13 +196,12 @@ def _mask(
 
 
 def _spans(record: np.ndarray, chains: _Chains, mean: float, places: int) -> np.ndarray:
-    bits, count, at = [], [], []
+    parts = []
     for number, chain in enumerate(CHAINS):
-        mine = chains.count[chain] > 0
-        bits.append(record[mine] ^ _CHAIN_SALT * np.uint64(number))
-        count.append(chains.count[chain][mine])
-        at.append(chains.at[chain][mine])
-    bits, count, at = map(np.concatenate, (bits, count, at))
+        mine = chains.shown[chain] > 0
+        salted = record[mine] ^ _CHAIN_SALT * np.uint64(number)
+        parts.append((salted, chains.shown[chain][mine], chains.at[chain][mine]))
+    bits, count, at = (np.concatenate(part) for part in zip(*parts, strict=True))
     covered, of = masking.select_spans(bits, count, mean)
     place = np.arange(len(of)) + (at - (np.cumsum(count) - count))[of]
     selected = np.zeros(places, bool)

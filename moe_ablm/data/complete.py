@@ -1,4 +1,4 @@
-"""Sends the rows that lack annotation through the annotator; trusted columns stay as they are."""
+"""Annotates the rows that lack annotation; given columns are trusted and stay as they are."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +31,12 @@ def annotated(
 
     Args:
       batches: checked batches of a reader.
-      report: told of the rows that the annotator rejects, by its reasons.
+      report: counts the rows that the annotator rejects, by its reasons.
       reannotate: compute annotation that is there, too.
       workers: processes of the annotator; with several, batches are read ahead.
       all_columns: give complete rows the columns that a dataset does not store, too.
     """
-    # parasail and the germline tables: only when needed
+    # imports parasail and builds the germline tables: only when needed
     from moe_ablm.data.annotate import ROWS_A_TASK, start_annotation
 
     def start(batch: pa.RecordBatch) -> _Finish:

@@ -55,10 +55,6 @@ def flat(strings: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.Array:
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
 def _encode_chain(batch: pa.RecordBatch, chain: str) -> dict[str, pa.Array]:
     letters, offsets = flat(batch[f"sequence_aa_{chain}"])
     if tokenizer.invalid(letters).any():
@@ -81,7 +77,11 @@ def _encode_chain(batch: pa.RecordBatch, chain: str) -> dict[str, pa.Array]:
         "mutated": residues("nongermline_mask_aa", none) - np.uint8(ord("0")),
         "segment": segments_from_mask(residues("gene_segment_mask_aa", none)),
     }
-    return {f"{chain}_{name}": _lists(values, offsets) for name, values in codes.items()}
+    ends = pa.array(offsets)
+    return {
+        f"{chain}_{name}": pa.LargeListArray.from_arrays(ends, pa.array(values))
+        for name, values in codes.items()
+    }
 
 
 def encode_batch(
@@ -143,7 +143,7 @@ class DatasetWriter:
         self._dir.chmod(0o755)
         self._pending: list[pa.RecordBatch] = []
         self._rows_pending = 0
-        self._file = None
+        self._file: pa.ipc.RecordBatchFileWriter | None = None
         self._shards: list[dict] = []
         self._counts = dict.fromkeys(SPLITS, 0)
         self._fractions = {s: dict.fromkeys(FRACTIONS, 0) for s in SPLITS}
@@ -249,8 +249,10 @@ class Dataset:
         self._batches = batches
         self._views = [_views(b) for b in batches]
         self._starts = np.cumsum([0] + [b.num_rows for b in batches])
-        for name in ("key", "split", "fraction_key", "cluster"):
-            setattr(self, name, np.concatenate([np.asarray(b[name]) for b in batches]))
+        self.key, self.split, self.fraction_key, self.cluster = (
+            np.concatenate([np.asarray(b[name]) for b in batches])
+            for name in ("key", "split", "fraction_key", "cluster")
+        )
         self.lengths = {
             chain: np.concatenate([np.diff(v[f"{chain}_offsets"]) for v in self._views])
             for chain in CHAINS
@@ -315,7 +317,7 @@ class Dataset:
         """
         chunk = np.searchsorted(self._starts, rows, side="right") - 1
         local = rows - self._starts[chunk]
-        targets = [(f"{chain}_{column}", memoryview(array)) for column, array in into.items()]
+        targets = [(f"{chain}_{column}", array.data) for column, array in into.items()]
         offsets = f"{chain}_offsets"
         for c, row, to, skipped, n in zip(
             chunk.tolist(), local.tolist(), at.tolist(), skip.tolist(), count.tolist(), strict=True
@@ -370,18 +372,18 @@ def _check_shards(path: Path, shards: list[dict]) -> None:
     """Compares sizes, then SHA-256, in parallel (hashing releases the GIL)."""
     for shard in shards:
         file = path / shard["file"]
-        found = file.stat().st_size if file.is_file() else None
-        if found != shard["bytes"]:
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
             raise UserError(
-                f"{file}: {'missing' if found is None else f'{found} bytes'}, dataset.json says "
+                f"{file}: {'missing' if size is None else f'{size} bytes'}, dataset.json says "
                 f"{shard['bytes']} bytes: the shard is truncated or altered, prepare it again"
             )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         sums = pool.map(lambda s: sha256_file(path / s["file"]), shards)
-        for shard, found in zip(shards, sums, strict=True):
-            if found != shard["sha256"]:
+        for shard, digest in zip(shards, sums, strict=True):
+            if digest != shard["sha256"]:
                 raise UserError(
-                    f"{path / shard['file']}: SHA-256 {found[:12]}..., dataset.json says "
+                    f"{path / shard['file']}: SHA-256 {digest[:12]}..., dataset.json says "
                     f"{shard['sha256'][:12]}...: the shard is altered, prepare it again"
                 )
 

@@ -46,45 +46,41 @@ def translate(sequence: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class VAllele:
-    """A functional V allele: C23, W41 and C104 are there, and no stop codon up to C104."""
+class Allele:
+    """A germline allele."""
 
     name: str  # e.g. IGHV3-23*01
-    nucleotides: str  # ungapped, from the first codon of the V domain to the recombination signal
+    nucleotides: str  # ungapped; a V starts at the first codon of the domain
+
+    @property
+    def gene(self) -> str:
+        return self.name.split("*")[0]
+
+    @property
+    def locus(self) -> str:
+        return self.name[:3]
+
+
+@dataclass(frozen=True, eq=False)
+class VAllele(Allele):
+    """A functional V allele: C23, W41 and C104 are there, and no stop codon up to C104."""
+
     amino_acids: str  # of the whole codons; the residues after C104 begin the CDR3
     imgt: np.ndarray  # [len(amino_acids)] int16: the IMGT position of each residue
     c104: int  # index of C104 in `amino_acids`
 
-    @property
-    def gene(self) -> str:
-        return self.name.split("*")[0]
-
-    @property
-    def locus(self) -> str:
-        return self.name[:3]
-
-    def region_starts(self) -> tuple[int, int, int, int, int]:
+    def region_starts(self) -> list[int]:
         """Index in `amino_acids` where CDR1, FR2, CDR2, FR3 and CDR3 begin."""
-        return tuple(int(start) for start in np.searchsorted(self.imgt, REGION_STARTS))
+        return np.searchsorted(self.imgt, REGION_STARTS).tolist()
 
 
 @dataclass(frozen=True, eq=False)
-class JAllele:
+class JAllele(Allele):
     """A J allele with its reading frame and the conserved W118 (heavy) or F118 (light)."""
 
-    name: str
-    nucleotides: str
     frame: int  # nucleotides before the first whole codon
     amino_acids: str  # of the whole codons from `frame` on
     motif: int  # index of W/F118 in `amino_acids`
-
-    @property
-    def gene(self) -> str:
-        return self.name.split("*")[0]
-
-    @property
-    def locus(self) -> str:
-        return self.name[:3]
 
     @property
     def motif_nucleotide(self) -> int:
@@ -92,16 +88,8 @@ class JAllele:
         return self.frame + 3 * self.motif
 
 
-@dataclass(frozen=True, eq=False)
-class DAllele:
+class DAllele(Allele):
     """A D allele (heavy chain only); any of its three reading frames may be used."""
-
-    name: str
-    nucleotides: str
-
-    @property
-    def gene(self) -> str:
-        return self.name.split("*")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +107,6 @@ class Germlines:
     def j_of(self, *loci: str) -> tuple[JAllele, ...]:
         """J alleles of the given loci ("IGH", "IGK", "IGL")."""
         return tuple(allele for allele in self.j if allele.locus in loci)
-
-    def alleles_by_protein(self, *loci: str) -> dict[str, tuple[VAllele, ...]]:
-        """V alleles of the loci grouped by protein up to and including C104.
-
-        Alleles in one group cannot be told apart from amino acids before the CDR3.
-        """
-        groups: dict[str, list[VAllele]] = {}
-        for allele in self.v_of(*loci):
-            groups.setdefault(allele.amino_acids[: allele.c104 + 1], []).append(allele)
-        return {protein: tuple(alleles) for protein, alleles in groups.items()}
 
 
 def parse_fasta(text: str) -> dict[str, str]:

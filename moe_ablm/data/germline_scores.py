@@ -10,6 +10,7 @@ transversion), or, in one replacement out of five, any residue. Whole numbers ma
 that a tie between alleles is a tie on every machine and in every batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from moe_ablm.data.germline import (
     CODON_TABLE,
     LOCI,
     LOCI_OF_CHAIN,
+    Allele,
     JAllele,
     VAllele,
     load_germlines,
@@ -42,7 +44,7 @@ CDR3_KEPT = (0.4, 0.7, 0.85, 0.9, 0.95)
 # Share of the J genes of a locus in human repertoires, roughly. Without their trimmed 5' ends and
 # with mutations some J cannot be told apart by protein (IGHJ1, 4 and 5); then usage decides which
 # one is named first.
-J_USAGE = {
+J_USAGE: dict[str, dict[str, float]] = {
     "IGH": {"IGHJ4": 48, "IGHJ6": 20, "IGHJ3": 13, "IGHJ5": 13, "IGHJ2": 3, "IGHJ1": 2},
     "IGK": {"IGKJ1": 29, "IGKJ2": 26, "IGKJ4": 25, "IGKJ5": 11, "IGKJ3": 9},
     "IGL": {
@@ -106,7 +108,7 @@ def log_odds(codons: np.ndarray, kept: np.ndarray, otherwise: np.ndarray | None)
     Args:
       codons: codes 0-63 `[n]` of codons that are no stop.
       kept: `[n]` probability that the germline residue is seen.
-      otherwise: `[20]` distribution of what is seen else; None is a replacement by hypermutation.
+      otherwise: `[20]` distribution of the residue if it is not kept; None: hypermutation.
     """
     other = replacement_probabilities()[codons] if otherwise is None else otherwise[None]
     probability = (1.0 - kept[:, None]) * np.broadcast_to(other, (len(codons), OTHER))
@@ -118,7 +120,7 @@ def log_odds(codons: np.ndarray, kept: np.ndarray, otherwise: np.ndarray | None)
 
 
 def encode(sequence: str) -> np.ndarray:
-    """Residue codes of a sequence, case ignored; what is no amino acid is `OTHER`."""
+    """Residue codes of a sequence, case ignored; `OTHER` for letters that are no amino acid."""
     return CODE_OF_BYTE[np.frombuffer(sequence.encode(), np.uint8)]
 
 
@@ -189,7 +191,7 @@ def _v_scores(alleles: list[VAllele], n: int) -> np.ndarray:
     return np.rint(total / len(alleles)).astype(np.int16)
 
 
-def _loci(alleles: list[VAllele] | list[JAllele]) -> np.ndarray:
+def _loci(alleles: Sequence[Allele]) -> np.ndarray:
     return np.array([LOCI.index(allele.locus) for allele in alleles], np.uint8)
 
 
@@ -216,9 +218,9 @@ def v_table(chain: str) -> VTable:
         residues[g, : len(protein)] = encode(protein)
         imgt[g, : len(protein)] = group[0].imgt[: len(protein)]
         scores[: len(protein), :, g] = _v_scores(group, len(protein))
-        found = words(encode(protein[: group[0].c104 + 1]))
-        has_word[found, g] = 1
-        fr1_words[found[:FR1_WORDS]] |= np.uint32(1) << np.arange(FR1_WORDS, dtype=np.uint32)
+        numbers = words(encode(protein[: group[0].c104 + 1]))
+        has_word[numbers, g] = 1
+        fr1_words[numbers[:FR1_WORDS]] |= np.uint32(1) << np.arange(FR1_WORDS, dtype=np.uint32)
     c104 = np.array([group[0].c104 for group in by_protein.values()])
     to_c104 = np.arange(width) <= c104[:, None]
     _, layout = np.unique(np.where(to_c104, imgt, 0), axis=0, return_inverse=True)
@@ -247,9 +249,8 @@ def _j_prior(allele: JAllele) -> int:
 @lru_cache(maxsize=2)
 def j_table(chain: str) -> JTable:
     """The J table of a chain ("heavy" or "light"), built once a process."""
-    alleles = load_germlines().j_of(*LOCI_OF_CHAIN[chain])
-    prior = {j.name: _j_prior(j) for j in alleles}
-    alleles = sorted(alleles, key=lambda j: -prior[j.name])
+    prior = {j: _j_prior(j) for j in load_germlines().j_of(*LOCI_OF_CHAIN[chain])}
+    alleles = sorted(prior, key=lambda j: -prior[j])
     lengths = np.array([len(j.amino_acids) - j.motif for j in alleles])
     before = max(j.motif for j in alleles)
     fr4 = np.full((len(alleles), lengths.max()), OTHER, np.uint8)
@@ -265,7 +266,7 @@ def j_table(chain: str) -> JTable:
     return JTable(
         genes=tuple((j.gene,) for j in alleles),
         locus=_loci(alleles),
-        prior=np.array([prior[j.name] for j in alleles], np.int32),
+        prior=np.array([prior[j] for j in alleles], np.int32),
         fr4=fr4,
         fr4_length=lengths,
         fr4_scores=fr4_scores,

@@ -9,11 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moe_ablm.data import mmseqs
 from moe_ablm.data import split as splits
-from moe_ablm.data.clones import as_ascii, clonal_groups, donor_draws, is_labelled, label_numbers
+from moe_ablm.data.clones import (
+    as_ascii,
+    clonal_groups,
+    donor_draws,
+    is_labelled,
+    label_numbers,
+    mmseqs_clusters,
+    nearest_train,
+    require_mmseqs,
+)
 from moe_ablm.data.dataset import SCHEMA, encode_batch
-from moe_ablm.data.nearest import nearest_train
+from moe_ablm.data.masking import mix
 from moe_ablm.data.readers.columns import LINE, ROW
 from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.regions import CHAINS
@@ -21,7 +29,7 @@ from moe_ablm.data.spill import Partitions
 from moe_ablm.data.tokenizer import decode
 from moe_ablm.errors import UserError
 
-# What clustering needs of a row. `draw` decides the split, `group` is the clonal group, `member`
+# Columns that clustering needs. `draw` decides the split, `group` is the clonal group, `member`
 # a hash of group and CDRH3; without `cdr3` the group is the cluster.
 _CLONES = pa.schema(
     [
@@ -64,7 +72,7 @@ class SplitRule:
         if not 0.5 <= self.identity <= 1:
             raise UserError(f"--identity {self.identity}: expected a share from 0.5 to 1")
         if self.by == "mmseqs":
-            mmseqs.require_mmseqs()
+            require_mmseqs()
         if self.by != "donor" and (self.valid_donors or self.test_donors):
             raise UserError("--valid-donors and --test-donors need --split donor")
         both = set(self.valid_donors) & set(self.test_donors)
@@ -74,7 +82,7 @@ class SplitRule:
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """What is known once all rows have been seen; arrays `[rows]` in order of arrival.
+    """Clusters and splits, once all rows have been seen; arrays `[rows]` in order of arrival.
 
     Attributes:
       cluster (int64), split (uint8), keep (bool): see `dataset.SCHEMA`; `keep` is False for a row
@@ -82,7 +90,7 @@ class Decided:
       clusters: their number.
       trusted: clusters are those of the sources' `cluster` column.
       divided: clusters whose members' own draws of a split differ; each takes one of them.
-      nearest: see `nearest.nearest_train`.
+      nearest: see `clones.nearest_train`.
     """
 
     cluster: np.ndarray
@@ -218,7 +226,7 @@ class Intake:
                     tokens = heavy if len(heavy) else light
                     yield decode(tokens.values.to_numpy()).encode()
 
-        for rows, representatives in mmseqs.cluster(
+        for rows, representatives in mmseqs_clusters(
             sequences(), self._rule.identity, self._scratch
         ):
             label = (keys[representatives] >> np.uint64(1)).astype(np.int64)
@@ -233,7 +241,7 @@ class Intake:
             rows, draw, label = (part[n].to_numpy() for n in _LABELS.names)
             # A cluster takes the draw of one of its members, which must not depend on their order:
             # the least of another hash of the draw (the least draw would nearly always mean train).
-            order = np.lexsort((_scrambled(draw), label))
+            order = np.lexsort((mix(draw), label))
             first = np.concatenate([[True], np.diff(label[order]) != 0])
             chosen = draw[order][first][np.cumsum(first) - 1]
             cluster[rows] = label
@@ -257,7 +265,7 @@ class Intake:
             cluster[rows] = ids >> np.uint64(1)
             # The id of a cluster is its least member's hash, of which another hash is drawn: the
             # least hash itself would nearly always mean train.
-            split[rows] = splits.split_of(draw if self._rule.by != "cluster" else _scrambled(ids))
+            split[rows] = splits.split_of(draw if self._rule.by != "cluster" else mix(ids))
             clusters += len(np.unique(ids))
         return clusters
 
@@ -269,13 +277,6 @@ def _linked(cdr3: np.ndarray, group: np.ndarray, member: np.ndarray, identity: f
     # np.unique sorts, so the first of each label is its least member.
     least = distinct[np.unique(labels, return_index=True)[1]]
     return least[np.unique(labels, return_inverse=True)[1]][inverse]
-
-
-def _scrambled(hashes: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 under which order is lost (the finaliser of SplitMix64)."""
-    x = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _completed(batch: pa.RecordBatch, source: str) -> pa.RecordBatch:

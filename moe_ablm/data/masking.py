@@ -30,7 +30,9 @@ _CHANCE_BITS = 24  # a chance is a multiple of 2^-24, exact in float32
 
 @dataclass(frozen=True)
 class MaskPolicy:
-    """Who is masked more often: `kind` uniform, cdr3, nongermline or span; `rate` of the preferred.
+    """Which residues are masked more often.
+
+    `kind` is uniform, cdr3, nongermline or span; `rate` is the masking rate of the preferred ones.
 
     Whatever the policy, the expected share of an antibody's residues that is masked is the mean
     rate of the run.
@@ -44,16 +46,16 @@ UNIFORM = MaskPolicy("uniform")
 
 
 def parse_policy(text: str) -> MaskPolicy:
-    """Policy from its name, one of `MASKS` (RATE such as 0.25); ValueError says what is wrong."""
+    """Policy from its name, one of `MASKS` (RATE such as 0.25); ValueError if it is malformed."""
     if text in ("uniform", "span"):
         return MaskPolicy(text)
-    found = _PREFERRED.fullmatch(text)
-    if not found or float(found[2]) == 0:
+    match = _PREFERRED.fullmatch(text)
+    if not match or float(match[2]) == 0:
         raise ValueError(f"expected one of {', '.join(MASKS)} with RATE such as 0.25")
-    return MaskPolicy(found[1], float(found[2]))
+    return MaskPolicy(match[1], float(match[2]))
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """Finaliser of SplitMix64 (Steele et al. 2014): uint64 to well-mixed uint64, any shape."""
     return _mix_in_place(np.array(x, np.uint64))
 
@@ -132,7 +134,7 @@ def record_rates(
       preferred: bool `[N]`, places of residues the policy prefers; None if uniform.
       start: int64 `[n]`, first place of each record, rising from 0.
     """
-    if policy.kind == "uniform":
+    if policy.rate is None or preferred is None:  # uniform
         rate = np.full(len(start), mean, np.float32)
         return Rates(rate, rate, None)
     many = _sum_by_record(residue, start)
@@ -171,10 +173,11 @@ def select(
         chosen = bits < low[0]
         chosen &= residue
         return chosen, np.broadcast_to(rates.low[:1], int(chosen.sum()))
+    preferred = np.zeros(len(bits), bool) if rates.preferred is None else rates.preferred
     of = np.repeat(np.arange(len(start)), extents(start, len(bits)))
-    chosen = (bits < np.where(rates.preferred, high[of], low[of])) & residue
+    chosen = (bits < np.where(preferred, high[of], low[of])) & residue
     at = np.flatnonzero(chosen)
-    return chosen, np.where(rates.preferred[at], rates.high[of[at]], rates.low[of[at]])
+    return chosen, np.where(preferred[at], rates.high[of[at]], rates.low[of[at]])
 
 
 def select_spans(

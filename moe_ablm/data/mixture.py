@@ -9,15 +9,17 @@ epoch.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_ablm.data import sequences as forms
 from moe_ablm.data.dataset import Dataset
-from moe_ablm.data.epochs import Stream
 from moe_ablm.data.masking import mix
+from moe_ablm.data.packing import first_fit_decreasing, seat
 from moe_ablm.data.sequences import Sequences
-from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
 
 REGIMES = (
@@ -37,6 +39,7 @@ _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _MIXED = re.compile(f"mixed:{_NUMBER}")
 _SIGMOID = re.compile(rf"curriculum:sigmoid(?:\({_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\))?")
 
+_EPOCHS_KEPT = 2  # a batch may hold the end of one epoch and the start of the next
 # Shares are integers of this unit: hosts whose exp differs in the last bit still agree.
 _UNIT = 1 << 20
 _GOLDEN = 648_055  # odd, nearest to _UNIT times the golden ratio's fraction
@@ -83,28 +86,28 @@ _FORMS = {
 
 
 def parse_regime(text: str) -> Regime:
-    """Regime from its name, one of `REGIMES`; ValueError says what is wrong."""
+    """Regime from its name, one of `REGIMES`; ValueError if it is malformed."""
     if text in ("paired", "shuffled", "unpaired"):
         return Regime(text)
     if text == "unpaired:doubled":
         return Regime("unpaired", doubled=True)
-    if found := _MIXED.fullmatch(text):
-        share = float(found[1])
+    if match := _MIXED.fullmatch(text):
+        share = float(match[1])
         if not 0 < share < 1:
             raise ValueError(f"SHARE={share:g} of unpaired sequences, expected between 0 and 1")
         return Regime("mixed", curve=(share, 0.0, 0.0, 0.0))
-    if found := _SIGMOID.fullmatch(text):
-        curve = tuple(map(float, found.groups())) if found[1] else CURRICULUM
-        if not 0 <= curve[0] - curve[1] <= curve[0] <= 1:
+    if match := _SIGMOID.fullmatch(text):
+        start, drop, slope, middle = map(float, match.groups()) if match[1] else CURRICULUM
+        if not 0 <= start - drop <= start <= 1:
             raise ValueError("START and START - DROP are shares: expected 0 to 1")
-        return Regime("curriculum", curve=curve)
+        return Regime("curriculum", curve=(start, drop, slope, middle))
     raise ValueError(f"expected one of {', '.join(REGIMES)}")
 
 
 def form_of(
     dataset: Dataset, form: str, rows: np.ndarray, seed: int
 ) -> tuple[Sequences, str | None]:
-    """Records in a form, and a line to tell about it."""
+    """Records in a form, and a note for the user or None."""
     if form != "repaired":
         return {"stored": forms.stored, "chains": forms.chains, "pairs": forms.pairs}[form](
             dataset, rows
@@ -140,10 +143,10 @@ _NAMES = {
 
 
 def require_some(
-    datasets: Sequence[Dataset], split: str, form: str, found: Sequence[Sequences], length: int
+    datasets: Sequence[Dataset], split: str, form: str, sequences: Sequence[Sequences], length: int
 ) -> None:
     """UserError when no dataset has a sequence of a form in `length` tokens."""
-    if not any(map(len, found)):
+    if not any(map(len, sequences)):
         paths = ", ".join(str(d.path) for d in datasets)
         raise UserError(
             f"dataset {paths}: no {_NAMES[form]} of the {split} split (or of config.data.fraction) "
@@ -169,13 +172,97 @@ def dataset_weights(weights: Sequence[float] | None, counts: Sequence[int]) -> n
     return given / given.sum()
 
 
+class Drawn(NamedTuple):
+    """Sequences of some rows, row after row; arrays `[n]`.
+
+    Attributes:
+      row: index of the position in the request.
+      sequence: index in the stream's sequences.
+      epoch: how often the stream gave each of its sequences before.
+      start: token of the row at which it begins.
+    """
+
+    row: np.ndarray
+    sequence: np.ndarray
+    epoch: np.ndarray
+    start: np.ndarray
+
+
+class Stream:
+    """Rows out of sequences of one dataset, one sequence or, packed, several in a row.
+
+    Attributes:
+      dataset, sequences: the pool that is drawn from.
+      size: int64 `[n]`, tokens of each sequence, at most `length` (longer ones are cropped).
+      length: tokens of a row.
+      rows: rows of an epoch, the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sequences: Sequences,
+        layout: Layout,
+        length: int,
+        seed: int,
+        number: int = 0,
+        packed: bool = False,
+    ):
+        """Args: the run's seed; `number` distinguishes the streams of a run."""
+        self.dataset, self.sequences, self.length = dataset, sequences, length
+        self.size = np.minimum(sequences.tokens(dataset, layout), length)
+        self._seed, self._spawn = seed, (number,) if number else ()
+        self._packing = first_fit_decreasing(self.size, length) if packed else None
+        self.rows = len(sequences) if self._packing is None else len(self._packing)
+        self._order = lru_cache(_EPOCHS_KEPT)(self._make_order)
+
+    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of an epoch in order; packed also the sequence of each place."""
+        entropy = np.random.SeedSequence([self._seed, epoch], spawn_key=self._spawn)
+        rng = np.random.default_rng(entropy)
+        rows = rng.permutation(self.rows)
+        if self._packing is None:
+            return rows, None
+        return rows, seat(self._packing, self.size, rng.permutation(len(self.sequences)))
+
+    def draw(self, position: np.ndarray) -> Drawn:
+        """The rows at some positions (int64 `[B]`) of the endless order."""
+        epoch, within = np.divmod(position, self.rows)
+        parts = []
+        for e in np.unique(epoch):
+            here = np.flatnonzero(epoch == e)
+            rows, seated = self._order(int(e))
+            parts.append(self._draw_epoch(here, rows[within[here]], seated, int(e)))
+        if len(parts) == 1:
+            return parts[0]
+        both = Drawn(*map(np.concatenate, zip(*parts, strict=True)))
+        order = np.argsort(both.row, kind="stable")
+        return Drawn(*(x[order] for x in both))
+
+    def _draw_epoch(
+        self, here: np.ndarray, rows: np.ndarray, seated: np.ndarray | None, epoch: int
+    ) -> Drawn:
+        if self._packing is None or seated is None:
+            return Drawn(here, rows, np.full(len(rows), epoch), np.zeros(len(rows), np.int64))
+        first = self._packing.first[rows]
+        count = self._packing.first[rows + 1] - first
+        begin = np.cumsum(count) - count
+        place = np.repeat(first - begin, count) + np.arange(count.sum())
+        return Drawn(
+            np.repeat(here, count),
+            seated[place],
+            np.full(len(place), epoch),
+            self._packing.start[place],
+        )
+
+
 class Mixture:
     """The training rows of a run.
 
     Attributes:
       streams: `[S]`.
       left_out: sequences that are longer than `Batching.length`.
-      notes: lines to tell at the start of a run.
+      notes: lines to print at the start of a run.
       sequences: number of sequences of all streams.
       unique_tokens: their tokens; of a dataset that is shown in two forms, the larger sum.
     """
@@ -222,10 +309,10 @@ class Mixture:
         self._before = rows_before(shares, units, seed)
 
     def _form(self, dataset: Dataset, form: str, rows: np.ndarray) -> Sequences:
-        found, note = form_of(dataset, form, rows, self._seed)
+        sequences, note = form_of(dataset, form, rows, self._seed)
         self.notes += [note] if note else []
         kept, left_out = forms.fitting(
-            dataset, found, LAYOUTS[self.batching.layout], self.batching.length
+            dataset, sequences, LAYOUTS[self.batching.layout], self.batching.length
         )
         self.left_out += left_out
         return kept
@@ -240,7 +327,7 @@ class Mixture:
                 (length, sequences.take(np.flatnonzero(bucket == i)))
                 for i, length in enumerate(b.buckets)
             ]
-        added = []
+        added: list[Stream] = []
         for length, part in parts:
             if len(part):
                 number = len(self.streams) + len(added)
@@ -258,21 +345,21 @@ class Mixture:
         b = self.batching.rows
         counts = self._before[step + 1] - self._before[step]
         if self.batching.kind == "bucketed":
-            stream = int(np.argmax(counts))
-            return np.full(b, stream), self._before[step, stream] * b + np.arange(b)
+            chosen = int(np.argmax(counts))
+            return np.full(b, chosen), self._before[step, chosen] * b + np.arange(b)
         stream = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
         position = np.arange(b) + (self._before[step] - first)[stream]
         if len(counts) == 1:
             return stream, position
-        # streams lie in one another's midst, so that each host and micro-batch has its share
+        # interleave the streams so that every host and micro-batch gets its share
         with np.errstate(over="ignore"):
             order = np.argsort(mix(mix(np.uint64(self._seed) + mix(np.uint64(step)))
                                    + np.arange(b, dtype=np.uint64)))  # fmt: skip
         return stream[order], position[order]
 
     def epochs(self, step: int) -> float:
-        """Chains that the steps before `step` show, over those there are."""
+        """Chains shown before `step`, over the distinct chains of the mixture."""
         unit = self.batching.rows if self.batching.kind == "bucketed" else 1
         return float(self._before[step] * unit @ self._chains_per_row / self._unique_chains)
 
@@ -295,7 +382,7 @@ def rows_before(shares: np.ndarray, units: int, seed: int) -> np.ndarray:
 
     A step's units are points (b + u) / units, b = 0..units - 1, on a line that the shares divide
     (systematic sampling): each stream gets its share, rounded up or down. u moves by the golden
-    ratio from step to step, so that what is rounded away evens out soon.
+    ratio from step to step, so that rounding evens out over a few steps.
 
     Args:
       shares: `[steps, S]`, not negative; each step's are normalised.

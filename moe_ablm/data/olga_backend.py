@@ -59,12 +59,12 @@ class OlgaRecombiner:
 
     def _productive(self, selection: float, rng: np.random.Generator):
         while True:
-            found = self._attempt()
-            if found is None:
+            draw = self._attempt()
+            if draw is None:
                 continue
-            residues = len(found[-1]) // 3
+            residues = len(draw[-1]) // 3
             if rng.random() < length_survival(selection, residues):
-                return found
+                return draw
 
     def _attempt(self):
         """(v, j, d, sizes of the pieces, nucleotides between C104 and W/F118), or None."""

@@ -26,7 +26,7 @@ class TrainBatches(grain.sources.RandomAccessDataSource):
     """
 
     def __init__(self, mixture: Mixture, masking: Masking, process: tuple[int, int] = (0, 1)):
-        """Args: the rows of each step; who is masked; process (index, count), which divides B."""
+        """Args: the rows of each step; masks; process (index, count), where count divides B."""
         self._mixture, self._masking = mixture, masking
         self._layout = LAYOUTS[mixture.batching.layout]
         self._datasets = list({id(s.dataset): s.dataset for s in mixture.streams}.values())
@@ -114,7 +114,7 @@ def evaluation_batches(
       samples: sequences of each dataset; longer single chains are cropped.
       shape: rows B and tokens L of a batch.
       layout: name of the layout.
-      masking: who is masked.
+      masking: how residues are masked.
     """
     datasets = [dataset for dataset, _ in samples]
     tokens = [s.tokens(dataset, LAYOUTS[layout]) for dataset, s in samples]
@@ -137,9 +137,6 @@ def evaluation_batches(
             number=np.ones(rows, np.int64),
         )
         batch = assemble(datasets, placed, (rows, shape[1]), LAYOUTS[layout], masking)
-        yield {name: _fill_up(name, array, shape[0]) for name, array in batch.items()}
-
-
-def _fill_up(name: str, array: np.ndarray, rows: int) -> np.ndarray:
-    empty = PAD if name in ("tokens", "targets") else 0
-    return np.pad(array, ((0, rows - len(array)), (0, 0)), constant_values=empty)
+        missing = (0, shape[0] - rows), (0, 0)
+        empty = {"tokens": PAD, "targets": PAD}
+        yield {n: np.pad(a, missing, constant_values=empty.get(n, 0)) for n, a in batch.items()}

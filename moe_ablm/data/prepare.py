@@ -31,7 +31,7 @@ def prepare_batches(
       batches: columns of the study; rows are checked, and one that is malformed raises UserError.
       out: directory to make; it must not exist.
       source: name of the origin, for the card and for rows without a `source`.
-      licence: what the card says about the licence of the data.
+      licence: licence of the data, for the card.
       rule: how records are divided.
 
     Returns:
@@ -61,7 +61,7 @@ def prepare(
     Args:
       sources: for each source its report and its batches (as `check_batch` leaves them).
       out: directory to make; it must not exist.
-      licence: what the card says about the licence of the data.
+      licence: licence of the data, for the card.
       rule: how records are divided.
 
     Returns:
@@ -74,7 +74,7 @@ def prepare(
     rule = rule or SplitRule()
     require_new(out)
     with _room_on_disk(out), scratch_beside(out) as scratch:
-        require_new(out)  # whoever held the lock before may have made it
+        require_new(out)  # the process that held the lock before may have made it
         intake, reports = Intake(scratch, rule), []
         for report, batches in sources:
             reports.append(report)

@@ -137,7 +137,7 @@ class Recombiner:
         self.domains = Assembler(v, j)
         self.d = AlleleTable(d) if d else None
         self.v_tail = self.domains.v.length - 3 * self.domains.v_codons
-        self._d_cdf = np.cumsum(d_usage) if d else None
+        self._d_cdf = np.cumsum(() if d_usage is None else d_usage)
         self._n_cdf = np.cumsum(params.n_composition)
         names = ("v_trim", "j_trim", "n1", "n2", "d5_trim", "d3_trim")
         self._cdf = {name: _negative_binomial_cdf(*getattr(params, name)) for name in names}
@@ -167,9 +167,9 @@ class Recombiner:
         for _ in range(_MAX_ROUNDS):
             if not len(left):
                 break
-            done, *found = self._try(v[left], j[left], length_selection[left], longest, rng)
+            done, *productive = self._try(v[left], j[left], length_selection[left], longest, rng)
             accepted = left[done]
-            junction[accepted], pieces[accepted], d[accepted] = found
+            junction[accepted], pieces[accepted], d[accepted] = productive
             left = np.delete(left, done)
         else:
             raise RuntimeError(f"no productive junction after {_MAX_ROUNDS * _TRIES} tries")

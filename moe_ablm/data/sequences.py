@@ -1,9 +1,10 @@
-"""What a model is shown as one sequence: a pair as stored, a chain alone, or a re-paired pair."""
+"""The sequences of a dataset as a model sees them: stored pairs, single chains, re-paired pairs."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.data.antibody import row_sizes
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import mix
 from moe_ablm.data.regions import CDR3, CHAINS
@@ -45,9 +46,7 @@ class Sequences:
 
     def tokens(self, dataset: Dataset, layout: Layout) -> np.ndarray:
         """Tokens of each sequence in a layout, special ones included, int64 `[n]`."""
-        heavy, light = self.residues(dataset)
-        around = len(layout.before) + len(layout.after)
-        return heavy + light + around + ((heavy > 0) & (light > 0)) * len(layout.between)
+        return row_sizes(*self.residues(dataset), layout)
 
 
 def stored(dataset: Dataset, rows: np.ndarray) -> Sequences:
@@ -91,7 +90,8 @@ def repaired(dataset: Dataset, rows: np.ndarray, seed: int) -> tuple[Sequences, 
             f"with both chains in a split, found {len(both)}"
         )
     partner, met, left = _deal(
-        *(_chain_hashes(dataset, both, chain) for chain in CHAINS),
+        _chain_hashes(dataset, both, "heavy"),
+        _chain_hashes(dataset, both, "light"),
         np.random.default_rng(np.random.SeedSequence([seed, 0x5EA1])),
     )
     single = stored(dataset, np.setdiff1d(rows, both, assume_unique=True))

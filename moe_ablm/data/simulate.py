@@ -2,12 +2,12 @@
 
 A cell is naive (next to no mutation) or memory. Both chains of a memory cell share one mutation
 load, and memory cells have shorter CDRH3, so the mutation counts of a pair are correlated, as in
-real cells. The genes of the two chains are independent unless `pairing_tilt` is set (`pairing.py`).
-Regions are IMGT's; the gene segment of a residue is that of its codon's middle nucleotide.
-Insertions, deletions and P nucleotides are not simulated.
+real cells. The genes of the two chains are independent unless `pairing_tilt` is set (see
+`tilted_pairing`). Regions are IMGT's; the gene segment of a residue is that of its codon's middle
+nucleotide. Insertions, deletions and P nucleotides are not simulated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,6 @@ from moe_ablm.data import usage
 from moe_ablm.data.germline import LOCI, Germlines, load_germlines, translate_codes
 from moe_ablm.data.hypermutate import hypermutate
 from moe_ablm.data.olga_backend import OlgaRecombiner
-from moe_ablm.data.pairing import gene_frequencies, mutual_information, tilted_pairing
 from moe_ablm.data.recombine import JunctionParams, Recombiner
 from moe_ablm.data.regions import CDR3, REGIONS
 from moe_ablm.errors import UserError
@@ -43,7 +42,7 @@ class SimulationParams:
     naive_load          the same of every naive cell: variants that the germline table lacks,
                         sequencing errors, cells that have just begun to mutate
     light_load          (mean, shape) of the gamma distribution of a light chain's load over the
-                        heavy chain's: what the two do not share
+                        heavy chain's: the part that the two do not share
     survival            by chain: the probability that a replacement survives, by region
                         (FR1, CDR1, FR2, CDR2, FR3, CDR3, FR4)
     memory_cdrh3_selection  memory cells keep a CDRH3 of L residues with the probability
@@ -55,9 +54,9 @@ class SimulationParams:
                         own usage and junctions take the place of those above
     """
 
-    v_usage: dict[str, dict[str, float]] = field(default_factory=lambda: dict(usage.V_USAGE))
-    j_usage: dict[str, dict[str, float]] = field(default_factory=lambda: dict(usage.J_USAGE))
-    d_usage: dict[str, float] = field(default_factory=lambda: dict(usage.D_USAGE))
+    v_usage: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: dict(usage.V_USAGE))
+    j_usage: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: dict(usage.J_USAGE))
+    d_usage: Mapping[str, float] = field(default_factory=lambda: dict(usage.D_USAGE))
     kappa_share: float = usage.KAPPA_SHARE
     memory_share: float = usage.MEMORY_SHARE
     load: tuple[float, float] = usage.LOAD
@@ -126,9 +125,49 @@ def v_pairing(params: SimulationParams) -> tuple[list[str], list[str], np.ndarra
     return genes["IGH"], genes["IGK"] + genes["IGL"], joint
 
 
+def gene_frequencies(gene_usage: Mapping[str, float]) -> np.ndarray:
+    """Frequencies of the genes of a usage table, in the order of their names."""
+    weights = np.array([gene_usage[gene] for gene in sorted(gene_usage)], float)
+    return weights / weights.sum()
+
+
+def tilted_pairing(heavy: np.ndarray, light: np.ndarray, tilt: float) -> np.ndarray:
+    """Joint probability `[H, L]` with the marginals `heavy` `[H]` and `light` `[L]`.
+
+    In the order of falling frequency, the genes of either chain go by turns to one of two classes.
+    The joint probability of genes h and l is a_h b_l exp(+tilt / 2) where their classes agree and
+    a_h b_l exp(-tilt / 2) where they differ; a and b are such that the marginals hold (Sinkhorn
+    1967, Am. Math. Mon. 74:402). So the log odds ratio of any two genes of different classes on
+    either side is 2 tilt, tilt 0 is independence, and the mutual information stays below one bit.
+    """
+    agree = np.equal.outer(_classes(heavy), _classes(light))
+    kernel = np.exp(tilt * (agree - 0.5))
+    b = np.ones(len(light))
+    for _ in range(10_000):
+        a = heavy / (kernel @ b)
+        previous, b = b, light / (a @ kernel)
+        if np.allclose(previous, b, rtol=1e-13, atol=0):
+            break
+    return a[:, None] * kernel * b
+
+
+def _classes(frequencies: np.ndarray) -> np.ndarray:
+    rank = np.empty(len(frequencies), np.int64)
+    rank[np.argsort(-frequencies, kind="stable")] = np.arange(len(frequencies))
+    return rank % 2
+
+
+def mutual_information(joint: np.ndarray) -> float:
+    """Mutual information in bits of a joint probability `[H, L]`."""
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    positive = joint > 0
+    bits = (joint[positive] * np.log2(joint[positive] / independent[positive])).sum()
+    return max(float(bits), 0.0)  # rounding can leave an independent table just below zero
+
+
 @dataclass(eq=False)
 class _Chains:
-    """One chain of n cells: nucleotides `[n, 3 WIDTH]`, and what is known of each residue."""
+    """One chain of n cells: nucleotides `[n, 3 WIDTH]`, and the annotation of each residue."""
 
     codes: np.ndarray
     length: np.ndarray
@@ -287,7 +326,7 @@ def _gamma(mean_and_shape: tuple[float, float], rng) -> np.ndarray:
     return rng.gamma(shape, mean / shape, BLOCK)
 
 
-def allele_frequencies(alleles: tuple, gene_usage: dict[str, float]) -> np.ndarray:
+def allele_frequencies(alleles: tuple, gene_usage: Mapping[str, float]) -> np.ndarray:
     """Frequency of each allele: its gene's usage, shared equally by the alleles of the gene."""
     owner = [allele.gene for allele in alleles]
     weights = np.array([gene_usage.get(gene, 0) / owner.count(gene) for gene in owner])

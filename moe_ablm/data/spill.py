@@ -1,4 +1,4 @@
-"""Scratch space on disk, so that what must be known of all rows at once need not be in memory."""
+"""Scratch space on disk for data about all rows that would not fit in memory."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 65_536
 def scratch_beside(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that only this process uses; removed at the end.
 
-    What a killed process left behind for the same `out` is removed first.
+    Scratch files that a killed process left for the same `out` are removed first.
 
     Raises:
       UserError: another process is writing `out`.

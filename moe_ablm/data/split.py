@@ -141,8 +141,8 @@ def _edges(
         for start, size in zip(starts[sizes > 2], sizes[sizes > 2], strict=True):
             bucket = in_order[start : start + size]
             patience = _PATIENCE if divisible else size
-            found, remaining = _search(bucket, cdr3, group, allowed, patience)
-            edges += found
+            new_edges, remaining = _search(bucket, cdr3, group, allowed, patience)
+            edges += new_edges
             if len(remaining):
                 edges += _edges(remaining, rest, cdr3, group, allowed, again=False)
     return edges
@@ -172,9 +172,9 @@ def _search(
         here = frontier.pop()
         near = (cdr3[unreached] != cdr3[here]).sum(axis=1) <= allowed
         near &= group[unreached] == group[here]
-        found, unreached = unreached[near], unreached[~near]
-        edges.append(np.stack([np.full(len(found), here), found]))
-        frontier += found.tolist()
-    if not len(unreached):  # what is in the frontier is connected already
+        reached, unreached = unreached[near], unreached[~near]
+        edges.append(np.stack([np.full(len(reached), here), reached]))
+        frontier += reached.tolist()
+    if not len(unreached):  # the rows of the frontier are connected already
         return edges, unreached
     return edges, np.append(np.array(frontier, np.int64), unreached)

@@ -1,4 +1,4 @@
-"""What a dataset's rows look like: CDRH3 length, V gene usage, V identity."""
+"""Statistics of a dataset: CDRH3 length, V gene usage, V identity."""
 
 from collections import Counter
 from dataclasses import dataclass, field

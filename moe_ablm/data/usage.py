@@ -6,6 +6,8 @@ V and J usage are counts of pairs, D usage is what explains the CDRH3; the other
 fields of `SimulationParams`.
 """
 
+from typing import Any
+
 # fmt: off
 V_USAGE = {
     "IGH": {
@@ -71,7 +73,7 @@ SURVIVAL = {
     "light": (0.229, 0.9284, 0.4023, 1.0, 0.2955, 0.9642, 0.319),
 }
 MEMORY_CDRH3_SELECTION = 0.1796
-JUNCTIONS = {
+JUNCTIONS: dict[str, dict[str, Any]] = {
     "IGH": {
         "v_trim": (1.298, 1.697), "j_trim": (4.341, 2.146), "n1": (6.772, 4.43),
         "d5_trim": (2.967, 1.998), "d3_trim": (2.967, 1.998), "n2": (6.772, 4.43),

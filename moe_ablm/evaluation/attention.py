@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody, tokens_of
 from moe_ablm.data.regions import CHAINS, FR4, REGIONS, region_names
 from moe_ablm.evaluation.cohort import Annotated, Chain
 from moe_ablm.evaluation.outcome import Outcome, Picture, Table
@@ -23,7 +24,6 @@ from moe_ablm.evaluation.pictures.attention import draw_ratios
 from moe_ablm.evaluation.pictures.attention_maps import heat_maps
 from moe_ablm.evaluation.statistics.estimates import Number, Sample, derived, ratio
 from moe_ablm.evaluation.subject import Subject, require_regions
-from moe_ablm.inference.antibodies import Antibody, tokens_of
 from moe_ablm.inference.attention import CrossAttention, mean_attention
 from moe_ablm.inference.buckets import Engine
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.data.antibody import tokens_of
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
 from moe_ablm.evaluation.pictures.scores import picture
@@ -23,7 +24,6 @@ from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, cross_val
 from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training
 from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
-from moe_ablm.inference.antibodies import tokens_of
 
 TITLE = "Specificity classification"
 TASKS = {

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.dataset import ROWS_PER_BATCH, Dataset
 from moe_ablm.data.masking import mix
 from moe_ablm.data.regions import CHAINS, FR4
 from moe_ablm.data.tokenizer import decode
-from moe_ablm.inference.antibodies import Antibody
 
 COLUMNS = ("tokens", "germline", "region", "mutated", "segment")
 

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.data.tokenizer import encode
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody, row_of, windows
+from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import Output
 from moe_ablm.inference.score import masked_log_probabilities

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.tokenizer import FIRST_AMINO_ACID, MASK
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Assay, Substitutions, read_assays
@@ -28,7 +29,7 @@ from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.pictures.dots import dots
 from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody, row_of, tokens_of, windows
+from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import OnePosition
 from moe_ablm.inference.output import Output

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.masking import mix
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK, encode
 from moe_ablm.evaluation.cohort import Annotated, Chain
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Antibody, row_of, tokens_of
 from moe_ablm.inference.logits import EveryPosition
 
 PARTNERS = ("native", "reverted", "random", "none")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_ablm.data.antibody import Row, row_of
 from moe_ablm.data.masking import (
     UNIFORM,
     corrupt,
@@ -22,7 +23,6 @@ from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated
 from moe_ablm.evaluation.outcome import Outcome, Table
 from moe_ablm.evaluation.statistics.estimates import Sample
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import Row, row_of
 from moe_ablm.inference.logits import EveryPosition
 
 TITLE = "Perplexity"

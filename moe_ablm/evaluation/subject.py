@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_ablm.data.antibody import tokens_of
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.evaluation.cohort import Annotated, annotated, sample_rows
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.inference.antibodies import tokens_of
 from moe_ablm.inference.buckets import Engine
 
 

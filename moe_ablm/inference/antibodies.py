@@ -1,88 +1,28 @@
-"""Antibodies as people give them - files, or strings in Python - and as rows of tokens."""
+"""Antibodies as users give them: files, or strings in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.antibody import Antibody, tokens_of
 from moe_ablm.data.readers import Report, Source
-from moe_ablm.data.readers.check import MASKED, check_batch, place_of
+from moe_ablm.data.readers.check import check_batch, place_of
 from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
 from moe_ablm.data.regions import CHAINS
-from moe_ablm.data.tokenizer import AMINO_ACIDS, MASK, VOCABULARY, Layout
+from moe_ablm.data.tokenizer import AMINO_ACIDS, Layout
 from moe_ablm.errors import UserError
 
 AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but neither scored nor mutated
 LETTERS = AMINO_ACIDS + AMBIGUOUS
 SORTED = 8192  # sources whose rows are joined keep the order of the file up to so many antibodies
-_TOKEN = {t: i for i, t in enumerate(VOCABULARY) if len(t) == 1} | {MASKED: MASK}
-_ENCODE = np.zeros(256, np.uint8)
-_ENCODE[[ord(letter) for letter in _TOKEN]] = list(_TOKEN.values())
 
 
-@dataclass(frozen=True)
-class Antibody:
-    """Chains in upper-case letters, "" where there is none; `MASKED` stands for a masked residue.
-
-    Attributes:
-      name: its id, or the number of its row.
-      heavy, light: the chains.
-      where: its place in the source, for messages.
-      cdr_masks: `cdr_mask_aa` of both chains, where the source has it; else "".
-    """
-
-    name: str
-    heavy: str
-    light: str
-    where: str = ""
-    cdr_masks: tuple[str, str] = ("", "")
-
-    def chains(self) -> list[tuple[str, str]]:
-        """(name, letters) of the chains that are there."""
-        both = zip(CHAINS, (self.heavy, self.light), strict=True)
-        return [(chain, letters) for chain, letters in both if letters]
-
-    @property
-    def residues(self) -> int:
-        """Residues of both chains."""
-        return len(self.heavy) + len(self.light)
-
-
-class Row(NamedTuple):
-    """An antibody as the model sees it: `tokens` uint8 `[n]`, and where its residues stand.
-
-    Attributes:
-      tokens: special tokens and residues.
-      places: int64 `[residues]`, index in `tokens` of each residue, heavy chain first.
-    """
-
-    tokens: np.ndarray
-    places: np.ndarray
-
-
-def row_of(antibody: Antibody, layout: Layout) -> Row:
-    """Tokens of an antibody in a layout."""
-    tokens, places = list(layout.before), []
-    for number, (_, letters) in enumerate(antibody.chains()):
-        tokens += layout.between if number else ()
-        places.append(np.arange(len(letters)) + len(tokens))
-        tokens += _ENCODE[np.frombuffer(letters.encode(), np.uint8)].tolist()
-    return Row(np.array([*tokens, *layout.after], np.uint8), np.concatenate(places))
-
-
-def tokens_of(antibody: Antibody, layout: Layout) -> int:
-    """Tokens of an antibody, special ones included."""
-    between = len(layout.between) if len(antibody.chains()) == 2 else 0
-    return len(layout.before) + antibody.residues + between + len(layout.after)
-
-
-def labels(antibodies: Iterable[Antibody]) -> dict[str, np.ndarray]:
+def labels(antibodies: Iterable[Antibody]) -> dict[str, list]:
     """Columns that name every residue: `sequence_id`, `chain`, `position` (from 1), `residue`."""
-    columns = {"sequence_id": [], "chain": [], "position": [], "residue": []}
+    columns: dict[str, list] = {"sequence_id": [], "chain": [], "position": [], "residue": []}
     for antibody in antibodies:
         for chain, letters in antibody.chains():
             columns["sequence_id"] += [antibody.name] * len(letters)
@@ -105,9 +45,9 @@ def read(
 
     Args:
       sources: opened with `letters`.
-      layout: of the model.
-      longest: most tokens that the model was trained for; what is longer is a malformed row.
-      refuse: what else is wrong with an antibody, or None.
+      layout: the model's.
+      longest: tokens of the longest row that the model was trained for; longer rows are malformed.
+      refuse: another reason to refuse an antibody, or None.
 
     Raises:
       UserError: a malformed row, unless the source leaves such rows out.
@@ -155,20 +95,20 @@ def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
     ]
     places = [place_of(batch, row) for row in range(n)]
     rows = batch[ROW].to_pylist()
-    found = [
+    antibodies = [
         Antibody(name or str(row), heavy, light, where, (cdr_heavy, cdr_light))
         for name, heavy, light, cdr_heavy, cdr_light, where, row in zip(
             *columns, places, rows, strict=True
         )
     ]
     if ANY_CHAIN not in names:
-        return found
+        return antibodies
     either = np.flatnonzero(np.asarray(batch[ANY_CHAIN], bool))
-    for index, light in zip(either, are_light([found[i].heavy for i in either]), strict=True):
+    for index, light in zip(either, are_light([antibodies[i].heavy for i in either]), strict=True):
         if light:
-            old = found[index]
-            found[index] = Antibody(old.name, "", old.heavy, old.where)
-    return found
+            old = antibodies[index]
+            antibodies[index] = Antibody(old.name, "", old.heavy, old.where)
+    return antibodies
 
 
 def are_light(chains: Sequence[str]) -> list[bool]:
@@ -189,10 +129,10 @@ def given(
     """Antibodies from Python: single chains as strings, pairs as (heavy, light).
 
     Args:
-      items: of a pair one chain may be "" or None; whether a string is a light chain, annotation
-        finds out (what is neither counts as heavy).
-      layout: of the model.
-      longest: most tokens.
+      items: one chain of a pair may be "" or None. Annotation decides whether a single string is a
+        light chain; one that is neither counts as heavy.
+      layout: the model's.
+      longest: most tokens of a row.
       letters: allowed; lower case becomes upper case.
 
     Raises:
@@ -212,11 +152,11 @@ def given(
         ANY_CHAIN: [isinstance(item, str) for item in items],
     }
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-    found = _antibodies(check_batch(batch, report, letters=letters))
-    for antibody in found:
+    antibodies = _antibodies(check_batch(batch, report, letters=letters))
+    for antibody in antibodies:
         if reason := _too_long(antibody, layout, longest):
             raise UserError(f"antibodies: {antibody.where}: {reason}")
-    return found
+    return antibodies
 
 
 def _pair(item, number: int) -> tuple[str, str, str]:
@@ -236,14 +176,15 @@ def windows(
     cost: Callable[[Antibody], tuple[int, int]],
     most: tuple[int, int] = (4096, 128 << 20),
 ) -> Iterator[list[Antibody]]:
-    """Groups antibodies so that what is computed and held for a group is bounded.
+    """Groups antibodies so that the work and the memory of a group are bounded.
 
     Args:
       antibodies: any number.
       cost: rows through the encoder, and bytes of the result, of an antibody.
-      most: of both in a group; a single antibody may exceed them.
+      most: rows and bytes of a group; a single antibody may exceed them.
     """
-    window, total = [], np.zeros(2, np.int64)
+    window: list[Antibody] = []
+    total = np.zeros(2, np.int64)
     for antibody in antibodies:
         price = cost(antibody)
         if window and (total + price > most).any():

@@ -1,4 +1,4 @@
-"""Cross-chain attention: how much the residues of one chain look at those of the other."""
+"""Cross-chain attention: weights between the residues of the heavy and the light chain."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import Antibody, row_of
 from moe_ablm.inference.buckets import Batch, Engine, Task
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe
@@ -33,8 +33,10 @@ class MeanAttentionWeights:
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
         weights = _weights(encoder, batch)
-        chosen = weights if self.layer is None else [weights[self.layer]]
-        return sum(each.mean(1) for each in chosen) / len(chosen)
+        if self.layer is not None:
+            return weights[self.layer].mean(1)
+        first, *others = (each.mean(1) for each in weights)
+        return sum(others, first) / len(weights)
 
 
 def _weights(encoder: Encoder, batch: Batch) -> tuple[jax.Array, ...]:
@@ -68,7 +70,7 @@ def attention_layer(layer: int, layers: int) -> int:
 
 
 def needs_both(antibody: Antibody) -> str | None:
-    """What is wrong with an antibody of one chain."""
+    """Why an antibody of one chain is refused; None for a pair."""
     if len(antibody.chains()) == 2:
         return None
     return "one chain only: attention between chains needs a heavy and a light one"
@@ -83,8 +85,8 @@ def attention(
       UserError: an antibody has one chain, or there is no such layer.
     """
     task = AttentionWeights(attention_layer(layer, engine.model.spec.layers))
-    found = dict(_between_chains(engine, antibodies, task))
-    return [found[index] for index in range(len(antibodies))]
+    weights = dict(_between_chains(engine, antibodies, task))
+    return [weights[index] for index in range(len(antibodies))]
 
 
 def mean_attention(
@@ -92,7 +94,7 @@ def mean_attention(
 ) -> Iterator[tuple[int, CrossAttention]]:
     """(number of the antibody, mean over heads of a layer, or of all layers), in any order.
 
-    What is held is bounded: an antibody's weights are forgotten before those of others are made.
+    Memory is bounded: the weights of an antibody are dropped before those of the next are made.
 
     Raises:
       UserError: an antibody has one chain, or there is no such layer.
@@ -126,10 +128,10 @@ def table(engine: Engine, antibodies: Sequence[Antibody], layer: int, heads: boo
     `weight` is the mean over heads; `heads` adds the column `heads [H]`.
     """
     parts = []
-    for antibody, found in zip(antibodies, attention(engine, antibodies, layer), strict=True):
+    for antibody, cross in zip(antibodies, attention(engine, antibodies, layer), strict=True):
         for query, key, weights in (
-            ("heavy", "light", found.heavy_to_light),
-            ("light", "heavy", found.light_to_heavy),
+            ("heavy", "light", cross.heavy_to_light),
+            ("light", "heavy", cross.light_to_heavy),
         ):
             h, queries, keys = weights.shape
             at, seen = np.indices((queries, keys)).reshape(2, -1)

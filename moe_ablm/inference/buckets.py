@@ -26,11 +26,11 @@ from moe_ablm.parallel.mesh import MESH_AXES, batch_sharding, replicated
 
 MULTIPLE = 16  # of tokens: lengths of buckets
 BATCH_TOKENS = {"cpu": 2048}  # of a forward pass; elsewhere 65,536
-WORTH_TELLING = 1.0  # seconds of a compilation
+REPORTED_FROM = 1.0  # seconds of a compilation
 
 
 class Batch(NamedTuple):
-    """What a task is given: integers `tokens [B, L]`, bool `valid [B, L]`, `at [B]`."""
+    """Input of a task: integers `tokens [B, L]`, bool `valid [B, L]`, `at [B]`."""
 
     tokens: jax.Array
     valid: jax.Array
@@ -55,7 +55,7 @@ class Engine:
 
     Attributes:
       model: what was loaded.
-      precision: of `model.spec.PRECISIONS`.
+      precision: a key of `model.spec.PRECISIONS`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Engine:
             yield from _unpacked(*batch)
 
     def _batches(self, lengths: list[int]) -> Iterator[tuple[np.ndarray, int, int]]:
-        """(members, length, rows) of each batch: full ones, then what is left of the bucket.
+        """(members, length, rows) of each batch: full ones, then the rest of the bucket.
 
         A bucket has two shapes at most: full batches, and one row a device for a few last ones.
         """
@@ -150,7 +150,7 @@ class Engine:
         shardings = batch_sharding(self._mesh)
         compiled = jax.jit(compute, out_shardings=shardings).lower(self._params, *arrays).compile()
         seconds = time.perf_counter() - start
-        if seconds >= WORTH_TELLING:
+        if seconds >= REPORTED_FROM:
             rows, length = arrays[0].shape
             print(
                 f"moe_ablm: compiled for {rows} rows of {length} tokens in {seconds:.1f} s (once)",
@@ -166,11 +166,11 @@ def _unpacked(members: np.ndarray, out: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _mesh(devices: int) -> Mesh:
-    found = jax.devices()
-    if not 1 <= devices <= len(found):
+    available = jax.devices()
+    if not 1 <= devices <= len(available):
         raise UserError(
-            f"--devices {devices}: expected 1 to {len(found)}, the devices found "
+            f"--devices {devices}: expected 1 to {len(available)}, the devices found "
             f"({jax.default_backend()})"
         )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=found[:devices])
+    return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=available[:devices])

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import Antibody, labels, row_of
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe
@@ -48,8 +49,8 @@ def embed(
 
     Args:
       engine: the model.
-      antibodies: any number; what comes back for them is held in memory.
-      level: of `LEVELS`.
+      antibodies: any number; their results are held in memory.
+      level: one of `LEVELS`.
       layer: see `layer_number`.
 
     Returns:
@@ -57,11 +58,13 @@ def embed(
     """
     task = HiddenStates(layer_number(layer, engine.model.spec.layers))
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
-    found: list = [None] * len(rows)
+    embeddings: list = [None] * len(rows)
     for index, states in engine.run(task, [row.tokens for row in rows]):
         states = states[rows[index].places]
-        found[index] = states if level == "residue" else means(states, antibodies[index], level)
-    return found
+        embeddings[index] = (
+            states if level == "residue" else means(states, antibodies[index], level)
+        )
+    return embeddings
 
 
 def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
@@ -69,7 +72,7 @@ def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
 
     Args:
       states: `[residues, D]`.
-      antibody: theirs.
+      antibody: the one that they belong to.
       level: "antibody", or "chain" (heavy first; only chains that are there).
     """
     parts = [states]
@@ -81,12 +84,12 @@ def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str = "antibody", layer: int = -1
 ) -> pa.Table:
-    """`embedding [D]` of each antibody, chain or residue, with what it belongs to."""
-    found = np.concatenate(embed(engine, antibodies, level, layer))
+    """`embedding [D]` of each antibody, chain or residue, with the names of what it belongs to."""
+    embeddings = np.concatenate(embed(engine, antibodies, level, layer))
     columns: dict = {"sequence_id": [a.name for a in antibodies]}
     if level == "residue":
         columns = labels(antibodies)
     elif level == "chain":
         chains = [(a.name, chain) for a in antibodies for chain, _ in a.chains()]
         columns = {"sequence_id": [n for n, _ in chains], "chain": [c for _, c in chains]}
-    return pa.table(columns | {"embedding": vectors(found)})
+    return pa.table(columns | {"embedding": vectors(embeddings)})

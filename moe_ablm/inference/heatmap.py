@@ -10,9 +10,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.files import replacing
-from moe_ablm.inference.antibodies import Antibody
 
 ORDER = "AVILMGPCSTNQDEHKRFWY"  # of rows, by chemistry: aliphatic, small, polar, charged, aromatic
 LONGEST_NAME = 80  # letters of a file's name
@@ -26,7 +26,7 @@ def figure_path(directory: Path, antibody: Antibody) -> Path:
 
 
 def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -> None:
-    """Draws `scores [residues, 20]` (`scan.scan`); dots mark the wild type, grey what is not known.
+    """Draws `scores [residues, 20]` (`scan.scan`); dots mark the wild type, grey unknown scores.
 
     The file appears when it is whole.
     """

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.readers.check import MASKED
-from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, MASK
-from moe_ablm.inference.antibodies import LETTERS, Antibody, row_of
+from moe_ablm.data.antibody import Antibody, row_of
+from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID, MASK, MASKED
+from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
 
 INFILLED = LETTERS + MASKED  # letters that `infill` reads
 LEVELS = ("antibody", "residue")
-_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Filled:
 
     Attributes:
       place: index among the residues, heavy chain first.
-      residue: what stands there now.
-      probability: of it, among the 20 amino acids, given all that was filled in before.
+      residue: the new residue.
+      probability: its probability among the 20 amino acids, given all residues filled in before.
       candidates: (residue, probability) of the most probable ones, best first.
     """
 
@@ -37,7 +36,7 @@ class Filled:
 
 @dataclass
 class Completion:
-    """An antibody without masks, and how it came about.
+    """An antibody without masks, and the steps that filled it in.
 
     Attributes:
       antibody: the completed one.
@@ -62,7 +61,7 @@ class Sampling:
     Attributes:
       samples: completions of each antibody, drawn by probability; 0: one, always the most probable.
       temperature: above 1 more varied, below 1 closer to the most probable.
-      seed: of the draws. They depend on it, the sequence and the number of the sample alone.
+      seed: seed of the draws, which depend on it, the sequence and the number of the sample alone.
       top: candidates to report.
     """
 
@@ -90,12 +89,16 @@ def infill(
             draws.append(_generator(row.tokens, sample, sampling.seed))
     open_rows = [i for i, (tokens, _) in enumerate(rows) if (tokens == MASK).any()]
     while open_rows:
-        for number, found in engine.run(EveryPosition(), [rows[i][0] for i in open_rows]):
+        for number, log_probabilities in engine.run(
+            EveryPosition(), [rows[i][0] for i in open_rows]
+        ):
             i = open_rows[number]
             tokens, places = rows[i]
             masked = np.flatnonzero(tokens[places] == MASK)
             draw = draws[i] if sampling.samples else None
-            filled = _fill_one(found[places[masked], _AMINO_ACIDS], masked, sampling, draw)
+            filled = _fill_one(
+                log_probabilities[places[masked], AMINO_ACID_TOKENS], masked, sampling, draw
+            )
             tokens[places[filled.place]] = FIRST_AMINO_ACID + AMINO_ACIDS.index(filled.residue)
             done[i].filled.append(filled)
         open_rows = [i for i in open_rows if (rows[i][0] == MASK).any()]
@@ -148,7 +151,7 @@ def _completed(completion: Completion) -> Antibody:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str, sampling: Sampling
 ) -> pa.Table:
-    """Completed chains, or by residue what was filled in and its candidates."""
+    """Completed chains, or by residue the residues filled in with their candidates."""
     done = infill(engine, antibodies, sampling)
     if level == "antibody":
         return pa.table(

@@ -32,7 +32,7 @@ def vectors(array: np.ndarray) -> pa.FixedSizeListArray:
 class Output:
     """The file of one command.
 
-    Use as a context manager; `finish` writes the file, what is left without it is resumed.
+    Use as a context manager. `finish` writes the file; without it the next `Output` resumes.
 
     Attributes:
       done: antibodies whose results are kept already.
@@ -137,8 +137,10 @@ class Output:
             before = {}
         if before.get("command") == self._command:
             return True
-        told = _differing(before.get("command"), self._command)
-        raise UserError(f"--out {self.out} is there already{told}: choose a new name or remove it")
+        differing = _differing(before.get("command"), self._command)
+        raise UserError(
+            f"--out {self.out} is there already{differing}: choose a new name or remove it"
+        )
 
     def _check_same(self) -> None:
         file = self._parts / "command.json"
@@ -167,11 +169,6 @@ def _differing(before: Any, now: Mapping[str, Any]) -> str:
     return f" (other {', '.join(keys)})" if keys else ""
 
 
-def _tables(paths: list[Path]) -> Iterator[pa.Table]:
-    for path in paths:
-        yield pq.read_table(path)
-
-
 def flat(table: pa.Table) -> pa.Table:
     """A table without vectors: `name_0`, `name_1`, ... for the elements of the column `name`."""
     columns = {}
@@ -188,41 +185,38 @@ def flat(table: pa.Table) -> pa.Table:
 def write_csv(table: pa.Table, stream: Any, header: bool) -> None:
     """Lines of a table, "" where a number is not known."""
     table = flat(table)
-    columns = [_without_nan(column) for column in table.columns]
+    columns = [
+        pa.array(column.to_numpy(), from_pandas=True)  # NaN becomes null, which is written as ""
+        if pa.types.is_floating(column.type)
+        else column
+        for column in table.columns
+    ]
     options = csv.WriteOptions(include_header=header, quoting_style="needed")
     csv.write_csv(pa.table(columns, names=table.column_names), stream, options)
 
 
-def _without_nan(column: pa.ChunkedArray) -> pa.Array:
-    if not pa.types.is_floating(column.type):
-        return column
-    values = column.to_numpy()
-    return pa.array(values, from_pandas=True)
-
-
 def _to_csv(paths: list[Path], out: Path) -> None:
     with out.open("wb") as stream:
-        for number, table in enumerate(_tables(paths)):
+        for number, table in enumerate(map(pq.read_table, paths)):
             write_csv(table, stream, header=number == 0)
 
 
 def _to_jsonl(paths: list[Path], out: Path) -> None:
     with out.open("w") as stream:
-        for table in _tables(paths):
+        for table in map(pq.read_table, paths):
             for batch in table.to_batches(max_chunksize=1024):
                 for line in batch.to_pylist():
-                    stream.write(json.dumps(_known(line)) + "\n")
-
-
-def _known(line: dict) -> dict:
-    """JSON has no NaN."""
-    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in line.items()}
+                    known = {  # JSON has no NaN
+                        name: None if isinstance(value, float) and np.isnan(value) else value
+                        for name, value in line.items()
+                    }
+                    stream.write(json.dumps(known) + "\n")
 
 
 def _to_parquet(paths: list[Path], out: Path) -> None:
     schema = pq.read_schema(paths[0])
     with pq.ParquetWriter(out, schema, compression="zstd") as writer:
-        for table in _tables(paths):
+        for table in map(pq.read_table, paths):
             writer.write_table(table.cast(schema))
 
 
@@ -277,6 +271,6 @@ WRITERS: dict[str, Callable[[list[Path], Path], None]] = {
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Name, size and time of change of an input: enough to tell that it is still the same."""
+    """Name, size and time of change of an input: enough to see whether it changed."""
     stat = path.stat()
     return {"name": str(path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}

@@ -1,4 +1,4 @@
-"""Routing: which experts compute for each residue, layer by layer, and with what weight."""
+"""Routing: the experts that compute for each residue in each layer, and their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import Antibody, labels, row_of
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe
@@ -27,7 +28,7 @@ class Choices(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
+    """Weights of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
 
     A slot is the mean of tokens by `dispatch`, a token's output the sum over slots by `combine`.
     """
@@ -38,15 +39,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """`Choices` or `Weights`, arrays `[B, L, M, ...]`."""
+    """The arrays of `Choices` or `Weights` by name, `[B, L, M, ...]`."""
 
-    def __call__(self, encoder: Encoder, batch: Batch) -> Choices | Weights:
+    def __call__(self, encoder: Encoder, batch: Batch) -> dict[str, jax.Array]:
         routing = encoder(batch.tokens, batch.valid, observe=Observe(plans=True)).routing
-        # layers after tokens, in what was `[M, B, L, ...]`
+        assert routing is not None  # a model with experts
+        # `[M, B, L, ...]` -> `[B, L, M, ...]`
         plan = jax.tree.map(lambda x: jax.numpy.moveaxis(x, 0, 2), routing.plan)
         if isinstance(plan, SoftPlan):
-            return Weights(plan.dispatch, plan.combine)
-        return Choices(plan.experts, plan.gates)
+            return {"dispatch": plan.dispatch, "combine": plan.combine}
+        return {"experts": plan.experts, "gates": plan.gates}
 
 
 def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weights]:
@@ -59,10 +61,11 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
     if not spec.moe_layers:
         raise UserError(f"--run {engine.model.source}: a dense model; only experts are routed to")
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
-    found: list = [None] * len(rows)
+    routings: list = [None] * len(rows)
     for index, routing in engine.run(Routing(), [row.tokens for row in rows]):
-        found[index] = type(routing)(*(array[rows[index].places] for array in routing))
-    return found
+        kind = Weights if "combine" in routing else Choices
+        routings[index] = kind(**{name: a[rows[index].places] for name, a in routing.items()})
+    return routings
 
 
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
@@ -81,10 +84,10 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
     none does; of soft-MoE all experts, with `dispatch [S]` and `combine [S]` of their slots and
     `share`, the sum of the latter.
     """
-    found, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
+    routings, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
     names = {name: np.array(values) for name, values in labels(antibodies).items()}
-    if isinstance(found[0], Weights):
-        dispatch, combine = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    if isinstance(routings[0], Weights):
+        dispatch, combine = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))
         residue, layer, expert = np.indices(combine.shape[:3]).reshape(3, -1)
         columns = {name: values[residue] for name, values in names.items()}
         columns |= {"layer": layers[layer], "expert": expert}
@@ -93,14 +96,15 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
         columns["dispatch"] = vectors(dispatch.reshape(-1, slots))
         columns["combine"] = vectors(combine.reshape(-1, slots))
         return pa.table(columns)
-    experts, gates = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    experts, gates = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))
+    moe = engine.model.spec.moe
+    assert moe is not None  # `route` refuses dense models
     order = np.argsort(-gates, axis=-1, kind="stable")
     experts, gates = (np.take_along_axis(a, order, axis=-1) for a in (experts, gates))
-    taken = experts < engine.model.spec.moe.experts
+    taken = experts < moe.experts
     taken[..., 0] |= ~taken.any(-1)
     residue, layer, choice = np.nonzero(taken)
-    expert = experts[taken]
     columns = {name: values[residue] for name, values in names.items()}
     columns |= {"layer": layers[layer]}
-    columns["expert"] = np.where(expert < engine.model.spec.moe.experts, expert, -1)
+    columns["expert"] = np.where(experts[taken] < moe.experts, experts[taken], -1)
     return pa.table(columns | {"gate": gates[taken]})

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
-from moe_ablm.inference.antibodies import Antibody, Row, labels, row_of
+from moe_ablm.data.antibody import Antibody, Row, row_of
+from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import OnePosition
 from moe_ablm.inference.score import (
@@ -16,7 +17,6 @@ from moe_ablm.inference.score import (
 )
 
 METHODS = ("masked-marginal", "wild-type-marginal", "mutant-marginal")
-_AMINO_ACIDS = slice(FIRST_AMINO_ACID, FIRST_AMINO_ACID + len(AMINO_ACIDS))
 
 
 def scan(
@@ -38,20 +38,20 @@ def scan(
     masked = method == "masked-marginal"
     compute = masked_log_probabilities if masked else unmasked_log_probabilities
     return [
-        found[:, _AMINO_ACIDS]
-        - np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)
-        for row, found in zip(rows, compute(engine, rows), strict=True)
+        log_probabilities[:, AMINO_ACID_TOKENS]
+        - np.take_along_axis(log_probabilities, row.tokens[row.places, None].astype(int), axis=1)
+        for row, log_probabilities in zip(rows, compute(engine, rows), strict=True)
     ]
 
 
 def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
-    found = [np.full((len(row.places), len(AMINO_ACIDS)), np.nan, np.float32) for row in rows]
+    log_odds = [np.full((len(row.places), len(AMINO_ACIDS)), np.nan, np.float32) for row in rows]
     copies, at, owner = [], [], []
     for i, row in enumerate(rows):
         for place in scored_places(row).tolist():
             position = row.places[place]
             wild = int(row.tokens[position]) - FIRST_AMINO_ACID
-            found[i][place, wild] = 0
+            log_odds[i][place, wild] = 0
             for mutant in sorted(set(range(len(AMINO_ACIDS))) - {wild}):
                 copy = row.tokens.copy()
                 copy[position] = FIRST_AMINO_ACID + mutant
@@ -60,9 +60,9 @@ def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
                 owner.append((i, place, wild, mutant))
     for number, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place, wild, mutant = owner[number]
-        odds = log_probabilities[_AMINO_ACIDS]
-        found[i][place, mutant] = odds[mutant] - odds[wild]
-    return found
+        odds = log_probabilities[AMINO_ACID_TOKENS]
+        log_odds[i][place, mutant] = odds[mutant] - odds[wild]
+    return log_odds
 
 
 def passes(antibody: Antibody, method: str) -> int:
@@ -74,10 +74,10 @@ def passes(antibody: Antibody, method: str) -> int:
 def table(antibodies: Sequence[Antibody], scores: Sequence[np.ndarray]) -> pa.Table:
     """A line a mutant: `residue` is the wild type, `score` the log-odds of `mutant` against it."""
     columns = {name: np.array(values) for name, values in labels(antibodies).items()}
-    scores = np.concatenate(scores)
+    log_odds = np.concatenate(scores)
     letters = np.array(list(AMINO_ACIDS))
     # NaN: the wild type is none of the 20, and has no mutants
-    mutants = (columns["residue"][:, None] != letters) & ~np.isnan(scores)
+    mutants = (columns["residue"][:, None] != letters) & ~np.isnan(log_odds)
     residue, mutant = np.nonzero(mutants)
     columns = {name: values[residue] for name, values in columns.items()}
-    return pa.table(columns | {"mutant": letters[mutant], "score": scores[mutants]})
+    return pa.table(columns | {"mutant": letters[mutant], "score": log_odds[mutants]})

@@ -1,4 +1,4 @@
-"""Pseudo-log-likelihood: how probable the model finds each residue of an antibody."""
+"""Pseudo-log-likelihood of antibodies: log-probability of each residue given all others."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.antibody import Antibody, Row, row_of
 from moe_ablm.data.regions import CHAINS, FR4, region_names, regions_from_cdr_mask
 from moe_ablm.data.tokenizer import MASK, is_amino_acid
-from moe_ablm.inference.antibodies import Antibody, Row, labels, row_of
+from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition, OnePosition
 
@@ -33,24 +34,24 @@ def masked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.nda
     Returns:
       float32 `[residues, V]` for each row; NaN where a residue is none of the 20 amino acids.
     """
-    found = [np.full((len(r.places), engine.model.spec.vocabulary), np.nan, "f4") for r in rows]
+    tables = [np.full((len(r.places), engine.model.spec.vocabulary), np.nan, "f4") for r in rows]
     copies = [copy for row in rows for copy in masked_copies(row)]
     owner = [(i, place) for i, row in enumerate(rows) for place in scored_places(row)]
     at = [rows[i].places[place] for i, place in owner]
     for copy, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place = owner[copy]
-        found[i][place] = log_probabilities
-    return found
+        tables[i][place] = log_probabilities
+    return tables
 
 
 def unmasked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
     """As `masked_log_probabilities`, from one pass over the row with nothing masked."""
-    found: list = [None] * len(rows)
+    tables: list = [None] * len(rows)
     for i, log_probabilities in engine.run(EveryPosition(), [row.tokens for row in rows]):
         row = rows[i]
         amino_acid = is_amino_acid(row.tokens[row.places])[:, None]
-        found[i] = np.where(amino_acid, log_probabilities[row.places], np.float32(np.nan))
-    return found
+        tables[i] = np.where(amino_acid, log_probabilities[row.places], np.float32(np.nan))
+    return tables
 
 
 def score(
@@ -59,8 +60,8 @@ def score(
     """Log-likelihood of every residue given all others, in nats.
 
     The pseudo-log-likelihood (Salazar et al. 2020, eq. 1) is their sum. Exact, every residue is
-    masked in turn; in one pass nothing is masked, which is some 200 times quicker and too
-    optimistic, as the model sees the residue that it is asked for.
+    masked in turn; in one pass nothing is masked, which is some 200 times faster and too
+    optimistic, as the model sees the residue that it predicts.
 
     Returns:
       float32 `[residues]` for each antibody, heavy chain first; NaN where a residue is none of the
@@ -69,8 +70,10 @@ def score(
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     compute = unmasked_log_probabilities if one_pass else masked_log_probabilities
     return [
-        np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)[:, 0]
-        for row, found in zip(rows, compute(engine, rows), strict=True)
+        np.take_along_axis(log_probabilities, row.tokens[row.places, None].astype(int), axis=1)[
+            :, 0
+        ]
+        for row, log_probabilities in zip(rows, compute(engine, rows), strict=True)
     ]
 
 
@@ -115,8 +118,8 @@ def _codes(mask: str, residues: int, first: int) -> np.ndarray:
     letters = np.frombuffer(mask.encode(), np.uint8)
     inside = np.flatnonzero(letters != ord(" "))
     if len(inside):
-        found = regions_from_cdr_mask(letters[inside], np.array([0, len(inside)])).astype(int)
-        codes[inside] = np.where(found > 0, first + found - 1, -1)
+        region = regions_from_cdr_mask(letters[inside], np.array([0, len(inside)])).astype(int)
+        codes[inside] = np.where(region > 0, first + region - 1, -1)
     return codes
 
 

@@ -1,6 +1,6 @@
 """BALM and BALM-MoE (github.com/brineylab/BALM, commit 36a8001) in Hugging Face's form, in and out.
 
-`balm_config` translates settings and `balm_ffn` FFNs and experts; this file the rest.
+`balm_config` translates settings, `balm_ffn` FFNs and experts, this file everything else.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from moe_ablm.data.tokenizer import LAYOUTS, NULL
+from moe_ablm.data.tokenizer import NULL
 from moe_ablm.interop.balm_config import BALM_VOCABULARY, balm_settings, encoder_spec
 from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_balm
 from moe_ablm.interop.card import model_card
@@ -21,9 +21,8 @@ from moe_ablm.interop.huggingface import (
     check_tensors,
     check_vocabulary,
     dtype_notes,
+    imported,
     kept_for_import,
-    licence_of,
-    ours,
     some,
     sorted_out,
     write_json,
@@ -87,23 +86,21 @@ def import_balm(directory: Path, layout: str | None = None) -> Model:
     biases = config["ffn_bias"] is not False, config["expert_bias"] is not False
     check_tensors(tensors, names, _expected(shapes, spec, model, biases))
     notes += dtype_notes(tensors, names)
-    told, licence = ours(config), licence_of(directory)
-    return Model(
+    return imported(
+        config,
         spec,
         _params(shapes, spec, model, tensors),
-        LAYOUTS[layout or told.get("layout", "balm")],
-        told.get("length") or config.number("max_position_embeddings", 256),
-        f"{directory.resolve().name} ({ARCHITECTURES[model]})",
-        told.get("regime"),
-        tuple(notes),
-        dict(told.get("facts") or {}) | ({"licence": licence} if licence else {}),
+        architecture=ARCHITECTURES[model],
+        layout=layout,
+        default=("balm", 256),
+        notes=notes,
     )
 
 
 def _params(
     shapes: nnx.State, spec: EncoderSpec, model: str, tensors: Mapping[str, np.ndarray]
 ) -> nnx.State:
-    @lru_cache(maxsize=1)  # the arrays of a layer are asked for one after the other
+    @lru_cache(maxsize=1)  # the arrays of a layer are read one after the other
     def ffns(number: int) -> dict[str, np.ndarray]:
         return ffns_from_balm(_layer(model, number), tensors, spec, number in spec.moe_layers)
 

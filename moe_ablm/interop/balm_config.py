@@ -55,7 +55,7 @@ def encoder_spec(config: HuggingFaceConfig) -> tuple[EncoderSpec, list[str]]:
     return replace(spec, moe=moe), notes
 
 
-def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router, list[str]]:
+def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router | None, list[str]]:
     written = str(config["router_type"] or "top-k").lower().replace("_", "-").replace(" ", "-")
     router = {"topk": "top-k", "topp": "top-p"}.get(written, written)
     if router not in _ROUTERS:
@@ -72,13 +72,17 @@ def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router, lis
             f"({experts + shared}), among which BALM counts them"
         )
     widths = _widths(config, spec, experts, shared)
-    k = {"top-k": min(config.number("num_experts_per_tok", 1), experts), "top-p": experts}
-    k = k.get(router, 1)
+    k = {
+        "top-k": min(config.number("num_experts_per_tok", 1), experts),
+        "top-p": experts,
+        "expert-choice": 1,
+    }[router]
     placement, first_dense = _placement(config, spec.layers)
     placed = TopK(placement=placement, first_dense=first_dense)
     sparse = len(replace(spec, moe=placed).moe_layers)
     if not sparse:
         raise UserError(f"{config.file}: num_initial_dense_layers leaves no layer to experts")
+    load_balance, z_loss, entropy_loss = _losses(config, router, k, sparse)
     moe = MoEConfig(
         router=_ROUTERS[router],
         experts=experts,
@@ -96,7 +100,9 @@ def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router, lis
         first_dense=first_dense,
         pads=",".join(p for key, p in _PADS.items() if config[key]) or "none",
         jitter=config.real("router_jitter", 0.0),
-        **_losses(config, router, k, sparse),
+        load_balance=load_balance,
+        z_loss=z_loss,
+        entropy_loss=entropy_loss,
     )
     if router == "expert-choice":
         # results may not depend on what else is in the batch, which BALM's do
@@ -135,10 +141,10 @@ def _widths(
         )
     mean = round(sum(widths) / experts)
     default = given if isinstance(given, int) else spec.ffn
-    found = config["shared_expert_intermediate_size"] or default
-    if shared and found != mean:
+    width = config["shared_expert_intermediate_size"] or default
+    if shared and width != mean:
         raise UserError(
-            f"{config.file}: shared_expert_intermediate_size is {found!r}, expected {mean}, the "
+            f"{config.file}: shared_expert_intermediate_size is {width!r}, expected {mean}, the "
             "mean width of the other experts, which shared ones have here"
         )
     return widths
@@ -184,21 +190,21 @@ def _counted(router: str, k: int) -> int:
     return k if router == "top-k" else 1
 
 
-def _losses(config: HuggingFaceConfig, router: str, k: int, sparse: int) -> dict[str, float]:
-    """Weights of router losses: BALM's are means over layers, ours sums."""
+def _losses(
+    config: HuggingFaceConfig, router: str, k: int, sparse: int
+) -> tuple[float, float, float]:
+    """Weights of load balance, z-loss and entropy: BALM's are means over layers, ours sums."""
 
     def weight(key: str, default: float) -> float:
         return config.real(key, default) / sparse
 
     choice, topp = router == "expert-choice", router == "top-p"
     masked = bool(config["router_mask_pad_logits"])  # then BALM has no z-loss
-    return {
-        "load_balance": 0.0
-        if choice
-        else weight("router_aux_loss_coef", 0.01) * _counted(router, k),
-        "z_loss": 0.0 if topp or masked else weight("router_z_loss_coef", 0.001),
-        "entropy_loss": weight("router_dynamic_loss_coef", 1e-4) if topp else 0.0,
-    }
+    return (
+        0.0 if choice else weight("router_aux_loss_coef", 0.01) * _counted(router, k),
+        0.0 if topp or masked else weight("router_z_loss_coef", 0.001),
+        weight("router_dynamic_loss_coef", 1e-4) if topp else 0.0,
+    )
 
 
 # the other way
@@ -238,7 +244,7 @@ def balm_settings(model: Model) -> dict[str, Any]:
     limit = spec.moe.limit if isinstance(spec.moe, Queued) else None
     policies = spec.moe.policies()
     if "excluded" in policies:
-        policies = {"probabilities", "aux"} if router == "top-k" else {"aux"}
+        policies = frozenset({"probabilities", "aux"} if router == "top-k" else {"aux"})
     return settings | {
         "model_type": "balm_moe",
         "num_experts": moe.experts + moe.shared,
@@ -271,7 +277,7 @@ def _require_balm(model: Model) -> None:
     regular = not sparse or sparse[-1] + max(strides, default=2) >= spec.layers
     topk = moe.router == "topk"
     renormalised = moe.k > 1 if moe.renormalise is None else moe.renormalise
-    for wrong, found in (
+    for wrong, feature in (
         (spec.token_dropout, "token dropout (model.token_dropout)"),
         (NULL in model.layout.between, f"<null_1> between chains (layout {model.layout_name})"),
         (sparse and moe.router not in _ROUTERS.values(), f"router {moe.router}"),
@@ -291,7 +297,7 @@ def _require_balm(model: Model) -> None:
         if wrong:
             fits = not sparse and spec.activation == "gelu"
             other = "--format hf has it" if fits else "train with model.token_dropout=False"
-            other = f"; {other}" if found.startswith("token dropout") else ""
+            other = f"; {other}" if feature.startswith("token dropout") else ""
             raise UserError(
-                f"--format balm: {model.source} has {found}, which BALM has no place for{other}"
+                f"--format balm: {model.source} has {feature}, which BALM has no place for{other}"
             )

@@ -84,23 +84,34 @@ def _kernels(ffn: Ffn) -> dict[str, np.ndarray]:
     }
 
 
-def _from_kernels(up: np.ndarray, up_bias, down, down_bias, activation: str) -> Ffn:
+def _from_kernels(
+    up: np.ndarray,
+    up_bias: np.ndarray,
+    down: np.ndarray,
+    down_bias: np.ndarray,
+    activation: str,
+) -> Ffn:
     maps = len(_INNER[activation])
     split = tuple(np.split(up.T, maps)), tuple(np.split(up_bias, maps))
     return Ffn(*split, down, down_bias)
 
 
-def _shared_width(spec: EncoderSpec) -> int:
-    return spec.shared_ffn // spec.moe.shared if spec.moe.shared else 0
+def _shared_widths(spec: EncoderSpec) -> list[int]:
+    """Width of each shared expert; all are equally wide."""
+    count = spec.moe.shared if spec.moe else 0
+    return [spec.shared_ffn // max(count, 1)] * count
 
 
 def _modules(layer: str, spec: EncoderSpec, sparse: bool) -> dict[str, int]:
     """Prefix and width of every FFN of a layer."""
     if not sparse:
         return {f"{layer}ffn.": spec.ffn}
-    experts = {f"{layer}sparse_ffn.experts.{e}.": f for e, f in enumerate(spec.expert_widths)}
-    shared = range(spec.moe.shared)
-    return experts | {f"{layer}sparse_ffn.shared_experts.{i}.": _shared_width(spec) for i in shared}
+    kinds = {"experts": spec.expert_widths, "shared_experts": _shared_widths(spec)}
+    return {
+        f"{layer}sparse_ffn.{kind}.{i}.": width
+        for kind, widths in kinds.items()
+        for i, width in enumerate(widths)
+    }
 
 
 def expected_ffns(
@@ -110,11 +121,11 @@ def expected_ffns(
 
     Args:
       layer: prefix of its names.
-      spec: of the encoder.
+      spec: the encoder.
       sparse: whether the layer has experts.
       biases: whether its FFNs have any.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for prefix, width in _modules(layer, spec, sparse).items():
         inner = (width, spec.d_model)
         for name in _INNER[spec.activation]:
@@ -129,11 +140,12 @@ def ffns_from_balm(
     layer: str, tensors: Mapping[str, np.ndarray], spec: EncoderSpec, sparse: bool
 ) -> dict[str, np.ndarray]:
     """Our arrays of a layer's FFN or experts, by path within the layer; the router apart."""
-    found = {p: _read(p, tensors, spec.activation) for p in _modules(layer, spec, sparse)}
+    by_module = {p: _read(p, tensors, spec.activation) for p in _modules(layer, spec, sparse)}
     if not sparse:
-        return {f"ffn/{name}": a for name, a in _kernels(*found.values()).items()}
-    ffns = list(found.values())
-    experts, shared = ffns[: spec.moe.experts], ffns[spec.moe.experts :]
+        return {f"ffn/{name}": a for name, a in _kernels(*by_module.values()).items()}
+    ffns = list(by_module.values())
+    count = len(spec.expert_widths)
+    experts, shared = ffns[:count], ffns[count:]
     narrow = [_kernels(piece) for expert in experts for piece in cut(expert, spec.chunk)]
     arrays = {
         "ffn/up": np.stack([k["up/kernel"] for k in narrow]),
@@ -154,8 +166,9 @@ def ffns_to_balm(
     activation = spec.activation
 
     def dense(path: str) -> Ffn:
-        names = ("up/kernel", "up/bias", "down/kernel", "down/bias")
-        return _from_kernels(*(arrays[f"{path}/{name}"] for name in names), activation)
+        up, down = (arrays[f"{path}/{name}/kernel"] for name in ("up", "down"))
+        up_bias, down_bias = (arrays[f"{path}/{name}/bias"] for name in ("up", "down"))
+        return _from_kernels(up, up_bias, down, down_bias, activation)
 
     if not sparse:
         return _write(f"{layer}ffn.", dense("ffn"), activation)
@@ -168,9 +181,9 @@ def ffns_to_balm(
     for e, pieces in enumerate(narrow_experts(spec.expert_widths, spec.chunk)[:-1]):
         whole = joined([narrow[i] for i in pieces if i < len(narrow)])
         ffns.append(whole._replace(down_bias=arrays["ffn/down_bias"][e]))
-    if spec.moe.shared:
-        ffns += cut(dense("ffn/shared"), _shared_width(spec))
-    tensors = {}
+    if shared := _shared_widths(spec):
+        ffns += cut(dense("ffn/shared"), shared[0])
+    tensors: dict[str, np.ndarray] = {}
     for prefix, ffn in zip(_modules(layer, spec, sparse), ffns, strict=True):
         tensors |= _write(prefix, ffn, activation)
     return tensors

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it was trained on, how good it is."""
+"""The model card of an export: architecture, training data and validation metrics."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ def model_card(model: Model, architecture: str, use: str, licence: str | None) -
     """README.md of an export, with the front matter that hubs read.
 
     Args:
-      model: what is exported.
+      model: the exported model.
       architecture: name of the class that the weights are for.
       use: Python lines to load them; `{directory}` and `{row}` are filled in.
       licence: identifier, as "mit"; None: that of the facts, or not stated.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from moe_ablm.data.tokenizer import LAYOUTS, MASK, PAD, VOCABULARY
+from moe_ablm.data.tokenizer import MASK, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import (
@@ -16,9 +16,8 @@ from moe_ablm.interop.huggingface import (
     check_tensors,
     check_vocabulary,
     dtype_notes,
+    imported,
     kept_for_import,
-    licence_of,
-    ours,
     some,
     sorted_out,
     write_json,
@@ -78,8 +77,8 @@ def params_from_huggingface(params: nnx.State, tensors: Mapping[str, np.ndarray]
 def _value(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     if name.endswith("kernel"):
         return np.concatenate([tensors[n] for n in _names(name)]).T
-    found = [tensors[n] for n in _names(name)]
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    parts = [tensors[n] for n in _names(name)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _names(path: str) -> list[str]:
@@ -96,7 +95,7 @@ def _names(path: str) -> list[str]:
 
 def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
     """An `EsmForMaskedLM` state dict of a dense encoder, layer norms as `weight` and `bias`."""
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, array in flat_arrays(params).items():
         array = array.T if path.endswith("kernel") else array
         names = _names(path)
@@ -130,23 +129,16 @@ def import_esm2(directory: Path, layout: str | None = None) -> Model:
     shapes = parameter_shapes(spec)
     check_tensors(tensors, names, _expected(shapes))
     notes += dtype_notes(tensors, names.values())
-    params = params_from_huggingface(shapes, _Renamed(tensors, names))
-    told = ours(config)
-    return Model(
+    return imported(
+        config,
         spec,
-        params,
-        LAYOUTS[layout or told.get("layout", "esm")],
-        told.get("length") or config.number("max_position_embeddings", 1024 + OFFSET) - OFFSET,
-        f"{directory.resolve().name} ({ARCHITECTURE})",
-        told.get("regime"),
-        tuple(notes),
-        dict(told.get("facts") or {}) | _licence(directory),
+        params_from_huggingface(shapes, _Renamed(tensors, names)),
+        architecture=ARCHITECTURE,
+        layout=layout,
+        default=("esm", 1024),
+        offset=OFFSET,
+        notes=notes,
     )
-
-
-def _licence(directory: Path) -> dict[str, str]:
-    found = licence_of(directory)
-    return {"licence": found} if found else {}
 
 
 class _Renamed(dict):
@@ -213,7 +205,7 @@ def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:
 
 def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
     """Hugging Face's names and shapes of an encoder's arrays."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for path, variable in nnx.to_flat_state(shapes):
         name = "/".join(map(str, path))
         shape = variable.get_value().shape

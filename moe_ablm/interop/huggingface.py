@@ -6,10 +6,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.saved import Model, read_json
 from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
+from moe_ablm.model.spec import EncoderSpec
 
 CONFIG = "config.json"
 OURS = "moe_ablm"  # key of config.json under which exports keep what Hugging Face has no place for
@@ -17,7 +20,7 @@ _NAMED = 3  # tensors that a message names
 
 
 class HuggingFaceConfig:
-    """config.json of a directory, whose values are checked as they are asked for."""
+    """config.json of a directory, whose values are checked when they are read."""
 
     def __init__(self, directory: Path):
         if not directory.is_dir():
@@ -89,10 +92,10 @@ class HuggingFaceConfig:
 def check_vocabulary(directory: Path, config: HuggingFaceConfig, expected: tuple) -> None:
     """UserError where `vocab_list` or vocab.txt differs from the tokens expected."""
     file = directory / "vocab.txt"
-    found = {f"{config.file}: vocab_list": config["vocab_list"]}
+    vocabularies = {f"{config.file}: vocab_list": config["vocab_list"]}
     if file.exists():
-        found[str(file)] = file.read_text(errors="replace").split()
-    for where, tokens in found.items():
+        vocabularies[str(file)] = file.read_text(errors="replace").split()
+    for where, tokens in vocabularies.items():
         if tokens is None or tuple(tokens) == expected:
             continue
         pairs = list(zip(tokens, expected, strict=False))
@@ -111,7 +114,7 @@ def check_tensors(
     """UserError unless the tensors are those expected, of their shapes; the first few are named.
 
     Args:
-      tensors: of the directory.
+      tensors: those of the directory.
       names: expected name -> name in the file, for all tensors that are not ignored.
       expected: shape of every tensor, by expected name.
     """
@@ -140,22 +143,59 @@ def some(names: Iterable[str]) -> str:
 
 def dtype_notes(tensors: Tensors, names: Iterable[str]) -> list[str]:
     """A sentence on tensors that were no float32."""
-    found = sorted({tensors.dtype(name) for name in names} - {"F32"})
-    return [f"weights of {' and '.join(found)} were converted to float32"] if found else []
+    dtypes = sorted({tensors.dtype(name) for name in names} - {"F32"})
+    return [f"weights of {' and '.join(dtypes)} were converted to float32"] if dtypes else []
 
 
 def ours(config: HuggingFaceConfig) -> dict[str, Any]:
-    """What an export of moe_ablm told beside Hugging Face's keys; empty elsewhere."""
-    found = config[OURS]
-    if found is None:
+    """What an export of moe_ablm keeps beside Hugging Face's keys; empty elsewhere."""
+    kept = config[OURS]
+    if kept is None:
         return {}
-    valid = isinstance(found, dict) and found.get("layout") in LAYOUTS
-    if not valid or not isinstance(found.get("length"), int):
+    valid = isinstance(kept, dict) and kept.get("layout") in LAYOUTS
+    if not valid or not isinstance(kept.get("length"), int):
         raise UserError(
             f"{config.file}: {OURS} is damaged: expected an object with layout and length; remove "
             "it, or export again"
         )
-    return found
+    return kept
+
+
+def imported(
+    config: HuggingFaceConfig,
+    spec: EncoderSpec,
+    params: nnx.State,
+    *,
+    architecture: str,
+    layout: str | None,
+    default: tuple[str, int],
+    offset: int = 0,
+    notes: Iterable[str] = (),
+) -> Model:
+    """The model of a directory.
+
+    Args:
+      config: its config.json.
+      spec, params: the encoder.
+      architecture: name of the class in Hugging Face's form.
+      layout: name of the layout in which chains become a row; None: that of an export of ours, or
+        the default.
+      default: name of the layout, and length in tokens, where config.json does not say.
+      offset: of positions in `max_position_embeddings`.
+      notes: what a user should know.
+    """
+    kept, licence = ours(config), licence_of(config.directory)
+    return Model(
+        spec,
+        params,
+        LAYOUTS[layout or kept.get("layout", default[0])],
+        kept.get("length")
+        or config.number("max_position_embeddings", default[1] + offset) - offset,
+        f"{config.directory.resolve().name} ({architecture})",
+        kept.get("regime"),
+        tuple(notes),
+        dict(kept.get("facts") or {}) | ({"licence": licence} if licence else {}),
+    )
 
 
 def kept_for_import(model: Model) -> dict:
@@ -215,8 +255,8 @@ def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list
     """Splits tensors into those that count and those that are ignored.
 
     Args:
-      tensors: of the directory.
-      rename: expected name for a name in the file; None: to be ignored.
+      tensors: those of the directory.
+      rename: expected name for a name in the file; None: ignored.
 
     Returns:
       expected name -> name in the file, and the ignored names.
@@ -224,13 +264,16 @@ def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list
     Raises:
       UserError: two tensors go by one expected name.
     """
-    names, ignored = {}, []
-    for found in tensors:
-        name = rename(found)
+    names: dict[str, str] = {}
+    ignored = []
+    for file_name in tensors:
+        name = rename(file_name)
         if name is None:
-            ignored.append(found)
+            ignored.append(file_name)
         elif name in names:
-            raise UserError(f"{tensors.path} holds both {names[name]} and {found}: expected one")
+            raise UserError(
+                f"{tensors.path} holds both {names[name]} and {file_name}: expected one"
+            )
         else:
-            names[name] = found
+            names[name] = file_name
     return names, ignored

@@ -1,4 +1,4 @@
-"""From a directory to a model: a trained run, or what `import` and `upcycle` wrote."""
+"""From a directory to a model: a run, what `import` and `upcycle` wrote, or Hugging Face's form."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,15 @@ from typing import Any
 from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
+from moe_ablm.interop.balm import import_balm
+from moe_ablm.interop.esm2 import import_esm2
+from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
 from moe_ablm.training.checkpoint import read_parameters, read_records
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "import_directory", "load_model"]
+
+_IMPORTERS = {"esm": import_esm2, "balm": import_balm, "balm_moe": import_balm}
 
 
 def load_model(run: Path | str, name: str = "--run") -> Model:
@@ -20,7 +25,7 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
 
     Args:
       run: the directory.
-      name: of the flag or key that named it, for messages.
+      name: flag or config key that gave the directory, for messages.
 
     Raises:
       UserError: there is no model, no checkpoint yet, or what is there is damaged.
@@ -62,8 +67,8 @@ def _trained(run: Path, name: str) -> Model:
     params = read_parameters(run / "checkpoints" / str(step), parameter_shapes(spec), averaged)
     record = records[step]
     loss = _loss(step, record)
-    told = "" if loss is None else f", validation loss {loss:.4f}"
-    source = f"{run}, step {step}{' (averaged weights)' if averaged else ''}{told}"
+    validation = "" if loss is None else f", validation loss {loss:.4f}"
+    source = f"{run}, step {step}{' (averaged weights)' if averaged else ''}{validation}"
     facts = {
         "config": config,
         "data": {"sha256": content.get("dataset"), **_trained_on(data, record)},
@@ -77,8 +82,8 @@ def _trained(run: Path, name: str) -> Model:
 def _best(records: dict[int, dict]) -> int:
     """The step of lowest validation loss; the newest where no checkpoint was evaluated."""
     losses = {step: _loss(step, record) for step, record in records.items()}
-    evaluated = [step for step in losses if losses[step] is not None]
-    return min(evaluated, key=losses.get) if evaluated else max(losses)
+    evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(evaluated, key=evaluated.__getitem__) if evaluated else max(losses)
 
 
 def _loss(step: int, record: dict[str, Any]) -> float | None:
@@ -91,12 +96,26 @@ def _loss(step: int, record: dict[str, Any]) -> float | None:
 
 
 def _trained_on(data: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    told = {key: data.get(key) for key in ("path", "simulated_pairs", "fraction", "regime", "mask")}
-    if told["path"]:
-        told.pop("simulated_pairs")
-    return told | {"tokens_seen": record.get("tokens_seen")}
+    keys = ("path", "simulated_pairs", "fraction", "regime", "mask")
+    facts = {key: data.get(key) for key in keys}
+    if facts["path"]:
+        facts.pop("simulated_pairs")
+    return facts | {"tokens_seen": record.get("tokens_seen")}
 
 
 def _metrics(evaluation: dict[str, Any]) -> dict[str, Any]:
     names = ("step", "loss", "perplexity", "accuracy", "loss_by_region")
     return {name: evaluation[name] for name in names if name in evaluation}
+
+
+def import_directory(directory: Path, layout: str | None = None) -> Model:
+    """The model of a directory, read as its config.json says.
+
+    Raises:
+      UserError: its kind cannot be imported, or it is damaged.
+    """
+    config = HuggingFaceConfig(directory)
+    kind = config.expect("model_type", None, *_IMPORTERS)
+    if not isinstance(kind, str):
+        raise UserError(f"{config.file}: model_type is {kind!r}, expected a name")
+    return _IMPORTERS[kind](directory, layout)

@@ -125,14 +125,13 @@ def save_model(model: Model, out: Path) -> None:
     Raises:
       UserError: the encoder has settings out of their range, or `out` cannot be written.
     """
-    configs.encoder_from_mapping(
-        configs.encoder_to_mapping(model.spec)
-    )  # what is written can be read
+    encoder = configs.encoder_to_mapping(model.spec)
+    configs.encoder_from_mapping(encoder)  # raises where it could not be read back
     with new_directory(out) as directory:
         write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
         content = {
             "schema": SCHEMA,
-            "encoder": configs.encoder_to_mapping(model.spec),
+            "encoder": encoder,
             "layout": model.layout_name,
             "length": model.length,
             "source": model.source,
@@ -191,11 +190,8 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or f"no valid JSON ({error})"
+        raise UserError(f"{file} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: found {type(content).__name__}, expected a JSON object")
     return content
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"no valid JSON ({error})"

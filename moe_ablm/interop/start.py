@@ -1,4 +1,4 @@
-"""Whether a run may start from a model: the same encoder, up to what only training knows."""
+"""Whether a run may start from a model: the encoders must compute the same function."""
 
 from dataclasses import fields
 
@@ -8,11 +8,11 @@ from moe_ablm.interop.huggingface import some
 from moe_ablm.interop.saved import Model
 from moe_ablm.model.spec import EncoderSpec
 
-# what training may change: who competes for how many places, the router losses, where scales start
+# settings that act in training alone: capacity and its group, router losses, initial scales
 _FREE = (
     "capacity", "group", "pads", "jitter", "load_balance", "z_loss", "entropy_loss", "l2_scale"
 )  # fmt: skip
-# compared by what they mean instead
+# compared by their effect instead
 _MEANT = ("ffn", "widths", "placement", "first_dense", "renormalise")
 
 

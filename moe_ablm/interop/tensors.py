@@ -67,7 +67,7 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 class Shards(Mapping[str, np.ndarray]):
-    """The tensors of several files, as their index tells where each is."""
+    """The tensors of several files, as listed in their index."""
 
     def __init__(self, index: Path):
         self.path = index
@@ -113,9 +113,9 @@ Tensors = TensorFile | Shards
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file that torch's readers accept, with the rights of its directory."""
+    """A safetensors file that torch's readers accept, with its directory's permissions."""
     save_file(dict(tensors), path, {"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
 def open_tensors(directory: Path) -> Tensors:

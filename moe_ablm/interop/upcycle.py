@@ -1,4 +1,4 @@
-"""A dense encoder becomes one with experts, each a copy of the FFN in whose place it stands."""
+"""Upcycling: the FFNs of a dense encoder become experts, each a copy of the FFN it replaces."""
 
 from dataclasses import replace
 
@@ -14,12 +14,12 @@ def upcycle(model: Model, moe: TopK, seed: int) -> Model:
     """Sparse upcycling (Komatsuzaki et al. 2023): copied experts, fresh routers.
 
     With renormalised top-k the gates of a token sum to 1 and all its experts agree, so that the
-    function is that of the dense encoder until training tells the experts apart.
+    function is that of the dense encoder until training makes the experts differ.
 
     Args:
       model: dense.
-      moe: of the result.
-      seed: of the routers, drawn from N(0, 0.02^2).
+      moe: the experts of the result.
+      seed: seed of the routers, drawn from N(0, 0.02^2).
 
     Raises:
       UserError: the model has experts already, or its function would not be preserved.

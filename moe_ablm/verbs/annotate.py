@@ -19,7 +19,6 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
-HELP = "regions, genes and germline of amino-acid chains"
 COLUMNS = (
     *("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa"),
     *("v_gene", "j_gene", "v_call", "j_call", "cdr3_aa", "v_identity_aa"),
@@ -52,8 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.RecordBatch]:
-    options = {"reannotate": reannotate, "workers": workers, "all_columns": True}
-    for batch in annotated(source.batches(), source.report, **options):
+    batches = annotated(
+        source.batches(), source.report, reannotate=reannotate, workers=workers, all_columns=True
+    )
+    for batch in batches:
         source.report.kept += batch.num_rows
         yield batch
 
@@ -64,10 +65,10 @@ def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Sou
     Raises UserError where nothing is left to write, or the file cannot be written.
     """
     firsts = [next(stream, None) for stream in streams]
-    found = {name for first in firsts if first is not None for name in first.schema.names}
+    present = {name for first in firsts if first is not None for name in first.schema.names}
     names = ["sequence_id", *(f"{name}_{chain}" for chain in CHAINS for name in COLUMNS)]
-    names += [name for name in OPTIONAL if name in found]
-    if not found:
+    names += [name for name in OPTIONAL if name in present]
+    if not present:
         why = why_nothing(source.report for source in sources)
         raise UserError(f"no antibody is left to write to {out}: {why}")
     schema = pa.schema(

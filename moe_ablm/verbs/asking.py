@@ -1,4 +1,7 @@
-"""What the verbs that ask a model share: flags, the way from sequences to results, progress."""
+"""The verbs that ask a model about antibodies: embed, score, infill, scan, route, attention.
+
+They share their flags and the way from sequences to results (`ask`); each adds a `Question`.
+"""
 
 import argparse
 import itertools
@@ -10,31 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
 from moe_ablm.data.readers.report import why_nothing
+from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.progress import bar
 
 if TYPE_CHECKING:  # jax only when there is something to compute
     import pyarrow as pa
 
-    from moe_ablm.inference.antibodies import Antibody
+    from moe_ablm.data.antibody import Antibody
     from moe_ablm.inference.buckets import Engine
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a verb asks of the model.
+    """The work of one verb.
 
     Attributes:
-      options: what decides the answer beside model and input, plain JSON.
-      answer: from some antibodies to a table of their results.
+      options: all that decides the results beside model and input, plain JSON.
+      answer: table of the results of some antibodies.
       cost: rows through the encoder, and bytes of the result, of an antibody.
-      letters: allowed in sequences; None: those of `inference.antibodies`.
-      refuse: what is wrong with an antibody, or None.
+      letters: allowed in sequences; None: `inference.antibodies.LETTERS`.
+      refuse: the reason to refuse an antibody, or None.
     """
 
     options: dict[str, Any]
@@ -90,13 +94,13 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     """Answers the question for every antibody, window by window.
 
     Raises:
-      UserError: whatever is wrong with flags, model, sequences, or the place for results.
+      UserError: flags, model or sequences are wrong, or the output cannot be written.
     """
-    sources = None if args.input else _typed(args)
+    if not (args.input or args.heavy or args.light):
+        raise UserError("nothing to read: give --input FILE, or --heavy and --light")
     if args.input and (args.heavy or args.light):
         raise UserError("--input with --heavy or --light: give files, or chains, not both")
-    if args.input:
-        sources = _sources(args, question)
+    sources = _sources(args, question) if args.input else []
     import jax
 
     if args.devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -105,19 +109,13 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     from moe_ablm.interop.load import load_model
 
     engine = Engine(load_model(args.run), args.precision, args.devices, args.batch_tokens)
-    antibodies = _antibodies(sources, engine, question)
+    antibodies = _antibodies(args, sources, engine, question)
     if args.out is None:
         _print(engine, question, antibodies)
     else:
         _write(args, engine, question, sources, antibodies)
-    for source in sources if args.input else ():
-        _tell_what_was_left_out(source)
-
-
-def _typed(args: argparse.Namespace) -> list[tuple[str, str]]:
-    if not (args.heavy or args.light):
-        raise UserError("nothing to read: give --input FILE, or --heavy and --light")
-    return [(args.heavy or "", args.light or "")]
+    for source in sources:
+        _print_left_out(source)
 
 
 def _sources(args: argparse.Namespace, question: Question) -> list[Source]:
@@ -135,24 +133,28 @@ def _sources(args: argparse.Namespace, question: Question) -> list[Source]:
     return sources
 
 
-def _antibodies(sources: list, engine: "Engine", question: Question) -> Iterator["Antibody"]:
-    from moe_ablm.inference import antibodies
+def _antibodies(
+    args: argparse.Namespace, sources: list[Source], engine: "Engine", question: Question
+) -> Iterator["Antibody"]:
+    from moe_ablm.inference.antibodies import LETTERS, given, read
 
     model = engine.model
-    if isinstance(sources[0], Source):
-        yield from antibodies.read(sources, model.layout, model.length, question.refuse)
+    if sources:
+        yield from read(sources, model.layout, model.length, question.refuse)
         if not any(source.report.kept for source in sources):
             why = why_nothing(source.report for source in sources)
             raise UserError(f"no antibody is left: {why}")
         return
-    letters = question.letters or antibodies.LETTERS
-    for antibody in antibodies.given(sources, model.layout, model.length, letters):
+    pair = args.heavy or "", args.light or ""
+    for antibody in given([pair], model.layout, model.length, question.letters or LETTERS):
         if reason := question.refuse(antibody):
             raise UserError(reason)
         yield antibody
 
 
-def _windows(engine: "Engine", question: Question, antibodies: Iterator["Antibody"]) -> Iterator:
+def _windows(
+    engine: "Engine", question: Question, antibodies: Iterator["Antibody"]
+) -> Iterator[list["Antibody"]]:
     from moe_ablm.inference.antibodies import windows
 
     return windows(antibodies, lambda antibody: question.cost(engine, antibody))
@@ -170,7 +172,7 @@ def _write(
     args: argparse.Namespace,
     engine: "Engine",
     question: Question,
-    sources: list,
+    sources: list[Source],
     antibodies: Iterator["Antibody"],
 ) -> None:
     from moe_ablm.inference.output import Output
@@ -183,13 +185,14 @@ def _write(
         if output.done:
             print(f"{args.out}: going on after {output.done:,} antibodies", file=sys.stderr)
         before = output.done
-        # what is kept is read again, but not computed
+        # antibodies whose results are kept are read again, but not computed
         left = itertools.islice(antibodies, output.done, None)
-        with _progress(args.verb) as bar:
-            task = bar.add_task("", total=None, completed=before)
+        columns = (TextColumn(args.verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with bar(*columns) as shown:  # the number of antibodies is not known before
+            task = shown.add_task("", total=None, completed=before)
             for window in _windows(engine, question, left):
                 output.add(question.answer(engine, window), len(window))
-                bar.update(task, completed=output.done)
+                shown.update(task, completed=output.done)
         lines = output.finish()
     seconds = time.monotonic() - started
     print(
@@ -199,34 +202,213 @@ def _write(
 
 
 def _command(
-    args: argparse.Namespace, engine: "Engine", question: Question, sources: list
+    args: argparse.Namespace, engine: "Engine", question: Question, sources: list[Source]
 ) -> dict[str, Any]:
     """All that decides the content of the output."""
     from moe_ablm.inference.output import file_identity
 
-    if isinstance(sources[0], Source):
-        read: Any = [file_identity(path) for source in sources for path in source.paths]
-    else:
-        read = sources
+    read: list[Any] = [file_identity(path) for source in sources for path in source.paths]
     return {
         "verb": args.verb,
         "model": engine.model.digest(),
-        "input": read if args.input else [list(pair) for pair in read],
+        "input": read or [[args.heavy or "", args.light or ""]],
         "reading": [args.format, args.columns, args.on_bad_row],
         "precision": args.precision,
         "options": question.options,
     }
 
 
-def _progress(verb: str) -> Progress:
-    """A bar on a terminal, nothing elsewhere; the number of antibodies is not known before."""
-    console = Console(stderr=True)
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
-def _tell_what_was_left_out(source: Source) -> None:
+def _print_left_out(source: Source) -> None:
     report = source.report
     for reason, rows in report.rejected.most_common():
         first = report.first[reason]
         print(f"{report.origin}: left out {rows:,}: {reason} (first: {first})", file=sys.stderr)
+
+
+def _level(parser: argparse.ArgumentParser, levels: tuple[str, ...], text: str) -> None:
+    parser.add_argument("--level", choices=levels, default="antibody", help=text)
+
+
+def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `embed`."""
+    add_asking_arguments(parser)
+    levels = ("antibody", "chain", "residue")
+    _level(parser, levels, "a vector each; of antibodies and chains the mean over their residues")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        help="0 is the token embedding, -1 (default) the last layer, after its norm",
+    )
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Writes `embedding` of every antibody, chain or residue."""
+    from moe_ablm.inference.embed import table
+
+    def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
+        vectors = antibody.residues if args.level == "residue" else 2
+        return 1, vectors * (4 * engine.model.spec.d_model + 64)
+
+    question = Question(
+        {"level": args.level, "layer": args.layer},
+        lambda engine, antibodies: table(engine, antibodies, args.level, args.layer),
+        cost,
+    )
+    ask(args, question)
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `score`."""
+    add_asking_arguments(parser)
+    _level(parser, ("antibody", "residue"), "a line each; by residue its log-likelihood")
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="mask nothing: some 200 times quicker, and too optimistic",
+    )
+    parser.add_argument("--by-region", action="store_true", help="frameworks and CDRs apart (IMGT)")
+
+
+def score(args: argparse.Namespace) -> None:
+    """Writes the scores of every antibody or residue."""
+    from moe_ablm.inference.score import table
+
+    options = {"level": args.level, "one_pass": args.one_pass, "by_region": args.by_region}
+
+    def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
+        # log-probabilities of all tokens are held for a while
+        held = 4 * engine.model.spec.vocabulary + 128
+        return (1 if args.one_pass else antibody.residues), antibody.residues * held
+
+    ask(
+        args,
+        Question(options, lambda engine, antibodies: table(engine, antibodies, **options), cost),
+    )
+
+
+def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `infill`."""
+    add_asking_arguments(parser)
+    levels = ("antibody", "residue")
+    _level(parser, levels, "completed chains, or each residue filled in with its candidates")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N completions of each antibody by probability (default: the most probable one)",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="K", help="candidates told with --level residue"
+    )
+
+
+def infill(args: argparse.Namespace) -> None:
+    """Writes completed antibodies, or the residues filled in."""
+    if args.samples < 0:
+        raise UserError(f"--samples {args.samples}: expected 0 (the most probable) or more")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: expected more than 0")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: expected 0 or more")
+    if not 1 <= args.top <= 20:
+        raise UserError(f"--top {args.top}: expected 1 to 20 amino acids")
+    from moe_ablm.inference.infill import INFILLED, Sampling, table
+
+    sampling = Sampling(args.samples, args.temperature, args.seed, args.top)
+
+    def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
+        masks = (antibody.heavy + antibody.light).count(MASKED)
+        samples = max(args.samples, 1)
+        return samples * max(masks, 1), samples * (masks * 1024 + 1024)
+
+    question = Question(
+        {"level": args.level, **vars(sampling)},
+        lambda engine, antibodies: table(engine, antibodies, args.level, sampling),
+        cost,
+        INFILLED,
+    )
+    ask(args, question)
+
+
+def add_scan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `scan`."""
+    add_asking_arguments(parser)
+    parser.add_argument(
+        "--method",
+        choices=("masked-marginal", "wild-type-marginal", "mutant-marginal"),
+        default="masked-marginal",
+        help="a pass a residue, one pass in all, or 19 passes a residue",
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="a heat map of every antibody, as PNG"
+    )
+
+
+def scan(args: argparse.Namespace) -> None:
+    """Writes the log-odds of every mutant."""
+    if args.figures is not None:
+        try:
+            args.figures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--figures {args.figures}: {error.strerror}") from error
+    from moe_ablm.inference import scan
+
+    def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
+        scores = scan.scan(engine, antibodies, args.method)
+        if args.figures is not None:
+            from moe_ablm.inference.heatmap import draw_scan, figure_path
+
+            for antibody, log_odds in zip(antibodies, scores, strict=True):
+                path = figure_path(args.figures, antibody)
+                draw_scan(antibody, log_odds, args.method, path)
+        return scan.table(antibodies, scores)
+
+    def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
+        return scan.passes(antibody, args.method), antibody.residues * 19 * 128
+
+    ask(args, Question({"method": args.method}, answer, cost))
+
+
+def route(args: argparse.Namespace) -> None:
+    """Writes a line for each residue, layer and expert."""
+    from moe_ablm.inference.route import bytes_of, table
+
+    ask(args, Question({}, table, lambda engine, antibody: (1, bytes_of(engine, antibody))))
+
+
+def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `attention`."""
+    add_asking_arguments(parser)
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="0 is the first layer, -1 (default) the last one"
+    )
+    parser.add_argument(
+        "--heads", action="store_true", help="every head, too; else their mean alone"
+    )
+
+
+def attention(args: argparse.Namespace) -> None:
+    """Writes a line for each pair of residues of different chains."""
+    from moe_ablm.inference.attention import bytes_of, needs_both, table
+
+    question = Question(
+        {"layer": args.layer, "heads": args.heads},
+        lambda engine, antibodies: table(engine, antibodies, args.layer, args.heads),
+        lambda engine, antibody: (1, bytes_of(engine, antibody)),
+        refuse=needs_both,
+    )
+    ask(args, question)
+
+
+VERBS = {
+    "embed": (add_embed_arguments, embed),
+    "score": (add_score_arguments, score),
+    "infill": (add_infill_arguments, infill),
+    "scan": (add_scan_arguments, scan),
+    "route": (add_asking_arguments, route),
+    "attention": (add_attention_arguments, attention),
+}

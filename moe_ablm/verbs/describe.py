@@ -13,7 +13,6 @@ from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 
-HELP = "what a dataset holds, in words and pictures"
 _GENES_SHOWN = 25
 
 
@@ -93,8 +92,8 @@ def _chains(summary: Summary) -> Table:
         ("v_identity", "V identity, mean", ".4f"),
         ("unmutated", "unmutated V", ".1%"),
     ):
-        found = [summary.means.get(c, {}).get(name) for c in CHAINS]
-        table.add_row(label, *("-" if f is None else f"{f:{form}}" for f in found))
+        means = [summary.means.get(c, {}).get(name) for c in CHAINS]
+        table.add_row(label, *("-" if f is None else f"{f:{form}}" for f in means))
     top = [
         ", ".join(f"{g} {n / max(1, v.total()):.1%}" for g, n in v.most_common(3))
         for v in (summary.v_genes[c] for c in CHAINS)

@@ -14,8 +14,6 @@ from moe_ablm.data.prepare import prepare, require_new
 from moe_ablm.data.readers import Source
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
-HELP = "sequence files -> a dataset directory"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)

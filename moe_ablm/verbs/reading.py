@@ -1,10 +1,9 @@
-"""What the verbs that read sequence files share: their flags, their sources, their progress bar."""
+"""Flags, sources and progress bar of the verbs that read sequence files."""
 
 import argparse
 import itertools
 import os
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
 
 from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
 from moe_ablm.errors import UserError
+from moe_ablm.progress import bar
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,6 @@ def reading_progress(verb: str, sources: list[Source]) -> Progress:
 
     Use as a context manager around whatever exhausts the sources.
     """
-    console = Console(stderr=True)
     columns = (
         TextColumn(f"{verb} {{task.description}}", markup=False),
         BarColumn(),
@@ -81,14 +80,14 @@ def reading_progress(verb: str, sources: list[Source]) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[rate]} rows/s"),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    shown = bar(*columns)
     sizes = [sum(path.stat().st_size for path in source.paths) for source in sources]
-    task = bar.add_task("", total=sum(sizes), rate="")
+    task = shown.add_task("", total=sum(sizes), rate="")
     for source, before in zip(sources, itertools.accumulate(sizes, initial=0), strict=False):
 
         def show(consumed: int, source: Source = source, before: int = before) -> None:
-            rows = sum(s.report.read for s in sources) / (bar.tasks[task].elapsed or 1.0)
-            bar.update(
+            rows = sum(s.report.read for s in sources) / (shown.tasks[task].elapsed or 1.0)
+            shown.update(
                 task,
                 completed=before + consumed,
                 description=source.report.origin,
@@ -96,4 +95,4 @@ def reading_progress(verb: str, sources: list[Source]) -> Progress:
             )
 
         source.report.progress = show
-    return bar
+    return shown

@@ -8,11 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -21,8 +19,8 @@ from rich.progress import (
 from moe_ablm.data.simulate import BACKENDS, SimulationParams, pairing_information, simulate
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
+from moe_ablm.progress import bar
 
-HELP = "simulate annotated antibody pairs (V(D)J recombination and hypermutation)"
 LICENCE = "simulated from OGRDB germline genes; no restriction"
 _WRITERS = {".parquet": pa.parquet.ParquetWriter, ".csv": pa.csv.CSVWriter}
 
@@ -93,7 +91,6 @@ def write_table(batches: Iterable[pa.RecordBatch], out: Path) -> None:
 
 def with_progress(batches: Iterable[pa.RecordBatch], total: int) -> Iterator[pa.RecordBatch]:
     """Passes batches on; draws a bar with rate and time left on a terminal."""
-    console = Console(stderr=True)
     columns = (
         TextColumn("simulate"),
         BarColumn(),
@@ -101,7 +98,7 @@ def with_progress(batches: Iterable[pa.RecordBatch], total: int) -> Iterator[pa.
         TaskProgressColumn(show_speed=True),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with bar(*columns, transient=False) as progress:
         task = progress.add_task("", total=total)
         for batch in batches:
             yield batch

@@ -35,7 +35,7 @@ def join_cells(batches: Iterable[pa.RecordBatch], report: Report) -> Iterator[pa
     Args:
       batches: columns `cell` (empty: none), `chain` ("heavy", "light" or empty for unknown),
         `sequence_id`, `sequence`, `_row`, `_line`, and where known `count` and `donor`.
-      report: told of what is rejected, joined and noted.
+      report: counts what is rejected, joined and noted.
 
     Yields:
       Batches with `sequence_id` (the cell, where there is one), `sequence_aa_heavy`,
@@ -51,7 +51,8 @@ def join_cells(batches: Iterable[pa.RecordBatch], report: Report) -> Iterator[pa
             if alone.any():
                 where = place_of(batch, int(np.argmax(alone)))
                 report.note("chain that names no cell: kept alone", where, int(alone.sum()))
-                yield _singles(batch.filter(pa.array(alone)))
+                single = [_antibody(row, None) for row in batch.filter(pa.array(alone)).to_pylist()]
+                yield pa.RecordBatch.from_pylist(single, schema=_ANTIBODIES)
             if not alone.all():
                 kept = np.array(keys, np.uint64)[~alone]
                 cells.add(batch.filter(pa.array(~alone)), kept)
@@ -70,11 +71,6 @@ def _with_all_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
         for f in _CHAINS
     ]
     return pa.record_batch(columns, schema=_CHAINS)
-
-
-def _singles(batch: pa.RecordBatch) -> pa.RecordBatch:
-    rows = [_antibody(row, None) for row in batch.to_pylist()]
-    return pa.RecordBatch.from_pylist(rows, schema=_ANTIBODIES)
 
 
 def _antibody(first: dict, second: dict | None) -> dict:

@@ -13,7 +13,6 @@ from moe_ablm.data.regions import CHAINS
 # A V domain has about 130 residues, a whole heavy chain 450, an scFv 250.
 LONGEST_CHAIN = 2000
 LONGEST_PROTEIN = 50_000
-MASKED = "_"  # where it is allowed, `*` and `<mask>` become it
 
 _ALLOWED = {
     "germline_aa": tokenizer.AMINO_ACIDS,
@@ -39,22 +38,24 @@ def check_batch(
 
     Args:
       batch: columns of the study as strings, `_row` and `_line`; a chain's column may be missing.
-      report: told of what was found; raises UserError for a malformed row when asked to fail.
+      report: counts changed and malformed rows; where it is set to fail, a malformed row raises
+        UserError.
       longest: most residues of a chain.
-      letters: allowed in sequences; with `MASKED` among them masks may be spelled `*` or `<mask>`.
+      letters: allowed in sequences; with `tokenizer.MASKED` among them masks may be spelled `*`
+        or `<mask>`.
     """
     n = batch.num_rows
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
         if name not in batch.schema.names:
             batch = batch.append_column(name, pa.array([""] * n, pa.string()))
-        batch = _tidied(batch, name, report, MASKED in letters)
+        batch = _tidied(batch, name, report, tokenizer.MASKED in letters)
     good = np.ones(n, bool)
     lengths = {}
     for chain in CHAINS:
-        found, offsets = flat(batch[f"sequence_aa_{chain}"])
+        residues, offsets = flat(batch[f"sequence_aa_{chain}"])
         lengths[chain] = np.diff(offsets)
-        wrong = tokenizer.invalid(found) & ~np.isin(found, list(letters.encode()))
+        wrong = tokenizer.invalid(residues) & ~np.isin(residues, list(letters.encode()))
         _check_letters(batch, f"sequence_aa_{chain}", wrong, offsets, good, report)
         for row in np.flatnonzero((lengths[chain] > longest) & good):
             good[row] = False
@@ -69,7 +70,7 @@ def check_batch(
     return batch if good.all() else batch.filter(pa.array(good))
 
 
-def place_of(batch: pa.RecordBatch, row: int) -> str:
+def place_of(batch: pa.RecordBatch, row: int | np.integer) -> str:
     """Where a row of a reader's batch stands in its file."""
     return place(batch[ROW][int(row)].as_py(), batch[LINE][int(row)].as_py())
 
@@ -77,7 +78,7 @@ def place_of(batch: pa.RecordBatch, row: int) -> str:
 def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa.RecordBatch:
     sequences = batch[name]
     if masks:
-        sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", MASKED)
+        sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", tokenizer.MASKED)
         batch = batch.set_column(batch.schema.get_field_index(name), name, sequences)
     upper = pc.ascii_upper(pc.utf8_trim_whitespace(sequences))
     changed = pc.not_equal(sequences, upper).to_numpy(zero_copy_only=False)
@@ -123,18 +124,18 @@ def _check_residue_string(
     if name not in batch.schema.names:
         return
     letters, offsets = flat(batch[name])
-    found = np.diff(offsets)
+    counts = np.diff(offsets)
     allowed = np.zeros(256, bool)
     allowed[list(_ALLOWED[column].encode())] = True
-    outside = np.zeros(len(found), bool)
+    outside = np.zeros(len(counts), bool)
     outside[np.searchsorted(offsets, np.flatnonzero(~allowed[letters]), "right") - 1] = True
-    bad = (((found != expected) & (found > 0)) | outside) & good
+    bad = (((counts != expected) & (counts > 0)) | outside) & good
     for row in np.flatnonzero(bad):
         good[row] = False
         detail = (
-            f"column {name}: found {found[row]} characters, expected {expected[row]} as in "
+            f"column {name}: found {counts[row]} characters, expected {expected[row]} as in "
             f"sequence_aa_{chain}"
-            if found[row] != expected[row]
+            if counts[row] != expected[row]
             else f"column {name}: letters other than {_ALLOWED[column]}"
         )
         report.bad_row(place_of(batch, row), f"{name} does not fit", detail)

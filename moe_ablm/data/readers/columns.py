@@ -86,7 +86,7 @@ def study_mapping(
     Args:
       header: the table's column names.
       source: the file's name, for messages.
-      given: what the user said with --columns (keys of `GIVEN`), or None.
+      given: the value of --columns (keys of `GIVEN`), or None.
 
     Raises:
       UserError: a chain's column is not there (says which were found, and near names), or is twice.

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,14 @@ from moe_ablm.data.readers.columns import LINE, ROW, ROWS_PER_BATCH, Choose
 from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.readers.stream import first_lines, line_blocks
 from moe_ablm.errors import UserError
+
+
+class _Table(NamedTuple):
+    """Column names, delimiter, and {column to deliver: column of the file}."""
+
+    header: list[str]
+    delimiter: str
+    columns: Mapping[str, str]
 
 
 def header_of_text(path: Path) -> list[str]:
@@ -35,11 +44,11 @@ def metadata_of(line: str) -> dict | None:
     for text in texts:
         if text.startswith("{"):
             try:
-                found = json.loads(text[: text.rfind("}") + 1])
+                content = json.loads(text[: text.rfind("}") + 1])
             except ValueError:
                 continue
-            if isinstance(found, dict):
-                return found
+            if isinstance(content, dict):
+                return content
     return None
 
 
@@ -50,16 +59,16 @@ def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.Re
 
     Args:
       path: the file; the delimiter (comma, tab, semicolon) is the most frequent one of the header.
-      report: told of the rows read and of malformed ones (wrong number of columns, quoting, NUL
+      report: counts the rows read and the malformed ones (wrong number of columns, quoting, NUL
         bytes, undecodable text).
       choose: gives the columns to deliver for a header.
 
     Yields:
       Batches with the chosen columns as strings, `_row` (from 1, without the header) and `_line`.
     """
-    header = None
+    table: _Table | None = None
     for line, block in line_blocks(path, report):
-        while header is None and block:
+        while table is None and block:
             first, _, block = block.partition(b"\n")
             line += 1
             metadata = metadata_of(first.decode("utf-8", "replace"))
@@ -70,10 +79,10 @@ def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.Re
                 continue
             delimiter = delimiter_of(first)
             header = _header(first, delimiter, report.source)
-            columns = choose(header)
-        if block:
-            yield from _parse_block(block, line, header, delimiter, columns, report)
-    if header is None or report.read == 0:
+            table = _Table(header, delimiter, choose(header))
+        if table and block:
+            yield from _parse_block(block, line, table, report)
+    if table is None or report.read == 0:
         raise UserError(f"{report.source}: no rows below the header")
 
 
@@ -95,37 +104,31 @@ def _header(line: bytes, delimiter: str, source: str) -> list[str]:
 
 
 def _parse_block(
-    block: bytes,
-    line: int,
-    header: list[str],
-    delimiter: str,
-    columns: Mapping[str, str],
-    report: Report,
+    block: bytes, line: int, table: _Table, report: Report
 ) -> Iterator[pa.RecordBatch]:
     """Fast where every line is a row; line by line where one is not, to name or count it."""
-    table = None
+    parsed = None
     if b"\0" not in block and b"\n\n" not in block and not block.startswith(b"\n"):
-        table = _parse_clean(block, header, delimiter, columns)
-    if table is None:
-        table = _parse_lines(block, line, header, delimiter, columns, report)
+        parsed = _parse_clean(block, table)
+    if parsed is None:
+        parsed = _parse_lines(block, line, table, report)
     else:
         first = report.read + 1
-        report.read += table.num_rows
-        rows = np.arange(table.num_rows)
-        table = table.append_column(ROW, pa.array(first + rows))
-        table = table.append_column(LINE, pa.array(line + rows))
-    if table.num_rows:
-        yield from table.to_batches(max_chunksize=ROWS_PER_BATCH)
+        report.read += parsed.num_rows
+        rows = np.arange(parsed.num_rows)
+        parsed = parsed.append_column(ROW, pa.array(first + rows))
+        parsed = parsed.append_column(LINE, pa.array(line + rows))
+    if parsed.num_rows:
+        yield from parsed.to_batches(max_chunksize=ROWS_PER_BATCH)
 
 
-def _parse_clean(
-    block: bytes, header: list[str], delimiter: str, columns: Mapping[str, str]
-) -> pa.Table | None:
+def _parse_clean(block: bytes, table: _Table) -> pa.Table | None:
+    header, delimiter, columns = table
     wanted = list(dict.fromkeys(columns.values()))
     # Columns are called by their position: a name may be there twice among those not wanted.
     number = {name: f"{header.index(name)}" for name in wanted}
     try:
-        table = pacsv.read_csv(
+        parsed = pacsv.read_csv(
             pa.BufferReader(block),
             read_options=pacsv.ReadOptions(
                 column_names=[f"{i}" for i in range(len(header))],
@@ -141,19 +144,13 @@ def _parse_clean(
         )
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != block.count(b"\n"):  # a quoted field ran over a line end
+    if parsed.num_rows != block.count(b"\n"):  # a quoted field ran over a line end
         return None
-    return pa.table({name: table[number[column]] for name, column in columns.items()})
+    return pa.table({name: parsed[number[column]] for name, column in columns.items()})
 
 
-def _parse_lines(
-    block: bytes,
-    line: int,
-    header: list[str],
-    delimiter: str,
-    columns: Mapping[str, str],
-    report: Report,
-) -> pa.Table:
+def _parse_lines(block: bytes, line: int, table: _Table, report: Report) -> pa.Table:
+    header, delimiter, columns = table
     where = {name: header.index(column) for name, column in columns.items()}
     kept: dict[str, list] = {name: [] for name in (*columns, ROW, LINE)}
     for number, text in enumerate(block.split(b"\n")[:-1], start=line):

@@ -40,7 +40,9 @@ def records(path: Path, report: Report) -> Iterator[Record]:
     Raises:
       UserError: what `line_blocks` raises; text before the first header.
     """
-    header, parts, size, row, header_line = None, [], 0, 0, 0
+    header: bytes | None = None
+    parts: list[bytes] = []
+    size = row = header_line = 0
     for first, block in line_blocks(path, report):
         for number, line in enumerate(block.split(b"\n")[:-1], start=first):
             if line.startswith(b">"):
@@ -102,12 +104,12 @@ def read_chains(paths: tuple[Path, ...], report: Report) -> Iterator[pa.RecordBa
 
 def _by_suffix(path: Path, report: Report) -> Iterator[tuple[dict, Record]]:
     for r in records(path, report):
-        found = _CHAIN_SUFFIX.match(r.id)
-        if not found:
+        suffixed = _CHAIN_SUFFIX.match(r.id)
+        if not suffixed:
             yield {"cell": "", "chain": "", "sequence": r.sequence}, r
             continue
-        chain = "light" if found[2].lower() in ("l", "vl", "light") else "heavy"
-        yield {"cell": found[1], "chain": chain, "sequence": r.sequence}, r
+        chain = "light" if suffixed[2].lower() in ("l", "vl", "light") else "heavy"
+        yield {"cell": suffixed[1], "chain": chain, "sequence": r.sequence}, r
 
 
 def _in_step(paths: tuple[Path, ...], report: Report) -> Iterator[tuple[dict, Record]]:

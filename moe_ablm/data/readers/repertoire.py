@@ -4,7 +4,7 @@ Only sequences, ids, cells and donors are taken from them. Genes and regions are
 that antibodies of different sources are described, clustered and split by one rule.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def read_oas_paired(
 ) -> Iterator[pa.RecordBatch]:
     """OAS paired CSV, with or without its first line of JSON."""
 
-    def choose(header: list[str]) -> dict[str, str]:
+    def choose(header: Sequence[str]) -> dict[str, str]:
         mapping = {f"sequence_aa_{c}": f"sequence_alignment_aa_{c}" for c in CHAINS}
         for column in mapping.values():
             once(header, column, report.source)
@@ -62,7 +62,7 @@ def read_10x(
 ) -> Iterator[pa.RecordBatch]:
     """10x `*_contig_annotations.csv` (Cell Ranger >= 5): seven regions joined to the V domain."""
 
-    def choose(header: list[str]) -> dict[str, str]:
+    def choose(header: Sequence[str]) -> dict[str, str]:
         for column in ("barcode", "contig_id", "cdr3"):
             once(header, column, report.source)
         wanted = ("barcode", "contig_id", "chain", "productive", *_TEN_X, *_COUNTS)
@@ -83,7 +83,7 @@ def _read_chains(path: Path, report: Report, cell: tuple[str, ...]) -> Iterator[
     sequences = ("sequence_alignment_aa", "sequence_aa")
     others = ("sequence_id", "locus", "v_call", "productive", *cell, *_SAMPLES, *_COUNTS)
 
-    def choose(header: list[str]) -> dict[str, str]:
+    def choose(header: Sequence[str]) -> dict[str, str]:
         once(header, next((n for n in sequences if n in header), sequences[-1]), report.source)
         return {name: name for name in (*sequences, *others) if name in header}
 

@@ -1,4 +1,4 @@
-"""What became of every row of a source: nothing is dropped without being counted."""
+"""The fate of every row of a source: nothing is dropped without being counted."""
 
 import difflib
 import os
@@ -90,8 +90,8 @@ def place(row: int, line: int = 0) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The most similar of some names, or None when none is similar."""
     lower = {k.lower(): k for k in known}
-    found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-    return lower[found[0]] if found else None
+    matches = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return lower[matches[0]] if matches else None
 
 
 def existing_file(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""From what the user names with --input to checked batches: which format it is, and its reader."""
+"""From --input to checked batches: recognises the format of a file and calls its reader."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def open_sources(
     Args:
       inputs: paths, or `heavy=H.fasta,light=L.fasta`. Two FASTA files with equal ids in a row are
         taken as the two chains of the same antibodies.
-      format: a name out of `FORMATS` instead of what the content says.
+      format: a name out of `FORMATS`; None: recognised by the content.
       columns: names of the chains' columns (see `columns.parse_columns`).
       on_bad_row: whether a malformed row raises UserError or is counted and left out.
       letters: allowed in sequences (see `check_batch`).
@@ -108,15 +108,15 @@ def open_sources(
     sources: list[Source] = []
     for text in inputs:
         paths = _paths(text)
-        found = format or _format_of(paths, columns)
-        if len(paths) == 2 and found != "fasta":
+        kind = format or _format_of(paths, columns)
+        if len(paths) == 2 and kind != "fasta":
             raise UserError(f"--input {text}: two files are read together only as FASTA")
-        if found == "fasta" and sources and _are_two_chains(sources[-1], paths):
+        if kind == "fasta" and sources and _are_two_chains(sources[-1], paths):
             paths = (*sources.pop().paths, *paths)
         names = " + ".join(map(str, paths))
         origin = " + ".join(p.name for p in paths)
-        report = Report(names, on_bad_row, format=found, origin=origin)
-        sources.append(Source(paths, found, report, columns, letters))
+        report = Report(names, on_bad_row, format=kind, origin=origin)
+        sources.append(Source(paths, kind, report, columns, letters))
     return sources
 
 
@@ -137,10 +137,10 @@ def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> st
     if columns is not None:
         return "table"
     header = header_of(path)
-    found = format_of_header(header)
-    if found is None:
+    kind = format_of_header(header)
+    if kind is None:
         raise UserError(no_chains(header, str(path)))
-    return found
+    return kind
 
 
 def _are_two_chains(before: Source, paths: tuple[Path, ...]) -> bool:

@@ -125,14 +125,14 @@ def _lines_before_a_longer(whole: bytes, limit: int) -> int | None:
 
 
 def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` first lines that are not blank, to tell the format.
+    """Up to `count` first lines that are not blank, to recognise the format.
 
     Undecodable bytes become U+FFFD.
     """
-    found: list[str] = []
+    kept: list[str] = []
     for _, block in line_blocks(path, Report(str(path)), block=64 << 10):
         lines = (line for line in block.split(b"\n") if line.strip())
-        found += [line.decode("utf-8", "replace") for line in islice(lines, count - len(found))]
-        if len(found) == count:
+        kept += [line.decode("utf-8", "replace") for line in islice(lines, count - len(kept))]
+        if len(kept) == count:
             break
-    return found
+    return kept

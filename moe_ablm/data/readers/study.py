@@ -1,7 +1,7 @@
 """Tables of antibody studies: a column for each chain, or both chains in one string."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +43,12 @@ def read_joined(
     cover the residues only or the separator too.
     """
 
-    def choose(header: list[str]) -> dict[str, str]:
+    def choose(header: Sequence[str]) -> dict[str, str]:
         once(header, "sequence", report.source)
+        of_chains = [f"{name}_{chain}" for chain in CHAINS for name in RESIDUE_STRINGS]
         names = ("sequence", *RESIDUE_STRINGS, *ABOUT_THE_CELL)
         mapping = {name: name for name in names if name in header}
-        for chain in CHAINS:
-            names = [f"{n}_{chain}" for n in RESIDUE_STRINGS if f"{n}_{chain}" in header]
-            mapping |= {name: name for name in names}
+        mapping |= {name: name for name in of_chains if name in header}
         return mapping | identifier_of(header)
 
     for batch in read_rows(path, report, choose):
@@ -89,9 +88,9 @@ def _divided(batch: pa.RecordBatch) -> pa.RecordBatch:
 def _cut(text: str) -> tuple[str, str, int, int]:
     """Heavy chain, light chain, start of the heavy one, distance from there to the light one."""
     pieces, last = [], 0
-    for found in _SEPARATOR.finditer(text):
-        pieces.append((last, text[last : found.start()]))
-        last = found.end()
+    for separator in _SEPARATOR.finditer(text):
+        pieces.append((last, text[last : separator.start()]))
+        last = separator.end()
     pieces.append((last, text[last:]))
     pieces = [(at, piece.strip()) for at, piece in pieces if piece.strip()]
     if not pieces:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers.columns import listed
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.rows import Row, named, read_rows
-from moe_ablm.inference.antibodies import Antibody
 
 HEAVY = ("heavy", "VHH_sequence", "sequence_aa_heavy", "h_sequence")
 LIGHT = ("light", "sequence_aa_light", "l_sequence")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_ablm.inference.antibodies import Antibody
+from moe_ablm.data.antibody import Antibody
 
 UNKNOWN = " "  # label of a residue that has none
 PARTS = ("train", "valid", "test")

@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers import open_sources
 from moe_ablm.data.readers.rows import header_of
 from moe_ablm.data.regions import CDR3, FR4, region_names
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.outcome import Picture, Skipped
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.inference.antibodies import LETTERS, Antibody, read
+from moe_ablm.inference.antibodies import LETTERS, read
 from moe_ablm.inference.attention import CrossAttention, mean_attention, needs_both
 from moe_ablm.inference.heatmap import figure_path
 from moe_ablm.inference.score import regions

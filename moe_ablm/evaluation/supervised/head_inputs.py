@@ -6,9 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
+from moe_ablm.data.antibody import Antibody, Row, row_of
 from moe_ablm.data.tokenizer import PAD
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.inference.antibodies import Antibody, Row, row_of, windows
+from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.evaluation.supervised.head_inputs import (
     Head,
     Inputs,
@@ -24,7 +25,6 @@ from moe_ablm.evaluation.supervised.head_inputs import (
     inputs_of,
     scale_of,
 )
-from moe_ablm.inference.antibodies import Antibody
 from moe_ablm.inference.buckets import Engine, alone
 from moe_ablm.inference.embed import HiddenStates
 from moe_ablm.model.encoder import Encoder, Observe

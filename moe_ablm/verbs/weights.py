@@ -1,0 +1,101 @@
+"""The verbs that read and write weights: import, export, upcycle."""
+
+import argparse
+from pathlib import Path
+
+from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
+from moe_ablm.model import flops
+from moe_ablm.model.families import TopK
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `import`."""
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="HF_DIR",
+        help="directory with config.json and model.safetensors (or shards and index)")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="RUN", help="new directory to write")
+    add("--layout", choices=sorted(LAYOUTS),
+        help="how a pair becomes a row (default: esm, <cls>H<cls><cls>L<eos>; of BALM balm, "
+        "<cls>H<eos>L<eos>; of an export of ours its own)")  # fmt: skip
+
+
+def import_(args: argparse.Namespace) -> None:
+    """Reads, checks, converts and writes; prints what was left out."""
+    from moe_ablm.interop.load import import_directory
+    from moe_ablm.interop.saved import save_model
+
+    model = import_directory(args.input, args.layout)
+    save_model(model, args.out)
+    for note in model.notes:
+        print(f"note: {note}")
+    print(
+        f"{args.out}: {model.source}, {flops.params_total(model.spec):,} parameters, rows of up to "
+        f"{model.length} tokens, layout {model.layout_name}"
+    )
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `export`."""
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="work directory of a run, or an import")
+    add("--format", choices=("hf", "balm"), required=True,
+        help="hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="DIR", help="new directory to write")
+    add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Loads the best checkpoint and writes it in the other form."""
+    from moe_ablm.interop.balm import export_balm
+    from moe_ablm.interop.esm2 import export_esm2
+    from moe_ablm.interop.load import load_model
+
+    model = load_model(args.run)
+    write = {"hf": export_esm2, "balm": export_balm}[args.format]
+    write(model, args.out, args.licence)
+    print(f"{args.out}: {model.source}")
+
+
+def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `upcycle`; those of the experts mean what they mean in configs/base.py."""
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DENSE", help="a dense run or import")
+    add("--out", type=Path, required=True, metavar="RUN", help="new directory to write")
+    add("--experts", type=int, default=8, help="experts a layer (default 8)")
+    add("--k", type=int, default=2, help="experts a token, 2 or more (default 2)")
+    add("--placement", default="alternate",
+        help="every, alternate (default), last_N, or layer numbers such as 1,3,5")  # fmt: skip
+    add("--first-dense", type=int, default=1, metavar="N", help="first N layers stay dense (1)")
+    add("--seed", type=int, default=0, help="of the fresh routers (default 0)")
+
+
+def upcycle(args: argparse.Namespace) -> None:
+    """Loads, upcycles and writes; prints the settings that training needs."""
+    from moe_ablm.interop import upcycle as upcycling
+    from moe_ablm.interop.load import load_model
+    from moe_ablm.interop.saved import save_model
+
+    for flag in ("first_dense", "seed"):
+        if getattr(args, flag) < 0:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} {getattr(args, flag)}: expected 0 or more")
+    moe = TopK(
+        experts=args.experts, k=args.k, placement=args.placement, first_dense=args.first_dense
+    )
+    model = upcycling.upcycle(load_model(args.run), moe, args.seed)
+    save_model(model, args.out)
+    print(
+        f"{args.out}: {flops.params_total(model.spec):,} parameters "
+        f"({flops.params_active(model.spec):,} active); to train it: --config.train.init="
+        f"{args.out} --config.model.moe.router=topk --config.model.moe.experts={args.experts} "
+        f"--config.model.moe.k={args.k} --config.model.moe.placement={args.placement} "
+        f"--config.model.moe.first_dense={args.first_dense}"
+    )
+
+
+VERBS = {
+    "import": (add_import_arguments, import_),
+    "export": (add_export_arguments, export),
+    "upcycle": (add_upcycle_arguments, upcycle),
+}
