@@ -13,16 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.dots import picture
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
-from moe_ablm.evaluation.pictures.scores import picture
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers
+from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import shortcuts
-from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, cross_validated
+from moe_ablm.evaluation.supervised import baselines
+from moe_ablm.evaluation.supervised.folds import (
+    clonal_folds,
+    clones,
+    cross_validated,
+    drawn,
+    read_labelled,
+)
 from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training
-from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
 from moe_ablm.inference.antibodies import tokens_of
 
 TITLE = "Specificity classification"
@@ -53,7 +58,7 @@ class Settings:
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Scores of all tasks whose classes are there."""
-    shortcuts.require_sklearn()
+    baselines.require_sklearn()
     everyone, notes = read_labelled(subject.files_of("specificity"))
     by_class, left_out = _by_class(subject, everyone, settings.most)
     notes += left_out
@@ -133,17 +138,17 @@ class Bench:
         groups = self._clones[rows]
         rng = self._subject.generator(f"classification {name}")
         folds = clonal_folds(groups, classes, settings.folds, rng)
-        known = [shortcuts.features(self._antibodies[i]) for i in rows]
+        known = [baselines.features(self._antibodies[i]) for i in rows]
         predicted = {}
         for predictor, inputs in self._inputs.items():
             predicted[predictor] = self._out_of_fold(inputs.take(rows), classes, folds, predictor)
-        predicted[shortcuts.BASELINE] = shortcuts.predictions(known, classes, folds)
+        predicted[baselines.BASELINE] = baselines.predictions(known, classes, folds)
         units, about = [f"clone {g}" for g in groups], {"task": name}
         samples = [
             accuracy_sample(classes, found, units, about | {"predictor": predictor})
             for predictor, found in predicted.items()
         ]
-        numbers = score_numbers(classes, predicted, shortcuts.BASELINE, units, folds, about)
+        numbers = score_numbers(classes, predicted, baselines.BASELINE, units, folds, about)
         note = (
             f"task {name}: {size:,} antibodies of each class, {len(set(units)):,} clones, folds of "
             f"{', '.join(map(str, np.bincount(folds)))}"

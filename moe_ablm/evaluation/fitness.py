@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 
 from moe_ablm.data.tokenizer import FIRST_AMINO_ACID, MASK
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.dots import dots
+from moe_ablm.evaluation.estimates import spearman_number
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Assay, Substitutions, read_assays
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.dots import dots
-from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import Antibody, row_of, tokens_of, windows
 from moe_ablm.inference.buckets import Engine

@@ -13,9 +13,9 @@ import numpy as np
 from moe_ablm.data.regions import CDR3, CHAINS
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
 from moe_ablm.evaluation.cohort import Annotated, Chain
+from moe_ablm.evaluation.estimates import Number, Sample, draw_counts, interval
 from moe_ablm.evaluation.partners import encode_letters, mutated_places
-from moe_ablm.evaluation.statistics.estimates import Number, Sample, draw_counts, interval
-from moe_ablm.evaluation.statistics.ranking import Ranking
+from moe_ablm.evaluation.scores import Ranking
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import row_of
 from moe_ablm.inference.logits import EveryPosition

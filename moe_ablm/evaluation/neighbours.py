@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_ablm.evaluation.statistics.estimates import ratio
+from moe_ablm.evaluation.estimates import ratio
 
 BLOCK = 1024  # rows
 

@@ -19,8 +19,8 @@ from moe_ablm.data.masking import (
 )
 from moe_ablm.data.regions import CHAINS, region_names
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated
+from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.outcome import Outcome, Table
-from moe_ablm.evaluation.statistics.estimates import Sample
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import Row, row_of
 from moe_ablm.inference.logits import EveryPosition

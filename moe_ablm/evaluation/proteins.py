@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.evaluation.dots import dots
+from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
 from moe_ablm.evaluation.formats.protein_choice import chosen, fitting
 from moe_ablm.evaluation.formats.protein_files import read_tasks
 from moe_ablm.evaluation.formats.protein_tasks import UNKNOWN, Protein, Split, Task
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.dots import dots
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import protein_baselines as baselines
+from moe_ablm.evaluation.supervised import baselines
 from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, Inputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training, fit
 

@@ -17,12 +17,14 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.experts.assignments import Assignments, assigned, routed
 from moe_ablm.evaluation.experts.findings import (
     FALSE_DISCOVERIES,
     Finding,
     cell_numbers,
     estimate_numbers,
+    heat_map,
     information_numbers,
     specialist_numbers,
 )
@@ -38,8 +40,6 @@ from moe_ablm.evaluation.experts.traits import (
     contrasts,
 )
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.routing import heat_map
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject, require_regions
 from moe_ablm.model.families import Router
 

@@ -12,17 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.files import replacing, write_atomically
 
@@ -135,10 +131,8 @@ def _kept(outcome: Outcome, directory: Path) -> dict:
     write_samples(outcome.samples, directory / "samples.parquet")
     pictures = []
     for picture in outcome.pictures:
-        figure = picture.draw()
         file = f"{picture.name}.png"
-        figure.savefig(directory / file, dpi=130)
-        plt.close(figure)
+        picture.draw().savefig(directory / file, dpi=130)
         pictures.append({"file": file, "caption": picture.caption})
     return {
         "numbers": [as_json(number) for number in numbers],

@@ -1,16 +1,18 @@
-"""What a contrast says of the experts of all layers, as numbers."""
+"""What a contrast says of the experts of all layers: numbers and heat maps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.experts import specialisation
 from moe_ablm.evaluation.experts.specialisation import Estimate, discoveries, jackknife
 from moe_ablm.evaluation.experts.specialists import Half, chosen, halves, specialists
 from moe_ablm.evaluation.experts.traits import FROM_START, Contrast
-from moe_ablm.evaluation.statistics.estimates import Number
 
 FALSE_DISCOVERIES = 0.05
 CDRH3 = "CDRH3"
@@ -149,3 +151,41 @@ def _number(
     metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str
 ) -> Number:
     return Number(metric, value, labels, low, high, n, unit)
+
+
+NUMBERED = 32  # experts of a panel
+MOST = 3.0  # what is more or less has the last colour: experts that never take a class
+
+
+def heat_map(
+    values: np.ndarray,
+    flagged: np.ndarray,
+    layers: Sequence[int],
+    names: Sequence[str],
+    label: str,
+) -> Figure:
+    """A panel a layer, experts by classes; a dot where a value is flagged.
+
+    Args:
+      values: `[M, X, E]`; 0 is white, red is more.
+      flagged: bool, the same shape.
+      layers: numbers of the M layers.
+      names: of the X classes.
+      label: of the colours.
+    """
+    experts = values.shape[2]
+    # a file has at most 2^16 pixels a side: rows of many experts are lower
+    height = 0.7 + min(0.25 * experts, 6.0)
+    size = (2 + 0.42 * len(names), 1.4 + len(layers) * height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(layers), 1, squeeze=False)
+    limit = float(np.clip(values.max(), 0.1, MOST))
+    for axis, layer, table, mark in zip(axes[:, 0], layers, values, flagged, strict=True):
+        image = axis.imshow(table.T, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.plot(*np.nonzero(mark), "k.", markersize=2)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axis.set_yticks(range(0, experts, math.ceil(experts / NUMBERED)))
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set(title=f"layer {layer}", ylabel="expert")
+    figure.colorbar(image, ax=axes, location="right", label=label, shrink=0.8, extend="both")
+    return figure

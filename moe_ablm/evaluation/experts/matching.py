@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moe_ablm.evaluation.statistics.estimates import Number, interval
+from moe_ablm.evaluation.estimates import Number, interval
 
 PROFILE = ("region", "residue")  # traits whose enrichments are an expert's profile
 RENAMED = 1000

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from moe_ablm.evaluation.estimates import LEVEL
 from moe_ablm.evaluation.experts.traits import Contrast
-from moe_ablm.evaluation.statistics.estimates import LEVEL
 
 SMOOTHING = 0.5  # assignments, added to observed and expected counts
 TOGETHER = 1 << 22  # cells of tables in one go

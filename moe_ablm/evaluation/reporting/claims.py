@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from moe_ablm.data.regions import CHAINS
+from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.reporting.compare import Comparison
-from moe_ablm.evaluation.reporting.evaluated import Evaluated
-from moe_ablm.evaluation.reporting.layout import interval_written
-from moe_ablm.evaluation.statistics.estimates import Number
+from moe_ablm.evaluation.reporting.report import interval_written
+from moe_ablm.evaluation.reporting.results import Evaluated
 from moe_ablm.model.families import FAMILIES
 
 HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
+from moe_ablm.evaluation.estimates import Estimate, Number, Sample, kinds_of
 from moe_ablm.evaluation.experts.matching import stability as seed_agreement
-from moe_ablm.evaluation.reporting.evaluated import Evaluated, key
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.two_level import Estimate, kinds_of
+from moe_ablm.evaluation.reporting.results import Evaluated, key
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
 
 SCHEMA = "moe_ablm.comparison/1"

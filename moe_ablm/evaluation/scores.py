@@ -1,17 +1,62 @@
 """Scores of classifiers, with intervals over clones, and against a baseline on the same draws.
 
-Accuracy; F1, the mean over classes; AUC (area under the ROC curve) and AUPR (average precision),
-of the second class of two, else the mean over classes against the rest; MCC (Gorodkin 2004, eq. 8).
-The definitions are scikit-learn's, computed for all draws of a bootstrap at once.
+Accuracy; F1, the mean over classes; AUC (area under the ROC curve, ties counted half) and AUPR
+(average precision: the sum of precision times the gain of recall over distinct thresholds, without
+interpolation), of the second class of two, else the mean over classes against the rest; MCC
+(Gorodkin 2004, eq. 8). The definitions are scikit-learn's, computed for all draws of a bootstrap at
+once.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.evaluation.statistics.estimates import DRAWS, Number, Sample, draw_counts, interval
-from moe_ablm.evaluation.statistics.ranking import Ranking
+from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, draw_counts, interval
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores in order, made once for many weightings.
+
+    Attributes:
+      truth: bool `[n]`.
+      group: int64 `[n]`, rank of the score among distinct ones, the highest first.
+      groups: how many distinct ones there are.
+    """
+
+    truth: np.ndarray
+    group: np.ndarray
+    groups: int
+
+    @classmethod
+    def of(cls, truth: np.ndarray, scores: np.ndarray) -> "Ranking":
+        """Args: truth bool `[n]`; scores `[n]`, higher for what is more likely true."""
+        distinct, rank = np.unique(scores, return_inverse=True)
+        return cls(np.asarray(truth, bool), len(distinct) - 1 - rank, len(distinct))
+
+    def _counts(self, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        weights = np.ones(len(self.truth)) if weights is None else np.asarray(weights, float)
+        return tuple(
+            np.bincount(self.group[at], weights[at], self.groups)
+            for at in (self.truth, ~self.truth)
+        )
+
+    def auroc(self, weights: np.ndarray | None = None) -> float:
+        """Probability that a true one scores higher than another; NaN if there is one kind only."""
+        true, false = self._counts(weights)
+        pairs = true.sum() * false.sum()
+        beaten = false.sum() - false.cumsum() + false / 2
+        return float(true @ beaten / pairs) if pairs else float("nan")
+
+    def average_precision(self, weights: np.ndarray | None = None) -> float:
+        """Mean precision over the true ones; NaN where there are none."""
+        true, false = self._counts(weights)
+        chosen = (true + false).cumsum()
+        precision = true.cumsum() / np.where(chosen > 0, chosen, 1)
+        return float(true @ precision / true.sum()) if true.sum() else float("nan")
+
 
 METRICS = ("accuracy", "F1", "AUC", "AUPR", "MCC")
 _AT_ONCE = 100  # draws; bounds the memory
