@@ -38,6 +38,7 @@ TITLE = "Cross-chain attention"
 DIRECTIONS = {"both": (0, 1), "light to heavy": (0,), "heavy to light": (1,)}
 CDR, FR = (2, 4, 6), (1, 3, 5, 7)  # indices of REGIONS
 NATIVE, RANDOM = "native", "random"
+Formula = Callable[[np.ndarray], np.ndarray]  # of sums over antibodies
 TABLES = (
     Table(
         "Attention to CDRs, relative to FRs and to all residues",
@@ -139,10 +140,8 @@ def attention_sums(
 
 def received(found: CrossAttention) -> tuple[np.ndarray, np.ndarray]:
     """Attention that the residues of heavy and light chain receive, float64 `[n]` each."""
-    return tuple(
-        weights.mean(0, dtype=np.float64)
-        for weights in (found.light_to_heavy, found.heavy_to_light)
-    )
+    to_heavy, to_light = found.light_to_heavy, found.heavy_to_light
+    return to_heavy.mean(0, dtype=np.float64), to_light.mean(0, dtype=np.float64)
 
 
 def chain_sums(chain: Chain, attention: np.ndarray) -> np.ndarray:
@@ -201,17 +200,17 @@ def _numbers(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Number]:
     return numbers
 
 
-def _formulas() -> list[tuple[dict[str, str], dict[str, Callable]]]:
+def _formulas() -> list[tuple[dict[str, str], dict[str, Formula]]]:
     """(labels, functions of sums by metric) of what is told for native and random partners."""
 
-    def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Callable:
+    def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Formula:
         return lambda s: ratio(
             attention_per_residue(s, chains, regions), attention_per_residue(s, *to)
         )
 
-    found = []
+    found: list[tuple[dict[str, str], dict[str, Formula]]] = []
     for direction, chains in DIRECTIONS.items():
-        formulas = {
+        formulas: dict[str, Formula] = {
             "cdr_over_fr": partial(cdr_over_fr, chains=chains),
             "cdr_over_all": over(chains, CDR, chains, CDR + FR),
             "cysteine_over_other": partial(cysteine_over_other, chains=chains),
@@ -235,7 +234,13 @@ def _samples(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Sample]:
         for name, some in (("CDR", CDR), ("FR", FR)):
             parts[name] = by_region[:, :, list(some)].sum((1, 2))
         samples += [
-            Sample("attention_per_residue", units, *part.T, {"region": name, "partner": partner})
+            Sample(
+                "attention_per_residue",
+                units,
+                part[:, 0],
+                part[:, 1],
+                {"region": name, "partner": partner},
+            )
             for name, part in parts.items()
         ]
         for chain, direction in enumerate(tuple(DIRECTIONS)[1:]):
@@ -287,7 +292,7 @@ BRIGHTEST = 0.995  # quantile of the weights at which the colours end
 
 
 @dataclass(frozen=True, eq=False)
-class Map:
+class AttentionMap:
     """Attention between the residues of an antibody; `regions [n]`: see `inference.score`."""
 
     antibody: Antibody
@@ -315,10 +320,10 @@ def heat_maps(subject: Subject) -> tuple[list[Picture], list[str]]:
     for number, (antibody, known) in enumerate(zip(antibodies, cells, strict=True)):
         if (known < 0).all():
             notes.append(f"{antibody.name}: no V domain was recognised: CDRs are not marked")
-        drawn = Map(antibody, attention[number], known)
+        drawn = AttentionMap(antibody, attention[number], known)
         name = f"heatmap-{figure_path(Path(), antibody).stem}"
         caption = f"{antibody.name}: cross-chain attention, mean over all layers and heads"
-        pictures.append(Picture(name, caption, lambda drawn=drawn: draw_map(drawn)))
+        pictures.append(Picture(name, caption, partial(draw_map, drawn)))
     return pictures, notes
 
 
@@ -328,7 +333,8 @@ def named_antibodies(subject: Subject, files: tuple[Path, ...]) -> tuple[list[An
     Raises:
       UserError: a file is none of those.
     """
-    antibodies, notes = [], []
+    antibodies: list[Antibody] = []
+    notes = []
     for path in files:
         known = set(THERAPEUTIC.values()) <= set(header_of(path))
         columns = THERAPEUTIC if known else None
@@ -346,7 +352,7 @@ def named_antibodies(subject: Subject, files: tuple[Path, ...]) -> tuple[list[An
     return antibodies, notes
 
 
-def draw_map(drawn: Map) -> Figure:
+def draw_map(drawn: AttentionMap) -> Figure:
     """Heavy residues down, light ones across; a panel a direction, CDRs between lines."""
     to_light, to_heavy = drawn.attention.heavy_to_light, drawn.attention.light_to_heavy.T
     heavy = len(drawn.antibody.heavy)

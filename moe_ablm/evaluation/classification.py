@@ -64,7 +64,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     notes += left_out
     pooled = [a for name in CLASSES for a in by_class.get(name, ())]
     bench = Bench(subject, settings, pooled)
-    samples, numbers = [], []
+    samples: list[Sample] = []
+    numbers: list[Number] = []
     for name, task in TASKS.items():
         members = [by_class.get(label, []) for label in task]
         reason = bench.too_few(task, members)

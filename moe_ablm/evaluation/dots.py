@@ -23,8 +23,8 @@ def dots(numbers: Sequence[Number], rows: tuple[str, ...], colour: str, title: s
     axis = figure.subplots()
     for place, kind in enumerate(kinds):
         some = [n for n in numbers if n.labels[colour] == kind and n.value == n.value]
-        at = [names.index(", ".join(n.labels[key] for key in rows)) for n in some]
-        at = [y + 0.6 * ((place + 0.5) / len(kinds) - 0.5) for y in at]
+        shift = 0.6 * ((place + 0.5) / len(kinds) - 0.5)
+        at = [names.index(", ".join(n.labels[key] for key in rows)) + shift for n in some]
         axis.plot([n.value for n in some], at, "o", color=f"C{place}", label=kind)
         axis.hlines(at, [n.low for n in some], [n.high for n in some], color=f"C{place}")
     axis.set_yticks(range(len(names)), names)

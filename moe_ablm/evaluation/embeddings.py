@@ -16,6 +16,7 @@ who their neighbours are is not drawn again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from matplotlib import colormaps
@@ -26,14 +27,13 @@ from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.estimates import (
-    DRAWS,
     Number,
     RankCorrelation,
     Sample,
     derived,
-    draw_counts,
     interval,
     ratio,
+    resampled,
 )
 from moe_ablm.evaluation.neighbours import (
     cosine_distances,
@@ -88,7 +88,7 @@ class Embedded:
 
     vectors: np.ndarray
     units: np.ndarray
-    groups: tuple[np.ndarray, np.ndarray]
+    groups: tuple[np.ndarray, ...]
     genes: np.ndarray
     mutations: np.ndarray
 
@@ -239,12 +239,11 @@ def _correlation(
 ) -> Number:
     """Spearman's correlation of observations of one chain each, or of the two `ends` of each."""
     correlate = RankCorrelation(*pairs)
-    names, unit = np.unique(units, return_inverse=True)
+    unit, counts = resampled(units)
     ends = ends or (np.arange(len(units)),)
-    counts = draw_counts(tuple(names.tolist()), DRAWS)[:, unit]
-    values = [correlate(np.prod([drawn[end] for end in ends], axis=0)) for drawn in counts]
+    values = [correlate(np.prod([drawn[unit[end]] for end in ends], axis=0)) for drawn in counts]
     value = correlate(np.ones(len(pairs[0]), int))
-    low, high = interval(np.array(values)) if len(names) > 1 else (np.nan, np.nan)
+    low, high = interval(np.array(values))
     return Number(metric, value, about, low, high, len(units))
 
 
@@ -266,9 +265,8 @@ def _pictures(
             known = {chain: (chains[chain].genes, chains[chain].mutations) for chain in places}
             caption = f"{method} of chain embeddings, by V gene and by mutations"
             name = method.lower().replace("-", "")
-            pictures.append(
-                Picture(name, caption, lambda p=places, k=known, m=method: draw_embeddings(m, p, k))
-            )
+            draw = partial(draw_embeddings, method, places, known)
+            pictures.append(Picture(name, caption, draw))
     return pictures, notes
 
 
@@ -332,20 +330,20 @@ def _by_gene(axis: Axes, points: np.ndarray, genes: np.ndarray) -> None:
     names, counts = np.unique(genes[genes != ""], return_counts=True)
     named = names[np.argsort(-counts, kind="stable")[:NAMED]]
     rest = ~np.isin(genes, named)
-    axis.scatter(*points[rest].T, s=4, color=REST, label="others", linewidths=0)
-    for colour, name in zip(colormaps["tab10"].colors, named, strict=False):
-        axis.scatter(*points[genes == name].T, s=5, color=colour, label=name, linewidths=0)
+    axis.scatter(points[rest, 0], points[rest, 1], s=4, color=REST, label="others", linewidths=0)
+    for number, name in enumerate(named):
+        x, y = points[genes == name].T
+        axis.scatter(x, y, s=5, color=colormaps["tab10"](number), label=name, linewidths=0)
     axis.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _by_mutations(figure: Figure, axis: Axes, points: np.ndarray, mutations: np.ndarray) -> None:
     there = np.isfinite(mutations)
-    axis.scatter(*points[~there].T, s=4, color=REST, linewidths=0)
+    axis.scatter(points[~there, 0], points[~there, 1], s=4, color=REST, linewidths=0)
     if there.any():
         # the few with very many would leave one colour to all others
         most = max(float(np.quantile(mutations[there], 0.98)), 1.0)
         order = np.flatnonzero(there)[np.argsort(mutations[there], kind="stable")]
-        drawn = axis.scatter(
-            *points[order].T, s=5, c=mutations[order], vmin=0, vmax=most, linewidths=0
-        )
+        x, y = points[order].T
+        drawn = axis.scatter(x, y, s=5, c=mutations[order], vmin=0, vmax=most, linewidths=0)
         figure.colorbar(drawn, ax=axis, label="mutated residues", extend="max")

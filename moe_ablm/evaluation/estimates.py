@@ -22,6 +22,8 @@ from scipy import optimize, special
 LEVEL = 0.95
 DRAWS = 1000
 
+Units = Sequence[str] | np.ndarray  # what the bootstrap draws, one an entry
+
 
 @dataclass(frozen=True)
 class Number:
@@ -60,7 +62,7 @@ class Sample:
     """
 
     metric: str
-    units: Sequence[str]
+    units: Units
     total: np.ndarray
     weight: np.ndarray
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class Merged:
     weight: np.ndarray
 
 
-def merged(units: Sequence[str], total: np.ndarray, weight: np.ndarray) -> Merged:
+def merged(units: Units, total: np.ndarray, weight: np.ndarray) -> Merged:
     """Entries of the same unit added up; units without weight are left out."""
     names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
     sums = [np.bincount(index, np.asarray(x, float), len(names)) for x in (total, weight)]
@@ -135,6 +137,19 @@ def draw_counts(units: tuple[str, ...], draws: int) -> np.ndarray:
     return rng.multinomial(n, np.full(n, 1 / n), size=draws)
 
 
+def resampled(units: Units, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
+    """The prologue of a bootstrap: draws of units, for entries of which several may share one.
+
+    Returns:
+      The unit of each entry, int64 `[n]`, and how often each draw takes each unit, int64
+      `[draws, units]`; no draws where there are under two units.
+    """
+    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
+    if len(names) < 2:
+        return index, np.zeros((0, len(names)), np.int64)
+    return index, draw_counts(tuple(names.tolist()), draws)
+
+
 def redrawn(table: Merged, draws: int) -> np.ndarray:
     """The mean of each bootstrap draw, float64 `[draws]`; none where there are under two units."""
     n = len(table.units)
@@ -155,7 +170,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
 
 def derived(
     metric: str,
-    units: Sequence[str],
+    units: Units,
     sums: np.ndarray,
     formula: Callable[[np.ndarray], np.ndarray],
     labels: Mapping[str, str],
@@ -171,13 +186,10 @@ def derived(
       formula: from sums `[..., *sums.shape[1:]]` to values `[...]`.
       draws: of the bootstrap.
     """
-    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
-    table = np.zeros((len(names), *sums.shape[1:]))
+    index, counts = resampled(units, draws)
+    table = np.zeros((counts.shape[1], *sums.shape[1:]))
     np.add.at(table, index, sums)
-    low = high = math.nan
-    if len(names) > 1:
-        counts = draw_counts(tuple(names.tolist()), draws)
-        low, high = interval(formula(np.tensordot(counts, table, 1)))
+    low, high = interval(formula(np.tensordot(counts, table, 1)))
     return Number(metric, float(formula(table.sum(0))), labels, low, high, len(units), unit)
 
 
@@ -218,7 +230,7 @@ class _Sorted:
 def spearman_number(
     x: np.ndarray,
     y: np.ndarray,
-    units: Sequence[str],
+    units: Units,
     labels: Mapping[str, str],
     draws: int = DRAWS,
 ) -> Number:
@@ -230,9 +242,8 @@ def spearman_number(
       labels: of the number.
       draws: of the bootstrap.
     """
-    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
     correlate = RankCorrelation(x, y)
-    counts = draw_counts(tuple(names.tolist()), draws) if len(names) > 1 else []
+    index, counts = resampled(units, draws)
     low, high = interval(np.array([correlate(count[index]) for count in counts]))
     value = correlate(np.ones(len(x), int))
     return Number("spearman", value, labels, low, high, len(x))
@@ -297,7 +308,7 @@ class Kinds:
 
     def _estimate(self, signs: Mapping[str, int]) -> Estimate:
         value = sum(sign * float(self.values[kind].mean()) for kind, sign in signs.items())
-        drawn = sum(sign * self.drawn[kind] for kind, sign in signs.items())
+        drawn = np.sum([sign * self.drawn[kind] for kind, sign in signs.items()], axis=0)
         error = self.seed_sd * math.sqrt(sum(1 / len(self.values[kind]) for kind in signs))
         ends = blurred(drawn, error, self.degrees) if error > 0 else interval(drawn)
         seeds = min(len(self.values[kind]) for kind in signs)

@@ -54,7 +54,8 @@ def exact_likelihoods(subject: Subject, everyone: Sequence[Annotated]) -> tuple[
         "antibodies": _digest(everyone),
     }
     name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]
-    file, start, computed = subject.work / f"positions-{name}.parquet", time.monotonic(), []
+    file, start = subject.work / f"positions-{name}.parquet", time.monotonic()
+    computed: list[Annotated] = []
     with Output(file, command) as output:
         left = [] if output.complete else everyone[output.done :]
         for window in windows([a.antibody for a in left], _cost, WINDOW):

@@ -13,7 +13,7 @@ import numpy as np
 from moe_ablm.data.regions import CDR3, CHAINS
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
 from moe_ablm.evaluation.cohort import Annotated, Chain
-from moe_ablm.evaluation.estimates import Number, Sample, draw_counts, interval
+from moe_ablm.evaluation.estimates import Number, Sample, interval, resampled
 from moe_ablm.evaluation.partners import encode_letters, mutated_places
 from moe_ablm.evaluation.scores import Ranking
 from moe_ablm.evaluation.subject import Subject
@@ -145,10 +145,7 @@ def _metrics(ranking: Ranking) -> tuple:
 
 
 def _interval(compute, units: Sequence[str], owner: np.ndarray) -> tuple[float, float]:
-    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
-    if len(names) < 2:
-        return interval(np.zeros(0))
-    counts = draw_counts(tuple(names.tolist()), DRAWS)
+    index, counts = resampled(units, DRAWS)
     return interval(np.array([compute(draw[index][owner]) for draw in counts]))
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS, SEGMENTS, region_names
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, draw_counts, interval
+from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, interval, resampled
 from moe_ablm.evaluation.exact import Likelihoods, exact_likelihoods
 from moe_ablm.evaluation.outcome import Outcome, Picture, Table
 from moe_ablm.evaluation.subject import Subject
@@ -273,23 +273,15 @@ def median_number(
       values: float `[n]`, one an antibody.
       draws: of the bootstrap.
     """
-    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
+    index, counts = resampled(units, draws)
     order = np.argsort(values, kind="stable")
-    ordered, index = values[order], index[order]
-    low = high = np.nan
-    if len(names) >= 2:
-        # every draw repeats values: the median is the middle one, or the mean of the two middle
-        ends = draw_counts(tuple(names.tolist()), draws).astype(np.int32)[:, index].cumsum(1)
-        middle = [
-            _first_beyond(ends, (ends[:, -1] - 1) // 2),
-            _first_beyond(ends, ends[:, -1] // 2),
-        ]
-        low, high = interval(ordered[middle].mean(0))
+    # every draw repeats values: the median is the middle one, or the mean of the two middle
+    ends = counts.astype(np.int32)[:, index[order]].cumsum(1)
+    middle = [
+        (ends > rank[:, None]).argmax(1) for rank in ((ends[:, -1] - 1) // 2, ends[:, -1] // 2)
+    ]
+    low, high = interval(values[order][np.stack(middle)].mean(0))
     return Number(metric, float(np.median(values)), labels, low, high, len(values), unit)
-
-
-def _first_beyond(ends: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    return (ends > rank[:, None]).argmax(1)
 
 
 def letter_values(panels: Mapping[str, Mapping[str, np.ndarray]], axis_label: str) -> Figure:

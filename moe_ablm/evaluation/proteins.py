@@ -11,6 +11,7 @@ on a window of 15 residues. A protein is shown to the encoder as one chain.
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def shown(results: Sequence[Number | Sample], notes: Sequence[str]) -> Outcome:
                 Picture(
                     metric,
                     f"{title} on test sets, 95 % intervals over proteins.",
-                    lambda found=found, title=title: dots(found, rows, "predictor", title),
+                    partial(dots, found, rows, "predictor", title),
                 )
             )
     return Outcome(samples, numbers, tables, pictures, notes)
@@ -163,7 +164,7 @@ def classes_of(kind: str, train: Sequence[Protein]) -> list[str]:
     """Names of the classes of a training set; none of a regression."""
     if kind == "regression":
         return []
-    parts = (p.target for p in train)
+    parts = [str(p.target) for p in train]
     found = set("".join(parts)) - {UNKNOWN} if kind == "residue" else set(parts)
     return sorted(found)
 
@@ -174,9 +175,9 @@ def targets_of(kind: str, proteins: Sequence[Protein], names: Sequence[str]):
         return np.array([p.target for p in proteins], float)
     index = {name: i for i, name in enumerate(names)}
     if kind == "classification":
-        return np.array([index.get(p.target, UNSEEN) for p in proteins], int)
+        return np.array([index.get(str(p.target), UNSEEN) for p in proteins], int)
     index[UNKNOWN] = IGNORED
-    return [np.array([index.get(c, UNSEEN) for c in p.target], int) for p in proteins]
+    return [np.array([index.get(c, UNSEEN) for c in str(p.target)], int) for p in proteins]
 
 
 def learnable(kind: str, proteins: Sequence[Protein], names: Sequence[str]) -> list[Protein]:
@@ -185,7 +186,9 @@ def learnable(kind: str, proteins: Sequence[Protein], names: Sequence[str]) -> l
         return list(proteins)
     known = {*names, UNKNOWN}
     return [
-        p for p in proteins if ({p.target} if kind == "classification" else set(p.target)) <= known
+        p
+        for p in proteins
+        if ({str(p.target)} if kind == "classification" else set(str(p.target))) <= known
     ]
 
 

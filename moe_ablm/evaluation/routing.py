@@ -41,6 +41,7 @@ from moe_ablm.evaluation.experts.traits import (
 )
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.subject import Subject, require_regions
+from moe_ablm.inference.route import Weights
 from moe_ablm.model.families import Router
 
 TITLE = "Expert specialisation"
@@ -85,17 +86,18 @@ TABLES = (
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Enrichments, specialists and information by layer; slots of soft-MoE."""
     spec = subject.engine.model.spec
-    if not spec.moe_layers:
+    router = spec.moe
+    if router is None or not spec.moe_layers:
         raise Skipped("a dense model has no experts")
     antibodies, notes = subject.antibodies(settings.antibodies)
     require_regions(antibodies)
     compared = contrasts(antibodies)
-    layers, experts = spec.moe_layers, spec.moe.experts
+    layers, experts = spec.moe_layers, router.experts
     sums = Assignments.empty(antibodies, compared, len(layers), experts)
-    slots = Slots(antibodies, layers, experts) if spec.moe.slots_of_expert else None
+    slots = Slots(antibodies, layers, experts) if router.slots_of_expert else None
     for index, routing in routed(subject.engine, antibodies):
         sums.add(index, *assigned(routing, experts))
-        if slots:
+        if slots and isinstance(routing, Weights):
             slots.add(index, routing)
     found = findings(compared, sums.tables, layers)
     numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
@@ -106,7 +108,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
     if len(sums.gates) == 1:
         notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
-    samples = load_samples(antibodies, sums, layers, spec.moe)
+    samples = load_samples(antibodies, sums, layers, router)
     return Outcome(
         samples + (slots.samples() if slots else []),
         numbers,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, draw_counts, interval
+from moe_ablm.evaluation.estimates import Number, Sample, interval, resampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,11 @@ class Ranking:
 
     def _counts(self, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         weights = np.ones(len(self.truth)) if weights is None else np.asarray(weights, float)
-        return tuple(
+        true, false = (
             np.bincount(self.group[at], weights[at], self.groups)
             for at in (self.truth, ~self.truth)
         )
+        return true, false
 
     def auroc(self, weights: np.ndarray | None = None) -> float:
         """Probability that a true one scores higher than another; NaN if there is one kind only."""
@@ -144,9 +145,7 @@ def score_numbers(
       For each predictor the metrics but accuracy, of which `accuracy_sample` keeps every part,
       "METRIC, sd of folds", and for all but the baseline "METRIC over baseline" (paired draws).
     """
-    names, index = np.unique(np.asarray(units, np.str_), return_inverse=True)
-    enough = len(names) > 1
-    counts = draw_counts(tuple(names.tolist()), DRAWS) if enough else np.zeros((0, len(names)))
+    index, counts = resampled(units)
     value, drawn, numbers = {}, {}, []
     for name, probabilities in predicted.items():
         value[name] = {k: float(v[0]) for k, v in scores(truth, probabilities).items()}
@@ -154,7 +153,7 @@ def score_numbers(
             scores(truth, probabilities, counts[i : i + _AT_ONCE][:, index])
             for i in range(0, len(counts), _AT_ONCE)
         ]
-        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [[]]) for k in METRICS}
+        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [np.zeros(0)]) for k in METRICS}
     for name, probabilities in predicted.items():
         about = {**labels, "predictor": name}
         held = [

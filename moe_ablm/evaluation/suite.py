@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def as_json(number: Number) -> dict:
     return values | {"labels": dict(number.labels)}
 
 
-def write_samples(samples: list[Sample], path: Path) -> None:
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
     """Every antibody's part of every mean, a line each."""
     columns: dict[str, list] = {name: [] for name in ("sample", "unit", "total", "weight")}
     heads = []

@@ -118,7 +118,7 @@ def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
                 f"{where}.{key} is no setting{suggestion(key, fields)}; expected "
                 f"{', '.join(fields)}"
             )
-        default = fields[key].default
+        default: Any = fields[key].default
         if isinstance(default, float) and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
@@ -140,6 +140,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
         spec = importlib.util.spec_from_file_location("suite", path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return json.loads(module.get_config().to_json())

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.experts import specialisation
-from moe_ablm.evaluation.experts.specialisation import Estimate, discoveries, jackknife
+from moe_ablm.evaluation.experts.specialisation import Jackknifed, discoveries, jackknife
 from moe_ablm.evaluation.experts.specialists import Half, chosen, halves, specialists
 from moe_ablm.evaluation.experts.traits import FROM_START, Contrast
 
@@ -38,9 +38,9 @@ class Finding:
     contrast: Contrast
     layers: Sequence[int]
     first: bool
-    estimates: Mapping[str, list[Estimate]]
+    estimates: Mapping[str, list[Jackknifed]]
     adjusted: np.ndarray
-    information: list[Estimate]
+    information: list[Jackknifed]
     halves: list[tuple[Half, Half]]
 
     @classmethod
@@ -50,7 +50,7 @@ class Finding:
         """From sums `[groups, cells, M, E]`."""
         parts = [table[:, :, m] for m in range(len(layers))]
 
-        def each(statistic) -> list[Estimate]:
+        def each(statistic) -> list[Jackknifed]:
             return [jackknife(part, partial(statistic, contrast=contrast)) for part in parts]
 
         wanted = (UNMATCHED if first else {}) | MATCHED
@@ -72,13 +72,13 @@ def cell_numbers(finding: Finding) -> list[Number]:
             of = estimates[m]
             numbers += estimate_numbers(metric, of, finding.contrast, layer, labels, unit)
         q = finding.adjusted[m]
-        no_error = Estimate(q, np.full(q.shape, np.nan), np.zeros(q.shape), 0)
+        no_error = Jackknifed(q, np.full(q.shape, np.nan), np.zeros(q.shape), 0)
         numbers += estimate_numbers("excess_q", no_error, finding.contrast, layer, matched, "")
     return numbers
 
 
 def estimate_numbers(
-    metric: str, estimate: Estimate, contrast: Contrast, layer: int, labels: dict, unit: str
+    metric: str, estimate: Jackknifed, contrast: Contrast, layer: int, labels: dict, unit: str
 ) -> list[Number]:
     """Of an estimate `[X, E]`, a number a class and expert."""
     low, high = estimate.interval()

@@ -94,8 +94,10 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
             continue
         names = sorted({trait for trait, _ in classes})
         blocks = np.array([names.index(trait) for trait, _ in classes])
-        tables = [np.array([[p[c] for c in classes] for p in x[layer].values()]) for x in (a, b)]
-        found += _numbers(layer, match(*tables, blocks))
+        one, other = (
+            np.array([[p[c] for c in classes] for p in x[layer].values()]) for x in (a, b)
+        )
+        found += _numbers(layer, match(one, other, blocks))
     return found
 
 

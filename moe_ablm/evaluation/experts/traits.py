@@ -96,7 +96,8 @@ def traits(antibodies: Sequence[Annotated]) -> dict[str, Trait]:
 
 def v_genes(antibodies: Sequence[Annotated]) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the frequent genes and of the rest of each chain, and int64 `[chains]` codes."""
-    names, codes = [], {}
+    names: list[str] = []
+    codes: dict[str, int] = {}
     for chain in CHAINS:
         count = Counter(getattr(a, chain).v_gene for a in antibodies)
         del count[""]

@@ -70,7 +70,7 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
         each_part(s, lambda p, n: drawn(p, n, subject.seed), train, test) for s in task.splits
     ]
     room = longest - len(layout.before) - len(layout.after)
-    notes = []
+    notes: list[str] = []
     if task.kind != "residue":
         splits, notes = without_common_ends(splits, room)
     kept = []
@@ -84,9 +84,9 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
                 "that the model was trained for: left out"
             )
         tests = {name: test for name, test in found.tests.items() if len(test) >= FEWEST}
-        targets = {p.target for p in found.train}
+        targets: set[float | str] = {p.target for p in found.train}
         if task.kind == "residue":
-            targets = set("".join(targets)) - {UNKNOWN}
+            targets = {c for labels in targets for c in str(labels) if c != UNKNOWN}
         if tests and len(targets) > 1:
             kept.append(replace(found, tests=tests))
         else:

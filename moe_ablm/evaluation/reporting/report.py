@@ -115,16 +115,14 @@ def _summary(found: Mapping[str, Kept]) -> str:
                 f"{escape(kept['reason'])}</td>"
             )
             continue
-        lines = headlines(name, kept["numbers"]) or [(None, None)]
-        for place, (headline, number) in enumerate(lines):
-            rows.append((title if place == 0 else "<th></th>") + _line(headline, number))
+        lines = [_line(headline, number) for headline, number in headlines(name, kept["numbers"])]
+        for place, line in enumerate(lines or ['<td colspan="3">see its section</td>']):
+            rows.append((title if place == 0 else "<th></th>") + line)
     head = ("Evaluation", "What", "Value [95 % interval]", "Published, of other models")
     return cells_html([f"<th>{escape(h)}</th>" for h in head], rows)
 
 
-def _line(headline: Headline | None, number: Kept | None) -> str:
-    if headline is None:
-        return '<td colspan="3">see its section</td>'
+def _line(headline: Headline, number: Kept) -> str:
     value, _, rest = interval_written(number).partition(" ")
     text = headline_written(headline, number["labels"])
     return (

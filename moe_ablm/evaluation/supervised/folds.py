@@ -9,12 +9,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from moe_ablm.data.annotate import annotate_batch
-from moe_ablm.data.masking import mix
 from moe_ablm.data.readers import open_sources
 from moe_ablm.data.regions import CDR3, CHAINS, regions_from_cdr_mask
 from moe_ablm.data.split import hash64, link, record_keys
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
+from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain, hashed_order
 from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs
 from moe_ablm.evaluation.supervised.heads import Training, fit
 from moe_ablm.inference.buckets import Engine
@@ -65,8 +64,10 @@ def _annotated(batch: pa.RecordBatch) -> list[Annotated]:
     names = done["sequence_id"].to_pylist() if "sequence_id" in done.schema.names else keys
     labels = (label or "" for label in done["label"].cast(pa.string()).to_pylist())
     return [
-        Annotated(str(name), str(key), key, *chains, label)
-        for name, key, *chains, label in zip(names, keys, heavy, light, labels, strict=True)
+        Annotated(str(name), str(key), key, heavy_chain, light_chain, label)
+        for name, key, heavy_chain, light_chain, label in zip(
+            names, keys, heavy, light, labels, strict=True
+        )
     ]
 
 
@@ -87,9 +88,7 @@ def drawn(antibodies: Sequence[Annotated], most: int, seed: int) -> list[Annotat
     """Up to `most` of them by a hash of sequence and seed, ordered by it: no matter how the file
     is ordered, and fewer are the first of more."""
     keys = np.array([a.key for a in antibodies], np.uint64)
-    with np.errstate(over="ignore"):
-        order = np.argsort(mix(keys + mix(np.uint64(seed))), kind="stable")
-    return [antibodies[i] for i in order[:most]]
+    return [antibodies[i] for i in hashed_order(keys, seed)[:most]]
 
 
 IDENTITY = 0.8  # of the CDRH3s of a clone
@@ -193,14 +192,11 @@ def out_of_fold(
       predict: from indices for training and indices held out to predictions for the latter.
       folds: `[n]`.
     """
-    found: np.ndarray | None = None
-    for fold in np.unique(folds).tolist():
-        held = np.flatnonzero(folds == fold)
-        part = predict(np.flatnonzero(folds != fold), held)
-        if found is None:
-            found = np.zeros((len(folds), part.shape[1]))
-        found[held] = part
-    return found
+    held = [np.flatnonzero(folds == fold) for fold in np.unique(folds).tolist()]
+    parts = [predict(np.setdiff1d(np.arange(len(folds)), rows), rows) for rows in held]
+    predictions = np.zeros((len(folds), parts[0].shape[1]))
+    predictions[np.concatenate(held)] = np.concatenate(parts)
+    return predictions
 
 
 def cross_validated(
@@ -211,6 +207,6 @@ def cross_validated(
 
     def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
         predictor = fit(engine, inputs.take(train), classes[train], head, training)
-        return np.exp(predictor(inputs.take(held)).astype(np.float64))
+        return np.exp(np.asarray(predictor(inputs.take(held)), np.float64))
 
     return out_of_fold(predict, folds)

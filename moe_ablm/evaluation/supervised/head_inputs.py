@@ -54,7 +54,7 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, index: Sequence[int]) -> "Inputs":
+    def take(self, index: Sequence[int] | np.ndarray) -> "Inputs":
         """Some of the antibodies."""
         states = None if self.states is None else [self.states[i] for i in index]
         return Inputs([self.rows[i] for i in index], states)
@@ -150,8 +150,7 @@ def scale_of(targets: Sequence, head: Head) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(1, np.float32), np.ones(1, np.float32)
     values = np.asarray(targets, np.float64).reshape(-1, head.outputs)
     spread = values.std(0)
-    found = values.mean(0), np.where(spread > 0, spread, 1)
-    return tuple(x.astype(np.float32) for x in found)
+    return values.mean(0).astype(np.float32), np.where(spread > 0, spread, 1).astype(np.float32)
 
 
 def goals_of(
