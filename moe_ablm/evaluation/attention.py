@@ -78,7 +78,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Attention to CDRs, FRs, each region and cysteines, with native and with random partners."""
     members, notes = subject.antibodies(settings.antibodies, paired=True)
     require_regions(members)
-    maps, told = heat_maps(subject)
+    maps, map_notes = heat_maps(subject)
     engine, n = subject.engine, len(members)
     sums = {NATIVE: attention_sums(engine, members, np.arange(n), settings.layer)}
     if n > 1:
@@ -97,7 +97,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         "chain, with native and with random partners (95 % intervals)",
         lambda: draw_ratios(numbers),
     )
-    return Outcome(_samples(units, sums), numbers, TABLES, [picture, *maps], [*notes, *told])
+    return Outcome(_samples(units, sums), numbers, TABLES, [picture, *maps], [*notes, *map_notes])
 
 
 def random_partners(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -201,7 +201,7 @@ def _numbers(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Number]:
 
 
 def _formulas() -> list[tuple[dict[str, str], dict[str, Formula]]]:
-    """(labels, functions of sums by metric) of what is told for native and random partners."""
+    """(labels, functions of sums by metric), the same for native and random partners."""
 
     def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Formula:
         return lambda s: ratio(

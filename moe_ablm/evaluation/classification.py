@@ -2,7 +2,7 @@
 
 The tasks of the native-pairing paper (Burbach & Briney 2024, Fig. 5), with equal classes: HD-CoV,
 CoV-Flu, three-way. A head with attention pooling on the frozen encoder, and on request all weights,
-is trained on all folds but one and asked about that one; clones are never divided. Beside every
+is trained on all folds but one and tested on that one; clones are never divided. Beside every
 number stands a baseline that knows V genes, mutation counts and the length of CDRH3, but no
 sequence: what it reaches is no understanding of specificity.
 """
@@ -26,7 +26,7 @@ from moe_ablm.evaluation.supervised.folds import (
     drawn,
     read_labelled,
 )
-from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training
 from moe_ablm.inference.antibodies import tokens_of
 
@@ -157,7 +157,7 @@ class Bench:
         return samples, numbers, [note]
 
     def _out_of_fold(
-        self, inputs: Inputs, classes: np.ndarray, folds: np.ndarray, predictor: str
+        self, inputs: HeadInputs, classes: np.ndarray, folds: np.ndarray, predictor: str
     ) -> np.ndarray:
         settings, full = self._settings, predictor == TUNED
         training = Training(

@@ -14,7 +14,7 @@ def dots(numbers: Sequence[Number], rows: tuple[str, ...], colour: str, title: s
     Args:
       numbers: those that are defined are shown.
       rows: labels that make a row.
-      colour: label whose values are told apart by colour, side by side in a row.
+      colour: label whose values have a colour each, side by side in a row.
       title: of the axis, with the unit.
     """
     names = list(dict.fromkeys(", ".join(n.labels[key] for key in rows) for n in numbers))

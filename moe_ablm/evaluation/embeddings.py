@@ -10,8 +10,8 @@ gene has fewer chains than neighbours are looked at; `purity_above_chance` is (p
 gene. `mutations_by_neighbours` is Spearman's correlation of the mutations of a chain with the mean
 of its neighbours', `mutations_by_distance` of the distance of two chains with the difference in
 their mutations. Neighbours of the same clonal cluster, or with the same sequence of this chain, are
-left out: they are alike whatever the model has learned. Intervals are over the antibodies that ask;
-who their neighbours are is not drawn again.
+left out: they are alike whatever the model has learned. Intervals bootstrap the
+query antibodies; neighbour sets stay fixed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,8 +125,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         numbers += of_mutation
         notes += [f"{chain} chains: {reason}: no correlation with mutations"] if reason else []
         notes.append(f"{len(found):,} {chain} chains")
-    pictures, told = _pictures(chains, settings.neighbours, subject.seed)
-    return Outcome(samples, numbers, TABLES, pictures, [*notes, *told])
+    pictures, picture_notes = _pictures(chains, settings.neighbours, subject.seed)
+    return Outcome(samples, numbers, TABLES, pictures, [*notes, *picture_notes])
 
 
 def embedded_chains(engine: Engine, everyone: Sequence[Annotated]) -> dict[str, Embedded]:
@@ -183,12 +183,12 @@ def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sampl
         "purity_at_best": ratio(np.minimum(same, k), np.minimum(others, k)),
         "silhouette": silhouettes(found.vectors, codes),
     }
-    asked = np.isfinite(purity)
-    if not asked.any():
+    known = np.isfinite(purity)
+    if not known.any():
         return [], KIN
-    units = found.units[asked]
+    units = found.units[known]
     return [
-        Sample(metric, units, values[asked], np.ones(len(units)), about, unit="share")
+        Sample(metric, units, values[known], np.ones(len(units)), about, unit="share")
         for metric, values in parts.items()
     ], ""
 
@@ -210,12 +210,12 @@ def of_mutations(
     if len(found) <= k:
         return [], f"{len(found)} with known mutations, more than {k} are needed"
     predicted = mean_of_neighbours(nearest(found.vectors, found.groups, k), found.mutations)
-    asked = np.isfinite(predicted)
-    if not asked.any():
+    known = np.isfinite(predicted)
+    if not known.any():
         return [], KIN
-    units = found.units[asked]
+    units = found.units[known]
     by_neighbours = _correlation(
-        "mutations_by_neighbours", (predicted[asked], found.mutations[asked]), units, about
+        "mutations_by_neighbours", (predicted[known], found.mutations[known]), units, about
     )
     rng = subject.generator(f"distances of {about['chain']} chains")
     drawn = np.sort(rng.permutation(len(found))[:COMPARED])

@@ -96,7 +96,7 @@ def merged(units: Units, total: np.ndarray, weight: np.ndarray) -> Merged:
 
 
 def quotient(a: Sample, b: Sample, draws: int = DRAWS) -> Number:
-    """How many times `b` is `a`, on the scale on which they are told; without a unit.
+    """`a` over `b` on their reported scale; without a unit.
 
     Paired: of the units that both have, each draw takes the same ones for both (Efron &
     Tibshirani 1993, chapter 6); metric and labels are those of `a`.
@@ -120,7 +120,7 @@ def ratio(total: np.ndarray | float, weight: np.ndarray | float) -> np.ndarray:
 
 
 def scaled(value: np.ndarray, scale: str) -> np.ndarray:
-    """The value on the scale on which it is told."""
+    """The value on its reported scale."""
     return np.exp(value) if scale == "exp" else np.asarray(value)
 
 
@@ -251,7 +251,7 @@ def spearman_number(
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a kind, or of a difference.
+    """The mean of a kind, or a difference between two kinds.
 
     Attributes:
       value: mean over seeds.
@@ -303,7 +303,7 @@ class Kinds:
         return self._estimate({kind: 1})
 
     def difference(self, kind: str, reference: str) -> Estimate:
-        """How much more a kind is than another."""
+        """A kind minus the reference kind."""
         return self._estimate({kind: 1, reference: -1})
 
     def _estimate(self, signs: Mapping[str, int]) -> Estimate:

@@ -106,13 +106,15 @@ def _digest(everyone: Sequence[Annotated]) -> str:
 
 def _rate(computed: Sequence[Annotated], seconds: float, everyone: int) -> str:
     kept = everyone - len(computed)
-    told = f"{kept:,} of {everyone:,} antibodies were kept from an earlier command" if kept else ""
+    earlier = (
+        f"{kept:,} of {everyone:,} antibodies were kept from an earlier command" if kept else ""
+    )
     if not computed:
-        return told
+        return earlier
     positions = sum(a.antibody.residues for a in computed)
     rate = (
         f"{positions:,} masked positions of {len(computed):,} antibodies in {seconds:.1f} s: "
         f"{positions / seconds:,.0f} positions/s, {len(computed) / seconds:.2f} antibodies/s, "
         "compilation included"
     )
-    return f"{rate}; {told}" if told else rate
+    return f"{rate}; {earlier}" if earlier else rate

@@ -92,7 +92,7 @@ def _of_chain(number: int, chain: Chain, probabilities: np.ndarray) -> tuple[np.
     """Fields of `Predicted` of a chain from float64 `[n, 20]`."""
     germline = encode_letters(chain.germline).astype(int) - FIRST_AMINO_ACID
     truth = encode_letters(chain.letters).astype(int) - FIRST_AMINO_ACID
-    # in CDR3 mutations are not told apart
+    # mutations in CDR3 are not annotated
     known = np.flatnonzero((chain.region > 0) & (chain.region != CDR3))
     score = 1 - probabilities[np.arange(len(germline)), germline]
     at = mutated_places(chain)

@@ -5,7 +5,7 @@ re-paired antibody and no chain alone gives the answer. Dealt at random, mutated
 unmutated ones, which no native pair of a memory or of a naive cell does: the number of the
 literature, and a shortcut. Matched, chains are exchanged only among pairs of equally many mutations
 in the heavy and in the light chain, and the shortcut is closed. A head on the frozen encoder is
-trained on some groups and asked about others; a group shares heavy clones or light chains of one V
+trained on some groups and tested on others; a group shares heavy clones or light chains of one V
 gene and CDRL3. Zero-shot, each chain's one-pass pseudo-log-likelihood with its native partner is
 compared with that in the re-paired antibody: how often the native one wins (no preference: 0.5).
 """

@@ -42,7 +42,7 @@ class Residues:
       owner: int64, number of the antibody.
       chain: index in `CHAINS`.
       region: index in `region_names`, -1 where not known.
-      kind: "germline", "mutated", "CDR3" (where mutations are not told apart), or "".
+      kind: "germline", "mutated", "CDR3" (whose mutations are not annotated), or "".
       segment: code of `SEGMENTS`.
       state: of the residue's chain, of `STATES`, or "" where it is not known.
     """

@@ -101,7 +101,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
             slots.add(index, routing)
     found = findings(compared, sums.tables, layers)
     numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
-    cells, told = bounded([n for finding in found for n in cell_numbers(finding)])
+    cells, cell_notes = bounded([n for finding in found for n in cell_numbers(finding)])
     numbers += cells
     for finding in found:
         numbers += information_numbers(finding)
@@ -115,7 +115,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         TABLES + (SLOT_TABLES if slots else ()),
         [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN]
         + ([slots.picture()] if slots else []),
-        notes + told + remarks(found),
+        notes + cell_notes + remarks(found),
     )
 
 
@@ -133,7 +133,7 @@ def findings(
 def bounded(cells: list[Number]) -> tuple[list[Number], list[str]]:
     """Numbers of layers, experts and classes, and a note where there are more than `MOST`.
 
-    Then regions are told, with one match, and what seeds are compared by (`matching.PROFILE`).
+    Then regions are kept, with one match, and what seeds are compared by (`matching.PROFILE`).
     """
     if len(cells) <= MOST:
         return cells, []
@@ -227,9 +227,9 @@ def remarks(found: Sequence[Finding]) -> list[str]:
                 "leaves: take more antibodies"
             )
         if c.matched == FROM_START:
-            told = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
+            overlaps = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
             notes.append(
-                f"at the same {FROM_START}, share of residues that are of another region: {told}; "
-                "near 0 nothing can exceed what the position predicts"
+                f"at the same {FROM_START}, share of residues that are of another region: "
+                f"{overlaps}; near 0 nothing can exceed what the position predicts"
             )
     return notes

@@ -78,8 +78,8 @@ def scores(
     """
     weights = np.ones((1, len(truth))) if weights is None else np.asarray(weights, float)
     classes = probabilities.shape[1]
-    asked = [1] if classes == 2 else range(classes)
-    ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in asked]
+    positives = [1] if classes == 2 else range(classes)
+    ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in positives]
     auc, aupr = (np.mean([found[i] for found in ranked], axis=0) for i in range(2))
     cells = truth * classes + probabilities.argmax(1)
     confusion = (weights @ np.eye(classes**2)[cells]).reshape(-1, classes, classes)

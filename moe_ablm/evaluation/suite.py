@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +39,19 @@ EVALUATIONS = (
 DONE, SKIPPED = "done", "skipped"
 
 
-def module_of(name: str) -> Any:
-    """The module of an evaluation: it has TITLE, Settings and evaluate."""
-    return importlib.import_module(f"moe_ablm.evaluation.{name}")
+class Evaluation(Protocol):
+    """What the module of every evaluation defines; `Settings` is a dataclass with defaults."""
+
+    TITLE: str
+    Settings: type
+
+    def evaluate(self, subject: Subject, settings: Any) -> Outcome:
+        """Carries it out; raises `Skipped` where data or model do not allow it."""
+
+
+def module_of(name: str) -> Evaluation:
+    """The module of an evaluation."""
+    return cast(Evaluation, importlib.import_module(f"moe_ablm.evaluation.{name}"))
 
 
 def run_suite(
@@ -53,7 +63,7 @@ def run_suite(
       subject: model and data.
       suite: settings by the name of the evaluation.
       out: directory of the results.
-      tell: is given a line of progress.
+      tell: called with each line of progress.
 
     Returns:
       For each evaluation what `out/NAME/result.json` holds: status "done" or "skipped", reason,
@@ -66,7 +76,7 @@ def run_suite(
         if kept is None:
             tell(f"{name} ...")
             kept = _carry_out(name, subject, settings, directory)
-        tell(f"{name}: {told(kept)}")
+        tell(f"{name}: {status_line(kept)}")
         found[name] = kept
     return found
 
@@ -77,8 +87,8 @@ def with_earlier(found: Mapping[str, dict], out: Path) -> dict[str, dict]:
     return {name: kept for name, kept in both.items() if kept is not None}
 
 
-def told(kept: Mapping) -> str:
-    """What became of an evaluation, in a line."""
+def status_line(kept: Mapping) -> str:
+    """Status of an evaluation in one line."""
     if kept["status"] == SKIPPED:
         return f"skipped: {kept['reason']}"
     return f"{len(kept['numbers']):,} numbers, {kept['seconds']:.1f} s"
@@ -107,7 +117,7 @@ def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> d
     content = {
         "schema": SCHEMA,
         "title": evaluation.TITLE,
-        "about": " ".join(evaluation.__doc__.split()),
+        "about": " ".join((evaluation.__doc__ or "").split()),
         "settings": dataclasses.asdict(settings),
     }
     directory.mkdir(parents=True, exist_ok=True)

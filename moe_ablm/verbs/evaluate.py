@@ -1,4 +1,4 @@
-"""`python -m moe_ablm evaluate`: everything that the studies asked of a model, in one report."""
+"""`python -m moe_ablm evaluate`: all evaluations of the studies, in one report."""
 
 import argparse
 import dataclasses

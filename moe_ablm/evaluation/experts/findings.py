@@ -28,7 +28,7 @@ class Finding:
     Attributes:
       contrast: what is compared.
       layers: numbers of the M layers.
-      first: whether no contrast of the same trait came before: what needs no match is told once.
+      first: whether it is the first of its trait: what needs no match is reported once.
       estimates: of each layer, `[X, E]`, by metric.
       adjusted: `[M, X, E]`, p-values of `excess`, adjusted for how many they are.
       information: of each layer, as `specialisation.information`, less its bias.
@@ -101,17 +101,17 @@ def estimate_numbers(
 def information_numbers(finding: Finding) -> list[Number]:
     """Information by layer, in bits, and as a share of the entropy of experts."""
     c, n = finding.contrast, int(finding.contrast.residues.sum())
-    told = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
+    wanted = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
     if finding.first:
-        told.append(("information", 1, {"trait": c.trait}))
+        wanted.append(("information", 1, {"trait": c.trait}))
     if c.matched == FROM_START:
-        told.append(("information", 2, {"trait": FROM_START}))
+        wanted.append(("information", 2, {"trait": FROM_START}))
     if finding.first and c.trait == "region":
-        told.append(("expert_entropy", 0, {}))
+        wanted.append(("expert_entropy", 0, {}))
     numbers = []
     for layer, estimate in zip(finding.layers, finding.information, strict=True):
         low, high = estimate.interval()
-        for metric, i, labels in told:
+        for metric, i, labels in wanted:
             about = {"layer": str(layer)} | labels
             for j, (name, unit) in enumerate(((metric, "bits"), (f"{metric}_share", "share"))):
                 ends = float(low[i, j]), float(high[i, j])
@@ -139,18 +139,13 @@ def specialist_numbers(finding: Finding) -> list[Number]:
             unit = "log2" if metric == "excess" else "share"
             for x, name in enumerate(c.names):
                 low, high = (float(end) for end in estimates[x].interval())
-                result = float(estimates[x].value), low, high, int(counts[x]), unit
+                value, rest = float(estimates[x].value), (low, high, int(counts[x]), unit)
                 about = {"layer": layer, "region": name, "matched": c.matched}
-                numbers.append(_number(f"specialist_{metric}", about, *result))
+                numbers.append(Number(f"specialist_{metric}", value, about, *rest))
                 if (layer, name) == (ANY, CDRH3):
-                    numbers.append(_number(f"cdrh3_{metric}", {"matched": c.matched}, *result))
+                    about = {"matched": c.matched}
+                    numbers.append(Number(f"cdrh3_{metric}", value, about, *rest))
     return numbers
-
-
-def _number(
-    metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str
-) -> Number:
-    return Number(metric, value, labels, low, high, n, unit)
 
 
 NUMBERED = 32  # experts of a panel

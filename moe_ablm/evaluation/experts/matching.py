@@ -2,8 +2,8 @@
 
 Experts have no order, so those of one run are matched to those of another, layer by layer, such
 that the sum of the correlations of their profiles is the largest (Hungarian algorithm, Kuhn 1955).
-A best matching correlates by chance, too: what it is worth is told by the same matching after the
-classes of one run's profiles have been renamed at random, the same for all of its experts.
+A best matching correlates by chance, too. The null distribution is the same matching after the
+classes of one run's profiles are permuted, the same way for all of its experts.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ from moe_ablm.evaluation.experts.traits import Contrast
 
 SMOOTHING = 0.5  # assignments, added to observed and expected counts
 TOGETHER = 1 << 22  # cells of tables in one go
-ROUNDING = 1e-6  # standard errors below are not told from rounding
+ROUNDING = 1e-6  # smaller standard errors are rounding
 
 
 class Jackknifed(NamedTuple):

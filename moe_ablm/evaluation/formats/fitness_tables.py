@@ -1,4 +1,4 @@
-"""Variants with a measured fitness: tables of FLAb and of ProteinGym, told by their columns.
+"""Variants with a measured fitness: tables of FLAb and of ProteinGym, recognised by their columns.
 
 FLAb (Graylab/FLAb) keeps antibodies as `heavy, light, fitness`, nanobodies as `VHH_sequence`;
 ProteinGym (Notin et al. 2023) substitutions as `mutant, mutated_sequence, DMS_score`, where

@@ -28,7 +28,7 @@ class Member(NamedTuple):
       where: its name for messages.
       stem: its name without suffixes.
       head: its first characters.
-      text: its content, to be read before the next member is asked for.
+      text: its content, to be read before the next member is requested.
     """
 
     where: str

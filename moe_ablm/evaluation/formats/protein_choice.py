@@ -1,4 +1,4 @@
-"""Which proteins of a task are evaluated: the splits asked for, draws, what a model can read."""
+"""Which proteins of a task are evaluated: chosen splits, draws, lengths that the model can read."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
 
     Args:
       subject: the model.
-      task: what is asked.
+      task: with all its splits.
       train, test: most proteins of a training and of a test set; of a validation set as many as
         of a test set.
 
@@ -107,7 +107,7 @@ def without_common_ends(splits: Sequence[Split], room: int) -> tuple[list[Split]
     """Ends that all proteins share, cut as far as is needed to fit them into `room` residues.
 
     Variants of one protein differ in the middle of it: GB1 carries a partner of 209 residues that
-    is always the same and tells nothing.
+    is always the same and carries no information.
     """
     sequences = {p.sequence for split in splits for p in split.everyone()}
     excess = max((len(s) for s in sequences), default=0) - room
@@ -126,5 +126,5 @@ def without_common_ends(splits: Sequence[Split], room: int) -> tuple[list[Split]
             p._replace(sequence=p.sequence[before : len(p.sequence) - behind]) for p in proteins
         ]
 
-    told = f"the first {before} and last {behind} residues, the same in all proteins, cut to fit"
-    return [each_part(split, cut) for split in splits], [told]
+    note = f"the first {before} and last {behind} residues, the same in all proteins, cut to fit"
+    return [each_part(split, cut) for split in splits], [note]

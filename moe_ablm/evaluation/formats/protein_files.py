@@ -1,4 +1,4 @@
-"""From files to tasks: the formats of FLIP and TAPE, told by content, in archives or alone."""
+"""From files to tasks: the formats of FLIP and TAPE, recognised by content, in archives or not."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from moe_ablm.evaluation.formats import flip, tape
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
 
-_FOLDERS = ("splits", "data", "")  # names that tell no task
+_FOLDERS = ("splits", "data", "")  # names that do not identify a task
 
 
 def read_tasks(paths: Sequence[Path]) -> list[Task]:

@@ -22,9 +22,9 @@ class TableRow(NamedTuple):
     where: str
     values: Mapping[str, str]
 
-    def fail(self, column: str, told: str) -> UserError:
+    def fail(self, column: str, problem: str) -> UserError:
         """The error of a malformed value."""
-        return UserError(f"{self.where}: column {column}: {told}")
+        return UserError(f"{self.where}: column {column}: {problem}")
 
     def number(self, column: str) -> float:
         """A finite number.

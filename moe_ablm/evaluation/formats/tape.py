@@ -1,6 +1,6 @@
 """Tasks of TAPE (Rao et al. 2019) as JSON, an array or a record a line, and FLIP's JSON lines.
 
-A file is a part of a task, which its name tells: `fluorescence_train.json`,
+A file is a part of a task, named by the file: `fluorescence_train.json`,
 `secondary_structure_cb513.json`. Of secondary structure the three states are asked for, as in the
 paper, and eight where these are not there.
 """
@@ -34,10 +34,10 @@ _PIECE, _LONGEST_RECORD = 1 << 20, 64 << 20  # characters
 
 
 def part_of(member: Member) -> tuple[str, str]:
-    """(task, part) that the name of a file tells: "train", "valid", or the name of a test set.
+    """(task, part) of a file by its name: "train", "valid", or the name of a test set.
 
     Raises:
-      UserError: it tells none.
+      UserError: the name has no part.
     """
     match = _PART.fullmatch(member.stem)
     if not match:

@@ -58,13 +58,13 @@ class Claim:
     @property
     def verdict(self) -> str:
         """One where all kinds agree, else that of each: "holds for a, does not hold for b"."""
-        told: dict[str, list[str]] = {}
+        kinds_of: dict[str, list[str]] = {}
         for finding in self.findings:
             if finding.decides:
-                told.setdefault(finding.verdict, []).append(finding.kind)
-        if len(told) == 1:
-            return next(iter(told))
-        return ", ".join(f"{verdict} for {' and '.join(kinds)}" for verdict, kinds in told.items())
+                kinds_of.setdefault(finding.verdict, []).append(finding.kind)
+        if len(kinds_of) == 1:
+            return next(iter(kinds_of))
+        return ", ".join(f"{v} for {' and '.join(kinds)}" for v, kinds in kinds_of.items())
 
 
 def claims_of(comparison: Comparison) -> list[Claim]:
@@ -131,8 +131,8 @@ def _more_than_others(kind: str, runs: Sequence[Evaluated]) -> Evidence:
         both(verdict_of(e.low, e.high, SMALLEST_EXCESS), verdict_of(o.low, o.high, 0.0))
         for e, o in zip(*found, strict=True)
     ]
-    told = "; ".join(interval_written(vars(n)) for n in found[1])
-    sentence = f"more than the other regions' experts, relative: {told} ({_runs(runs)})"
+    intervals = "; ".join(interval_written(vars(n)) for n in found[1])
+    sentence = f"more than the other regions' experts, relative: {intervals} ({_runs(runs)})"
     return Evidence(kind, together(verdicts), sentence)
 
 
@@ -154,10 +154,10 @@ def pairing(comparison: Comparison) -> Claim:
         if runs[0].model["regime"] == "unpaired":
             notes.append(f"{kind} was trained on single chains: left out.")
             continue
-        for partner, told in PARTNERS.items():
+        for partner, words in PARTNERS.items():
             numbers, heavy = ([_gain(r, chain, partner) for r in runs] for chain in CHAINS[::-1])
             decides = partner == "random"
-            what = f"nats gained over {told}"
+            what = f"nats gained over {words}"
             if decides or any(numbers):
                 findings.append(
                     _of_runs(kind, runs, numbers, "mutations", SMALLEST_LOSS, what, decides)
@@ -256,7 +256,7 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evid
         unequal = [(a.model[name], b.model[name]) for a, b in pairs]
         unequal = [each for each in unequal if not equal(*each)]
         if unequal:
-            ours, theirs = map(_told, unequal[0])
+            ours, theirs = map(_size_written, unequal[0])
             sentence += f", but {what} are not equal: {ours}, of {dense} {theirs}"
             verdict = NONE
     return Evidence(kind, verdict, sentence, decides)
@@ -269,5 +269,5 @@ def equal(a: int | None, b: int | None) -> bool:
     return abs(a / b - 1) <= EQUAL
 
 
-def _told(value: int | None) -> str:
+def _size_written(value: int | None) -> str:
     return f"{value:,}" if value else "not known"

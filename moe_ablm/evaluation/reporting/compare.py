@@ -37,7 +37,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is told of several models.
+    """Results of several models side by side.
 
     Attributes:
       runs: models, those of the reference kind first.
@@ -83,7 +83,7 @@ def compare(runs: Sequence[Evaluated]) -> Comparison:
     """Compares models on all that their evaluations have in common.
 
     Args:
-      runs: checked by `evaluated.require_same_basis`; differences are a kind less an earlier one.
+      runs: checked by `results.require_same_basis`; differences are a kind less an earlier one.
     """
     results, notes = [], []
     for evaluation in EVALUATIONS:

@@ -113,8 +113,8 @@ def _models(runs: Sequence[Evaluated]) -> str:
         found = (n for run in runs for n in run.numbers(**about, **dict(headline.labels)))
         if first := next(found, None):
             each = [run.numbers(**about, **first.labels) for run in runs]
-            told = headline_written(headline, first.labels)
-            rows[told] = [written(numbers[0].value) if numbers else "-" for numbers in each]
+            text = headline_written(headline, first.labels)
+            rows[text] = [written(numbers[0].value) if numbers else "-" for numbers in each]
     head = [f"<th>{escape(cell)}</th>" for cell in ["", *rows.pop("")]]
     body = [
         f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)

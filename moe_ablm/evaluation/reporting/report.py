@@ -1,4 +1,4 @@
-"""`report.html` of an evaluation: what was asked, the answers with intervals, and how to redo them.
+"""`report.html` of an evaluation: settings, results with intervals, and how to reproduce them.
 
 One file without scripts and links to elsewhere, made of `results.json` and the figures alone.
 """
@@ -93,7 +93,7 @@ def tokens_written(model: Mapping[str, Any]) -> str:
 
 
 def headline_written(headline: Headline, labels: Mapping[str, str]) -> str:
-    """A headline in words, with the labels that tell its number from others that would fit."""
+    """A headline in words, with the labels that distinguish its number from others that match."""
     others = [v for k, v in labels.items() if k not in dict(headline.labels)]
     return headline.text + (f" ({', '.join(others)})" if others else "")
 
@@ -133,7 +133,7 @@ def _line(headline: Headline, number: Kept) -> str:
 
 
 def headlines(name: str, numbers: Sequence[Kept]) -> list[tuple[Headline, Kept]]:
-    """Numbers of an evaluation that the summary tells, those that are there."""
+    """The headline numbers that an evaluation has, for the summary."""
     lines = []
     for headline in HEADLINES.get(name, ()):
         number = next((n for n in numbers if _matches(headline, n)), None)
@@ -156,8 +156,8 @@ def section(name: str, kept: Kept, directory: Path, command: Sequence[str]) -> l
         f"<p>{escape(kept['about'])}</p>",
     ]
     if kept["status"] == SKIPPED:
-        told = f'<span class="tag open">skipped</span> {escape(kept["reason"])}'
-        return [*parts, f"<p>{told}</p>", _alone(name, kept, command)]
+        reason = f'<span class="tag open">skipped</span> {escape(kept["reason"])}'
+        return [*parts, f"<p>{reason}</p>", _alone(name, kept, command)]
     if kept["notes"]:
         parts.append(lines_html(kept["notes"]))
     parts += [numbers_table(kept["numbers"], table) for table in kept["tables"]]
@@ -274,8 +274,8 @@ def _head(keys: Sequence[str], columns: Sequence[tuple], chosen: Sequence[Kept])
     several = len({metric for _, metric in columns}) > 1
     head = [f"<th>{escape(name_written(key))}</th>" for key in keys]
     for place, (value, metric) in enumerate(columns):
-        told = name_written(metric) + (f" ({units[metric]})" if units[metric] else "")
-        text = value if value and not several else f"{value} {told}".strip()
+        name = name_written(metric) + (f" ({units[metric]})" if units[metric] else "")
+        text = value if value and not several else f"{value} {name}".strip()
         head.append(f'<th class="number">{escape(text)}</th>')
         if place == 0 and _drawn(columns):
             head.append("<th></th>")
@@ -317,7 +317,7 @@ def _cell(number: Kept | None, places: int, alone: bool) -> str:
 
 
 def _axis(numbers: Sequence[Kept]) -> tuple[float, float] | None:
-    """Ends of a common axis for intervals, None where drawing them tells nothing."""
+    """Ends of a common axis for intervals, None where drawing them shows nothing."""
     ends = [n[k] for n in numbers for k in ("low", "high") if n[k] is not None]
     if len(ends) < 4 or min(ends) >= max(ends):
         return None

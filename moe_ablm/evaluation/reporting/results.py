@@ -102,7 +102,7 @@ def write_results(
       out: directory of the evaluation.
       about: of `same_command`.
       found: of `suite.run_suite`.
-      command: the command line without its suite and output, told in the report.
+      command: the command line without its suite and output, shown in the report.
 
     Returns:
       Files that were written.
@@ -197,10 +197,10 @@ class Evaluated:
 
 def _check(samples: Sequence[Sample], numbers: Sequence[Number], file: Path) -> None:
     """Raises `UserError` where samples are not those of the numbers."""
-    told = {key(n.metric, n.labels): n.value for n in numbers}
+    values = {key(n.metric, n.labels): n.value for n in numbers}
     for sample in samples:
         value = float(scaled(ratio(sample.total.sum(), sample.weight.sum()), sample.scale))
-        other = told.get(key(sample.metric, sample.labels), math.inf)
+        other = values.get(key(sample.metric, sample.labels), math.inf)
         same = math.isnan(value) and math.isnan(other)
         if not same and not math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9):
             raise UserError(

@@ -39,7 +39,7 @@ def features(antibody: Annotated) -> dict[str, str]:
 def pair_features(antibody: Annotated) -> dict[str, str]:
     """What the baseline of pairing knows: genes, families and mutations of the chains together.
 
-    Of one chain alone nothing is told: each is in a native and in a re-paired antibody.
+    A single chain is no evidence: each is in a native and in a re-paired antibody.
     """
     heavy, light = antibody.heavy, antibody.light
     families = [gene.split("-")[0] for gene in (heavy.v_gene, light.v_gene)]
@@ -132,7 +132,7 @@ def residue(
 
     Args:
       train, test: sequences.
-      classes: of the residues of `train`, `heads.IGNORED` where there is none.
+      classes: of the residues of `train`, `head_inputs.IGNORED` where there is none.
       seed: of the draw of up to 20,000 residues to learn from.
     """
     from sklearn.linear_model import LogisticRegression

@@ -14,7 +14,7 @@ from moe_ablm.data.regions import CDR3, CHAINS, regions_from_cdr_mask
 from moe_ablm.data.split import hash64, link, record_keys
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain, hashed_order
-from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs
+from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs
 from moe_ablm.evaluation.supervised.heads import Training, fit
 from moe_ablm.inference.buckets import Engine
 
@@ -200,7 +200,7 @@ def out_of_fold(
 
 
 def cross_validated(
-    engine: Engine, inputs: Inputs, classes: np.ndarray, folds: np.ndarray, training: Training
+    engine: Engine, inputs: HeadInputs, classes: np.ndarray, folds: np.ndarray, training: Training
 ) -> np.ndarray:
     """Out-of-fold class probabilities of heads with attention pooling, float64 `[n, C]`."""
     head = Head("classification", int(classes.max()) + 1)

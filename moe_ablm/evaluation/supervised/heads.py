@@ -18,7 +18,7 @@ from flax import nnx
 
 from moe_ablm.evaluation.supervised.head_inputs import (
     Head,
-    Inputs,
+    HeadInputs,
     batch_of,
     by_length,
     goals_of,
@@ -151,7 +151,9 @@ class Predictor:
     batch: int
     scale: tuple[np.ndarray, np.ndarray]  # mean and standard deviation of a regression's targets
 
-    def __call__(self, antibodies: Sequence[Antibody] | Inputs) -> np.ndarray | list[np.ndarray]:
+    def __call__(
+        self, antibodies: Sequence[Antibody] | HeadInputs
+    ) -> np.ndarray | list[np.ndarray]:
         """Predictions, in the order of `antibodies`; they do not depend on each other.
 
         Returns:
@@ -176,11 +178,11 @@ class Predictor:
 
 def fit(
     engine: Engine,
-    antibodies: Sequence[Antibody] | Inputs,
+    antibodies: Sequence[Antibody] | HeadInputs,
     targets: Sequence,
     head: Head,
     training: Training,
-    valid: tuple[Sequence[Antibody] | Inputs, Sequence] | None = None,
+    valid: tuple[Sequence[Antibody] | HeadInputs, Sequence] | None = None,
 ) -> Predictor:
     """Trains a head, in float32 and deterministically.
 
@@ -212,9 +214,9 @@ def fit(
 
 
 def _inputs(
-    engine: Engine, antibodies: Sequence[Antibody] | Inputs, head: Head, full: bool
-) -> Inputs:
-    if isinstance(antibodies, Inputs):
+    engine: Engine, antibodies: Sequence[Antibody] | HeadInputs, head: Head, full: bool
+) -> HeadInputs:
+    if isinstance(antibodies, HeadInputs):
         return antibodies
     return inputs_of(engine, antibodies, head, full)
 
@@ -222,10 +224,10 @@ def _inputs(
 def _trained(
     network: _Network,
     params: dict,
-    inputs: Inputs,
+    inputs: HeadInputs,
     goals: list,
     training: Training,
-    checked: tuple[Inputs, list] | None,
+    checked: tuple[HeadInputs, list] | None,
 ) -> dict:
     """Parameters after the last epoch, or after that of least loss on `checked`."""
     rng = np.random.default_rng([training.seed, 1])
@@ -247,13 +249,15 @@ def _trained(
     return best
 
 
-def _mean_loss(network: _Network, params: dict, inputs: Inputs, goals: list, size: int) -> float:
+def _mean_loss(
+    network: _Network, params: dict, inputs: HeadInputs, goals: list, size: int
+) -> float:
     sums = [_loss_sums(network, params, b) for _, b in by_length(inputs, size, goals)]
     total, count = np.array(sums, np.float64).sum(0)
     return float(total / max(count, 1))
 
 
-def _initial(engine: Engine, inputs: Inputs, head: Head, seed: int) -> dict:
+def _initial(engine: Engine, inputs: HeadInputs, head: Head, seed: int) -> dict:
     """Weights of the head; the mean and spread of hidden states are constants of it."""
     some = inputs.take(range(min(len(inputs), 256)))
     parts = some.states
