@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.data.tokenizer import CLS, EOS, MASK, VOCABULARY
 from moe_ablm.evaluation import exact, positions
+from moe_ablm.evaluation.estimates import draw_counts
 from moe_ablm.evaluation.positions import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.buckets import Engine
@@ -181,7 +182,6 @@ def test_letter_values_are_drawn(planted, tmp_path, monkeypatch, with_seaborn):
     assert labels[:3] == ["FRH1", "CDRH1", "FRH2"] and len(labels) == 14
     assert any("box plots instead" in note for note in outcome.notes) != with_seaborn
     assert all(axis.has_data() for axis in figure.axes)
-    positions.plt.close(figure)
 
 
 def test_medians_and_their_intervals_are_those_of_drawn_copies():
@@ -194,7 +194,7 @@ def test_medians_and_their_intervals_are_those_of_drawn_copies():
     named = np.unique(units)
     drawn = [
         np.median(np.repeat(found, [row[list(named).index(u)] for u in units]))
-        for row in positions.draw_counts(tuple(named.tolist()), 300)
+        for row in draw_counts(tuple(named.tolist()), 300)
     ]
     assert number.value == np.median(found)
     assert (number.low, number.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))

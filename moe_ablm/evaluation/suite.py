@@ -114,7 +114,7 @@ def read_kept(directory: Path, settings: Mapping[str, Any] | None = None) -> dic
 def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> dict:
     evaluation = module_of(name)
     start = time.monotonic()
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "title": evaluation.TITLE,
         "about": " ".join((evaluation.__doc__ or "").split()),
