@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, steps: int, start: int):
         self._steps, self._start = steps, start
         self._console = Console(file=sys.stdout)
-        self._bar = None
+        self._bar: Bar | None = None
         self._last_line = time.monotonic()
         self._began: tuple[float, int] | None = None  # after the first update, which compiles
 
