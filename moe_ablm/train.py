@@ -32,8 +32,6 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.tables import region_table, stability_lines
-from moe_ablm.evaluation.validation import evaluate
 from moe_ablm.feed import Feed
 from moe_ablm.files import write_atomically
 from moe_ablm.interop.load import Model, load_model
@@ -45,14 +43,20 @@ from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
 from moe_ablm.preemption import requeue_job, stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
-from moe_ablm.progress import Progress
+from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
 from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.device import device_memory, peak
 from moe_ablm.training.memory import abstract_mesh, fitting_remat, needed
-from moe_ablm.training.metrics import Clock, Results, loss_metrics, router_metrics
+from moe_ablm.training.metrics import (
+    Clock,
+    Results,
+    loss_metrics,
+    router_metrics,
+    validation_sums,
+)
 from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, StepMetrics, make_eval_step
@@ -290,7 +294,7 @@ class Trainer:
         step = self.step
         params = state.params if state.ema is None else state.ema
         start = time.perf_counter()
-        found = evaluate(self.eval_step, params, self.feed.valid_batches(), self.mesh)
+        found = validation_sums(self.eval_step, params, self.feed.valid_batches(), self.mesh)
         self.clock.pause(time.perf_counter() - start)
         values = loss_metrics(found.sums, region_names())
         if not math.isfinite(values["loss"]):

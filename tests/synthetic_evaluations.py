@@ -10,10 +10,10 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation import suite
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.reporting import report
 from moe_ablm.evaluation.reporting.results import IDENTITY, write_results
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.suite import SCHEMA
 
 COMMAND = ["python", "-m", "moe_ablm", "evaluate", "--run", "runs/<x>"]

@@ -74,7 +74,9 @@ def spread(router: str, kind: str) -> tuple[Config, Compiled]:
 @cache
 def layer(router: str, kind: str) -> per_layer.PerLayer:
     jax.config.update("jax_platforms", "cpu")
-    return per_layer.measure(config_of(router, train__batch=8 * MANY_ROWS), hardware(HARDWARE[kind]))[0]
+    return per_layer.measure(
+        config_of(router, train__batch=8 * MANY_ROWS), hardware(HARDWARE[kind])
+    )[0]
 
 
 @everywhere

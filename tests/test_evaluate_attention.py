@@ -10,19 +10,21 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation import attention as module
 from moe_ablm.evaluation.attention import (
+    MOST,
     Settings,
     attention_sums,
     cdr_over_fr,
     chain_sums,
     cysteine_over_other,
     evaluate,
+    heat_maps,
+    named_antibodies,
     random_partners,
     received,
 )
 from moe_ablm.evaluation.cohort import Chain
+from moe_ablm.evaluation.estimates import derived, draw_counts
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.pictures.attention_maps import MOST, heat_maps, named_antibodies
-from moe_ablm.evaluation.statistics.estimates import derived, draw_counts
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.attention import CrossAttention, attention, mean_attention

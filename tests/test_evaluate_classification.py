@@ -13,8 +13,8 @@ from moe_ablm.evaluation import classification
 from moe_ablm.evaluation.classification import FROZEN, TUNED, Settings
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import folds, shortcuts
-from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
+from moe_ablm.evaluation.supervised import baselines, folds
+from moe_ablm.evaluation.supervised.folds import drawn, read_labelled
 
 QUICK = Settings(epochs=10, batch=32, lr=2e-2)
 MOTIF = "WHWHW"
@@ -78,7 +78,7 @@ def outcome(antigens):
 def test_a_motif_is_found_that_the_baseline_cannot_know(outcome):
     found = by_name(outcome)
     assert found["AUC", "HD-CoV", FROZEN].low > 0.8
-    baseline = found["AUC", "HD-CoV", shortcuts.BASELINE]
+    baseline = found["AUC", "HD-CoV", baselines.BASELINE]
     assert baseline.low <= 0.5 <= baseline.high
     assert found["AUC over baseline", "HD-CoV", FROZEN].low > 0.2
     assert found["accuracy", "HD-CoV", FROZEN].n == 120
@@ -86,9 +86,9 @@ def test_a_motif_is_found_that_the_baseline_cannot_know(outcome):
 
 def test_a_v_gene_that_gives_the_class_away_shows_in_the_baseline(outcome):
     found = by_name(outcome)
-    assert found["AUC", "CoV-Flu", shortcuts.BASELINE].value == 1
+    assert found["AUC", "CoV-Flu", baselines.BASELINE].value == 1
     assert found["AUC over baseline", "CoV-Flu", FROZEN].value <= 0
-    three = found["accuracy", "CoV-Flu-HD", shortcuts.BASELINE]
+    three = found["accuracy", "CoV-Flu-HD", baselines.BASELINE]
     assert three.value > 0.55 and three.n == 150  # Flu is known, of the others half
 
 

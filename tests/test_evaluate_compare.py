@@ -19,6 +19,7 @@ from synthetic_evaluations import (
 from test_cli import refused
 
 from moe_ablm.evaluation import partners
+from moe_ablm.evaluation.estimates import Sample, blurred, kinds_of
 from moe_ablm.evaluation.experts.traits import PLANNED
 from moe_ablm.evaluation.reporting.claims import (
     HOLDS,
@@ -31,9 +32,7 @@ from moe_ablm.evaluation.reporting.claims import (
     verdict_of,
 )
 from moe_ablm.evaluation.reporting.compare import compare
-from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
-from moe_ablm.evaluation.statistics.estimates import Sample
-from moe_ablm.evaluation.statistics.two_level import blurred, kinds_of
+from moe_ablm.evaluation.reporting.results import read_evaluated, require_same_basis
 
 EFFECT = -0.05
 DENSE = "a dense model has no experts"

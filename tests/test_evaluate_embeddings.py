@@ -17,12 +17,15 @@ from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
 from moe_ablm.evaluation.embeddings import (
     Embedded,
     Settings,
+    coordinates,
+    draw_embeddings,
     embedded_chains,
     evaluate,
     groups_of,
     of_genes,
     of_mutations,
 )
+from moe_ablm.evaluation.estimates import RankCorrelation
 from moe_ablm.evaluation.neighbours import (
     mean_of_neighbours,
     nearest,
@@ -31,8 +34,6 @@ from moe_ablm.evaluation.neighbours import (
     silhouettes,
 )
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.pictures.embeddings import coordinates, draw_embeddings
-from moe_ablm.evaluation.statistics.spearman import RankCorrelation
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.embed import embed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_ablm.evaluation.statistics.estimates import (
+from moe_ablm.evaluation.estimates import (
     Sample,
     draw_counts,
     interval,

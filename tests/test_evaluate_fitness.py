@@ -14,12 +14,11 @@ from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation import fitness
+from moe_ablm.evaluation.estimates import draw_counts, spearman_number
 from moe_ablm.evaluation.fitness import Settings, evaluate, masked_at, substitution_scores
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Substitutions, read_assays
 from moe_ablm.evaluation.formats.members import members
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.statistics.estimates import draw_counts
-from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.scan import scan
 from moe_ablm.inference.score import score

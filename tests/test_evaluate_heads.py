@@ -9,7 +9,13 @@ from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.supervised import head_inputs
-from moe_ablm.evaluation.supervised.head_inputs import IGNORED, POOLINGS, Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised.head_inputs import (
+    IGNORED,
+    POOLINGS,
+    Head,
+    HeadInputs,
+    inputs_of,
+)
 from moe_ablm.evaluation.supervised.heads import Training, fit
 
 CLASSES = Head("classification", 2)
@@ -175,7 +181,7 @@ def test_the_best_epoch_on_validation_is_kept(motif):
 def test_inputs_made_once_serve_many_fits(motif):
     (train, classes), (test, _) = motif
     inputs, some = inputs_of(engine(), [*train, *test], CLASSES, False), Training(epochs=2)
-    assert isinstance(inputs, Inputs) and len(inputs) == 124
+    assert isinstance(inputs, HeadInputs) and len(inputs) == 124
     one = fit(engine(), inputs.take(range(64)), classes, CLASSES, some)
     two = fit(engine(), train, classes, CLASSES, some)
     np.testing.assert_array_equal(one(inputs.take(range(64, 124))), two(test))

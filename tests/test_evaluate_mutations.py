@@ -11,12 +11,12 @@ from small_datasets import Record, write_dataset
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, VOCABULARY
 from moe_ablm.evaluation.cohort import mutation_counts, sample_rows
+from moe_ablm.evaluation.estimates import Sample, draw_counts, quotient
 from moe_ablm.evaluation.from_germline import CHEMISTRY, counts_of_others
 from moe_ablm.evaluation.mutations import Settings, evaluate, mutated_pairs
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.partners import random_partners
-from moe_ablm.evaluation.statistics.estimates import Sample, draw_counts, quotient
-from moe_ablm.evaluation.statistics.ranking import Ranking
+from moe_ablm.evaluation.scores import Ranking
 from moe_ablm.evaluation.subject import Subject
 
 N = 30

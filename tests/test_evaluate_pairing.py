@@ -24,9 +24,9 @@ from moe_ablm.evaluation.pairing import (
     preference,
     strata_of,
 )
-from moe_ablm.evaluation.statistics.scores import score_numbers
+from moe_ablm.evaluation.scores import score_numbers
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised import baselines
 from moe_ablm.evaluation.supervised.folds import cdr3_of, clonal_folds
 from moe_ablm.inference.score import score
 
@@ -90,7 +90,7 @@ def test_dealt_light_chains_are_a_permutation_without_native_pairs(kind, reperto
         if kind != RANDOM:
             for chain in ("heavy", "light"):
                 counts = [getattr(a, chain).mutations for a in (mine, other)]
-                assert len({shortcuts.mutation_bin(c) for c in counts}) == 1
+                assert len({baselines.mutation_bin(c) for c in counts}) == 1
         if kind == SAME_GENE:
             assert mine.light.v_gene == other.light.v_gene
     again = case_of(pairs, kind)
@@ -133,7 +133,7 @@ def test_few_light_chains_are_dealt_as_far_as_they_go(repertoires):
 
 
 def test_bins_of_mutations():
-    bins = [shortcuts.mutation_bin(n) for n in (0, 1, 2, 3, 4, 7, 8, 15, 16, 90)]
+    bins = [baselines.mutation_bin(n) for n in (0, 1, 2, 3, 4, 7, 8, 15, 16, 90)]
     assert bins == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
@@ -155,7 +155,7 @@ def test_all_numbers_are_there(outcome):
     assert {(s.labels["negatives"], s.labels["predictor"]) for s in accuracies} == {
         (kind, who)
         for kind in (RANDOM, MATCHED)
-        for who in (pairing.HEAD, shortcuts.PAIRED_BASELINE)
+        for who in (pairing.HEAD, baselines.PAIRED_BASELINE)
     }
     assert all(0 <= n.value <= 1 for n in outcome.numbers if n.metric == "AUC")
     assert any(note.startswith("negatives random: 40 of 40") for note in outcome.notes)

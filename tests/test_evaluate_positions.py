@@ -12,8 +12,8 @@ from tiny_models import tiny_model
 
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.data.tokenizer import CLS, EOS, MASK, VOCABULARY
-from moe_ablm.evaluation import exact
-from moe_ablm.evaluation.pictures import medians
+from moe_ablm.evaluation import exact, positions
+from moe_ablm.evaluation.estimates import draw_counts
 from moe_ablm.evaluation.positions import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.buckets import Engine
@@ -173,7 +173,7 @@ def test_letter_values_are_drawn(planted, tmp_path, monkeypatch, with_seaborn):
     else:
         find = importlib.util.find_spec
         monkeypatch.setattr(
-            medians.importlib.util, "find_spec", lambda n: None if n == "seaborn" else find(n)
+            positions.importlib.util, "find_spec", lambda n: None if n == "seaborn" else find(n)
         )
     outcome = evaluate(subject_of(planted[0], tmp_path), Settings(antibodies=N))
     figure = outcome.pictures[0].draw()
@@ -182,22 +182,21 @@ def test_letter_values_are_drawn(planted, tmp_path, monkeypatch, with_seaborn):
     assert labels[:3] == ["FRH1", "CDRH1", "FRH2"] and len(labels) == 14
     assert any("box plots instead" in note for note in outcome.notes) != with_seaborn
     assert all(axis.has_data() for axis in figure.axes)
-    medians.plt.close(figure)
 
 
 def test_medians_and_their_intervals_are_those_of_drawn_copies():
     rng = np.random.default_rng(0)
     groups, found = rng.integers(0, 7, 60), rng.normal(size=60).round(1)
-    names, middles = medians.group_medians(groups, found)
+    names, middles = positions.group_medians(groups, found)
     assert middles.tolist() == pytest.approx([np.median(found[groups == g]) for g in names])
     units = [f"u{i}" for i in rng.integers(0, 15, 60)]
-    number = medians.median_number("m", units, found, {}, "nats", draws=300)
+    number = positions.median_number("m", units, found, {}, "nats", draws=300)
     named = np.unique(units)
     drawn = [
         np.median(np.repeat(found, [row[list(named).index(u)] for u in units]))
-        for row in medians.draw_counts(tuple(named.tolist()), 300)
+        for row in draw_counts(tuple(named.tolist()), 300)
     ]
     assert number.value == np.median(found)
     assert (number.low, number.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    alone = medians.median_number("m", ["a", "a"], np.array([1.0, 2.0]), {}, "nats")
+    alone = positions.median_number("m", ["a", "a"], np.array([1.0, 2.0]), {}, "nats")
     assert alone.value == 1.5 and np.isnan(alone.low)

@@ -18,7 +18,7 @@ from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.evaluation.proteins import Settings, compared, evaluate
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import protein_baselines as baselines
+from moe_ablm.evaluation.supervised import baselines
 
 QUICK = Settings(steps=400, lr=1e-2)
 

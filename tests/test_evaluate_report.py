@@ -18,15 +18,20 @@ from synthetic_evaluations import (
     write_evaluation,
 )
 
+from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.outcome import Outcome, Picture, Table
 from moe_ablm.evaluation.reporting.claims import claims_of
 from moe_ablm.evaluation.reporting.compare import compare
 from moe_ablm.evaluation.reporting.compare_report import write_comparison
-from moe_ablm.evaluation.reporting.evaluated import read_evaluated
-from moe_ablm.evaluation.reporting.layout import interval_written, numbers_table, written
 from moe_ablm.evaluation.reporting.references import HEADLINES
-from moe_ablm.evaluation.reporting.report import headlines, section
-from moe_ablm.evaluation.statistics.estimates import Number
+from moe_ablm.evaluation.reporting.report import (
+    headlines,
+    interval_written,
+    numbers_table,
+    section,
+    written,
+)
+from moe_ablm.evaluation.reporting.results import read_evaluated
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json, module_of
 
 HOSTILE = "<script>throw 'x'</script><img src=x onerror=alert(1)> & \"quoted\""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
-from moe_ablm.evaluation.statistics.estimates import DRAWS
-from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers, scores
+from moe_ablm.evaluation.estimates import DRAWS
+from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers, scores
 from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, joined, numbered, out_of_fold
 
 

@@ -16,9 +16,9 @@ from tiny_models import tiny_model
 from moe_ablm.data.dataset import SPLITS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation import suite
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.reporting.results import numbers_csv
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.suite import as_json, read_samples, write_samples
 
 PAIRS, FEWER = "pairs", "fewer pairs"

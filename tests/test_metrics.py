@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.figures import draw_routing
-from moe_ablm.evaluation.tables import stability_lines
 from moe_ablm.model.routing import RouterStats
+from moe_ablm.progress import stability_lines
 from moe_ablm.training.metrics import router_metrics
-from moe_ablm.verbs.report import _stability
+from moe_ablm.verbs.report import _stability, draw_routing
 
 EVENT = {"layer": 3, "what": "load_entropy", "value": 0.3512, "step": 40, "until": None}
 SPIKE = {"layer": None, "what": "loss_spike", "value": 7.5, "step": 60, "until": 71}

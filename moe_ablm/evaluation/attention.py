@@ -13,25 +13,33 @@ is told of the same chains with partners drawn at random, and what native pairin
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moe_ablm.data.antibody import Antibody, tokens_of
-from moe_ablm.data.regions import CHAINS, FR4, REGIONS, region_names
+from moe_ablm.data.readers import open_sources
+from moe_ablm.data.readers.rows import header_of
+from moe_ablm.data.regions import CDR3, CHAINS, FR4, REGIONS, region_names
+from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated, Chain
-from moe_ablm.evaluation.outcome import Outcome, Picture, Table
-from moe_ablm.evaluation.pictures.attention import draw_ratios
-from moe_ablm.evaluation.pictures.attention_maps import heat_maps
-from moe_ablm.evaluation.statistics.estimates import Number, Sample, derived, ratio
+from moe_ablm.evaluation.estimates import Number, Sample, derived, ratio
+from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.subject import Subject, require_regions
-from moe_ablm.inference.attention import CrossAttention, mean_attention
+from moe_ablm.inference.antibodies import LETTERS, read
+from moe_ablm.inference.attention import CrossAttention, mean_attention, needs_both
 from moe_ablm.inference.buckets import Engine
+from moe_ablm.inference.heatmap import figure_path
+from moe_ablm.inference.score import regions
 
 TITLE = "Cross-chain attention"
 # chains that receive it
 DIRECTIONS = {"both": (0, 1), "light to heavy": (0,), "heavy to light": (1,)}
 CDR, FR = (2, 4, 6), (1, 3, 5, 7)  # indices of REGIONS
 NATIVE, RANDOM = "native", "random"
+Formula = Callable[[np.ndarray], np.ndarray]  # of sums over antibodies
 TABLES = (
     Table(
         "Attention to CDRs, relative to FRs and to all residues",
@@ -71,7 +79,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Attention to CDRs, FRs, each region and cysteines, with native and with random partners."""
     members, notes = subject.antibodies(settings.antibodies, paired=True)
     require_regions(members)
-    maps, told = heat_maps(subject)
+    maps, map_notes = heat_maps(subject)
     engine, n = subject.engine, len(members)
     sums = {NATIVE: attention_sums(engine, members, np.arange(n), settings.layer)}
     if n > 1:
@@ -90,7 +98,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         "chain, with native and with random partners (95 % intervals)",
         lambda: draw_ratios(numbers),
     )
-    return Outcome(_samples(units, sums), numbers, TABLES, [picture, *maps], [*notes, *told])
+    return Outcome(_samples(units, sums), numbers, TABLES, [picture, *maps], [*notes, *map_notes])
 
 
 def random_partners(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -133,10 +141,8 @@ def attention_sums(
 
 def received(found: CrossAttention) -> tuple[np.ndarray, np.ndarray]:
     """Attention that the residues of heavy and light chain receive, float64 `[n]` each."""
-    return tuple(
-        weights.mean(0, dtype=np.float64)
-        for weights in (found.light_to_heavy, found.heavy_to_light)
-    )
+    to_heavy, to_light = found.light_to_heavy, found.heavy_to_light
+    return to_heavy.mean(0, dtype=np.float64), to_light.mean(0, dtype=np.float64)
 
 
 def chain_sums(chain: Chain, attention: np.ndarray) -> np.ndarray:
@@ -195,17 +201,17 @@ def _numbers(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Number]:
     return numbers
 
 
-def _formulas() -> list[tuple[dict[str, str], dict[str, Callable]]]:
-    """(labels, functions of sums by metric) of what is told for native and random partners."""
+def _formulas() -> list[tuple[dict[str, str], dict[str, Formula]]]:
+    """(labels, functions of sums by metric), the same for native and random partners."""
 
-    def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Callable:
+    def over(chains: Sequence[int], regions: Sequence[int], *to: Sequence[int]) -> Formula:
         return lambda s: ratio(
             attention_per_residue(s, chains, regions), attention_per_residue(s, *to)
         )
 
-    found = []
+    found: list[tuple[dict[str, str], dict[str, Formula]]] = []
     for direction, chains in DIRECTIONS.items():
-        formulas = {
+        formulas: dict[str, Formula] = {
             "cdr_over_fr": partial(cdr_over_fr, chains=chains),
             "cdr_over_all": over(chains, CDR, chains, CDR + FR),
             "cysteine_over_other": partial(cysteine_over_other, chains=chains),
@@ -226,10 +232,16 @@ def _samples(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Sample]:
     for partner, table in sums.items():
         by_region = table.sum(3)
         parts = {name: by_region[:, i // FR4, i % FR4 + 1] for i, name in enumerate(region_names())}
-        for name, regions in (("CDR", CDR), ("FR", FR)):
-            parts[name] = by_region[:, :, list(regions)].sum((1, 2))
+        for name, some in (("CDR", CDR), ("FR", FR)):
+            parts[name] = by_region[:, :, list(some)].sum((1, 2))
         samples += [
-            Sample("attention_per_residue", units, *part.T, {"region": name, "partner": partner})
+            Sample(
+                "attention_per_residue",
+                units,
+                part[:, 0],
+                part[:, 1],
+                {"region": name, "partner": partner},
+            )
             for name, part in parts.items()
         ]
         for chain, direction in enumerate(tuple(DIRECTIONS)[1:]):
@@ -241,3 +253,135 @@ def _samples(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Sample]:
                 )
             )
     return samples
+
+
+COLOURS = {"native": "#33658a", "random": "#b7b7b7"}
+
+
+def draw_ratios(numbers: Sequence[Number]) -> Figure:
+    """CDR over FR by direction, and each region over the mean of its chain; by partner."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(1, 3))
+    _bars(axes[0], [n for n in numbers if n.metric == "cdr_over_fr"], "direction")
+    axes[0].set(ylabel="attention a CDR residue / an FR residue")
+    _bars(axes[1], [n for n in numbers if n.metric == "region_over_chain"], "region")
+    axes[1].set(ylabel="attention a residue / mean of the chain")
+    axes[1].legend(title="partner")
+    return figure
+
+
+def _bars(axis: Axes, numbers: Sequence[Number], label: str) -> None:
+    names = list(dict.fromkeys(n.labels[label] for n in numbers))
+    partners = list(dict.fromkeys(n.labels["partner"] for n in numbers))
+    width = 0.8 / len(partners)
+    for i, partner in enumerate(partners):
+        mine = [n for n in numbers if n.labels["partner"] == partner]
+        x = np.array([names.index(n.labels[label]) for n in mine]) + (i + 0.5) * width - 0.4
+        value, low, high = (
+            np.array([getattr(n, k) for n in mine]) for k in ("value", "low", "high")
+        )
+        ends = np.nan_to_num(np.abs([value - low, high - value]))
+        axis.bar(x, value, width, yerr=ends, color=COLOURS[partner], capsize=2, label=partner)
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+
+
+# columns of Thera-SAbDab
+THERAPEUTIC = {"heavy": "Heavy Sequence", "light": "Light Sequence", "id": "Therapeutic"}
+MOST = 12  # figures
+BRIGHTEST = 0.995  # quantile of the weights at which the colours end
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """Attention between the residues of an antibody; `regions [n]`: see `inference.score`."""
+
+    antibody: Antibody
+    attention: CrossAttention
+    regions: np.ndarray
+
+
+def heat_maps(subject: Subject) -> tuple[list[Picture], list[str]]:
+    """A picture for each antibody of the files "therapeutic", and notes.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    try:
+        files = subject.files_of("therapeutic")
+    except Skipped as skipped:
+        return [], [f"no heat maps: {skipped}"]
+    antibodies, notes = named_antibodies(subject, files)
+    if len(antibodies) > MOST:
+        notes.append(f"heat maps of the first {MOST} of {len(antibodies):,} named antibodies")
+        antibodies = antibodies[:MOST]
+    attention = dict(mean_attention(subject.engine, antibodies))
+    cells = regions(antibodies) if antibodies else []
+    pictures = []
+    for number, (antibody, known) in enumerate(zip(antibodies, cells, strict=True)):
+        if (known < 0).all():
+            notes.append(f"{antibody.name}: no V domain was recognised: CDRs are not marked")
+        drawn = AttentionMap(antibody, attention[number], known)
+        name = f"heatmap-{figure_path(Path(), antibody).stem}"
+        caption = f"{antibody.name}: cross-chain attention, mean over all layers and heads"
+        pictures.append(Picture(name, caption, partial(draw_map, drawn)))
+    return pictures, notes
+
+
+def named_antibodies(subject: Subject, files: tuple[Path, ...]) -> tuple[list[Antibody], list[str]]:
+    """Pairs of files that the readers know or with the columns of Thera-SAbDab, and notes.
+
+    Raises:
+      UserError: a file is none of those.
+    """
+    antibodies: list[Antibody] = []
+    notes = []
+    for path in files:
+        known = set(THERAPEUTIC.values()) <= set(header_of(path))
+        columns = THERAPEUTIC if known else None
+        sources = open_sources([str(path)], columns=columns, on_bad_row="skip", letters=LETTERS)
+        if sources[0].is_protein:
+            raise UserError(
+                f"--data therapeutic={path}: proteins; give antibodies with both chains"
+            )
+        model = subject.engine.model
+        antibodies += read(sources, model.layout, model.length, needs_both)
+        notes += [
+            f"{path.name}: {rows:,} rows left out: {reason}"
+            for reason, rows in sources[0].report.rejected.items()
+        ]
+    return antibodies, notes
+
+
+def draw_map(drawn: AttentionMap) -> Figure:
+    """Heavy residues down, light ones across; a panel a direction, CDRs between lines."""
+    to_light, to_heavy = drawn.attention.heavy_to_light, drawn.attention.light_to_heavy.T
+    heavy = len(drawn.antibody.heavy)
+    ends = float(np.quantile([*to_light.ravel(), *to_heavy.ravel()], BRIGHTEST))
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, weights, title in (
+        (axes[0], to_light, "heavy to light"),
+        (axes[1], to_heavy, "light to heavy"),
+    ):
+        image = axis.imshow(weights, cmap="magma", vmin=0, vmax=ends, aspect="auto")
+        axis.set(title=title, xlabel="light chain", ylabel="heavy chain")
+        _mark(axis.set_yticks, axis.axhline, drawn.regions[:heavy])
+        _mark(axis.set_xticks, axis.axvline, drawn.regions[heavy:])
+        axis.tick_params(axis="x", rotation=45)
+    figure.suptitle(drawn.antibody.name)
+    figure.colorbar(image, ax=axes, label="attention (share of a residue's)", shrink=0.7)
+    return figure
+
+
+def _mark(ticks, line, regions: np.ndarray) -> None:
+    """Names the CDRs of a chain and draws lines where they begin and end."""
+    at, names = [], []
+    for number in np.unique(regions[regions >= 0]).tolist():
+        inside = np.flatnonzero(regions == number)
+        if (number % FR4 + 1) % 2 == 0 and number % FR4 + 1 <= CDR3:
+            at.append(inside.mean())
+            names.append(region_names()[number])
+            for edge in (inside[0] - 0.5, inside[-1] + 0.5):
+                line(edge, color="white", linewidth=0.6, alpha=0.8)
+    ticks(at, names)

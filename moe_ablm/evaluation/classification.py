@@ -2,7 +2,7 @@
 
 The tasks of the native-pairing paper (Burbach & Briney 2024, Fig. 5), with equal classes: HD-CoV,
 CoV-Flu, three-way. A head with attention pooling on the frozen encoder, and on request all weights,
-is trained on all folds but one and asked about that one; clones are never divided. Beside every
+is trained on all folds but one and tested on that one; clones are never divided. Beside every
 number stands a baseline that knows V genes, mutation counts and the length of CDRH3, but no
 sequence: what it reaches is no understanding of specificity.
 """
@@ -14,16 +14,21 @@ import numpy as np
 
 from moe_ablm.data.antibody import tokens_of
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.dots import picture
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
-from moe_ablm.evaluation.pictures.scores import picture
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers
+from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import shortcuts
-from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, cross_validated
-from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised import baselines
+from moe_ablm.evaluation.supervised.folds import (
+    clonal_folds,
+    clones,
+    cross_validated,
+    drawn,
+    read_labelled,
+)
+from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training
-from moe_ablm.evaluation.supervised.labelled import drawn, read_labelled
 
 TITLE = "Specificity classification"
 TASKS = {
@@ -53,13 +58,14 @@ class Settings:
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Scores of all tasks whose classes are there."""
-    shortcuts.require_sklearn()
+    baselines.require_sklearn()
     everyone, notes = read_labelled(subject.files_of("specificity"))
     by_class, left_out = _by_class(subject, everyone, settings.most)
     notes += left_out
     pooled = [a for name in CLASSES for a in by_class.get(name, ())]
     bench = Bench(subject, settings, pooled)
-    samples, numbers = [], []
+    samples: list[Sample] = []
+    numbers: list[Number] = []
     for name, task in TASKS.items():
         members = [by_class.get(label, []) for label in task]
         reason = bench.too_few(task, members)
@@ -133,17 +139,17 @@ class Bench:
         groups = self._clones[rows]
         rng = self._subject.generator(f"classification {name}")
         folds = clonal_folds(groups, classes, settings.folds, rng)
-        known = [shortcuts.features(self._antibodies[i]) for i in rows]
+        known = [baselines.features(self._antibodies[i]) for i in rows]
         predicted = {}
         for predictor, inputs in self._inputs.items():
             predicted[predictor] = self._out_of_fold(inputs.take(rows), classes, folds, predictor)
-        predicted[shortcuts.BASELINE] = shortcuts.predictions(known, classes, folds)
+        predicted[baselines.BASELINE] = baselines.predictions(known, classes, folds)
         units, about = [f"clone {g}" for g in groups], {"task": name}
         samples = [
             accuracy_sample(classes, found, units, about | {"predictor": predictor})
             for predictor, found in predicted.items()
         ]
-        numbers = score_numbers(classes, predicted, shortcuts.BASELINE, units, folds, about)
+        numbers = score_numbers(classes, predicted, baselines.BASELINE, units, folds, about)
         note = (
             f"task {name}: {size:,} antibodies of each class, {len(set(units)):,} clones, folds of "
             f"{', '.join(map(str, np.bincount(folds)))}"
@@ -151,7 +157,7 @@ class Bench:
         return samples, numbers, [note]
 
     def _out_of_fold(
-        self, inputs: Inputs, classes: np.ndarray, folds: np.ndarray, predictor: str
+        self, inputs: HeadInputs, classes: np.ndarray, folds: np.ndarray, predictor: str
     ) -> np.ndarray:
         settings, full = self._settings, predictor == TUNED
         training = Training(

@@ -107,9 +107,13 @@ def sample_rows(
       within: int64, rows that qualify, instead of a whole split.
     """
     rows = dataset.rows(split) if within is None else within
+    return np.sort(rows[hashed_order(dataset.key[rows], seed)[:count]])
+
+
+def hashed_order(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Order of records by a hash of key (uint64 `[n]`) and seed: the first are a random draw."""
     with np.errstate(over="ignore"):
-        order = np.argsort(mix(dataset.key[rows] + mix(np.uint64(seed))), kind="stable")
-    return np.sort(rows[order[:count]])
+        return np.argsort(mix(keys + mix(np.asarray(seed, np.uint64))), kind="stable")
 
 
 def mutation_counts(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
@@ -120,11 +124,11 @@ def mutation_counts(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     counts = np.zeros((len(CHAINS), len(rows)), np.int64)
     for first in range(0, len(rows), ROWS_PER_BATCH):
         part = slice(first, first + ROWS_PER_BATCH)
-        for found, chain in zip(counts, CHAINS, strict=True):
+        for count, chain in zip(counts, CHAINS, strict=True):
             flat = dataset.gather(rows[part], chain, ("tokens", "germline", "mutated"))
             owner = np.repeat(np.arange(len(rows[part])), dataset.lengths[chain][rows[part]])
             mutated = (flat["mutated"] > 0) & (flat["tokens"] != flat["germline"])
-            found[part] = np.bincount(owner[mutated], minlength=len(rows[part]))
+            count[part] = np.bincount(owner[mutated], minlength=len(rows[part]))
     return counts
 
 
@@ -134,8 +138,8 @@ def annotated(dataset: Dataset, rows: np.ndarray) -> list[Annotated]:
     keys = dataset.key[rows].tolist()
     heavy, light = (_chains(dataset, rows, chain) for chain in CHAINS)
     return [
-        Annotated(name or str(row), str(cluster), key, *chains, label)
-        for name, row, cluster, key, *chains, label in zip(
+        Annotated(name or str(row), str(cluster), key, heavy_chain, light_chain, label)
+        for name, row, cluster, key, heavy_chain, light_chain, label in zip(
             names, rows.tolist(), clusters, keys, heavy, light, labels, strict=True
         )
     ]
@@ -147,6 +151,8 @@ def _chains(dataset: Dataset, rows: np.ndarray, chain: str) -> Sequence[Chain]:
     parts = zip(*(np.split(flat[column], ends) for column in COLUMNS), strict=True)
     genes = zip(*(dataset.column(f"{chain}_{gene}_gene", rows) for gene in "vj"), strict=True)
     return [
-        Chain(decode(tokens), decode(germline), *codes, v, j) if len(tokens) else NO_CHAIN
-        for (tokens, germline, *codes), (v, j) in zip(parts, genes, strict=True)
+        Chain(decode(tokens), decode(germline), region, mutated, segment, v, j)
+        if len(tokens)
+        else NO_CHAIN
+        for (tokens, germline, region, mutated, segment), (v, j) in zip(parts, genes, strict=True)
     ]

@@ -10,18 +10,31 @@ gene has fewer chains than neighbours are looked at; `purity_above_chance` is (p
 gene. `mutations_by_neighbours` is Spearman's correlation of the mutations of a chain with the mean
 of its neighbours', `mutations_by_distance` of the distance of two chains with the difference in
 their mutations. Neighbours of the same clonal cluster, or with the same sequence of this chain, are
-left out: they are alike whatever the model has learned. Intervals are over the antibodies that ask;
-who their neighbours are is not drawn again.
+left out: they are alike whatever the model has learned. Intervals bootstrap the
+query antibodies; neighbour sets stay fixed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import (
+    Number,
+    RankCorrelation,
+    Sample,
+    derived,
+    interval,
+    ratio,
+    resampled,
+)
 from moe_ablm.evaluation.neighbours import (
     cosine_distances,
     kin,
@@ -32,17 +45,6 @@ from moe_ablm.evaluation.neighbours import (
     silhouettes,
 )
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.embeddings import METHODS, coordinates, draw_embeddings
-from moe_ablm.evaluation.statistics.estimates import (
-    DRAWS,
-    Number,
-    Sample,
-    derived,
-    draw_counts,
-    interval,
-    ratio,
-)
-from moe_ablm.evaluation.statistics.spearman import RankCorrelation
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed
@@ -86,7 +88,7 @@ class Embedded:
 
     vectors: np.ndarray
     units: np.ndarray
-    groups: tuple[np.ndarray, np.ndarray]
+    groups: tuple[np.ndarray, ...]
     genes: np.ndarray
     mutations: np.ndarray
 
@@ -123,8 +125,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         numbers += of_mutation
         notes += [f"{chain} chains: {reason}: no correlation with mutations"] if reason else []
         notes.append(f"{len(found):,} {chain} chains")
-    pictures, told = _pictures(chains, settings.neighbours, subject.seed)
-    return Outcome(samples, numbers, TABLES, pictures, [*notes, *told])
+    pictures, picture_notes = _pictures(chains, settings.neighbours, subject.seed)
+    return Outcome(samples, numbers, TABLES, pictures, [*notes, *picture_notes])
 
 
 def embedded_chains(engine: Engine, everyone: Sequence[Annotated]) -> dict[str, Embedded]:
@@ -181,12 +183,12 @@ def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sampl
         "purity_at_best": ratio(np.minimum(same, k), np.minimum(others, k)),
         "silhouette": silhouettes(found.vectors, codes),
     }
-    asked = np.isfinite(purity)
-    if not asked.any():
+    known = np.isfinite(purity)
+    if not known.any():
         return [], KIN
-    units = found.units[asked]
+    units = found.units[known]
     return [
-        Sample(metric, units, values[asked], np.ones(len(units)), about, unit="share")
+        Sample(metric, units, values[known], np.ones(len(units)), about, unit="share")
         for metric, values in parts.items()
     ], ""
 
@@ -208,12 +210,12 @@ def of_mutations(
     if len(found) <= k:
         return [], f"{len(found)} with known mutations, more than {k} are needed"
     predicted = mean_of_neighbours(nearest(found.vectors, found.groups, k), found.mutations)
-    asked = np.isfinite(predicted)
-    if not asked.any():
+    known = np.isfinite(predicted)
+    if not known.any():
         return [], KIN
-    units = found.units[asked]
+    units = found.units[known]
     by_neighbours = _correlation(
-        "mutations_by_neighbours", (predicted[asked], found.mutations[asked]), units, about
+        "mutations_by_neighbours", (predicted[known], found.mutations[known]), units, about
     )
     rng = subject.generator(f"distances of {about['chain']} chains")
     drawn = np.sort(rng.permutation(len(found))[:COMPARED])
@@ -237,12 +239,11 @@ def _correlation(
 ) -> Number:
     """Spearman's correlation of observations of one chain each, or of the two `ends` of each."""
     correlate = RankCorrelation(*pairs)
-    names, unit = np.unique(units, return_inverse=True)
+    unit, counts = resampled(units)
     ends = ends or (np.arange(len(units)),)
-    counts = draw_counts(tuple(names.tolist()), DRAWS)[:, unit]
-    values = [correlate(np.prod([drawn[end] for end in ends], axis=0)) for drawn in counts]
+    values = [correlate(np.prod([drawn[unit[end]] for end in ends], axis=0)) for drawn in counts]
     value = correlate(np.ones(len(pairs[0]), int))
-    low, high = interval(np.array(values)) if len(names) > 1 else (np.nan, np.nan)
+    low, high = interval(np.array(values))
     return Number(metric, value, about, low, high, len(units))
 
 
@@ -264,7 +265,85 @@ def _pictures(
             known = {chain: (chains[chain].genes, chains[chain].mutations) for chain in places}
             caption = f"{method} of chain embeddings, by V gene and by mutations"
             name = method.lower().replace("-", "")
-            pictures.append(
-                Picture(name, caption, lambda p=places, k=known, m=method: draw_embeddings(m, p, k))
-            )
+            draw = partial(draw_embeddings, method, places, known)
+            pictures.append(Picture(name, caption, draw))
     return pictures, notes
+
+
+METHODS = ("UMAP", "t-SNE")
+NAMED = 10  # genes with a colour of their own
+REST = "0.85"
+PERPLEXITY = 30
+
+
+def coordinates(method: str, vectors: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
+    """Places in the plane by cosine distance, `[n, 2]`; the same seed gives the same ones.
+
+    Args:
+      method: of `METHODS`.
+      vectors: `[n, D]` with n > `neighbours`.
+      neighbours: of UMAP (McInnes et al. 2018).
+      seed: of the start and of what is sampled.
+
+    Raises:
+      ImportError: the library is not there.
+    """
+    if method == "UMAP":
+        from umap import UMAP  # compiles with numba: seconds
+
+        reducer = UMAP(n_neighbors=max(neighbours, 2), metric="cosine", random_state=seed, n_jobs=1)
+        return np.asarray(reducer.fit_transform(vectors))
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
+
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    reducer = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+    with threadpool_limits(1):  # threads wait for each other by spinning
+        return np.asarray(reducer.fit_transform(vectors))
+
+
+def draw_embeddings(
+    method: str,
+    places: Mapping[str, np.ndarray],
+    known: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> Figure:
+    """A row a chain: the same points by V gene and by number of mutations.
+
+    Args:
+      method: for the title.
+      places: `[n, 2]` by chain.
+      known: V genes, "" where not known, and mutations, NaN where not known, by chain.
+    """
+    figure = Figure(figsize=(12, 4.8 * len(places)), layout="constrained")
+    axes = figure.subplots(len(places), 2, squeeze=False)
+    for row, (chain, points) in zip(axes, places.items(), strict=True):
+        genes, mutations = known[chain]
+        _by_gene(row[0], points, genes)
+        _by_mutations(figure, row[1], points, mutations)
+        for axis, what in zip(row, ("V gene", "mutations"), strict=True):
+            axis.set(title=f"{chain} chains, {what}", xticks=[], yticks=[])
+            axis.set(xlabel=f"{method} 1", ylabel=f"{method} 2")
+    return figure
+
+
+def _by_gene(axis: Axes, points: np.ndarray, genes: np.ndarray) -> None:
+    names, counts = np.unique(genes[genes != ""], return_counts=True)
+    named = names[np.argsort(-counts, kind="stable")[:NAMED]]
+    rest = ~np.isin(genes, named)
+    axis.scatter(points[rest, 0], points[rest, 1], s=4, color=REST, label="others", linewidths=0)
+    for number, name in enumerate(named):
+        x, y = points[genes == name].T
+        axis.scatter(x, y, s=5, color=colormaps["tab10"](number), label=name, linewidths=0)
+    axis.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _by_mutations(figure: Figure, axis: Axes, points: np.ndarray, mutations: np.ndarray) -> None:
+    there = np.isfinite(mutations)
+    axis.scatter(points[~there, 0], points[~there, 1], s=4, color=REST, linewidths=0)
+    if there.any():
+        # the few with very many would leave one colour to all others
+        most = max(float(np.quantile(mutations[there], 0.98)), 1.0)
+        order = np.flatnonzero(there)[np.argsort(mutations[there], kind="stable")]
+        x, y = points[order].T
+        drawn = axis.scatter(x, y, s=5, c=mutations[order], vmin=0, vmax=most, linewidths=0)
+        figure.colorbar(drawn, ax=axis, label="mutated residues", extend="max")

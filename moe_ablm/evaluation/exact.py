@@ -55,7 +55,8 @@ def exact_likelihoods(subject: Subject, everyone: Sequence[Annotated]) -> tuple[
         "antibodies": _digest(everyone),
     }
     name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]
-    file, start, computed = subject.work / f"positions-{name}.parquet", time.monotonic(), []
+    file, start = subject.work / f"positions-{name}.parquet", time.monotonic()
+    computed: list[Annotated] = []
     with Output(file, command) as output:
         left = [] if output.complete else everyone[output.done :]
         for window in windows([a.antibody for a in left], _cost, WINDOW):
@@ -106,13 +107,15 @@ def _digest(everyone: Sequence[Annotated]) -> str:
 
 def _rate(computed: Sequence[Annotated], seconds: float, everyone: int) -> str:
     kept = everyone - len(computed)
-    told = f"{kept:,} of {everyone:,} antibodies were kept from an earlier command" if kept else ""
+    earlier = (
+        f"{kept:,} of {everyone:,} antibodies were kept from an earlier command" if kept else ""
+    )
     if not computed:
-        return told
+        return earlier
     positions = sum(a.antibody.residues for a in computed)
     rate = (
         f"{positions:,} masked positions of {len(computed):,} antibodies in {seconds:.1f} s: "
         f"{positions / seconds:,.0f} positions/s, {len(computed) / seconds:.2f} antibodies/s, "
         "compilation included"
     )
-    return f"{rate}; {told}" if told else rate
+    return f"{rate}; {earlier}" if earlier else rate

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.tokenizer import FIRST_AMINO_ACID, MASK
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.dots import dots
+from moe_ablm.evaluation.estimates import spearman_number
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Assay, Substitutions, read_assays
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.dots import dots
-from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
@@ -64,9 +64,9 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         raise UserError(f"fitness.rule={settings.rule!r}: expected one of {', '.join(RULES)}")
     assays, notes = [], []
     for assay in read_assays(subject.files_of("fitness")):
-        found, told = drawn(subject, assay, settings)
-        assays += [found] if found else []
-        notes += told
+        fitting, assay_notes = drawn(subject, assay, settings)
+        assays += [fitting] if fitting else []
+        notes += assay_notes
     if not assays:
         raise Skipped("; ".join(notes))
     likelihoods = antibody_scores(subject, assays, settings.rule)
@@ -98,7 +98,7 @@ def drawn(subject: Subject, assay: Assay, settings: Settings) -> tuple[Assay | N
     """Up to so many variants of an assay that the model can read, the same for every model.
 
     Returns:
-      None where nothing can be told of it; notes on what was left out and why.
+      None where it cannot be evaluated; notes on what was left out and why.
     """
     layout, longest = subject.engine.model.layout, subject.engine.model.length
     most = settings.antibodies if isinstance(assay, Antibodies) else settings.variants
@@ -121,8 +121,8 @@ def drawn(subject: Subject, assay: Assay, settings: Settings) -> tuple[Assay | N
             "tokens that the model was trained for: skipped"
         ]
     if len(assay.fitness) < FEWEST or len(np.unique(assay.fitness)) < 2:
-        told = f"{len(assay.fitness)} variants, {len(np.unique(assay.fitness))} different values"
-        return None, [*notes, f"{assay.name}: {told} of fitness, too few to correlate: skipped"]
+        counts = f"{len(assay.fitness)} variants, {len(np.unique(assay.fitness))} different values"
+        return None, [*notes, f"{assay.name}: {counts} of fitness, too few to correlate: skipped"]
     return assay, notes
 
 

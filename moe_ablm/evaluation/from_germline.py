@@ -14,9 +14,9 @@ from moe_ablm.data.antibody import row_of
 from moe_ablm.data.regions import CDR3, CHAINS
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID
 from moe_ablm.evaluation.cohort import Annotated, Chain
+from moe_ablm.evaluation.estimates import Number, Sample, interval, resampled
 from moe_ablm.evaluation.partners import encode_letters, mutated_places
-from moe_ablm.evaluation.statistics.estimates import Number, Sample, draw_counts, interval
-from moe_ablm.evaluation.statistics.ranking import Ranking
+from moe_ablm.evaluation.scores import Ranking
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.logits import EveryPosition
 
@@ -92,7 +92,7 @@ def _of_chain(number: int, chain: Chain, probabilities: np.ndarray) -> tuple[np.
     """Fields of `Predicted` of a chain from float64 `[n, 20]`."""
     germline = encode_letters(chain.germline).astype(int) - FIRST_AMINO_ACID
     truth = encode_letters(chain.letters).astype(int) - FIRST_AMINO_ACID
-    # in CDR3 mutations are not told apart
+    # mutations in CDR3 are not annotated
     known = np.flatnonzero((chain.region > 0) & (chain.region != CDR3))
     score = 1 - probabilities[np.arange(len(germline)), germline]
     at = mutated_places(chain)
@@ -145,10 +145,7 @@ def _metrics(ranking: Ranking) -> tuple:
 
 
 def _interval(compute, units: Sequence[str], owner: np.ndarray) -> tuple[float, float]:
-    names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
-    if len(names) < 2:
-        return interval(np.zeros(0))
-    counts = draw_counts(tuple(names.tolist()), DRAWS)
+    index, counts = resampled(units, DRAWS)
     return interval(np.array([compute(draw[index][owner]) for draw in counts]))
 
 

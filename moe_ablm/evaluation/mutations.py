@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.cohort import Annotated, mutation_counts, sample_rows
+from moe_ablm.evaluation.estimates import Number, Sample, quotient
 from moe_ablm.evaluation.from_germline import from_germline
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.partners import (
@@ -28,8 +31,6 @@ from moe_ablm.evaluation.partners import (
     random_partners,
     room,
 )
-from moe_ablm.evaluation.pictures.mutations import draw_across
-from moe_ablm.evaluation.statistics.estimates import Number, Sample, quotient
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Mutations across chains"
@@ -198,3 +199,41 @@ def ratios(samples: Sequence[Sample]) -> list[Number]:
         for partner in PARTNERS[1:]
         for residue in (MUTATED, OTHER, ANY)
     ]
+
+
+NAMES = {"native": "native", "reverted": "germline-\nreverted", "random": "random", "none": "none"}
+SHOWN = {"mutated": "#4477aa", "other non-germline": "0.7"}
+
+
+def draw_across(numbers: Sequence[Number]) -> Figure:
+    """Cross-entropy above, likelihoods below; a column for each masked chain.
+
+    Args:
+      numbers: "cross_entropy" and "likelihood", labelled by "masked", "partner", "residue".
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    for column, masked in enumerate(CHAINS):
+        own = [n for n in numbers if n.labels["masked"] == masked]
+        losses = [n for n in own if n.metric == "cross_entropy"]
+        _bars(axes[0, column], losses, 0, 0.7, color="#4477aa")
+        for i, (residue, colour) in enumerate(SHOWN.items()):
+            chosen = [n for n in own if n.labels.get("residue") == residue]
+            _bars(axes[1, column], chosen, (i - 0.5) * 0.4, 0.36, color=colour, label=residue)
+        axes[0, column].set_title(f"{masked} chain masked")
+        for axis in axes[:, column]:
+            axis.set_xticks(range(len(PARTNERS)), [NAMES[p] for p in PARTNERS])
+    axes[0, 0].set_ylabel("cross-entropy (nats)")
+    axes[1, 0].set_ylabel("likelihood (share)")
+    axes[1, 0].legend()
+    return figure
+
+
+def _bars(axis: Axes, numbers: Sequence[Number], shift: float, width: float, **style) -> None:
+    x = np.array([PARTNERS.index(n.labels["partner"]) for n in numbers]) + shift
+    value, low, high = (
+        np.array([getattr(n, k) for n in numbers]) for k in ("value", "low", "high")
+    )
+    axis.bar(x, value, width, **style)
+    reach = np.nan_to_num(np.maximum([value - low, high - value], 0))
+    axis.errorbar(x, value, reach, fmt="none", ecolor="0.2", capsize=2, linewidth=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_ablm.evaluation.statistics.estimates import ratio
+from moe_ablm.evaluation.estimates import ratio
 
 BLOCK = 1024  # rows
 
@@ -65,7 +65,8 @@ def others_like_me(
         others = ~kin(groups, rows)
         same = (codes[rows, None] == codes) & others
         counts.append((same.sum(1), others.sum(1)))
-    return tuple(np.concatenate(parts) for parts in zip(*counts, strict=True))
+    same, others = (np.concatenate(parts) for parts in zip(*counts, strict=True))
+    return same, others
 
 
 def mean_of_neighbours(neighbours: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
+from moe_ablm.evaluation.estimates import Number, Sample
 
 
 class Skipped(Exception):

@@ -5,7 +5,7 @@ re-paired antibody and no chain alone gives the answer. Dealt at random, mutated
 unmutated ones, which no native pair of a memory or of a naive cell does: the number of the
 literature, and a shortcut. Matched, chains are exchanged only among pairs of equally many mutations
 in the heavy and in the light chain, and the shortcut is closed. A head on the frozen encoder is
-trained on some groups and asked about others; a group shares heavy clones or light chains of one V
+trained on some groups and tested on others; a group shares heavy clones or light chains of one V
 gene and CDRL3. Zero-shot, each chain's one-pass pseudo-log-likelihood with its native partner is
 compared with that in the re-paired antibody: how often the native one wins (no preference: 0.5).
 """
@@ -18,12 +18,12 @@ import numpy as np
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.dots import picture
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped, Table
-from moe_ablm.evaluation.pictures.scores import picture
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.scores import METRICS, accuracy_sample, score_numbers
+from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import shortcuts
+from moe_ablm.evaluation.supervised import baselines
 from moe_ablm.evaluation.supervised.folds import (
     cdr3_of,
     clonal_folds,
@@ -57,7 +57,7 @@ class Settings:
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Recognition by a head and by a baseline, and the zero-shot win rate, by kind of negatives."""
-    shortcuts.require_sklearn()
+    baselines.require_sklearn()
     everyone, notes = subject.antibodies(settings.antibodies, paired=True)
     groups = groups_of(everyone)
     if len(np.unique(groups)) < 2 * settings.folds:
@@ -118,7 +118,7 @@ def strata_of(pairs: Sequence[Annotated], folds: np.ndarray, kind: str) -> np.nd
     """Within which pairs light chains are exchanged, int64 `[n]`; never between folds."""
 
     def keys(antibody: Annotated) -> tuple:
-        bins = tuple(shortcuts.mutation_bin(c.mutations) for _, c in antibody.chains())
+        bins = tuple(baselines.mutation_bin(c.mutations) for _, c in antibody.chains())
         return {RANDOM: (), MATCHED: bins, SAME_GENE: (*bins, antibody.light.v_gene)}[kind]
 
     return numbered([(f, *keys(a)) for f, a in zip(folds.tolist(), pairs, strict=True)])
@@ -186,10 +186,10 @@ class Case:
 def baseline_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Classes (native: 1), first all native then all re-paired, and the baseline's predictions."""
     kept = case.kept
-    known = [shortcuts.pair_features(case.pairs[i]) for i in kept]
-    known += [shortcuts.pair_features(a) for a in case.repaired]
+    known = [baselines.pair_features(case.pairs[i]) for i in kept]
+    known += [baselines.pair_features(a) for a in case.repaired]
     classes = np.repeat([1, 0], len(kept))
-    return classes, shortcuts.predictions(known, classes, np.tile(case.folds[kept], 2))
+    return classes, baselines.predictions(known, classes, np.tile(case.folds[kept], 2))
 
 
 def recognition(
@@ -203,14 +203,14 @@ def recognition(
     inputs = inputs_of(subject.engine, [a.antibody for a in both], head, False)
     training = Training(settings.epochs, settings.batch, settings.lr, seed=subject.seed)
     found = cross_validated(subject.engine, inputs, classes, folds, training)
-    predicted = {HEAD: found, shortcuts.PAIRED_BASELINE: baseline}
+    predicted = {HEAD: found, baselines.PAIRED_BASELINE: baseline}
     units = [f"group {g}" for g in groups]
     samples = [
         accuracy_sample(classes, each, units, case.labels | {"predictor": name})
         for name, each in predicted.items()
     ]
     numbers = score_numbers(
-        classes, predicted, shortcuts.PAIRED_BASELINE, units, folds, case.labels
+        classes, predicted, baselines.PAIRED_BASELINE, units, folds, case.labels
     )
     return samples, numbers
 

@@ -66,7 +66,8 @@ def random_partners(
         fits = (units != units[i]) & (sequences != sequences[i]) & (lengths <= room)
         at = np.flatnonzero(fits)
         with np.errstate(over="ignore"):
-            salt = mix(keys[i] + mix(np.uint64(seed + CHAINS.index(masked))))
+            of_seed = mix(np.asarray(seed + CHAINS.index(masked), np.uint64))
+            salt = mix(keys[i : i + 1] + of_seed)
             order = mix(keys[at] ^ salt)
         found.append(int(at[order.argmin()]) if len(at) else None)
     return found
@@ -98,13 +99,15 @@ def masked_sums(
       float64 `[n, 5]`, sums over the masked residues of each antibody, as `SUMS`: minus
       log-probability in nats, probabilities, and their number.
     """
-    kept = [i for i, letters in enumerate(partners) if letters is not None]
-    rows, at = [], []
-    for i in kept:
-        own, beside = getattr(everyone[i], masked), partners[i]
+    kept, rows, at = [], [], []
+    for i, beside in enumerate(partners):
+        if beside is None:
+            continue
+        own = getattr(everyone[i], masked)
         pair = (own.letters, beside) if masked == "heavy" else (beside, own.letters)
         row = row_of(Antibody(everyone[i].name, *pair), subject.engine.model.layout)
         first = 0 if masked == "heavy" else len(beside)
+        kept.append(i)
         at.append(row.places[first + mutated_places(own)])
         tokens = row.tokens.copy()
         tokens[at[-1]] = MASK

@@ -18,10 +18,10 @@ from moe_ablm.data.masking import (
     record_rates,
     select,
 )
-from moe_ablm.data.regions import CHAINS, region_names
+from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated
+from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.outcome import Outcome, Table
-from moe_ablm.evaluation.statistics.estimates import Sample
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.logits import EveryPosition
 
@@ -59,10 +59,11 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
 
 def test_sets(everyone: Sequence[Annotated]) -> dict[str, list[Annotated]]:
     """Pairs, and chains alone of all antibodies."""
-    sets = {"paired": [a for a in everyone if a.paired]}
-    for chain, other in zip(CHAINS, reversed(CHAINS), strict=True):
-        sets[chain] = [replace(a, **{other: NO_CHAIN}) for a in everyone if getattr(a, chain)]
-    return sets
+    return {
+        "paired": [a for a in everyone if a.paired],
+        "heavy": [replace(a, light=NO_CHAIN) for a in everyone if a.heavy.letters],
+        "light": [replace(a, heavy=NO_CHAIN) for a in everyone if a.light.letters],
+    }
 
 
 def masked_sums(subject: Subject, members: Sequence[Annotated], repeats: int) -> np.ndarray:

@@ -8,23 +8,19 @@ germline and mutated residues, by gene segment, and for chains without and with 
 antibody is 1 / pseudo-perplexity.
 """
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS, SEGMENTS, region_names
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import DRAWS, Number, Sample, interval, resampled
 from moe_ablm.evaluation.exact import Likelihoods, exact_likelihoods
 from moe_ablm.evaluation.outcome import Outcome, Picture, Table
-from moe_ablm.evaluation.pictures.medians import (
-    group_medians,
-    has_seaborn,
-    letter_values,
-    median_number,
-)
-from moe_ablm.evaluation.statistics.estimates import Sample
 from moe_ablm.evaluation.subject import Subject
 
 TITLE = "Per position"
@@ -46,7 +42,7 @@ class Residues:
       owner: int64, number of the antibody.
       chain: index in `CHAINS`.
       region: index in `region_names`, -1 where not known.
-      kind: "germline", "mutated", "CDR3" (where mutations are not told apart), or "".
+      kind: "germline", "mutated", "CDR3" (whose mutations are not annotated), or "".
       segment: code of `SEGMENTS`.
       state: of the residue's chain, of `STATES`, or "" where it is not known.
     """
@@ -246,3 +242,81 @@ def _drawn(medians: Sequence[tuple[dict[str, str], np.ndarray, np.ndarray]]) -> 
         empty = dict.fromkeys(regions, np.zeros(0))
         panels.setdefault(f"{labels['chains']} chains", empty)[labels["region"]] = values
     return letter_values(panels, "median cross-entropy (nats)")
+
+
+def group_medians(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups that have values (ascending), and the median of each.
+
+    Args:
+      groups: int `[n]`.
+      values: float `[n]`.
+    """
+    order = np.lexsort((values, groups))
+    names, first, count = np.unique(groups[order], return_index=True, return_counts=True)
+    ordered = values[order]
+    return names, (ordered[first + (count - 1) // 2] + ordered[first + count // 2]) / 2
+
+
+def median_number(
+    metric: str,
+    units: Sequence[str],
+    values: np.ndarray,
+    labels: Mapping[str, str],
+    unit: str,
+    draws: int = DRAWS,
+) -> Number:
+    """Median over antibodies, with an interval by drawing their clonal clusters again.
+
+    Args:
+      metric, labels, unit: as of `Number`.
+      units: clonal cluster of each antibody.
+      values: float `[n]`, one an antibody.
+      draws: of the bootstrap.
+    """
+    index, counts = resampled(units, draws)
+    order = np.argsort(values, kind="stable")
+    # every draw repeats values: the median is the middle one, or the mean of the two middle
+    ends = counts.astype(np.int32)[:, index[order]].cumsum(1)
+    middle = [
+        (ends > rank[:, None]).argmax(1) for rank in ((ends[:, -1] - 1) // 2, ends[:, -1] // 2)
+    ]
+    low, high = interval(values[order][np.stack(middle)].mean(0))
+    return Number(metric, float(np.median(values)), labels, low, high, len(values), unit)
+
+
+def letter_values(panels: Mapping[str, Mapping[str, np.ndarray]], axis_label: str) -> Figure:
+    """Letter-value plots, or box plots where seaborn is missing.
+
+    Args:
+      panels: `{title: {name: values}}`, a panel each; names are the same in all.
+      axis_label: with unit.
+    """
+    figure = Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)
+    for axis, (title, groups) in zip(axes[:, 0], panels.items(), strict=True):
+        _draw(axis, groups)
+        axis.set(title=title, ylabel=axis_label, ylim=(0, None))
+    return figure
+
+
+def has_seaborn() -> bool:
+    """Whether letter-value plots can be drawn."""
+    return importlib.util.find_spec("seaborn") is not None
+
+
+def _draw(axis: Axes, groups: Mapping[str, np.ndarray]) -> None:
+    names = list(groups)
+    if not has_seaborn():
+        axis.boxplot([groups[name] for name in names], sym=".", manage_ticks=False)
+        axis.set_xticks(range(1, len(names) + 1), names)
+        return
+    import seaborn
+
+    group = np.repeat(names, [len(groups[name]) for name in names])
+    values = np.concatenate([groups[name] for name in names])
+    colours = ["#4477aa" if "H" in name else "#cc6677" for name in names]
+    seaborn.boxenplot(
+        x=group, y=values, order=names, hue=group, hue_order=names, palette=colours, ax=axis,
+        legend=False, flier_kws={"s": 4},
+    )  # fmt: skip
+    axis.set_xlabel("")

@@ -11,19 +11,19 @@ on a window of 15 residues. A protein is shown to the encoder as one chain.
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from moe_ablm.evaluation.dots import dots
+from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
 from moe_ablm.evaluation.formats.protein_choice import chosen, fitting
 from moe_ablm.evaluation.formats.protein_files import read_tasks
 from moe_ablm.evaluation.formats.protein_tasks import UNKNOWN, Protein, Split, Task
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.dots import dots
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.spearman import spearman_number
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.evaluation.supervised import protein_baselines as baselines
-from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, Inputs, inputs_of
+from moe_ablm.evaluation.supervised import baselines
+from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, HeadInputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Training, fit
 
 TITLE = "Protein tasks, supervised"
@@ -56,11 +56,11 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     results, notes = [], []
     for task in chosen(read_tasks(subject.files_of("proteins")), settings.splits):
         try:
-            found, told = evaluate_task(subject, task, settings)
+            found, more_notes = evaluate_task(subject, task, settings)
         except Skipped as skipped:
-            found, told = [], [str(skipped)]
+            found, more_notes = [], [str(skipped)]
         results += found
-        notes += told
+        notes += more_notes
     if not results:
         raise Skipped("; ".join(notes))
     how = "encoder and head trained" if settings.full else "a head on the frozen encoder"
@@ -84,7 +84,7 @@ def shown(results: Sequence[Number | Sample], notes: Sequence[str]) -> Outcome:
                 Picture(
                     metric,
                     f"{title} on test sets, 95 % intervals over proteins.",
-                    lambda found=found, title=title: dots(found, rows, "predictor", title),
+                    partial(dots, found, rows, "predictor", title),
                 )
             )
     return Outcome(samples, numbers, tables, pictures, notes)
@@ -108,9 +108,9 @@ def evaluate_task(
     places = {sequence: i for i, sequence in enumerate(known)}
     results = []
     for split in splits:
-        found, told = evaluate_split(subject, task, split, settings, inputs, places)
+        found, more_notes = evaluate_split(subject, task, split, settings, inputs, places)
         results += found
-        notes += [f"{task.name}: {each}" for each in told]
+        notes += [f"{task.name}: {each}" for each in more_notes]
     return results, notes
 
 
@@ -119,7 +119,7 @@ def evaluate_split(
     task: Task,
     split: Split,
     settings: Settings,
-    inputs: Inputs,
+    inputs: HeadInputs,
     places: Mapping[str, int],
 ) -> tuple[list[Number | Sample], list[str]]:
     """Trains the head and the baseline, and tests them on each test set.
@@ -135,18 +135,18 @@ def evaluate_split(
     epochs = -(-settings.steps // -(-len(split.train) // BATCH))
     training = Training(epochs, BATCH, settings.lr, full=settings.full, seed=subject.seed)
 
-    def of(proteins: Sequence[Protein]) -> Inputs:
+    def of(proteins: Sequence[Protein]) -> HeadInputs:
         return inputs.take([places[p.sequence] for p in proteins])
 
     targets = targets_of(task.kind, split.train, names)
     valid = learnable(task.kind, split.valid, names)
     checked = (of(valid), targets_of(task.kind, valid, names)) if valid else None
     predictor = fit(subject.engine, of(split.train), targets, head, training, checked)
-    asked = [p for test in split.tests.values() for p in test]
-    found = {"model": best(task.kind, predictor(of(asked)))}
+    tested = [p for test in split.tests.values() for p in test]
+    found = {"model": best(task.kind, predictor(of(tested)))}
     if has_baselines():
         name = baselines.NAMES[task.kind]
-        found[name] = baseline(task.kind, split.train, targets, asked, subject.seed)
+        found[name] = baseline(task.kind, split.train, targets, tested, subject.seed)
     results, first = [], 0
     for name, proteins in split.tests.items():
         truth = targets_of(task.kind, proteins, names)
@@ -156,15 +156,17 @@ def evaluate_split(
             results.append(compared(task.kind, proteins, truth, part, about))
         first += len(proteins)
     sizes = ", ".join(f"{name} {len(test):,}" for name, test in split.tests.items())
-    told = f"{len(split.train):,} proteins to train on, {len(valid):,} to validate; tests: {sizes}"
-    return results, [told]
+    more_notes = (
+        f"{len(split.train):,} proteins to train on, {len(valid):,} to validate; tests: {sizes}"
+    )
+    return results, [more_notes]
 
 
 def classes_of(kind: str, train: Sequence[Protein]) -> list[str]:
     """Names of the classes of a training set; none of a regression."""
     if kind == "regression":
         return []
-    parts = (p.target for p in train)
+    parts = [str(p.target) for p in train]
     found = set("".join(parts)) - {UNKNOWN} if kind == "residue" else set(parts)
     return sorted(found)
 
@@ -175,9 +177,9 @@ def targets_of(kind: str, proteins: Sequence[Protein], names: Sequence[str]):
         return np.array([p.target for p in proteins], float)
     index = {name: i for i, name in enumerate(names)}
     if kind == "classification":
-        return np.array([index.get(p.target, UNSEEN) for p in proteins], int)
+        return np.array([index.get(str(p.target), UNSEEN) for p in proteins], int)
     index[UNKNOWN] = IGNORED
-    return [np.array([index.get(c, UNSEEN) for c in p.target], int) for p in proteins]
+    return [np.array([index.get(c, UNSEEN) for c in str(p.target)], int) for p in proteins]
 
 
 def learnable(kind: str, proteins: Sequence[Protein], names: Sequence[str]) -> list[Protein]:
@@ -186,7 +188,9 @@ def learnable(kind: str, proteins: Sequence[Protein], names: Sequence[str]) -> l
         return list(proteins)
     known = {*names, UNKNOWN}
     return [
-        p for p in proteins if ({p.target} if kind == "classification" else set(p.target)) <= known
+        p
+        for p in proteins
+        if ({str(p.target)} if kind == "classification" else set(str(p.target))) <= known
     ]
 
 
@@ -204,11 +208,11 @@ def has_baselines() -> bool:
 
 def baseline(kind: str, train: Sequence[Protein], targets, test: Sequence[Protein], seed: int):
     """Predictions of the baseline of a kind of task, from sequences alone."""
-    known, asked = ([p.sequence for p in proteins] for proteins in (train, test))
+    known, tested = ([p.sequence for p in proteins] for proteins in (train, test))
     if kind == "residue":
-        return baselines.residue(known, targets, asked, seed)
+        return baselines.residue(known, targets, tested, seed)
     learn = baselines.regression if kind == "regression" else baselines.classification
-    return learn(known, targets, asked)
+    return learn(known, targets, tested)
 
 
 def compared(

@@ -17,12 +17,14 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.experts.assignments import Assignments, assigned, routed
 from moe_ablm.evaluation.experts.findings import (
     FALSE_DISCOVERIES,
     Finding,
     cell_numbers,
     estimate_numbers,
+    heat_map,
     information_numbers,
     specialist_numbers,
 )
@@ -38,9 +40,8 @@ from moe_ablm.evaluation.experts.traits import (
     contrasts,
 )
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
-from moe_ablm.evaluation.pictures.routing import heat_map
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject, require_regions
+from moe_ablm.inference.route import Weights
 from moe_ablm.model.families import Router
 
 TITLE = "Expert specialisation"
@@ -85,35 +86,36 @@ TABLES = (
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
     """Enrichments, specialists and information by layer; slots of soft-MoE."""
     spec = subject.engine.model.spec
-    if not spec.moe_layers:
+    router = spec.moe
+    if router is None or not spec.moe_layers:
         raise Skipped("a dense model has no experts")
     antibodies, notes = subject.antibodies(settings.antibodies)
     require_regions(antibodies)
     compared = contrasts(antibodies)
-    layers, experts = spec.moe_layers, spec.moe.experts
+    layers, experts = spec.moe_layers, router.experts
     sums = Assignments.empty(antibodies, compared, len(layers), experts)
-    slots = Slots(antibodies, layers, experts) if spec.moe.slots_of_expert else None
+    slots = Slots(antibodies, layers, experts) if router.slots_of_expert else None
     for index, routing in routed(subject.engine, antibodies):
         sums.add(index, *assigned(routing, experts))
-        if slots:
+        if slots and isinstance(routing, Weights):
             slots.add(index, routing)
     found = findings(compared, sums.tables, layers)
     numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
-    cells, told = bounded([n for finding in found for n in cell_numbers(finding)])
+    cells, cell_notes = bounded([n for finding in found for n in cell_numbers(finding)])
     numbers += cells
     for finding in found:
         numbers += information_numbers(finding)
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
     if len(sums.gates) == 1:
         notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
-    samples = load_samples(antibodies, sums, layers, spec.moe)
+    samples = load_samples(antibodies, sums, layers, router)
     return Outcome(
         samples + (slots.samples() if slots else []),
         numbers,
         TABLES + (SLOT_TABLES if slots else ()),
         [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN]
         + ([slots.picture()] if slots else []),
-        notes + told + remarks(found),
+        notes + cell_notes + remarks(found),
     )
 
 
@@ -131,7 +133,7 @@ def findings(
 def bounded(cells: list[Number]) -> tuple[list[Number], list[str]]:
     """Numbers of layers, experts and classes, and a note where there are more than `MOST`.
 
-    Then regions are told, with one match, and what seeds are compared by (`matching.PROFILE`).
+    Then regions are kept, with one match, and what seeds are compared by (`matching.PROFILE`).
     """
     if len(cells) <= MOST:
         return cells, []
@@ -225,9 +227,9 @@ def remarks(found: Sequence[Finding]) -> list[str]:
                 "leaves: take more antibodies"
             )
         if c.matched == FROM_START:
-            told = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
+            overlaps = ", ".join(f"{n} {o:.2f}" for n, o in zip(c.names, c.overlap(), strict=True))
             notes.append(
-                f"at the same {FROM_START}, share of residues that are of another region: {told}; "
-                "near 0 nothing can exceed what the position predicts"
+                f"at the same {FROM_START}, share of residues that are of another region: "
+                f"{overlaps}; near 0 nothing can exceed what the position predicts"
             )
     return notes

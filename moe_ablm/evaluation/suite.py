@@ -8,21 +8,17 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.files import replacing, write_atomically
 
@@ -43,9 +39,19 @@ EVALUATIONS = (
 DONE, SKIPPED = "done", "skipped"
 
 
-def module_of(name: str) -> Any:
-    """The module of an evaluation: it has TITLE, Settings and evaluate."""
-    return importlib.import_module(f"moe_ablm.evaluation.{name}")
+class Evaluation(Protocol):
+    """What the module of every evaluation defines; `Settings` is a dataclass with defaults."""
+
+    TITLE: str
+    Settings: type
+
+    def evaluate(self, subject: Subject, settings: Any) -> Outcome:
+        """Carries it out; raises `Skipped` where data or model do not allow it."""
+
+
+def module_of(name: str) -> Evaluation:
+    """The module of an evaluation."""
+    return cast(Evaluation, importlib.import_module(f"moe_ablm.evaluation.{name}"))
 
 
 def run_suite(
@@ -57,7 +63,7 @@ def run_suite(
       subject: model and data.
       suite: settings by the name of the evaluation.
       out: directory of the results.
-      tell: is given a line of progress.
+      tell: called with each line of progress.
 
     Returns:
       For each evaluation what `out/NAME/result.json` holds: status "done" or "skipped", reason,
@@ -70,7 +76,7 @@ def run_suite(
         if kept is None:
             tell(f"{name} ...")
             kept = _carry_out(name, subject, settings, directory)
-        tell(f"{name}: {told(kept)}")
+        tell(f"{name}: {status_line(kept)}")
         found[name] = kept
     return found
 
@@ -81,8 +87,8 @@ def with_earlier(found: Mapping[str, dict], out: Path) -> dict[str, dict]:
     return {name: kept for name, kept in both.items() if kept is not None}
 
 
-def told(kept: Mapping) -> str:
-    """What became of an evaluation, in a line."""
+def status_line(kept: Mapping) -> str:
+    """Status of an evaluation in one line."""
     if kept["status"] == SKIPPED:
         return f"skipped: {kept['reason']}"
     return f"{len(kept['numbers']):,} numbers, {kept['seconds']:.1f} s"
@@ -108,10 +114,10 @@ def read_kept(directory: Path, settings: Mapping[str, Any] | None = None) -> dic
 def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> dict:
     evaluation = module_of(name)
     start = time.monotonic()
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "title": evaluation.TITLE,
-        "about": " ".join(evaluation.__doc__.split()),
+        "about": " ".join((evaluation.__doc__ or "").split()),
         "settings": dataclasses.asdict(settings),
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,10 +141,8 @@ def _kept(outcome: Outcome, directory: Path) -> dict:
     write_samples(outcome.samples, directory / "samples.parquet")
     pictures = []
     for picture in outcome.pictures:
-        figure = picture.draw()
         file = f"{picture.name}.png"
-        figure.savefig(directory / file, dpi=130)
-        plt.close(figure)
+        picture.draw().savefig(directory / file, dpi=130)
         pictures.append({"file": file, "caption": picture.caption})
     return {
         "numbers": [as_json(number) for number in numbers],
@@ -157,7 +161,7 @@ def as_json(number: Number) -> dict:
     return values | {"labels": dict(number.labels)}
 
 
-def write_samples(samples: list[Sample], path: Path) -> None:
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
     """Every antibody's part of every mean, a line each."""
     columns: dict[str, list] = {name: [] for name in ("sample", "unit", "total", "weight")}
     heads = []

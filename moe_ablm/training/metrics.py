@@ -3,15 +3,19 @@
 import json
 import math
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from moe_ablm.model.routing import RouterStats
+from moe_ablm.parallel.mesh import global_batch
 from moe_ablm.results import keep_until
 from moe_ablm.training.stability import dead_experts, max_min_load
 from moe_ablm.training.step import REGIONS, RegionSums
@@ -124,3 +128,23 @@ def _scalars(values: dict, prefix: str):
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", value
+
+
+class ValidationSums(NamedTuple):
+    """Sums over the whole set, float64: `sums` by region cell, `routed [M, E, CELLS]` or None."""
+
+    sums: tuple[np.ndarray, np.ndarray, np.ndarray]
+    routed: np.ndarray | None
+
+
+def validation_sums(
+    eval_step: Callable[..., Any], params: Any, batches: Iterable[dict], mesh: Mesh
+) -> ValidationSums:
+    """Adds up `training.step.make_eval_step` over `batches` (this process's rows of each)."""
+    total: Any = None
+    for batch in batches:
+        sums = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), eval_step(params, global_batch(batch, mesh))
+        )
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return ValidationSums(tuple(total.sums), total.routed)

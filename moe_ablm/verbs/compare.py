@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.evaluation.reporting.claims import claims_of
     from moe_ablm.evaluation.reporting.compare import compare
     from moe_ablm.evaluation.reporting.compare_report import write_comparison
-    from moe_ablm.evaluation.reporting.evaluated import read_evaluated, require_same_basis
-    from moe_ablm.evaluation.reporting.results import IDENTITY
+    from moe_ablm.evaluation.reporting.results import IDENTITY, read_evaluated, require_same_basis
 
     if (args.out / IDENTITY).exists():
         raise UserError(f"--out {args.out} holds an evaluation: choose another directory")

@@ -1,4 +1,4 @@
-"""`python -m moe_ablm evaluate`: everything that the studies asked of a model, in one report."""
+"""`python -m moe_ablm evaluate`: all evaluations of the studies, in one report."""
 
 import argparse
 import dataclasses
@@ -117,7 +117,7 @@ def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
                 f"{where}.{key} is no setting{suggestion(key, fields)}; expected "
                 f"{', '.join(fields)}"
             )
-        default = fields[key].default
+        default: Any = fields[key].default
         if isinstance(default, float) and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
@@ -138,6 +138,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--suite {path}: there is no such file")
     try:
         spec = importlib.util.spec_from_file_location("suite", path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return json.loads(module.get_config().to_json())

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from moe_ablm.data.regions import CHAINS, REGIONS
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.tables import region_table, stability_lines
+from moe_ablm.progress import region_table, stability_lines
 from moe_ablm.results import read_results
 
 
@@ -19,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the newest evaluation and the stability verdict, and draws loss and routing."""
-    from moe_ablm.evaluation.figures import draw_loss, draw_routing
 
     file = args.run / "results.jsonl"
     records = read_results(file)
@@ -53,3 +56,68 @@ def _stability(file: Path) -> list[str]:
         raise UserError(
             f"{file} is damaged ({error!r}): train again with the same command; it is made anew"
         ) from error
+
+
+SHOWN = ("CDRH3", "FRH3", "CDRL3", "FRL3")
+
+
+def draw_loss(records: list[dict], path: Path) -> None:
+    """Training loss, validation loss, and validation loss of some regions, over tokens seen.
+
+    Args:
+      records: lines of `results.jsonl`, at least one of kind "eval".
+      path: PNG to write.
+    """
+    train = [r for r in records if r["kind"] == "train"]
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(_of(train, "tokens_seen"), _of(train, "loss"), color="0.75", label="training")
+    x = _of(evaluations, "tokens_seen")
+    axis.plot(x, _of(evaluations, "loss"), "k.-", label="validation")
+    for name in SHOWN:
+        y = [r["loss_by_region"].get(name, np.nan) for r in evaluations]
+        axis.plot(x, y, ".--", label=f"validation, {name}")
+    axis.set(xlabel="tokens seen", ylabel="masked-token loss (nats)", ylim=(0, None))
+    axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _of(records: list[dict], key: str) -> list[float]:
+    return [r[key] for r in records]
+
+
+def draw_routing(routed: dict[str, list], path: Path) -> None:
+    """Heat map, one panel a MoE layer: how much more than its share each expert takes of a region.
+
+    Args:
+      routed: `{layer: [E][cells]}` counts of an "eval" line, cells as in `training.losses`; of
+        soft-MoE sums of shares, no whole numbers.
+      path: PNG to write.
+
+    Colour is log2 of (share of the region's assignments that go to the expert) over (share of all
+    assignments that go to it): 0 is no preference.
+    """
+    counts = {layer: np.asarray(table, float) for layer, table in routed.items()}
+    cells = [c * len(REGIONS) + r for c in range(len(CHAINS)) for r in range(1, len(REGIONS))]
+    names = [f"{CHAINS[c // 8][0].upper()} {REGIONS[c % 8]}" for c in cells]
+    experts = len(next(iter(counts.values())))
+    # a file has at most 2^16 pixels a side: rows of many experts are lower, and not all numbered
+    height = 0.6 + min(0.28 * experts, 6.0)
+    figure = Figure(figsize=(8, 1.2 + len(counts) * height), layout="constrained")
+    axes = figure.subplots(len(counts), 1, squeeze=False)
+    for axis, (layer, table) in zip(axes[:, 0], counts.items(), strict=True):
+        image = axis.imshow(_enrichment(table[:, cells]), cmap="RdBu_r", vmin=-3, vmax=3)
+        axis.set_aspect("auto")
+        axis.set_xticks(range(len(cells)), names, rotation=60, ha="right")
+        axis.set_yticks(range(0, experts, math.ceil(experts / 32)))
+        axis.set(title=f"layer {layer}", ylabel="expert")
+    figure.colorbar(image, ax=axes, location="top", shrink=0.5, label="log2 enrichment")
+    figure.savefig(path, dpi=150)
+
+
+def _enrichment(table: np.ndarray) -> np.ndarray:
+    """Counts `[E, regions]` -> log2 ratio of observed to independent routing, `[E, regions]`."""
+    total = max(table.sum(), 1)
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / total
+    return np.log2((table + 0.5) / (expected + 0.5))

@@ -59,7 +59,8 @@ class Assignments:
             group,
             [np.zeros((count, len(c.label), *shape), np.float32) for c in contrasts],
             np.zeros((count, len(contrasts[0].names), *shape), np.float32),
-            *(np.zeros((n, *shape)) for _ in range(2)),
+            np.zeros((n, *shape)),
+            np.zeros((n, *shape)),
             np.zeros((n, layers, len(region_names()))),
             np.zeros((n, layers)),
             contrasts,
@@ -87,7 +88,8 @@ class Assignments:
 def groups_of(units: Sequence[str], most: int) -> np.ndarray:
     """Deals units, in the order of a hash, into up to `most` groups; int64 `[n]`."""
     names, index = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    texts = names.tolist()
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest())
     group = np.empty(len(names), np.int64)
     group[order] = np.arange(len(names)) % most
     return group[index]
@@ -113,7 +115,7 @@ def assigned(routing: Choices | Weights, experts: int) -> tuple[np.ndarray, np.n
         share = routing.combine.sum(-1)
         return share, share
     shape = (*routing.experts.shape[:2], experts + 1)  # the last: no expert
-    found = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for array, values in zip(found, (np.float32(1), routing.gates), strict=True):
-        np.put_along_axis(array, routing.experts, values, axis=-1)
-    return found[0][..., :experts], found[1][..., :experts]
+    counts, gates = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    np.put_along_axis(counts, routing.experts, np.float32(1), axis=-1)
+    np.put_along_axis(gates, routing.experts, routing.gates, axis=-1)
+    return counts[..., :experts], gates[..., :experts]

@@ -1,16 +1,18 @@
-"""What a contrast says of the experts of all layers, as numbers."""
+"""What a contrast says of the experts of all layers: numbers and heat maps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.experts import specialisation
-from moe_ablm.evaluation.experts.specialisation import Estimate, discoveries, jackknife
+from moe_ablm.evaluation.experts.specialisation import Jackknifed, discoveries, jackknife
 from moe_ablm.evaluation.experts.specialists import Half, chosen, halves, specialists
 from moe_ablm.evaluation.experts.traits import FROM_START, Contrast
-from moe_ablm.evaluation.statistics.estimates import Number
 
 FALSE_DISCOVERIES = 0.05
 CDRH3 = "CDRH3"
@@ -26,7 +28,7 @@ class Finding:
     Attributes:
       contrast: what is compared.
       layers: numbers of the M layers.
-      first: whether no contrast of the same trait came before: what needs no match is told once.
+      first: whether it is the first of its trait: what needs no match is reported once.
       estimates: of each layer, `[X, E]`, by metric.
       adjusted: `[M, X, E]`, p-values of `excess`, adjusted for how many they are.
       information: of each layer, as `specialisation.information`, less its bias.
@@ -36,9 +38,9 @@ class Finding:
     contrast: Contrast
     layers: Sequence[int]
     first: bool
-    estimates: Mapping[str, list[Estimate]]
+    estimates: Mapping[str, list[Jackknifed]]
     adjusted: np.ndarray
-    information: list[Estimate]
+    information: list[Jackknifed]
     halves: list[tuple[Half, Half]]
 
     @classmethod
@@ -48,7 +50,7 @@ class Finding:
         """From sums `[groups, cells, M, E]`."""
         parts = [table[:, :, m] for m in range(len(layers))]
 
-        def each(statistic) -> list[Estimate]:
+        def each(statistic) -> list[Jackknifed]:
             return [jackknife(part, partial(statistic, contrast=contrast)) for part in parts]
 
         wanted = (UNMATCHED if first else {}) | MATCHED
@@ -70,13 +72,13 @@ def cell_numbers(finding: Finding) -> list[Number]:
             of = estimates[m]
             numbers += estimate_numbers(metric, of, finding.contrast, layer, labels, unit)
         q = finding.adjusted[m]
-        no_error = Estimate(q, np.full(q.shape, np.nan), np.zeros(q.shape), 0)
+        no_error = Jackknifed(q, np.full(q.shape, np.nan), np.zeros(q.shape), 0)
         numbers += estimate_numbers("excess_q", no_error, finding.contrast, layer, matched, "")
     return numbers
 
 
 def estimate_numbers(
-    metric: str, estimate: Estimate, contrast: Contrast, layer: int, labels: dict, unit: str
+    metric: str, estimate: Jackknifed, contrast: Contrast, layer: int, labels: dict, unit: str
 ) -> list[Number]:
     """Of an estimate `[X, E]`, a number a class and expert."""
     low, high = estimate.interval()
@@ -99,17 +101,17 @@ def estimate_numbers(
 def information_numbers(finding: Finding) -> list[Number]:
     """Information by layer, in bits, and as a share of the entropy of experts."""
     c, n = finding.contrast, int(finding.contrast.residues.sum())
-    told = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
+    wanted = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
     if finding.first:
-        told.append(("information", 1, {"trait": c.trait}))
+        wanted.append(("information", 1, {"trait": c.trait}))
     if c.matched == FROM_START:
-        told.append(("information", 2, {"trait": FROM_START}))
+        wanted.append(("information", 2, {"trait": FROM_START}))
     if finding.first and c.trait == "region":
-        told.append(("expert_entropy", 0, {}))
+        wanted.append(("expert_entropy", 0, {}))
     numbers = []
     for layer, estimate in zip(finding.layers, finding.information, strict=True):
         low, high = estimate.interval()
-        for metric, i, labels in told:
+        for metric, i, labels in wanted:
             about = {"layer": str(layer)} | labels
             for j, (name, unit) in enumerate(((metric, "bits"), (f"{metric}_share", "share"))):
                 ends = float(low[i, j]), float(high[i, j])
@@ -137,15 +139,48 @@ def specialist_numbers(finding: Finding) -> list[Number]:
             unit = "log2" if metric == "excess" else "share"
             for x, name in enumerate(c.names):
                 low, high = (float(end) for end in estimates[x].interval())
-                result = float(estimates[x].value), low, high, int(counts[x]), unit
+                value, rest = float(estimates[x].value), (low, high, int(counts[x]), unit)
                 about = {"layer": layer, "region": name, "matched": c.matched}
-                numbers.append(_number(f"specialist_{metric}", about, *result))
+                numbers.append(Number(f"specialist_{metric}", value, about, *rest))
                 if (layer, name) == (ANY, CDRH3):
-                    numbers.append(_number(f"cdrh3_{metric}", {"matched": c.matched}, *result))
+                    about = {"matched": c.matched}
+                    numbers.append(Number(f"cdrh3_{metric}", value, about, *rest))
     return numbers
 
 
-def _number(
-    metric: str, labels: dict, value: float, low: float, high: float, n: int, unit: str
-) -> Number:
-    return Number(metric, value, labels, low, high, n, unit)
+NUMBERED = 32  # experts of a panel
+MOST = 3.0  # what is more or less has the last colour: experts that never take a class
+
+
+def heat_map(
+    values: np.ndarray,
+    flagged: np.ndarray,
+    layers: Sequence[int],
+    names: Sequence[str],
+    label: str,
+) -> Figure:
+    """A panel a layer, experts by classes; a dot where a value is flagged.
+
+    Args:
+      values: `[M, X, E]`; 0 is white, red is more.
+      flagged: bool, the same shape.
+      layers: numbers of the M layers.
+      names: of the X classes.
+      label: of the colours.
+    """
+    experts = values.shape[2]
+    # a file has at most 2^16 pixels a side: rows of many experts are lower
+    height = 0.7 + min(0.25 * experts, 6.0)
+    size = (2 + 0.42 * len(names), 1.4 + len(layers) * height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(layers), 1, squeeze=False)
+    limit = float(np.clip(values.max(), 0.1, MOST))
+    for axis, layer, table, mark in zip(axes[:, 0], layers, values, flagged, strict=True):
+        image = axis.imshow(table.T, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        axis.plot(*np.nonzero(mark), "k.", markersize=2)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axis.set_yticks(range(0, experts, math.ceil(experts / NUMBERED)))
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set(title=f"layer {layer}", ylabel="expert")
+    figure.colorbar(image, ax=axes, location="right", label=label, shrink=0.8, extend="both")
+    return figure

@@ -2,8 +2,8 @@
 
 Experts have no order, so those of one run are matched to those of another, layer by layer, such
 that the sum of the correlations of their profiles is the largest (Hungarian algorithm, Kuhn 1955).
-A best matching correlates by chance, too: what it is worth is told by the same matching after the
-classes of one run's profiles have been renamed at random, the same for all of its experts.
+A best matching correlates by chance, too. The null distribution is the same matching after the
+classes of one run's profiles are permuted, the same way for all of its experts.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moe_ablm.evaluation.statistics.estimates import Number, interval
+from moe_ablm.evaluation.estimates import Number, interval
 
 PROFILE = ("region", "residue")  # traits whose enrichments are an expert's profile
 RENAMED = 1000
@@ -94,8 +94,10 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
             continue
         names = sorted({trait for trait, _ in classes})
         blocks = np.array([names.index(trait) for trait, _ in classes])
-        tables = [np.array([[p[c] for c in classes] for p in x[layer].values()]) for x in (a, b)]
-        found += _numbers(layer, match(*tables, blocks))
+        one, other = (
+            np.array([[p[c] for c in classes] for p in x[layer].values()]) for x in (a, b)
+        )
+        found += _numbers(layer, match(one, other, blocks))
     return found
 
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.experts.assignments import GROUPS, groups_of
+from moe_ablm.evaluation.experts.findings import heat_map
 from moe_ablm.evaluation.experts.specialisation import jackknife, quotient
 from moe_ablm.evaluation.outcome import Picture, Table
-from moe_ablm.evaluation.pictures.routing import heat_map
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
 from moe_ablm.inference.route import Weights
 
 FLAT = 0.999  # entropy over its maximum: weights vary by 10 % (as the stability watch of training)

@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from moe_ablm.evaluation.estimates import LEVEL
 from moe_ablm.evaluation.experts.traits import Contrast
-from moe_ablm.evaluation.statistics.estimates import LEVEL
 
 SMOOTHING = 0.5  # assignments, added to observed and expected counts
 TOGETHER = 1 << 22  # cells of tables in one go
-ROUNDING = 1e-6  # standard errors below are not told from rounding
+ROUNDING = 1e-6  # smaller standard errors are rounding
 
 
-class Estimate(NamedTuple):
+class Jackknifed(NamedTuple):
     """`value` with its standard `error` and `bias`, arrays of one shape; NaN under two groups."""
 
     value: np.ndarray
@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
         p = 2 * stats.t.sf(t, max(self.groups - 1, 1))
         return np.where(np.isfinite(p), p, 1.0)
 
-    def corrected(self) -> "Estimate":
+    def corrected(self) -> "Jackknifed":
         """Less its bias, of which the term of order 1 / groups is known."""
         return self._replace(value=self.value - self.bias, bias=np.zeros_like(self.bias))
 
@@ -54,22 +54,23 @@ class Replicates(NamedTuple):
 
     def at(self, *place: int) -> "Replicates":
         """One of its entries."""
-        return Replicates(self.value[place], self.without[(slice(None), *place)])
+        index: tuple[int | slice, ...] = (slice(None), *place)
+        return Replicates(self.value[place], self.without[index])
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Replicates":
         """A function of it, of arrays with any leading axes."""
         return Replicates(function(self.value), function(self.without))
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Jackknifed:
         """With error and bias."""
         groups = len(self.without)
         if groups < 2:
             nothing = np.full(np.shape(self.value), math.nan)
-            return Estimate(self.value, nothing, nothing, groups)
+            return Jackknifed(self.value, nothing, nothing, groups)
         mean = self.without.mean(0)
         squares = np.square(self.without - mean).sum(0)
         error = np.sqrt((groups - 1) / groups * squares)
-        return Estimate(self.value, error, (groups - 1) * (mean - self.value), groups)
+        return Jackknifed(self.value, error, (groups - 1) * (mean - self.value), groups)
 
 
 def replicates(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Replicates:
@@ -86,8 +87,8 @@ def replicates(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray])
     return Replicates(statistic(total[None])[0], np.concatenate(parts))
 
 
-def jackknife(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """Estimate of a statistic of the sum of groups; arguments of `replicates`."""
+def jackknife(table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Jackknifed:
+    """Jackknifed of a statistic of the sum of groups; arguments of `replicates`."""
     return replicates(table, statistic).estimate()
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_ablm.evaluation.experts.specialisation import (
-    Estimate,
+    Jackknifed,
     Replicates,
     excess,
     gain,
@@ -41,15 +41,16 @@ class Half(NamedTuple):
 
 def halves(table: np.ndarray, contrast: Contrast) -> tuple[Half, Half]:
     """Both directions, from sums `[groups, C, E]` of a layer."""
-    parts = table[::2], table[1::2]
-    return tuple(
-        Half(
+
+    def half(choosing: np.ndarray, judging: np.ndarray) -> Half:
+        return Half(
             gain(choosing.sum(0, dtype=np.float64)[None], contrast)[0],
             replicates(judging, lambda t: excess(t, contrast)),
             replicates(judging, lambda t: share(t, contrast)),
         )
-        for choosing, judging in (parts, parts[::-1])
-    )
+
+    even, odd = table[::2], table[1::2]
+    return half(even, odd), half(odd, even)
 
 
 def chosen(layer: tuple[Half, Half], label: int) -> int:
@@ -68,7 +69,7 @@ def exclusive(contrast: Contrast) -> np.ndarray:
 
 def specialists(
     layers: Sequence[tuple[Half, Half]], contrast: Contrast
-) -> dict[str, list[Estimate]]:
+) -> dict[str, list[Jackknifed]]:
     """What the specialist of each class among all experts of some layers does.
 
     It is the expert that takes most of the class beyond what is expected, so that one that sees
@@ -97,7 +98,8 @@ def specialists(
 
 def _choice(direction: Sequence[Half], label: int) -> tuple[int, int]:
     gains = np.round([half.gain[label] for half in direction], DECIMALS)
-    return tuple(int(i) for i in np.unravel_index(np.argmax(gains), gains.shape))
+    layer, expert = np.unravel_index(np.argmax(gains), gains.shape)
+    return int(layer), int(expert)
 
 
 def _over_others(values: np.ndarray) -> np.ndarray:
@@ -105,9 +107,9 @@ def _over_others(values: np.ndarray) -> np.ndarray:
     return values - others / (values.shape[-1] - 1)
 
 
-def _mean(a: Replicates, b: Replicates) -> list[Estimate]:
+def _mean(a: Replicates, b: Replicates) -> list[Jackknifed]:
     """Mean of two independent estimates `[X]`, one a class."""
-    a, b = a.estimate(), b.estimate()
-    value, groups = (a.value + b.value) / 2, a.groups + b.groups - 1
-    error = np.hypot(a.error, b.error) / 2
-    return [Estimate(v, e, np.float64(math.nan), groups) for v, e in zip(value, error, strict=True)]
+    one, other = a.estimate(), b.estimate()
+    value, groups = (one.value + other.value) / 2, one.groups + other.groups - 1
+    error, bias = np.hypot(one.error, other.error) / 2, np.full((), math.nan)
+    return [Jackknifed(v, e, bias, groups) for v, e in zip(value, error, strict=True)]

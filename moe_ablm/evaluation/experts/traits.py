@@ -1,7 +1,7 @@
 """What is known of residues that experts may specialise in, and what it is compared within.
 
-A contrast asks whether experts tell the classes of a trait apart (regions, say) among residues that
-are alike in something simpler (the same amino acid, say), its strata.
+A contrast tests whether experts distinguish the classes of a trait (such as regions) among residues
+of one stratum (such as the same amino acid).
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from moe_ablm.data.regions import CHAINS, REGIONS, region_names
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.evaluation.cohort import Annotated
 
-GENES = 10  # most frequent V genes of a chain that are told apart
+GENES = 10  # most frequent V genes of a chain; the others are one class
 STATES = ("germline", "mutated", "CDR3")
 RESIDUE, CHAIN_AND_RESIDUE = "residue", "chain and residue"
 FROM_START, ALIGNED = "distance from N-terminus", "aligned position"
@@ -96,7 +96,8 @@ def traits(antibodies: Sequence[Annotated]) -> dict[str, Trait]:
 
 def v_genes(antibodies: Sequence[Annotated]) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the frequent genes and of the rest of each chain, and int64 `[chains]` codes."""
-    names, codes = [], {}
+    names: list[str] = []
+    codes: dict[str, int] = {}
     for chain in CHAINS:
         count = Counter(getattr(a, chain).v_gene for a in antibodies)
         del count[""]

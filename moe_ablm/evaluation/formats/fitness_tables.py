@@ -1,4 +1,4 @@
-"""Variants with a measured fitness: tables of FLAb and of ProteinGym, told by their columns.
+"""Variants with a measured fitness: tables of FLAb and of ProteinGym, recognised by their columns.
 
 FLAb (Graylab/FLAb) keeps antibodies as `heavy, light, fitness`, nanobodies as `VHH_sequence`;
 ProteinGym (Notin et al. 2023) substitutions as `mutant, mutated_sequence, DMS_score`, where
@@ -17,7 +17,7 @@ from moe_ablm.data.readers.columns import listed
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member, members
-from moe_ablm.evaluation.formats.rows import Row, named, read_rows
+from moe_ablm.evaluation.formats.rows import TableRow, named, read_rows
 
 HEAVY = ("heavy", "VHH_sequence", "sequence_aa_heavy", "h_sequence")
 LIGHT = ("light", "sequence_aa_light", "l_sequence")
@@ -89,7 +89,9 @@ def _read(member: Member, name: str) -> Assay:
     )
 
 
-def _antibodies(member: Member, name: str, header: list[str], rows: Iterator[Row]) -> Antibodies:
+def _antibodies(
+    member: Member, name: str, header: list[str], rows: Iterator[TableRow]
+) -> Antibodies:
     columns = [
         next((h for n in names for h in header if h.lower() == n.lower()), None)
         for names in (HEAVY, LIGHT)
@@ -97,12 +99,13 @@ def _antibodies(member: Member, name: str, header: list[str], rows: Iterator[Row
     for column in filter(None, columns):
         named(header, (column,), member.where)
     value = named(header, ("fitness",), member.where)
-    antibodies, fitness = [], []
+    antibodies: list[Antibody] = []
+    fitness = []
     for row in rows:
-        chains = [row.sequence(column, empty=True) if column else "" for column in columns]
-        if not any(chains):
-            raise row.fail(columns[0] or columns[1], "both chains are empty")
-        antibodies.append(Antibody(str(len(antibodies) + 1), *chains))
+        heavy, light = (row.sequence(c, empty=True) if c else "" for c in columns)
+        if not heavy + light:
+            raise row.fail(next(filter(None, columns)), "both chains are empty")
+        antibodies.append(Antibody(str(len(antibodies) + 1), heavy, light))
         fitness.append(row.number(value))
     if not antibodies:
         raise UserError(f"{member.where}: no rows below the header")
@@ -110,7 +113,7 @@ def _antibodies(member: Member, name: str, header: list[str], rows: Iterator[Row
 
 
 def _substitutions(
-    member: Member, name: str, header: list[str], rows: Iterator[Row]
+    member: Member, name: str, header: list[str], rows: Iterator[TableRow]
 ) -> Substitutions:
     mutant = named(header, ("mutant",), member.where)
     mutated = named(header, ("mutated_sequence",), member.where)
@@ -129,7 +132,7 @@ def _substitutions(
     return Substitutions(name, Antibody(name, wild_type, ""), tuple(variants), np.array(fitness))
 
 
-def _reverted(row: Row, mutant: str, mutated: str) -> tuple[tuple[Substitution, ...], str]:
+def _reverted(row: TableRow, mutant: str, mutated: str) -> tuple[tuple[Substitution, ...], str]:
     """Substitutions of a row, and its sequence without them."""
     letters, text = list(row.sequence(mutated)), row.values[mutant].strip()
     if text.lower() in WILD_TYPE:

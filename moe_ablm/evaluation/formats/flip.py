@@ -11,20 +11,20 @@ from typing import NamedTuple
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member
 from moe_ablm.evaluation.formats.protein_tasks import PARTS, UNKNOWN, Protein, kind_of
-from moe_ablm.evaluation.formats.rows import Row, named, read_rows
+from moe_ablm.evaluation.formats.rows import TableRow, named, read_rows
 
 SEQUENCES, MASKS = "sequences", ("mask", "resolved")
 _FIELDS = ("TARGET", "SET", "VALIDATION", "MASK")
 
 
-class Record(NamedTuple):
+class FlipRecord(NamedTuple):
     """A protein of a split as it is written: texts of `_FIELDS`, "" where there are none."""
 
     name: str
-    row: Row
+    row: TableRow
 
 
-def read_csv(member: Member) -> list[Record]:
+def read_csv(member: Member) -> list[FlipRecord]:
     """Records of a CSV split.
 
     Raises:
@@ -39,23 +39,24 @@ def read_csv(member: Member) -> list[Record]:
     if "validation" in {h.lower() for h in header}:
         columns["VALIDATION"] = named(header, ("validation",), member.where)
     empty = dict.fromkeys(_FIELDS, "")
-    records = []
+    records: list[FlipRecord] = []
     for row in rows:
         values = empty | {name: row.values[column] for name, column in columns.items()}
-        records.append(Record(str(len(records) + 1), Row(row.where, values)))
+        records.append(FlipRecord(str(len(records) + 1), TableRow(row.where, values)))
     if not records:
         raise UserError(f"{member.where}: no rows below the header")
     return records
 
 
-def read_fasta(member: Member) -> list[Record]:
+def read_fasta(member: Member) -> list[FlipRecord]:
     """Records of a FASTA; what stands below a header is under "sequence"."""
     return [_record(member, *found) for found in _fasta(member)]
 
 
 def _fasta(member: Member) -> Iterator[tuple[int, str, str]]:
     """(line, header, text) of each record."""
-    at, header, parts = 0, "", []
+    at, header = 0, ""
+    parts: list[str] = []
     for number, line in enumerate(member.lines(), start=1):
         if line.startswith(">"):
             if at:
@@ -66,7 +67,7 @@ def _fasta(member: Member) -> Iterator[tuple[int, str, str]]:
     yield at, header, "".join(parts)
 
 
-def _record(member: Member, line: int, header: str, text: str) -> Record:
+def _record(member: Member, line: int, header: str, text: str) -> FlipRecord:
     where = f"{member.where}: line {line}"
     name, *fields = header.split() or [""]
     if not name:
@@ -76,11 +77,11 @@ def _record(member: Member, line: int, header: str, text: str) -> Record:
         key, equals, value = field.partition("=")
         if equals and key.upper() in _FIELDS:
             values[key.upper()] = value
-    return Record(name, Row(where, values))
+    return FlipRecord(name, TableRow(where, values))
 
 
 def proteins_of(
-    split: Sequence[Record], others: Mapping[str, Sequence[Record]]
+    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]]
 ) -> tuple[str, dict[str, list[Protein]]]:
     """Kind and proteins by part of a split.
 
@@ -103,7 +104,7 @@ def proteins_of(
     return kind, parts
 
 
-def masked(row: Row, target: str, residues: int) -> str:
+def masked(row: TableRow, target: str, residues: int) -> str:
     """Labels in the column `target`, `UNKNOWN` where its "MASK", if it has one, is 0.
 
     Raises:
@@ -119,7 +120,9 @@ def masked(row: Row, target: str, residues: int) -> str:
     return "".join(a if b == "1" else UNKNOWN for a, b in zip(labels, mask, strict=True))
 
 
-def _joined(split: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> list[Row]:
+def _joined(
+    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]]
+) -> list[TableRow]:
     """Rows with sequence, target and mask, wherever they are written."""
     if all(record.row.values["TARGET"] for record in split):
         return [record.row for record in split]
@@ -133,11 +136,11 @@ def _joined(split: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> 
         if name not in sequences:
             raise UserError(f"{row.where}: {name} is not in {SEQUENCES}.fasta")
         found = {"TARGET": row.values["sequence"], "MASK": masks.get(name, "")}
-        rows.append(Row(row.where, {**row.values, **found, "sequence": sequences[name]}))
+        rows.append(TableRow(row.where, {**row.values, **found, "sequence": sequences[name]}))
     return rows
 
 
-def _part(row: Row) -> str:
+def _part(row: TableRow) -> str:
     part = row.values["SET"].strip().lower()
     part = {"val": "valid", "validation": "valid"}.get(part, part)
     if part not in PARTS:

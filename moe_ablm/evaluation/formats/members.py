@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import IO, BinaryIO, NamedTuple, TextIO
 
 from moe_ablm.errors import UserError
 
@@ -28,7 +28,7 @@ class Member(NamedTuple):
       where: its name for messages.
       stem: its name without suffixes.
       head: its first characters.
-      text: its content, to be read before the next member is asked for.
+      text: its content, to be read before the next member is requested.
     """
 
     where: str
@@ -61,13 +61,12 @@ def members(path: Path, largest: int = LARGEST) -> Iterator[Member]:
     with path.open("rb") as raw:
         magic = raw.read(4)
         raw.seek(0)
-        if magic.startswith(b"\x1f\x8b"):
-            raw = gzip.GzipFile(fileobj=raw)
         budget = _Budget(path, largest)
         if magic == b"PK\x03\x04":
             yield from _zipped(path, raw, budget)
             return
-        stream = io.BufferedReader(_Bounded(raw, budget), 1 << 16)
+        plain = gzip.GzipFile(fileobj=raw) if magic.startswith(b"\x1f\x8b") else raw
+        stream = io.BufferedReader(_Bounded(plain, budget), 1 << 16)
         if stream.peek(512)[257:262] == b"ustar":
             yield from _tarred(path, stream, _Budget(path, largest))
         else:
@@ -93,8 +92,8 @@ def _tarred(path: Path, stream: BinaryIO, budget: "_Budget") -> Iterator[Member]
     try:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for info in archive:
-                if _wanted(info.name, not info.isfile()):
-                    inner = _Bounded(archive.extractfile(info), budget)
+                if _wanted(info.name, not info.isfile()) and (file := archive.extractfile(info)):
+                    inner = _Bounded(file, budget)
                     yield _member(path, info.name, io.BufferedReader(inner, 1 << 16))
     except tarfile.TarError as error:
         raise _damaged(path, error) from error
@@ -105,7 +104,7 @@ def _wanted(name: str, directory: bool) -> bool:
     return not directory and not any(p.startswith((".", "__MACOSX")) for p in parts)
 
 
-def _member(path: Path, inside: str, stream: io.BufferedReader) -> Member:
+def _member(path: Path, inside: str, stream: "io.BufferedReader[_Bounded]") -> Member:
     where = f"{path}: {inside}" if inside else str(path)
     head = stream.peek(4096)[:4096]
     if head[16:20] == _LMDB or head.startswith(_PICKLES):
@@ -137,7 +136,7 @@ class _Budget:
 class _Bounded(io.RawIOBase):
     """A stream that may give so many bytes, and whose damage is the user's to mend."""
 
-    def __init__(self, stream: BinaryIO, budget: _Budget):
+    def __init__(self, stream: io.BufferedIOBase | IO[bytes], budget: _Budget):
         self._stream, self._budget = stream, budget
 
     def readable(self) -> bool:

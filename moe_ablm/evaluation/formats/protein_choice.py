@@ -1,4 +1,4 @@
-"""Which proteins of a task are evaluated: the splits asked for, draws, what a model can read."""
+"""Which proteins of a task are evaluated: chosen splits, draws, lengths that the model can read."""
 
 import hashlib
 import os
@@ -58,7 +58,7 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
 
     Args:
       subject: the model.
-      task: what is asked.
+      task: with all its splits.
       train, test: most proteins of a training and of a test set; of a validation set as many as
         of a test set.
 
@@ -70,7 +70,7 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
         each_part(s, lambda p, n: drawn(p, n, subject.seed), train, test) for s in task.splits
     ]
     room = longest - len(layout.before) - len(layout.after)
-    notes = []
+    notes: list[str] = []
     if task.kind != "residue":
         splits, notes = without_common_ends(splits, room)
     kept = []
@@ -84,9 +84,9 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
                 "that the model was trained for: left out"
             )
         tests = {name: test for name, test in found.tests.items() if len(test) >= FEWEST}
-        targets = {p.target for p in found.train}
+        targets: set[float | str] = {p.target for p in found.train}
         if task.kind == "residue":
-            targets = set("".join(targets)) - {UNKNOWN}
+            targets = {c for labels in targets for c in str(labels) if c != UNKNOWN}
         if tests and len(targets) > 1:
             kept.append(replace(found, tests=tests))
         else:
@@ -107,7 +107,7 @@ def without_common_ends(splits: Sequence[Split], room: int) -> tuple[list[Split]
     """Ends that all proteins share, cut as far as is needed to fit them into `room` residues.
 
     Variants of one protein differ in the middle of it: GB1 carries a partner of 209 residues that
-    is always the same and tells nothing.
+    is always the same and carries no information.
     """
     sequences = {p.sequence for split in splits for p in split.everyone()}
     excess = max((len(s) for s in sequences), default=0) - room
@@ -126,5 +126,5 @@ def without_common_ends(splits: Sequence[Split], room: int) -> tuple[list[Split]
             p._replace(sequence=p.sequence[before : len(p.sequence) - behind]) for p in proteins
         ]
 
-    told = f"the first {before} and last {behind} residues, the same in all proteins, cut to fit"
-    return [each_part(split, cut) for split in splits], [told]
+    note = f"the first {before} and last {behind} residues, the same in all proteins, cut to fit"
+    return [each_part(split, cut) for split in splits], [note]

@@ -1,4 +1,4 @@
-"""From files to tasks: the formats of FLIP and TAPE, told by content, in archives or alone."""
+"""From files to tasks: the formats of FLIP and TAPE, recognised by content, in archives or not."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from moe_ablm.evaluation.formats import flip, tape
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
 
-_FOLDERS = ("splits", "data", "")  # names that tell no task
+_FOLDERS = ("splits", "data", "")  # names that do not identify a task
 
 
 def read_tasks(paths: Sequence[Path]) -> list[Task]:
@@ -17,7 +17,7 @@ def read_tasks(paths: Sequence[Path]) -> list[Task]:
     Raises:
       UserError: a malformed file, a task without training or test set.
     """
-    splits: dict[str, dict[str, list[flip.Record]]] = {}
+    splits: dict[str, dict[str, list[flip.FlipRecord]]] = {}
     parts: dict[str, dict[str, tuple[str, list[Protein]]]] = {}
     for path in paths:
         for member in members(path):
@@ -39,7 +39,7 @@ def _folder(path: Path) -> str:
     return next((name for name in names if name not in _FOLDERS), path.stem)
 
 
-def _read_flip(member: Member, files: dict[str, list[flip.Record]]) -> None:
+def _read_flip(member: Member, files: dict[str, list[flip.FlipRecord]]) -> None:
     """Adds a file's records; where a split is there as FASTA and as CSV, the FASTA is read."""
     if member.head.lstrip().startswith(">"):
         files[member.stem] = flip.read_fasta(member)
@@ -47,7 +47,7 @@ def _read_flip(member: Member, files: dict[str, list[flip.Record]]) -> None:
         files[member.stem] = flip.read_csv(member)
 
 
-def _flip_tasks(name: str, files: dict[str, list[flip.Record]]) -> list[Task]:
+def _flip_tasks(name: str, files: dict[str, list[flip.FlipRecord]]) -> list[Task]:
     """A task a kind: all splits of a file are of one, as a rule."""
     kinds: dict[str, list[Split]] = {}
     for stem, records in files.items():

@@ -40,11 +40,11 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is asked of the same kind of protein, in one split or several.
+    """A prediction task, in one split or several.
 
     Attributes:
       name: "flip_gb1", "fluorescence".
-      kind: of `heads.KINDS`.
+      kind: one of `head_inputs.KINDS`.
       splits: at least one.
     """
 

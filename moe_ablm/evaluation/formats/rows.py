@@ -16,15 +16,15 @@ _LONGEST = 50_000  # residues
 _LETTERS = frozenset(LETTERS)
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A record of a file: `where` names it in messages; `values` by column."""
 
     where: str
     values: Mapping[str, str]
 
-    def fail(self, column: str, told: str) -> UserError:
+    def fail(self, column: str, problem: str) -> UserError:
         """The error of a malformed value."""
-        return UserError(f"{self.where}: column {column}: {told}")
+        return UserError(f"{self.where}: column {column}: {problem}")
 
     def number(self, column: str) -> float:
         """A finite number.
@@ -59,7 +59,7 @@ class Row(NamedTuple):
         return text
 
 
-def read_rows(member: Member) -> tuple[list[str], Iterator[Row]]:
+def read_rows(member: Member) -> tuple[list[str], Iterator[TableRow]]:
     """Header and rows of a CSV or TSV file with a header.
 
     Raises:
@@ -71,11 +71,13 @@ def read_rows(member: Member) -> tuple[list[str], Iterator[Row]]:
         raise UserError(f"{member.where}: no header line: the file is empty, or begins with a gap")
     delimiter = delimiter_of(line.encode())
     header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
-    return header, _rows(member, header, csv.reader(lines, delimiter=delimiter, strict=True))
+    return header, _rows(member, header, lines, delimiter)
 
 
-def _rows(member: Member, header: list[str], reader: Iterator[list[str]]) -> Iterator[Row]:
-    number = 0
+def _rows(
+    member: Member, header: list[str], lines: Iterator[str], delimiter: str
+) -> Iterator[TableRow]:
+    reader, number = csv.reader(lines, delimiter=delimiter, strict=True), 0
     try:
         for fields in reader:
             if not any(field.strip() for field in fields):
@@ -86,7 +88,7 @@ def _rows(member: Member, header: list[str], reader: Iterator[list[str]]) -> Ite
                 raise UserError(
                     f"{where}: found {len(fields)} columns, expected {len(header)} as in the header"
                 )
-            yield Row(where, dict(zip(header, fields, strict=True)))
+            yield TableRow(where, dict(zip(header, fields, strict=True)))
     except csv.Error as error:
         raise UserError(f"{member.where}: {place(number + 1)}: wrong quoting ({error})") from error
 

@@ -1,6 +1,6 @@
 """Tasks of TAPE (Rao et al. 2019) as JSON, an array or a record a line, and FLIP's JSON lines.
 
-A file is a part of a task, which its name tells: `fluorescence_train.json`,
+A file is a part of a task, named by the file: `fluorescence_train.json`,
 `secondary_structure_cb513.json`. Of secondary structure the three states are asked for, as in the
 paper, and eight where these are not there.
 """
@@ -14,7 +14,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.flip import masked
 from moe_ablm.evaluation.formats.members import Member
 from moe_ablm.evaluation.formats.protein_tasks import Protein
-from moe_ablm.evaluation.formats.rows import Row
+from moe_ablm.evaluation.formats.rows import TableRow
 
 # in the order in which they are looked for: target, kind
 TARGETS = {
@@ -34,10 +34,10 @@ _PIECE, _LONGEST_RECORD = 1 << 20, 64 << 20  # characters
 
 
 def part_of(member: Member) -> tuple[str, str]:
-    """(task, part) that the name of a file tells: "train", "valid", or the name of a test set.
+    """(task, part) of a file by its name: "train", "valid", or the name of a test set.
 
     Raises:
-      UserError: it tells none.
+      UserError: the name has no part.
     """
     match = _PART.fullmatch(member.stem)
     if not match:
@@ -67,14 +67,14 @@ def read_json(member: Member) -> tuple[str, list[Protein]]:
             )
         mask = next((record[k] for k in _MASKS if k in record), "")
         values = {keys[0]: _text(record[keys[0]]), target: _text(record[target])}
-        row = Row(where, values | {"MASK": _text(mask)})
+        row = TableRow(where, values | {"MASK": _text(mask)})
         proteins.append(_protein(row, keys[0], target))
     if not proteins:
         raise UserError(f"{member.where}: no record")
     return TARGETS[target], proteins
 
 
-def _protein(row: Row, sequence: str, target: str) -> Protein:
+def _protein(row: TableRow, sequence: str, target: str) -> Protein:
     letters, value = row.sequence(sequence), row.values[target]
     if TARGETS[target] == "regression":
         return Protein(letters, row.number(target))
@@ -96,7 +96,8 @@ def _records(member: Member) -> Iterator[dict]:
     """Objects of an array, or one after the other, held one at a time."""
     decoder, text, at, number = json.JSONDecoder(), "", 0, 1
     while True:
-        at = _GAP.match(text, at).end()
+        gap = _GAP.match(text, at)
+        at = gap.end() if gap else at
         try:
             found, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from moe_ablm.data.regions import CHAINS
+from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.reporting.compare import Comparison
-from moe_ablm.evaluation.reporting.evaluated import Evaluated
-from moe_ablm.evaluation.reporting.layout import interval_written
-from moe_ablm.evaluation.statistics.estimates import Number
+from moe_ablm.evaluation.reporting.report import interval_written
+from moe_ablm.evaluation.reporting.results import Evaluated
 from moe_ablm.model.families import FAMILIES
 
 HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"
@@ -30,7 +30,7 @@ PARTNERS = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Evidence:
     """What the models of a kind say of a claim; `decides`: it counts for the claim's verdict."""
 
     kind: str
@@ -52,19 +52,19 @@ class Claim:
 
     text: str
     test: str
-    findings: Sequence[Finding]
+    findings: Sequence[Evidence]
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
     def verdict(self) -> str:
         """One where all kinds agree, else that of each: "holds for a, does not hold for b"."""
-        told: dict[str, list[str]] = {}
+        kinds_of: dict[str, list[str]] = {}
         for finding in self.findings:
             if finding.decides:
-                told.setdefault(finding.verdict, []).append(finding.kind)
-        if len(told) == 1:
-            return next(iter(told))
-        return ", ".join(f"{verdict} for {' and '.join(kinds)}" for verdict, kinds in told.items())
+                kinds_of.setdefault(finding.verdict, []).append(finding.kind)
+        if len(kinds_of) == 1:
+            return next(iter(kinds_of))
+        return ", ".join(f"{v} for {' and '.join(kinds)}" for v, kinds in kinds_of.items())
 
 
 def claims_of(comparison: Comparison) -> list[Claim]:
@@ -104,7 +104,7 @@ def specialisation(comparison: Comparison) -> Claim:
             over, excess = _more_than_others(kind, runs), _excesses(kind, runs)
             notes.append(f"For comparison {kind} ({router}): {over.sentence}.")
             notes += [f"{kind}: {finding.sentence}." for finding in excess[:1]]
-    none = Finding("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
+    none = Evidence("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
     return Claim(
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
         "The expert that takes most of CDRH3 beyond expectation is chosen on one half of the "
@@ -119,24 +119,24 @@ def specialisation(comparison: Comparison) -> Claim:
     )
 
 
-def _more_than_others(kind: str, runs: Sequence[Evaluated]) -> Finding:
+def _more_than_others(kind: str, runs: Sequence[Evaluated]) -> Evidence:
     """Whether CDRH3 has an expert, and more of one than other regions."""
     found = [
         [_first(r.numbers("routing", f"cdrh3_{m}", matched=MATCHED[0])) for r in runs]
         for m in ("excess", "over_others")
     ]
     if not all(number for numbers in found for number in numbers):
-        return Finding(kind, NONE, why_not(runs, "routing"))
+        return Evidence(kind, NONE, why_not(runs, "routing"))
     verdicts = [
         both(verdict_of(e.low, e.high, SMALLEST_EXCESS), verdict_of(o.low, o.high, 0.0))
         for e, o in zip(*found, strict=True)
     ]
-    told = "; ".join(interval_written(vars(n)) for n in found[1])
-    sentence = f"more than the other regions' experts, relative: {told} ({_runs(runs)})"
-    return Finding(kind, together(verdicts), sentence)
+    intervals = "; ".join(interval_written(vars(n)) for n in found[1])
+    sentence = f"more than the other regions' experts, relative: {intervals} ({_runs(runs)})"
+    return Evidence(kind, together(verdicts), sentence)
 
 
-def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Finding]:
+def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Evidence]:
     """Excesses of CDRH3's expert by what they are matched on."""
     findings = []
     for matched in MATCHED:
@@ -154,10 +154,10 @@ def pairing(comparison: Comparison) -> Claim:
         if runs[0].model["regime"] == "unpaired":
             notes.append(f"{kind} was trained on single chains: left out.")
             continue
-        for partner, told in PARTNERS.items():
+        for partner, words in PARTNERS.items():
             numbers, heavy = ([_gain(r, chain, partner) for r in runs] for chain in CHAINS[::-1])
             decides = partner == "random"
-            what = f"nats gained over {told}"
+            what = f"nats gained over {words}"
             if decides or any(numbers):
                 findings.append(
                     _of_runs(kind, runs, numbers, "mutations", SMALLEST_LOSS, what, decides)
@@ -167,7 +167,7 @@ def pairing(comparison: Comparison) -> Claim:
                 notes.append(
                     f"Heavy chains with a random light chain instead, {kind}{of.sentence}."
                 )
-    none = Finding("", NONE, "no model that was trained on pairs among these")
+    none = Evidence("", NONE, "no model that was trained on pairs among these")
     return Claim(
         "Native pairing helps light chains (Burbach & Briney 2024).",
         "All mutated residues of the light chain masked: cross-entropy with another heavy chain "
@@ -197,13 +197,14 @@ def _of_runs(
     smallest: float,
     what: str,
     decides: bool,
-) -> Finding:
+) -> Evidence:
     """Of an effect within models: the same in every run."""
-    if not all(numbers):
-        return Finding(kind, NONE, why_not(runs, evaluation), decides)
-    verdict = together([verdict_of(n.low, n.high, smallest) for n in numbers])
-    told = "; ".join(interval_written(vars(n)) for n in numbers)
-    return Finding(kind, verdict, f"{what}: {told} ({_runs(runs)})", decides)
+    known = [n for n in numbers if n is not None]
+    if len(known) < len(numbers):
+        return Evidence(kind, NONE, why_not(runs, evaluation), decides)
+    verdict = together([verdict_of(n.low, n.high, smallest) for n in known])
+    intervals = "; ".join(interval_written(vars(n)) for n in known)
+    return Evidence(kind, verdict, f"{what}: {intervals} ({_runs(runs)})", decides)
 
 
 def _runs(runs: Sequence[Evaluated]) -> str:
@@ -233,17 +234,17 @@ def experts_against_dense(comparison: Comparison) -> Claim:
         "interval is over antibodies, the same ones for all models, and over seeds. The loss on "
         f"all residues decides: it holds where the interval is above 0 and reaches {SMALLEST_LOSS} "
         "nats, and does not where it is below that.",
-        findings or [Finding("", NONE, why)],
+        findings or [Evidence("", NONE, why)],
     )
 
 
-def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Finding:
+def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evidence:
     decides = region == "all"
     labels = {"test set": "paired", "region": region}
     found = comparison.difference("perplexity", "loss", dense, kind, **labels)
     if found is None:
         runs = [*comparison.kinds[kind], *comparison.kinds[dense]]
-        return Finding(kind, NONE, f"{region} residues: {why_not(runs, 'perplexity')}", decides)
+        return Evidence(kind, NONE, f"{region} residues: {why_not(runs, 'perplexity')}", decides)
     seeds = f"{found.seeds} seeds each, sd between seeds {found.seed_sd:.4f}"
     if math.isnan(found.seed_sd):
         seeds = "one run each: what another seed would change is not in the interval"
@@ -255,16 +256,18 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Find
         unequal = [(a.model[name], b.model[name]) for a, b in pairs]
         unequal = [each for each in unequal if not equal(*each)]
         if unequal:
-            ours, theirs = map(_told, unequal[0])
+            ours, theirs = map(_size_written, unequal[0])
             sentence += f", but {what} are not equal: {ours}, of {dense} {theirs}"
             verdict = NONE
-    return Finding(kind, verdict, sentence, decides)
+    return Evidence(kind, verdict, sentence, decides)
 
 
 def equal(a: int | None, b: int | None) -> bool:
     """Whether two sizes are known and the same but for `EQUAL`."""
-    return bool(a and b) and abs(a / b - 1) <= EQUAL
+    if not a or not b:
+        return False
+    return abs(a / b - 1) <= EQUAL
 
 
-def _told(value: int | None) -> str:
+def _size_written(value: int | None) -> str:
     return f"{value:,}" if value else "not known"

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
+from moe_ablm.evaluation.estimates import Estimate, Number, Sample, kinds_of
 from moe_ablm.evaluation.experts.matching import stability as seed_agreement
-from moe_ablm.evaluation.reporting.evaluated import Evaluated, key
-from moe_ablm.evaluation.statistics.estimates import Number, Sample
-from moe_ablm.evaluation.statistics.two_level import Estimate, kinds_of
+from moe_ablm.evaluation.reporting.results import Evaluated, key
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
 
 SCHEMA = "moe_ablm.comparison/1"
@@ -38,7 +37,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is told of several models.
+    """Results of several models side by side.
 
     Attributes:
       runs: models, those of the reference kind first.
@@ -84,7 +83,7 @@ def compare(runs: Sequence[Evaluated]) -> Comparison:
     """Compares models on all that their evaluations have in common.
 
     Args:
-      runs: checked by `evaluated.require_same_basis`; differences are a kind less an earlier one.
+      runs: checked by `results.require_same_basis`; differences are a kind less an earlier one.
     """
     results, notes = [], []
     for evaluation in EVALUATIONS:

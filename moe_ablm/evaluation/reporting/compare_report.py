@@ -7,28 +7,25 @@ from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import region_names
+from moe_ablm.evaluation.estimates import Estimate, Number
 from moe_ablm.evaluation.outcome import Table
 from moe_ablm.evaluation.reporting.claims import HOLDS, NOT, Claim
 from moe_ablm.evaluation.reporting.compare import Compared, Comparison, as_content, results_csv
-from moe_ablm.evaluation.reporting.evaluated import Evaluated
-from moe_ablm.evaluation.reporting.layout import name_written, numbers_table, written
 from moe_ablm.evaluation.reporting.references import HEADLINES, Headline
 from moe_ablm.evaluation.reporting.report import (
     facts_html,
     headline_written,
+    name_written,
+    numbers_table,
     parameters_written,
     tokens_written,
+    written,
 )
-from moe_ablm.evaluation.statistics.estimates import Number
-from moe_ablm.evaluation.statistics.two_level import Estimate
+from moe_ablm.evaluation.reporting.results import Evaluated
 from moe_ablm.evaluation.suite import as_json
 from moe_ablm.files import write_atomically
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
@@ -116,8 +113,8 @@ def _models(runs: Sequence[Evaluated]) -> str:
         found = (n for run in runs for n in run.numbers(**about, **dict(headline.labels)))
         if first := next(found, None):
             each = [run.numbers(**about, **first.labels) for run in runs]
-            told = headline_written(headline, first.labels)
-            rows[told] = [written(numbers[0].value) if numbers else "-" for numbers in each]
+            text = headline_written(headline, first.labels)
+            rows[text] = [written(numbers[0].value) if numbers else "-" for numbers in each]
     head = [f"<th>{escape(cell)}</th>" for cell in ["", *rows.pop("")]]
     body = [
         f"<th>{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -191,7 +188,6 @@ def _forest(comparison: Comparison, out: Path) -> list[str]:
     figure = draw_forest(found, ("all", *region_names()), kinds[0])
     file = out / "loss_by_region.png"
     figure.savefig(file, dpi=130)
-    plt.close(figure)
     caption = (
         f"Loss on masked residues of pairs, by region: each kind less {kinds[0]}; left of 0 is a "
         "lower loss. Bars are 95 % intervals over antibodies and seeds."
@@ -204,7 +200,8 @@ def draw_forest(
     found: Mapping[str, Sequence[Estimate | None]], names: Sequence[str], reference: str
 ) -> Figure:
     """A line an entry of `names`, a colour a kind; bars are intervals."""
-    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.36 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 0.36 * len(names)), layout="constrained")
+    axis = figure.subplots()
     step = 0.7 / len(found)
     for place, (kind, estimates) in enumerate(found.items()):
         kept = [(y, e) for y, e in enumerate(estimates) if e is not None]

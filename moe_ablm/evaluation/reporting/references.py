@@ -14,7 +14,7 @@ SCALING = "AbLMs scaling study"
 
 @dataclass(frozen=True)
 class Headline:
-    """The number of an evaluation that its line of the summary tells.
+    """A number of an evaluation that the summary shows.
 
     Attributes:
       metric, labels: of the number; it may have other labels beside.

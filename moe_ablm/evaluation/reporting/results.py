@@ -1,17 +1,21 @@
-"""The directory of an evaluation: what it is of, `results.json`, `numbers.csv`, `report.html`."""
+"""Writes and reads the directory of an evaluation: results.json, numbers.csv, report.html."""
 
 import csv
+import functools
 import io
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.estimates import Number, Sample, ratio, scaled
 from moe_ablm.evaluation.reporting.report import write_report
-from moe_ablm.evaluation.suite import SCHEMA
+from moe_ablm.evaluation.suite import DONE, SCHEMA, read_samples
 from moe_ablm.files import write_atomically
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
@@ -98,7 +102,7 @@ def write_results(
       out: directory of the evaluation.
       about: of `same_command`.
       found: of `suite.run_suite`.
-      command: the command line without its suite and output, told in the report.
+      command: the command line without its suite and output, shown in the report.
 
     Returns:
       Files that were written.
@@ -125,3 +129,185 @@ def numbers_csv(found: Mapping[str, dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+# what two evaluations must have in common for a comparison
+BASIS = ("dataset", "files", "seed", "precision")
+# what is read here, checked so that a damaged file is found at once
+MODEL = ("source", "sha256", "router", "regime", "params_total", "params_active", "tokens_seen")
+KEPT = ("status", "reason", "settings", "numbers", "title")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """One model's results.
+
+    Attributes:
+      kind: what it is one of, as "dense": models of a kind differ in their seed.
+      directory: of `evaluate`.
+      content: its `results.json`.
+    """
+
+    kind: str
+    directory: Path
+    content: Mapping[str, Any]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """Source, router, parameters ..."""
+        return self.content["model"]
+
+    def done(self, evaluation: str) -> bool:
+        """Whether an evaluation was carried out."""
+        kept = self.content["evaluations"].get(evaluation)
+        return kept is not None and kept["status"] == DONE
+
+    def why_not(self, evaluation: str) -> str:
+        """Why it was not."""
+        kept = self.content["evaluations"].get(evaluation)
+        return "not part of its suite" if kept is None else kept["reason"]
+
+    def numbers(self, evaluation: str, metric: str = "", **labels: str) -> list[Number]:
+        """Results of an evaluation, [] where it was not carried out; of a metric and labels."""
+        kept = self.content["evaluations"][evaluation] if self.done(evaluation) else None
+        return [
+            Number(**n | {k: math.nan if n[k] is None else n[k] for k in ("value", "low", "high")})
+            for n in (kept["numbers"] if kept else ())
+            if metric in ("", n["metric"])
+            and all(n["labels"].get(k) == v for k, v in labels.items())
+        ]
+
+    @functools.cached_property
+    def _samples(self) -> dict[str, list[Sample]]:
+        return {}
+
+    def samples(self, evaluation: str) -> list[Sample]:
+        """Every antibody's part of the means of an evaluation.
+
+        Raises:
+          UserError: the file is damaged, or not that of the results.
+        """
+        if evaluation not in self._samples:
+            file = self.directory / evaluation / "samples.parquet"
+            found = read_samples(file)
+            _check(found, self.numbers(evaluation), file)
+            self._samples[evaluation] = found
+        return self._samples[evaluation]
+
+
+def _check(samples: Sequence[Sample], numbers: Sequence[Number], file: Path) -> None:
+    """Raises `UserError` where samples are not those of the numbers."""
+    values = {key(n.metric, n.labels): n.value for n in numbers}
+    for sample in samples:
+        value = float(scaled(ratio(sample.total.sum(), sample.weight.sum()), sample.scale))
+        other = values.get(key(sample.metric, sample.labels), math.inf)
+        same = math.isnan(value) and math.isnan(other)
+        if not same and not math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9):
+            raise UserError(
+                f"{file} is not of the results beside it ({sample.metric} is {value:.6g} there, "
+                f"{other:.6g} in results.json): evaluate again"
+            )
+
+
+def key(metric: str, labels: Mapping[str, str]) -> tuple:
+    """Identity of a number within an evaluation."""
+    return metric, tuple(sorted(labels.items()))
+
+
+def read_evaluated(kind: str, directory: Path) -> Evaluated:
+    """Reads what `evaluate` wrote.
+
+    Raises:
+      UserError: it is no such directory, unfinished, or damaged.
+    """
+    where = f"--input {kind}={directory}"
+    file = directory / "results.json"
+    if not file.is_file():
+        unfinished = (directory / IDENTITY).is_file()
+        raise UserError(
+            f"{where}: the evaluation is unfinished (no results.json): give its command again"
+            if unfinished
+            else f"{where} is not a directory of `python -m moe_ablm evaluate` (no results.json)"
+        )
+    try:
+        content = json.loads(file.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r} instead of {SCHEMA!r}")
+        needed = [content[part] for part in BASIS]
+        needed += [content["model"][name] for name in MODEL]
+        needed += [kept[name] for kept in content["evaluations"].values() for name in KEPT]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}): evaluate again") from error
+    for name, kept in content["evaluations"].items():
+        _finished(where, directory / name / "result.json", kept)
+    return Evaluated(kind, directory, content)
+
+
+def _finished(where: str, file: Path, kept: Mapping[str, Any]) -> None:
+    """Raises `UserError` where an evaluation was begun again and broken off."""
+    try:
+        newest = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} is damaged or missing: evaluate again") from error
+    if newest != kept:
+        raise UserError(
+            f"{where}: {file} is newer than results.json, the evaluation is unfinished: give its "
+            "command again"
+        )
+
+
+def require_same_basis(runs: Sequence[Evaluated]) -> None:
+    """Raises `UserError` where runs were not evaluated on the same data in the same way."""
+    first = runs[0]
+    for run in runs[1:]:
+        where = f"--input {run.kind}={run.directory}"
+        for part in BASIS:
+            found, expected = (_basis(part, r.content[part]) for r in (run, first))
+            if found != expected:
+                raise UserError(
+                    f"{where}: evaluated with another {part} than {first.directory} "
+                    f"({_short(found)} instead of {_short(expected)}): evaluate both the same way"
+                )
+        for name, kept in run.content["evaluations"].items():
+            if not (run.done(name) and first.done(name)):
+                continue
+            found, expected = kept["settings"], first.content["evaluations"][name]["settings"]
+            if found != expected:
+                raise UserError(
+                    f"{where}: {name} was done with other settings than in {first.directory} "
+                    f"({_short(found)} instead of {_short(expected)}): evaluate both the same way"
+                )
+    _require_kinds(runs)
+    seen: dict[tuple, Path] = {}
+    for run in runs:
+        identity = (run.kind, run.model["sha256"])
+        if identity in seen:
+            raise UserError(
+                f"--input {run.kind}={run.directory}: the same weights as {seen[identity]}, so no "
+                f"other seed of {run.kind}: give each model once"
+            )
+        seen[identity] = run.directory
+
+
+def _require_kinds(runs: Sequence[Evaluated]) -> None:
+    """Raises `UserError` where runs of a kind differ in more than their seed."""
+    first: dict[str, Evaluated] = {}
+    for run in runs:
+        other = first.setdefault(run.kind, run)
+        for name in ("router", "regime", "params_total", "params_active"):
+            if run.model[name] != other.model[name]:
+                raise UserError(
+                    f"--input {run.kind}={run.directory}: {name} {run.model[name]}, but "
+                    f"{other.model[name]} of {other.directory}, so no other seed of {run.kind}: "
+                    "give it a name of its own"
+                )
+
+
+def _basis(part: str, value: Any) -> Any:
+    """A dataset by what it holds: it may have moved."""
+    return value["sha256"] if part == "dataset" and value else value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,18 +1,95 @@
-"""Cross-validation in which relatives stay together: no clone is in two folds."""
+"""Labelled antibodies from files, and cross-validation in which no clone is in two folds."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from moe_ablm.data.regions import CDR3
-from moe_ablm.data.split import hash64, link
+from moe_ablm.data.annotate import annotate_batch
+from moe_ablm.data.readers import open_sources
+from moe_ablm.data.regions import CDR3, CHAINS, regions_from_cdr_mask
+from moe_ablm.data.split import hash64, link, record_keys
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.cohort import Annotated, Chain
-from moe_ablm.evaluation.supervised.head_inputs import Head, Inputs
+from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain, hashed_order
+from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs
 from moe_ablm.evaluation.supervised.heads import Training, fit
 from moe_ablm.inference.buckets import Engine
+
+
+def read_labelled(paths: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
+    """Antibodies with the label of the column `label`, cut to their V domains, in file order.
+
+    Genes, regions and mutations are those of the file where they are there, else computed.
+
+    Returns:
+      The antibodies, and notes on rows that were left out: malformed, without annotation, seen
+      before, or seen with another label.
+
+    Raises:
+      UserError: no such file, an unknown format, or no label.
+    """
+    found: dict[int, Annotated] = {}
+    labels: dict[int, set[str]] = {}
+    read = kept = 0
+    for source in open_sources([str(path) for path in paths], on_bad_row="skip"):
+        for batch in source.batches():
+            if "label" not in batch.schema.names:
+                raise UserError(
+                    f"--data specificity={source.report.source}: no column label; expected the "
+                    "columns h_sequence, l_sequence, label"
+                )
+            for antibody in _annotated(batch):
+                kept += 1
+                found.setdefault(antibody.key, antibody)
+                labels.setdefault(antibody.key, set()).add(antibody.label)
+        read += source.report.read
+    certain = [a for key, a in found.items() if len(labels[key]) == 1 and a.label]
+    lost = {
+        "malformed or without annotation": read - kept,
+        "equal to another one": kept - len(found),
+        "without a label, or with several": len(found) - len(certain),
+    }
+    notes = [f"{n:,} of {read:,} rows are {what}: left out" for what, n in lost.items() if n]
+    return certain, notes
+
+
+def _annotated(batch: pa.RecordBatch) -> list[Annotated]:
+    done, _ = annotate_batch(batch)
+    heavy, light = (_chains(done, chain) for chain in CHAINS)
+    letters = [[c.letters.encode() for c in chains] for chains in (heavy, light)]
+    keys = record_keys(*letters)[0].tolist()
+    names = done["sequence_id"].to_pylist() if "sequence_id" in done.schema.names else keys
+    labels = (label or "" for label in done["label"].cast(pa.string()).to_pylist())
+    return [
+        Annotated(str(name), str(key), key, heavy_chain, light_chain, label)
+        for name, key, heavy_chain, light_chain, label in zip(
+            names, keys, heavy, light, labels, strict=True
+        )
+    ]
+
+
+def _chains(batch: pa.RecordBatch, chain: str) -> list[Chain]:
+    names = ("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gene")
+    columns = [batch[f"{name}_{chain}"].to_pylist() for name in names]
+    return [_chain(*values) if values[0] else NO_CHAIN for values in zip(*columns, strict=True)]
+
+
+def _chain(letters: str, germline: str, cdr: str, mutated: str, v_gene: str, j_gene: str) -> Chain:
+    codes = np.frombuffer(cdr.encode(), np.uint8)
+    region = regions_from_cdr_mask(codes, np.array([0, len(codes)]))
+    mutations = np.frombuffer(mutated.encode(), np.uint8) - np.uint8(ord("0"))
+    return Chain(letters, germline, region, mutations, np.zeros_like(region), v_gene, j_gene)
+
+
+def drawn(antibodies: Sequence[Annotated], most: int, seed: int) -> list[Annotated]:
+    """Up to `most` of them by a hash of sequence and seed, ordered by it: no matter how the file
+    is ordered, and fewer are the first of more."""
+    keys = np.array([a.key for a in antibodies], np.uint64)
+    return [antibodies[i] for i in hashed_order(keys, seed)[:most]]
+
 
 IDENTITY = 0.8  # of the CDRH3s of a clone
 
@@ -115,24 +192,21 @@ def out_of_fold(
       predict: from indices for training and indices held out to predictions for the latter.
       folds: `[n]`.
     """
-    found: np.ndarray | None = None
-    for fold in np.unique(folds).tolist():
-        held = np.flatnonzero(folds == fold)
-        part = predict(np.flatnonzero(folds != fold), held)
-        if found is None:
-            found = np.zeros((len(folds), part.shape[1]))
-        found[held] = part
-    return found
+    held = [np.flatnonzero(folds == fold) for fold in np.unique(folds).tolist()]
+    parts = [predict(np.setdiff1d(np.arange(len(folds)), rows), rows) for rows in held]
+    predictions = np.zeros((len(folds), parts[0].shape[1]))
+    predictions[np.concatenate(held)] = np.concatenate(parts)
+    return predictions
 
 
 def cross_validated(
-    engine: Engine, inputs: Inputs, classes: np.ndarray, folds: np.ndarray, training: Training
+    engine: Engine, inputs: HeadInputs, classes: np.ndarray, folds: np.ndarray, training: Training
 ) -> np.ndarray:
     """Out-of-fold class probabilities of heads with attention pooling, float64 `[n, C]`."""
     head = Head("classification", int(classes.max()) + 1)
 
     def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
         predictor = fit(engine, inputs.take(train), classes[train], head, training)
-        return np.exp(predictor(inputs.take(held)).astype(np.float64))
+        return np.exp(np.asarray(predictor(inputs.take(held)), np.float64))
 
     return out_of_fold(predict, folds)

@@ -40,7 +40,7 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class HeadInputs:
     """Antibodies as a head reads them; made once (`inputs_of`), used in many fits.
 
     Attributes:
@@ -55,10 +55,10 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, index: Sequence[int]) -> "Inputs":
+    def take(self, index: Sequence[int] | np.ndarray) -> "HeadInputs":
         """Some of the antibodies."""
         states = None if self.states is None else [self.states[i] for i in index]
-        return Inputs([self.rows[i] for i in index], states)
+        return HeadInputs([self.rows[i] for i in index], states)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -69,7 +69,7 @@ class Inputs:
         return -(-np.array(sizes, np.int64) // MULTIPLE) * MULTIPLE
 
 
-def inputs_of(engine: Engine, antibodies: Sequence[Antibody], head: Head, full: bool) -> Inputs:
+def inputs_of(engine: Engine, antibodies: Sequence[Antibody], head: Head, full: bool) -> HeadInputs:
     """What a head needs of antibodies: with a frozen encoder their hidden states.
 
     Raises:
@@ -77,7 +77,7 @@ def inputs_of(engine: Engine, antibodies: Sequence[Antibody], head: Head, full: 
     """
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     if full:
-        return Inputs(rows, None)
+        return HeadInputs(rows, None)
     pooled = head.pooling == "mean" and head.kind != "residue"
     width = engine.model.spec.d_model
     needed = 2 * width * (len(rows) if pooled else sum(len(row.places) for row in rows))
@@ -90,11 +90,11 @@ def inputs_of(engine: Engine, antibodies: Sequence[Antibody], head: Head, full: 
     for window in windows(antibodies, lambda a: (1, 4 * width * a.residues)):
         for found in embed(engine, window, "antibody" if pooled else "residue"):
             states.append(found.astype(np.float16))
-    return Inputs(rows, states)
+    return HeadInputs(rows, states)
 
 
 def by_length(
-    inputs: Inputs, size: int, goals: list | None = None
+    inputs: HeadInputs, size: int, goals: list | None = None
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Batches of antibodies of one length: what is computed for one depends on it alone."""
     lengths = inputs.lengths
@@ -105,7 +105,7 @@ def by_length(
             yield part, batch_of(inputs, part, size, goals)
 
 
-def batch_of(inputs: Inputs, members: np.ndarray, size: int, goals: list | None = None) -> dict:
+def batch_of(inputs: HeadInputs, members: np.ndarray, size: int, goals: list | None = None) -> dict:
     """Arrays of `size` rows, of which the first are `members`; the others weigh nothing."""
     length = int(inputs.lengths[members].max())
     mask = np.zeros((size, length), bool)
@@ -151,8 +151,7 @@ def scale_of(targets: Sequence, head: Head) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(1, np.float32), np.ones(1, np.float32)
     values = np.asarray(targets, np.float64).reshape(-1, head.outputs)
     spread = values.std(0)
-    found = values.mean(0), np.where(spread > 0, spread, 1)
-    return tuple(x.astype(np.float32) for x in found)
+    return values.mean(0).astype(np.float32), np.where(spread > 0, spread, 1).astype(np.float32)
 
 
 def goals_of(

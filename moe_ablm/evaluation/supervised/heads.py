@@ -8,6 +8,7 @@ context, but have no part in it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.evaluation.supervised.head_inputs import (
     Head,
-    Inputs,
+    HeadInputs,
     batch_of,
     by_length,
     goals_of,
@@ -86,6 +87,7 @@ class _Network:
         return x if self.head.kind == "regression" else jax.nn.log_softmax(x, axis=-1)
 
     def _encoded(self, params: nnx.State, batch: dict) -> jax.Array:
+        assert self.definition is not None  # batches of a frozen encoder hold its states
         encoder = nnx.merge(self.definition, params)
         states = encoder(
             batch["tokens"].astype(jnp.int32), batch["valid"], observe=Observe(hidden=True)
@@ -149,7 +151,9 @@ class Predictor:
     batch: int
     scale: tuple[np.ndarray, np.ndarray]  # mean and standard deviation of a regression's targets
 
-    def __call__(self, antibodies: Sequence[Antibody] | Inputs) -> np.ndarray | list[np.ndarray]:
+    def __call__(
+        self, antibodies: Sequence[Antibody] | HeadInputs
+    ) -> np.ndarray | list[np.ndarray]:
         """Predictions, in the order of `antibodies`; they do not depend on each other.
 
         Returns:
@@ -157,9 +161,7 @@ class Predictor:
           `[n, outputs]` of several; residue: log-probabilities `[residues, outputs]` of each.
         """
         head, full = self.network.head, self.network.definition is not None
-        inputs = antibodies
-        if not isinstance(inputs, Inputs):
-            inputs = inputs_of(self.engine, antibodies, head, full)
+        inputs = _inputs(self.engine, antibodies, head, full)
         found: list = [None] * len(inputs)
         for members, batch in by_length(inputs, self.batch):
             outputs = np.asarray(_outputs(self.network, self.params, batch))
@@ -176,11 +178,11 @@ class Predictor:
 
 def fit(
     engine: Engine,
-    antibodies: Sequence[Antibody] | Inputs,
+    antibodies: Sequence[Antibody] | HeadInputs,
     targets: Sequence,
     head: Head,
     training: Training,
-    valid: tuple[Sequence[Antibody] | Inputs, Sequence] | None = None,
+    valid: tuple[Sequence[Antibody] | HeadInputs, Sequence] | None = None,
 ) -> Predictor:
     """Trains a head, in float32 and deterministically.
 
@@ -193,29 +195,40 @@ def fit(
       training: how.
       valid: antibodies and targets; the epoch of least loss on them is kept, else the last one.
     """
-    inputs = antibodies
-    if not isinstance(inputs, Inputs):
-        inputs = inputs_of(engine, antibodies, head, training.full)
+    inputs = _inputs(engine, antibodies, head, training.full)
     definition = None
     if training.full:
         spec = alone(engine.model.spec)
         definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[0]
     network, scale = _Network(head, definition), scale_of(targets, head)
-    params = {"head": _initial(engine, inputs, head, training.seed)}
+    params: dict[str, Any] = {"head": _initial(engine, inputs, head, training.seed)}
     if training.full:
         params["encoder"] = engine.model.params
     goals = goals_of(targets, scale, head)
     checked = None
     if valid is not None:
-        given = valid[0]
-        if not isinstance(given, Inputs):
-            given = inputs_of(engine, given, head, training.full)
+        given = _inputs(engine, valid[0], head, training.full)
         checked = given, goals_of(valid[1], scale, head)
     params = _trained(network, params, inputs, goals, training, checked)
     return Predictor(engine, network, params, training.batch, scale)
 
 
-def _trained(network, params, inputs: Inputs, goals: list, training: Training, checked) -> dict:
+def _inputs(
+    engine: Engine, antibodies: Sequence[Antibody] | HeadInputs, head: Head, full: bool
+) -> HeadInputs:
+    if isinstance(antibodies, HeadInputs):
+        return antibodies
+    return inputs_of(engine, antibodies, head, full)
+
+
+def _trained(
+    network: _Network,
+    params: dict,
+    inputs: HeadInputs,
+    goals: list,
+    training: Training,
+    checked: tuple[HeadInputs, list] | None,
+) -> dict:
     """Parameters after the last epoch, or after that of least loss on `checked`."""
     rng = np.random.default_rng([training.seed, 1])
     state = _optimizer(training.weight_decay).init(params)
@@ -236,20 +249,22 @@ def _trained(network, params, inputs: Inputs, goals: list, training: Training, c
     return best
 
 
-def _mean_loss(network, params, inputs: Inputs, goals: list, size: int) -> float:
+def _mean_loss(
+    network: _Network, params: dict, inputs: HeadInputs, goals: list, size: int
+) -> float:
     sums = [_loss_sums(network, params, b) for _, b in by_length(inputs, size, goals)]
     total, count = np.array(sums, np.float64).sum(0)
     return float(total / max(count, 1))
 
 
-def _initial(engine: Engine, inputs: Inputs, head: Head, seed: int) -> dict:
+def _initial(engine: Engine, inputs: HeadInputs, head: Head, seed: int) -> dict:
     """Weights of the head; the mean and spread of hidden states are constants of it."""
     some = inputs.take(range(min(len(inputs), 256)))
-    states = some.states
-    if states is None:
+    parts = some.states
+    if parts is None:
         task, rows = HiddenStates(engine.model.spec.layers), some.rows
-        states = [x[rows[i].places] for i, x in engine.run(task, [r.tokens for r in rows])]
-    states = np.concatenate(states).astype(np.float32)
+        parts = [x[rows[i].places] for i, x in engine.run(task, [r.tokens for r in rows])]
+    states = np.concatenate(parts).astype(np.float32)
     width, rng = states.shape[1], np.random.default_rng([seed, 0])
 
     def drawn(rows: int, columns: int) -> jax.Array:

@@ -1,17 +1,63 @@
 """Scores of classifiers, with intervals over clones, and against a baseline on the same draws.
 
-Accuracy; F1, the mean over classes; AUC (area under the ROC curve) and AUPR (average precision),
-of the second class of two, else the mean over classes against the rest; MCC (Gorodkin 2004, eq. 8).
-The definitions are scikit-learn's, computed for all draws of a bootstrap at once.
+Accuracy; F1, the mean over classes; AUC (area under the ROC curve, ties counted half) and AUPR
+(average precision: the sum of precision times the gain of recall over distinct thresholds, without
+interpolation), of the second class of two, else the mean over classes against the rest; MCC
+(Gorodkin 2004, eq. 8). The definitions are scikit-learn's, computed for all draws of a bootstrap at
+once.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.evaluation.statistics.estimates import DRAWS, Number, Sample, draw_counts, interval
-from moe_ablm.evaluation.statistics.ranking import Ranking
+from moe_ablm.evaluation.estimates import Number, Sample, interval, resampled
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Scores in order, made once for many weightings.
+
+    Attributes:
+      truth: bool `[n]`.
+      group: int64 `[n]`, rank of the score among distinct ones, the highest first.
+      groups: how many distinct ones there are.
+    """
+
+    truth: np.ndarray
+    group: np.ndarray
+    groups: int
+
+    @classmethod
+    def of(cls, truth: np.ndarray, scores: np.ndarray) -> "Ranking":
+        """Args: truth bool `[n]`; scores `[n]`, higher for what is more likely true."""
+        distinct, rank = np.unique(scores, return_inverse=True)
+        return cls(np.asarray(truth, bool), len(distinct) - 1 - rank, len(distinct))
+
+    def _counts(self, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        weights = np.ones(len(self.truth)) if weights is None else np.asarray(weights, float)
+        true, false = (
+            np.bincount(self.group[at], weights[at], self.groups)
+            for at in (self.truth, ~self.truth)
+        )
+        return true, false
+
+    def auroc(self, weights: np.ndarray | None = None) -> float:
+        """Probability that a true one scores higher than another; NaN if there is one kind only."""
+        true, false = self._counts(weights)
+        pairs = true.sum() * false.sum()
+        beaten = false.sum() - false.cumsum() + false / 2
+        return float(true @ beaten / pairs) if pairs else float("nan")
+
+    def average_precision(self, weights: np.ndarray | None = None) -> float:
+        """Mean precision over the true ones; NaN where there are none."""
+        true, false = self._counts(weights)
+        chosen = (true + false).cumsum()
+        precision = true.cumsum() / np.where(chosen > 0, chosen, 1)
+        return float(true @ precision / true.sum()) if true.sum() else float("nan")
+
 
 METRICS = ("accuracy", "F1", "AUC", "AUPR", "MCC")
 _AT_ONCE = 100  # draws; bounds the memory
@@ -32,8 +78,8 @@ def scores(
     """
     weights = np.ones((1, len(truth))) if weights is None else np.asarray(weights, float)
     classes = probabilities.shape[1]
-    asked = [1] if classes == 2 else range(classes)
-    ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in asked]
+    positives = [1] if classes == 2 else range(classes)
+    ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in positives]
     auc, aupr = (np.mean([found[i] for found in ranked], axis=0) for i in range(2))
     cells = truth * classes + probabilities.argmax(1)
     confusion = (weights @ np.eye(classes**2)[cells]).reshape(-1, classes, classes)
@@ -99,9 +145,7 @@ def score_numbers(
       For each predictor the metrics but accuracy, of which `accuracy_sample` keeps every part,
       "METRIC, sd of folds", and for all but the baseline "METRIC over baseline" (paired draws).
     """
-    names, index = np.unique(np.asarray(units, np.str_), return_inverse=True)
-    enough = len(names) > 1
-    counts = draw_counts(tuple(names.tolist()), DRAWS) if enough else np.zeros((0, len(names)))
+    index, counts = resampled(units)
     value, drawn, numbers = {}, {}, []
     for name, probabilities in predicted.items():
         value[name] = {k: float(v[0]) for k, v in scores(truth, probabilities).items()}
@@ -109,7 +153,7 @@ def score_numbers(
             scores(truth, probabilities, counts[i : i + _AT_ONCE][:, index])
             for i in range(0, len(counts), _AT_ONCE)
         ]
-        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [[]]) for k in METRICS}
+        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [np.zeros(0)]) for k in METRICS}
     for name, probabilities in predicted.items():
         about = {**labels, "predictor": name}
         held = [

@@ -1,1 +1,0 @@
-"""Numbers with uncertainty: bootstrap, ranks, scores of classifiers."""
