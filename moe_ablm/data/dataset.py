@@ -240,6 +240,11 @@ class Dataset:
       lengths: residues of each chain, `{chain: int64 [rows]}`.
     """
 
+    key: np.ndarray
+    split: np.ndarray
+    fraction_key: np.ndarray
+    cluster: np.ndarray
+
     def __init__(self, path: str | Path):
         """Opens and checks `path`; a UserError names what is missing, altered or unknown."""
         self.path = Path(path)

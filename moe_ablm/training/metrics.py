@@ -18,10 +18,10 @@ from moe_ablm.model.routing import RouterStats
 from moe_ablm.parallel.mesh import global_batch
 from moe_ablm.results import keep_until
 from moe_ablm.training.stability import dead_experts, max_min_load
-from moe_ablm.training.step import REGIONS, RegionSums
+from moe_ablm.training.step import REGIONS
 
 
-def loss_metrics(sums: RegionSums, names: tuple[str, ...]) -> dict[str, Any]:
+def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
     """Loss, perplexity and accuracy, overall and by region.
 
     Args:
