@@ -6,9 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
@@ -33,13 +31,12 @@ def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -
     chains = antibody.chains()
     limit = max(float(np.nanmax(np.abs(scores), initial=0.0)), 1e-6)
     width = 2 + 0.11 * max(len(letters) for _, letters in chains)
-    figure, axes = plt.subplots(
-        len(chains), 1, figsize=(width, 3.2 * len(chains)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(width, 3.2 * len(chains)), layout="constrained")
+    axes = figure.subplots(len(chains), 1, squeeze=False)
     parts = np.split(scores, np.cumsum([len(letters) for _, letters in chains])[:-1])
     for axis, (chain, letters), part in zip(axes[:, 0], chains, parts, strict=True):
         image = part[:, [AMINO_ACIDS.index(letter) for letter in ORDER]].T
-        colours = plt.get_cmap("RdBu_r").with_extremes(bad="0.8")
+        colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.8")
         drawn = axis.imshow(image, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
         wild = [(i, ORDER.index(letter)) for i, letter in enumerate(letters) if letter in ORDER]
         if wild:
@@ -51,4 +48,3 @@ def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -
     figure.colorbar(drawn, ax=axes, label=f"log-odds, {method}", shrink=0.7)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    plt.close(figure)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -104,31 +105,26 @@ def _chains(summary: Summary) -> Table:
 
 def draw(summary: Summary, out: Path) -> list[Path]:
     """Draws CDRH3 length by split, V gene usage and V identity by chain as PNG files into `out`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; name a directory with --out") from error
     figures = {
-        "cdrh3_length": _draw_lengths(plt, summary),
-        "v_usage": _draw_genes(plt, summary),
-        "v_identity": _draw_identity(plt, summary),
+        "cdrh3_length": _draw_lengths(summary),
+        "v_usage": _draw_genes(summary),
+        "v_identity": _draw_identity(summary),
     }
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         with replacing(paths[-1]) as partial:
             figure.savefig(partial, dpi=150, bbox_inches="tight")
-        plt.close(figure)
     return paths
 
 
-def _draw_lengths(plt, summary: Summary):
-    figure, axes = plt.subplots(figsize=(7, 4))
+def _draw_lengths(summary: Summary) -> Figure:
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for name, counts in zip(SPLITS, summary.cdrh3_length, strict=True):
         if counts.sum():
             axes.step(np.arange(len(counts)), counts / counts.sum(), where="mid", label=name)
@@ -137,9 +133,9 @@ def _draw_lengths(plt, summary: Summary):
     return figure
 
 
-def _draw_genes(plt, summary: Summary):
-    figure, both = plt.subplots(1, 2, figsize=(11, 6))
-    for axes, chain in zip(both, CHAINS, strict=True):
+def _draw_genes(summary: Summary) -> Figure:
+    figure = Figure(figsize=(11, 6))
+    for axes, chain in zip(figure.subplots(1, 2), CHAINS, strict=True):
         genes = summary.v_genes[chain]
         top = genes.most_common(_GENES_SHOWN)[::-1]
         axes.barh([g or "none" for g, _ in top], [n / genes.total() for _, n in top])
@@ -149,8 +145,9 @@ def _draw_genes(plt, summary: Summary):
     return figure
 
 
-def _draw_identity(plt, summary: Summary):
-    figure, axes = plt.subplots(figsize=(7, 4))
+def _draw_identity(summary: Summary) -> Figure:
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for chain in CHAINS:
         counts = summary.identity[chain]
         if counts.sum():
