@@ -22,7 +22,9 @@ from moe_ablm.training.memory import abstract_mesh
 
 HARDWARE = {"tpu": "v5e-8", "gpu": "h100x8"}
 ROWS, LENGTH = 32, 256  # a device
-# where kept bytes are measured: so many that gradients, which grow with layers, too, weigh little
+# a layer is measured on one card, with so many rows that gradients, which grow with layers, too,
+# weigh little
+ONE = {"gpu": "h100x1"}
 MANY_ROWS = 256
 # a mesh with all axes, on which something may be gathered that should not be
 SPREAD = {"mesh.data": 2, "mesh.expert": 2, "mesh.fsdp": 2}
@@ -74,9 +76,7 @@ def spread(router: str, kind: str) -> tuple[Config, Compiled]:
 @cache
 def layer(router: str, kind: str) -> per_layer.PerLayer:
     jax.config.update("jax_platforms", "cpu")
-    return per_layer.measure(
-        config_of(router, train__batch=8 * MANY_ROWS), hardware(HARDWARE[kind])
-    )[0]
+    return per_layer.measure(config_of(router, train__batch=MANY_ROWS), hardware(ONE[kind]))[0]
 
 
 @everywhere
