@@ -81,7 +81,12 @@ def losses(workdir: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
 
 
-@pytest.mark.parametrize("name", RUNS)
+# a step of every kind is compiled anew: the others by --slow
+GO_ON = [n if n in ("dense", "topk", "capacity", "soft") else pytest.param(n, marks=pytest.mark.slow)
+         for n in RUNS]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GO_ON)
 def test_a_recorded_run_goes_on_as_it_did(recorded, name, capsys, compiled_quickly):
     """From the checkpoint of step 4 to the losses of steps 5 and 6 and the end's validation loss.
 
