@@ -82,8 +82,8 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 # a step of every kind is compiled anew: the others by --slow
-GO_ON = [n if n in ("dense", "topk", "capacity", "soft") else pytest.param(n, marks=pytest.mark.slow)
-         for n in RUNS]  # fmt: skip
+QUICK = ("dense", "topk", "capacity", "soft")
+GO_ON = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
 
 
 @pytest.mark.parametrize("name", GO_ON)
