@@ -42,8 +42,7 @@ What remains different:
 """
 
 from configs.base import get_config as base
-from moe_ablm.config import parse_argument, suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.config import parse_argument
 
 # layers, d_model, ffn, heads
 SIZES = {
@@ -78,12 +77,10 @@ PILOT_FFN = {
 def get_config(arg: str | None = None):
     """One of BALM's models."""
     known = [name for choices in CHOICES.values() for name in choices]
-    model = parse_argument(arg, {"model": "pilot"} | dict.fromkeys(known, ""))["model"]
-    _one_of(arg, "model", model, tuple(SIZES))
+    named = {"model": "pilot"} | dict.fromkeys(known, "")
+    model = parse_argument(arg, named, {"model": SIZES})["model"]
     choices = CHOICES.get(model, {})
-    a = parse_argument(arg, {"model": model} | {name: c[0] for name, c in choices.items()})
-    for name, allowed in choices.items():
-        _one_of(arg, name, a[name], allowed)
+    a = parse_argument(arg, {"model": model} | {name: c[0] for name, c in choices.items()}, choices)
     c = base()
     c.data.path = "data/pairs"
     c.model.size = f"balm_{model}"
@@ -107,14 +104,6 @@ def get_config(arg: str | None = None):
         _experts(c)
         c.model.moe.pads = "probabilities,aux"
     return c
-
-
-def _one_of(arg: str | None, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(
-            f"--config=...:{arg}: {name}={value!r}{suggestion(value, allowed)}: expected one of "
-            f"{', '.join(allowed)}"
-        )
 
 
 def _schedule(c, long: bool) -> None:

@@ -11,8 +11,7 @@ encoder spends the same in all four.
 """
 
 from configs.base import get_config as base
-from moe_ablm.config import parse_argument, suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.config import parse_argument
 
 PLACEMENTS = {"interleaved": "alternate", "consecutive": "last_2"}
 ROUTERS = {
@@ -31,13 +30,8 @@ ROUTERS = {
 
 def get_config(arg: str | None = None):
     """One row of the comparison."""
-    a = parse_argument(arg, {"router": "top2", "placement": "interleaved"})
-    for name, known in (("router", ROUTERS), ("placement", PLACEMENTS)):
-        if a[name] not in known:
-            raise UserError(
-                f"--config=...:{arg}: {name}={a[name]!r}{suggestion(a[name], known)}: expected one "
-                f"of {', '.join(known)}"
-            )
+    allowed = {"router": ROUTERS, "placement": PLACEMENTS}
+    a = parse_argument(arg, {"router": "top2", "placement": "interleaved"}, allowed)
     c = base()
     c.data.path = "data/pairs"
     c.model.size = "small"

@@ -19,20 +19,14 @@ out instead of cut. On a small dataset take fewer updates (train.steps) and free
 """
 
 from configs.base import get_config as base
-from moe_ablm.config import parse_argument, suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.config import parse_argument
 
 SIZES = ("8m", "35m", "150m", "650m")  # that ESM-2 was published in and the ladder shares
 
 
 def get_config(arg: str | None = None):
     """Fine-tuning of one size."""
-    a = parse_argument(arg, {"size": "650m", "init": ""})
-    if a["size"] not in SIZES:
-        raise UserError(
-            f"--config=...:{arg}: size={a['size']!r}{suggestion(a['size'], SIZES)}: expected one "
-            f"of {', '.join(SIZES)}"
-        )
+    a = parse_argument(arg, {"size": "650m", "init": ""}, {"size": SIZES})
     c = base()
     c.data.path = "data/pairs"
     c.data.length = 320

@@ -17,8 +17,7 @@ Learning rates fall with the root of d_model and are not tuned.
 """
 
 from configs.base import get_config as base
-from moe_ablm.config import parse_argument, suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.config import parse_argument
 
 # layers, d_model, heads
 SIZES = {
@@ -42,13 +41,8 @@ ROUTERS = {
 
 def get_config(arg: str | None = None):
     """One size and router."""
-    a = parse_argument(arg, {"size": "s128", "router": "dense", "data": "full"})
-    for name, known in (("size", SIZES), ("router", ROUTERS)):
-        if a[name] not in known:
-            raise UserError(
-                f"--config=...:{arg}: {name}={a[name]!r}{suggestion(a[name], known)}: expected one "
-                f"of {', '.join(known)}"
-            )
+    defaults = {"size": "s128", "router": "dense", "data": "full"}
+    a = parse_argument(arg, defaults, {"size": SIZES, "router": ROUTERS})
     c = base()
     c.data.path = "data/pairs"
     c.data.fraction = a["data"]

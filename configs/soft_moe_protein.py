@@ -23,7 +23,7 @@ On antibodies: `--config.data.path=data/pairs --config.data.length=256 --config.
 """
 
 from configs.base import get_config as base
-from moe_ablm.config import parse_argument, suggestion
+from moe_ablm.config import parse_argument
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import SIZES
 
@@ -38,13 +38,7 @@ LENGTH, EXPERTS = 512, 8
 
 def get_config(arg: str | None = None):
     """One router, placement and size."""
-    a = parse_argument(arg, {name: allowed[0] for name, allowed in CHOICES.items()})
-    for name, allowed in CHOICES.items():
-        if a[name] not in allowed:
-            raise UserError(
-                f"--config=...:{arg}: {name}={a[name]!r}{suggestion(a[name], allowed)}: "
-                f"expected one of {', '.join(allowed)}"
-            )
+    a = parse_argument(arg, {name: c[0] for name, c in CHOICES.items()}, CHOICES)
     if a["l2"] == "1" and a["router"] != "soft":
         raise UserError(f"--config=...:{arg}: l2=1 needs router=soft; expected l2=0")
     c = base()

@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,11 +335,20 @@ def fingerprint(config: Config, dataset: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse_argument(arg: str | None, defaults: dict[str, str]) -> dict[str, str]:
+def parse_argument(
+    arg: str | None,
+    defaults: Mapping[str, str],
+    allowed: Mapping[str, Collection[str]] | None = None,
+) -> dict[str, str]:
     """`size=35m,data=half` of `--config=file.py:size=35m,data=half` over `defaults`.
 
+    Args:
+      arg: what stands after the colon.
+      defaults: value by name.
+      allowed: values by name; any where the name is absent.
+
     Raises:
-      UserError: a part is not `name=value`, or its name is not among the defaults.
+      UserError: a part is not `name=value`, or its name or value is unknown.
     """
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
@@ -350,6 +359,12 @@ def parse_argument(arg: str | None, defaults: dict[str, str]) -> dict[str, str]:
                 f"expected name=value with name one of {', '.join(defaults)}"
             )
         values[name] = value
+    for name, known in (allowed or {}).items():
+        if values[name] not in known:
+            raise UserError(
+                f"--config=...:{arg}: {name}={values[name]!r}{suggestion(values[name], known)}: "
+                f"expected one of {', '.join(known)}"
+            )
     return values
 
 
