@@ -185,9 +185,9 @@ def test_experts_that_the_mesh_does_not_divide(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_the_loss_is_the_same_on_1_2_and_8_devices(tmp_path):
+def test_the_loss_is_the_same_on_1_and_8_devices(tmp_path):
     losses = {}
-    for devices in (1, 2, 8):
+    for devices in (1, 8):
         workdir = tmp_path / str(devices)
         result = run_command(
             "moe_ablm.train",
@@ -199,7 +199,6 @@ def test_the_loss_is_the_same_on_1_2_and_8_devices(tmp_path):
         assert f"{devices} device(s)" in result.stdout
         losses[devices] = [r["loss"] for r in read_results(workdir / "results.jsonl")]
     assert len(losses[1]) == 5
-    np.testing.assert_allclose(losses[2], losses[1], atol=1e-5)
     np.testing.assert_allclose(losses[8], losses[1], atol=1e-5)
 
 
