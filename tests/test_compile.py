@@ -90,7 +90,7 @@ def test_options_are_the_flags_of_the_run():
         flag.removeprefix("--").removesuffix("=true"): True for flag in hardware("v5e-8").flags
     }
     gpu = topology.compiler_options(hardware("h100x8"))
-    assert gpu["xla_gpu_all_reduce_combine_threshold_bytes"] == 1 << 27
+    assert gpu["xla_gpu_all_reduce_combine_threshold_bytes"] == str(1 << 27)
 
 
 def test_what_one_layer_costs(here):

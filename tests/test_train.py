@@ -154,13 +154,13 @@ def test_accumulated_micro_batches_equal_the_whole_batch(finished, tmp_path):
 
 def test_a_signal_saves_and_the_next_run_resumes(finished, tmp_path, monkeypatch, capsys):
     _, summary = finished
-    evaluate = train.evaluate
+    evaluate = train.validation_sums
 
     def evaluate_and_signal(*args):
         signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args)
 
-    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    monkeypatch.setattr(train, "validation_sums", evaluate_and_signal)
     stopped = train.run(tiny_config(), tmp_path / "w")
     assert (stopped["status"], stopped["step"]) == ("stopped", 6)
     assert "saved at step 6; the same command resumes it" in capsys.readouterr().out
