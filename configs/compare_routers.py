@@ -30,7 +30,7 @@ ROUTERS = {
 
 def get_config(arg: str | None = None):
     """One row of the comparison."""
-    allowed = {"router": ROUTERS, "placement": PLACEMENTS}
+    allowed = {"router": list(ROUTERS), "placement": list(PLACEMENTS)}
     a = parse_argument(arg, {"router": "top2", "placement": "interleaved"}, allowed)
     c = base()
     c.data.path = "data/pairs"
