@@ -10,7 +10,7 @@ quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm report --run runs/quickstart
 
 test: .venv/.test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.test .venv/.hf
 	$(BIN)/python -m pytest --slow

@@ -41,7 +41,7 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         "test": [
             "pytest>=8.3,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.7,<4",
             "hypothesis>=6.120,<7",
             "ruff>=0.14,<1",
             "mypy>=1.18,<3",

@@ -40,7 +40,15 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
 
 
+# files of minutes begin first: otherwise a worker waits for the last of them alone
+LONGEST = ("test_resume", "test_contracts", "test_cli", "test_distributed", "test_encoder",
+           "test_train", "test_moe", "test_recorded", "test_api", "test_buckets", "test_compile",
+           "test_multihost")  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if config.getoption("--slow"):
         return
     for item in items:
