@@ -128,7 +128,7 @@ class ModelConfig:
 
     def spec(self) -> EncoderSpec:
         """The encoder that this section describes."""
-        named = SIZES.get(self.size, (0, 0, 0, 0))  # config.py refuses other names without all four
+        named = SIZES.get(self.size, (0, 0, 0, 0))  # other names give all four
         given = (self.layers, self.d_model, self.ffn, self.heads)
         layers, d_model, ffn, heads = (
             n if g is None else g for g, n in zip(given, named, strict=True)

@@ -107,7 +107,8 @@ class Block(nnx.Module):
         """
         valid, packing, counters = context
         dropped = None
-        if counters is not None and key is not None and self.spec.attention_dropout:
+        if counters is not None and self.spec.attention_dropout:
+            assert key is not None  # whoever counts tokens has a key, or dropout would stay off
             dropped = Dropped(counters, jax.random.fold_in(key, 1))
         y = self.attention_norm(x)
         weights = self.attention.weights(y, valid, packing) if observe.attention else None
