@@ -11,7 +11,6 @@ Exit codes: 0 it fits; 2 it does not, or the input is wrong, in one line that sa
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Collection
@@ -27,7 +26,7 @@ from launch.meshes import NAMES, Hardware, Plan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_atomically
+from moe_ablm.files import write_json
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.program import abstract_arguments, execution_on, make_program
 
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(file: Path, content: dict) -> None:
     try:
-        write_atomically(file, json.dumps(content, indent=1) + "\n")
+        write_json(file, content)
     except OSError as error:
         raise UserError(f"--json {file} cannot be written: {error.strerror}") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-from moe_ablm.files import locked, write_atomically
+from moe_ablm.files import locked, write_json
 
 log = logging.getLogger(__name__)
 PATIENCE = 1.0  # seconds for which another process may hold the lock
@@ -45,7 +45,7 @@ def work_directory(
             "licence": licence,
             "config": configs.to_dict(config),
         }
-        write_atomically(workdir / "config.json", json.dumps(content, indent=1) + "\n")
+        write_json(workdir / "config.json", content)
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.cell import Cell
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_atomically
+from moe_ablm.files import write_json
 
 PLAN = "sweep.json"
 
@@ -63,7 +63,7 @@ def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / PLAN, json.dumps(content, indent=1) + "\n")
+        write_json(out / PLAN, content)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
