@@ -1,10 +1,12 @@
-"""Routers compared on real pairs at equal compute: minutes a run on two cores, and a table.
+"""Routers compared on real pairs: minutes a run on two cores, and a table.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
     python sweeps/compare_routers.py --data=data/pairs --seeds=3 --jobs=1
 
-Configs of configs/compare_routers.py. The table, of what is complete, is printed at the end; the
-same command prints it again.
+Configs of configs/compare_routers.py, each with every learning rate of --rates. The table, of what
+is complete, is printed at the end; the same command prints it again. A row has the rate of its
+lowest mean validation loss: one rate for all would favour the routers that it suits. FLOPs are a
+token's, over those of the dense encoder: top-p and soft-MoE spend more.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from moe_ablm.results import read_results
 from sweeps import grid
 from sweeps.planned import Planned
 from sweeps.study import Study, data_path, main
+
+RATES = (1e-3, 2e-3, 4e-3)
 
 ROWS = [
     ("dense", "interleaved"),
@@ -35,35 +39,77 @@ ROWS = [
 REGIONS = ("CDRH3", "CDRL3", "FRH1")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this study."""
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=RATES,
+        help="learning rates of every row; default %(default)s",
+    )
+
+
 def points(options: argparse.Namespace) -> list[grid.Point]:
-    """The rows, seed after seed."""
+    """The rows with every rate, seed after seed."""
     routers, placements = zip(*ROWS, strict=True)
     rows = grid.paired(router=routers, placement=placements)
-    return grid.product([{"seed": s} for s in range(options.seeds)], rows)
+    return grid.product([{"seed": s} for s in range(options.seeds)], rows, lr=options.rates)
 
 
 def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     """A point's config."""
     argument = f"router={point['router']},placement={point['placement']}"
-    overrides = {"seed": point["seed"], "data.path": data_path(options.data or "data/pairs")}
+    path = data_path(options.data or "data/pairs")
+    overrides = {"seed": point["seed"], "train.lr": point["lr"], "data.path": path}
     return grid.Recipe("configs/compare_routers.py", argument, overrides)
 
 
 def table(cells: list[Planned], states: list[State]) -> str:
-    """A Markdown table, a line a row that has complete runs."""
-    head = ["router", "placement", "seeds", "train loss", "validation", *REGIONS]
+    """A title and a Markdown table, a line a row that has complete runs."""
+    head = ["router", "placement", "rate", "seeds", "FLOPs", "train loss", "validation", *REGIONS]
     head += ["load entropy", "dropped", "tokens/s", "memory MB", "verdict"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 3) + "---|"]
     complete = [p for p, s in zip(cells, states, strict=True) if s.name == COMPLETE]
-    for row in ROWS:
-        runs = [p for p in complete if (p.axes["router"], p.axes["placement"]) == row]
-        if runs:
-            lines.append("| " + " | ".join([*row, *columns(runs)]) + " |")
+    rows = {row: runs for row in ROWS if (runs := best_rate(row, complete))}
+    dense = next((flops_per_token(runs[0]) for (name, _), runs in rows.items() if name == "dense"),
+                 None)  # fmt: skip
+    updates = ", ".join(f"{n:,}" for n in sorted({p.steps for p in complete}))
+    title = f"After {updates} updates, each row at its best of the rates that ran:\n"
+    lines = [title, f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 3) + "---|"]
+    for row, runs in rows.items():
+        lines.append("| " + " | ".join([*row, runs[0].axes["lr"], *columns(runs, dense)]) + " |")
     return "\n".join(lines)
 
 
-def columns(runs: list[Planned]) -> list[str]:
-    """The numbers of one row, means over its runs with standard errors."""
+def best_rate(row: tuple[str, str], complete: list[Planned]) -> list[Planned]:
+    """The runs of the rate with the lowest mean validation loss, among those of most seeds."""
+    rates: dict[str, list[Planned]] = {}
+    for p in complete:
+        if (p.axes["router"], p.axes["placement"]) == row:
+            rates.setdefault(p.axes["lr"], []).append(p)
+    most = max(map(len, rates.values()), default=0)
+    whole = [runs for runs in rates.values() if len(runs) == most]
+    return min(whole, key=lambda runs: mean(map(valid_loss, runs)), default=[])
+
+
+def valid_loss(planned: Planned) -> float:
+    """Validation loss of a complete run, in nats."""
+    return (read_summary(planned.cell) or {})["valid_loss_final"]
+
+
+def flops_per_token(planned: Planned) -> float:
+    """FLOPs of a training token of a complete run."""
+    summary = read_summary(planned.cell) or {}
+    return summary["flops"] / summary["tokens_seen"]
+
+
+def columns(runs: list[Planned], dense: float | None) -> list[str]:
+    """The numbers of one row, means over its runs with standard errors.
+
+    Args:
+      runs: of one row, complete.
+      dense: FLOPs of a token of the dense encoder; None: not known.
+    """
     found = [summary for p in runs if (summary := read_summary(p.cell))]
     routing = [stats for p in runs for stats in last_router(p.cell.workdir)]
     verdicts = [run["stability"]["verdict"] for run in found]
@@ -71,6 +117,7 @@ def columns(runs: list[Planned]) -> list[str]:
     speeds = [run["tokens_per_second"] for run in found if run["tokens_per_second"]]
     return [
         str(len(runs)),
+        f"{mean(map(flops_per_token, runs)) / dense:.2f}" if dense else "",
         with_error([run["train_loss_final"] for run in found], 3),
         with_error([run["valid_loss_final"] for run in found], 3),
         *(with_error([run["valid_loss_by_region"][r] for run in found], 3) for r in REGIONS),
@@ -101,6 +148,7 @@ study = Study(
     about=__doc__,
     points=points,
     recipe=recipe,
+    add_arguments=add_arguments,
     report=table,
     device="core",
     mfu=0.15,

@@ -36,6 +36,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+# Of the machine code alone: XLA's own passes, and so the programs, are the same. Half of the time
+# of a test that trains would go into optimising what runs for a moment.
+COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def xla_flags(devices: int) -> str:
+    """`XLA_FLAGS` of a process of a test with so many CPU devices."""
+    return f"--xla_force_host_platform_device_count={devices} {COMPILE_QUICKLY}"
+
+
+def pytest_configure(config):
+    given = os.environ.get("XLA_FLAGS", "")
+    # programs for TPUs and GPUs are looked at as they are compiled for users
+    if config.option.markexpr != "aot" and COMPILE_QUICKLY not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {COMPILE_QUICKLY}".strip()
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
 

@@ -50,13 +50,16 @@ LAYER = {
 
 
 def parameters(kinds):
+    found = []
     for kind in kinds:
         missing = find_spec(topology.PLUGINS[kind]) is None
         skip = pytest.mark.skipif(missing, reason=f"{topology.PLUGINS[kind]}: {topology.MAKE}")
         for router in ROUTERS:
             # a worker compiles all that is asked of one
             group = pytest.mark.xdist_group(f"{kind} {router}")
-            yield pytest.param(router, kind, marks=[skip, group], id=f"{router}-{kind}")
+            marks = [skip, group]
+            found.append(pytest.param(router, kind, marks=marks, id=f"{router}-{kind}"))
+    return found
 
 
 pytestmark = pytest.mark.aot

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from flax import nnx
 from test_optimizer import spec as optimizer_spec
 
@@ -103,7 +104,7 @@ def test_a_list_of_checksums_is_read_too(tmp_path, state):
 
 def test_a_state_is_restored_on_another_mesh(tmp_path):
     program = Path(__file__).parent / "programs" / "restore_elsewhere.py"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8)}
     result = subprocess.run(
         [sys.executable, program, tmp_path / "c"],
         capture_output=True,

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import run_command, tiny_config, tiny_flags
+from conftest import run_command, tiny_config, tiny_flags, xla_flags
 
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.results import read_results
@@ -179,7 +179,7 @@ def test_experts_that_the_mesh_does_not_divide(tmp_path):
         "moe_ablm.train",
         *tiny_flags(mesh__expert=8),
         f"--workdir={tmp_path / 'w'}",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=xla_flags(8),
     )
     refused(result, "mesh.expert=8", "experts=4")
     assert not (tmp_path / "w").exists()
@@ -193,7 +193,7 @@ def test_the_loss_is_the_same_on_1_and_8_devices(tmp_path):
             "moe_ablm.train",
             *tiny_flags(train__steps=4, eval__every=4, compute__precision="float32"),
             f"--workdir={workdir}",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+            XLA_FLAGS=xla_flags(devices),
         )
         assert result.returncode == 0, result.stderr
         assert f"{devices} device(s)" in result.stdout

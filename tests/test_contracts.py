@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import xla_flags
 from flax import nnx
 
 from moe_ablm.model import flops
@@ -202,15 +203,10 @@ def three_losses(spec, step, mesh, batch) -> list[float]:
     return losses
 
 
-# of the machine code alone: the partitioner's work is the same
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     path = tmp_path_factory.mktemp("eight") / "found.json"
-    flags = "--xla_force_host_platform_device_count=8 " + COMPILE_QUICKLY
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     subprocess.run([sys.executable, __file__, path], env=environment, check=True)
     return json.loads(path.read_text())

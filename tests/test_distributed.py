@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import xla_flags
 
 PROGRAM = Path(__file__).parent / "programs" / "losses_of_processes.py"
 ROUTERS = ("none", "dropless", "capacity", "soft")
 
 
 def start(count: int, index: int, devices: int, port: int) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     arguments = [count, index, port, 2, *ROUTERS]
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, arguments)],

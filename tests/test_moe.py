@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import moe_blocks
 import numpy as np
 import pytest
+from conftest import xla_flags
 from flax import nnx
 from moe_blocks import (
     BLOCKS,
@@ -285,8 +286,7 @@ def on_this_machine() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     path = tmp_path_factory.mktemp("eight") / "found.npz"
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, __file__, path], env=environment, check=True)
     return np.load(path, allow_pickle=False)
 

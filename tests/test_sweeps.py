@@ -397,8 +397,36 @@ def test_routers_are_compared_without_the_speed_of_a_run_that_had_none(tmp_path)
         write_run(p, tokens_per_second=speed, peak_memory=10**6, train_loss_final=2.0,
                   stability={"verdict": "stable"},
                   valid_loss_by_region=dict.fromkeys(compare_routers.REGIONS, 1.0))  # fmt: skip
-    assert "500" in compare_routers.columns(cells)
-    assert "" in compare_routers.columns(cells[:1])
+    assert "500" in compare_routers.columns(cells, None)
+    assert "" in compare_routers.columns(cells[:1], None)
+
+
+def test_a_row_of_the_table_of_routers_is_at_its_best_rate(tmp_path):
+    """The mean over seeds decides, not the best run, and not a rate of fewer seeds."""
+    points = grid.product(router=["dense", "soft"], placement=["interleaved"],
+                          lr=[1e-3, 2e-3, 4e-3], seed=[0, 1])  # fmt: skip
+    router = {"dense": "none", "soft": "soft"}
+
+    def recipe(point: grid.Point) -> Recipe:
+        changes = {"model.moe.router": router[point["router"]], "train.lr": point["lr"]}
+        return tiny_recipe(changes | {"seed": point["seed"]})
+
+    cells, _ = plan(points, recipe, tmp_path)
+    losses = {"dense": {"0.001": (2.0, 2.2), "0.002": (1.9, 2.4), "0.004": (1.0, None)},
+              "soft": {"0.001": (2.5, 2.5), "0.002": (2.5, 2.3), "0.004": (3.0, 3.0)}}  # fmt: skip
+    for p in cells:
+        loss = losses[p.axes["router"]][p.axes["lr"]][p.seed]
+        if loss is not None:
+            write_run(p, valid_loss_final=loss, train_loss_final=loss, peak_memory=10**6,
+                      tokens_per_second=500.0, stability={"verdict": "stable"},
+                      flops=1e9 if p.axes["router"] == "dense" else 1.33e9,
+                      valid_loss_by_region=dict.fromkeys(compare_routers.REGIONS, 1.0))  # fmt: skip
+    text = compare_routers.table(cells, [state_of(p.cell) for p in cells])
+    dense, soft = (line.split(" | ") for line in text.splitlines()[-2:])
+    assert dense[:5] == ["| dense", "interleaved", "0.001", "2", "1.00"]
+    assert dense[6] == "2.100 ± 0.100"
+    assert soft[:5] == ["| soft", "interleaved", "0.002", "2", "1.33"]
+    assert f"After {cells[0].steps} updates" in text
 
 
 def test_a_folder_that_moved_or_a_plan_that_is_cut(sweep, tmp_path, capsys):
