@@ -92,7 +92,7 @@ def region_table(evaluation: dict) -> Table:
         for column in ("loss", "accuracy", "masked"):
             table.add_column(f"{chain} {column}", justify="right")
     if apart:
-        table.add_column("unseen light loss", justify="right")
+        table.add_column("light unseen loss", justify="right")
     for region in ("FR1", "CDR1", "FR2", "CDR2", "FR3", "CDR3", "FR4"):
         cells = []
         for chain in "HL":
