@@ -1,5 +1,6 @@
 """The sequences that a run sees, and their batches for training and validation."""
 
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from moe_ablm.config import Config
 from moe_ablm.data import pipeline
 from moe_ablm.data import sequences as forms
 from moe_ablm.data.assemble import Batch, Masking
+from moe_ablm.data.chains import SEEN, levels, seen_places, whole_split
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import UNIFORM, MaskPolicy, parse_policy
 from moe_ablm.data.mixture import (
@@ -20,7 +22,8 @@ from moe_ablm.data.mixture import (
     parse_regime,
     require_some,
 )
-from moe_ablm.data.sequences import Sequences
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.sequences import NONE, Sequences
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.model.families import Row
@@ -37,7 +40,7 @@ class Feed:
       train_rows: row numbers of the training records, dataset after dataset.
       mixture: the rows of each step; its `notes` are printed.
       left_out: training sequences that are longer than `data.length`.
-      unique_tokens: tokens of all training sequences, special tokens included.
+      corpus_tokens: tokens of all training sequences, special tokens included: those of an epoch.
     """
 
     def __init__(self, config: Config, *datasets: Dataset, start: str = ""):
@@ -60,7 +63,7 @@ class Feed:
         self._masking = Masking(policy, d.mask_rate, config.seed)
         self.train_rows = np.concatenate(rows)
         self.left_out = self.mixture.left_out
-        self.unique_tokens = self.mixture.unique_tokens
+        self.corpus_tokens = self.mixture.corpus_tokens
         self._valid = self._valid_samples(regime)
 
     @property
@@ -92,7 +95,8 @@ class Feed:
     def valid_batches(self) -> Iterator[Batch]:
         """This process's rows of the validation batches: the same rows and masks every time.
 
-        One sequence a row, masked uniformly, whatever the training regime does.
+        One sequence a row, masked uniformly, whatever the training regime does. Beside the arrays
+        of `data.assemble`, `seen` uint8 `[B, L]`: whether training has the chain (`data.chains`).
         """
         b = self.mixture.batching
         shape = b.rows, b.length
@@ -104,8 +108,40 @@ class Feed:
         part = shape[0] // jax.process_count()
         mine = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
         masking = Masking(UNIFORM, EVALUATION_MASK_RATE, EVALUATION_SEED)
-        for batch in pipeline.evaluation_batches(self._valid, shape, b.layout, masking):
+        found = pipeline.evaluation_batches(self._valid, shape, b.layout, masking)
+        for number, batch in enumerate(found):
+            of_chains = self.valid_levels[number * shape[0] : (number + 1) * shape[0]]
+            of_chains = np.pad(of_chains, ((0, shape[0] - len(of_chains)), (0, 0)))
+            batch["seen"] = seen_places(batch["segment"], of_chains)
             yield {name: array[mine] for name, array in _one_a_row(batch).items()}
+
+    @functools.cached_property
+    def valid_levels(self) -> np.ndarray:
+        """Whether training has the chains of the validation sequences, uint8 `[n, 2]`.
+
+        Heavy, light; `data.chains.levels`, for the training sequences that this run draws from, and
+        for the whole training split of its datasets.
+        """
+        columns = []
+        for chain in CHAINS:
+            hashes = [
+                np.where(rows == NONE, 0, d.chain_hashes[chain][rows])
+                for d, sequences in self._valid
+                for rows in [getattr(sequences, chain)]
+            ]
+            part, whole = self.mixture.chain_hashes(chain), whole_split(self._datasets, chain)
+            columns.append(levels(np.concatenate(hashes), part, whole))
+        return np.stack(columns, axis=1)
+
+    @property
+    def seen_shares(self) -> dict[str, float]:
+        """Share of the validation chains that the run's training sequences have, by chain."""
+        shares = {}
+        for column, chain in enumerate(CHAINS):
+            there = np.concatenate([getattr(s, chain) != NONE for _, s in self._valid])
+            if there.any():
+                shares[chain] = float((self.valid_levels[there, column] == SEEN).mean())
+        return shares
 
     def _valid_samples(self, regime: Regime) -> list[tuple[Dataset, Sequences]]:
         """`eval.pairs` validation sequences, shared out among the datasets as in training."""

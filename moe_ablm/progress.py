@@ -77,30 +77,51 @@ def bar(*columns: ProgressColumn, transient: bool = True) -> Bar:
 
 
 def region_table(evaluation: dict) -> Table:
-    """Loss and accuracy by region and chain.
+    """Loss and accuracy by region and chain, of light chains also without those seen in training.
+
+    The last rows are whole chains: all, those that the run's training antibodies have ("seen") and
+    those that they have not. Evaluations of before chains were told apart have none.
 
     Args:
       evaluation: an "eval" line of `results.jsonl`.
     """
     table = Table(title=f"Validation loss {evaluation['loss']:.4f} (nats), by region", box=None)
     table.add_column("region")
+    apart = "loss_by_chain" in evaluation
     for chain in ("heavy", "light"):
         for column in ("loss", "accuracy", "masked"):
             table.add_column(f"{chain} {column}", justify="right")
+    if apart:
+        table.add_column("light unseen loss", justify="right")
     for region in ("FR1", "CDR1", "FR2", "CDR2", "FR3", "CDR3", "FR4"):
         cells = []
         for chain in "HL":
-            name = f"{region[:-1]}{chain}{region[-1]}"
-            if name in evaluation["loss_by_region"]:
-                cells += [
-                    f"{evaluation['loss_by_region'][name]:.4f}",
-                    f"{evaluation['accuracy_by_region'][name]:.3f}",
-                    f"{evaluation['masked_by_region'][name]:,}",
-                ]
-            else:
-                cells += ["-", "-", "0"]
+            cells += _cells(evaluation, "region", f"{region[:-1]}{chain}{region[-1]}")
+        if apart:
+            unseen = evaluation["loss_by_region_unseen"].get(f"{region[:-1]}L{region[-1]}")
+            cells.append("-" if unseen is None else f"{unseen:.4f}")
         table.add_row(region, *cells)
+    if apart:
+        table.add_section()
+        for part, label in (("", "all"), ("_seen", "seen"), ("_unseen", "unseen")):
+            cells = [
+                cell
+                for chain in ("heavy", "light")
+                for cell in _cells(evaluation, "chain", f"{chain}{part}")
+            ]
+            table.add_row(label, *cells, "")
     return table
+
+
+def _cells(evaluation: dict, by: str, name: str) -> list[str]:
+    """Loss, accuracy and masked tokens of a region or chain."""
+    if name not in evaluation[f"loss_by_{by}"]:
+        return ["-", "-", "0"]
+    return [
+        f"{evaluation[f'loss_by_{by}'][name]:.4f}",
+        f"{evaluation[f'accuracy_by_{by}'][name]:.3f}",
+        f"{evaluation[f'masked_by_{by}'][name]:,}",
+    ]
 
 
 def stability_lines(stability: Mapping) -> list[str]:

@@ -55,6 +55,7 @@ from moe_ablm.training.metrics import (
     Results,
     loss_metrics,
     router_metrics,
+    seen_metrics,
     validation_sums,
 )
 from moe_ablm.training.optimizer import make_schedule
@@ -296,7 +297,7 @@ class Trainer:
         start = time.perf_counter()
         found = validation_sums(self.eval_step, params, self.feed.valid_batches(), self.mesh)
         self.clock.pause(time.perf_counter() - start)
-        values = loss_metrics(found.sums, region_names())
+        values = seen_metrics(found.sums, region_names())
         if not math.isfinite(values["loss"]):
             raise Diverged(f"step {step}: validation loss is {values['loss']}")
         values["tokens_seen"] = self.record.tokens_seen
@@ -306,9 +307,13 @@ class Trainer:
                 for layer, table in zip(self.spec.moe_layers, found.routed, strict=True)
             }
         self._log("eval", step, values)
+        chains = values["loss_by_chain"]
         self.progress.note(
             f"step {step}: validation loss {values['loss']:.4f}, "
+            f"heavy {chains.get('heavy', math.nan):.4f}, "
             f"CDRH3 {values['loss_by_region'].get('CDRH3', math.nan):.4f}, "
+            f"light seen {chains.get('light_seen', math.nan):.4f}, "
+            f"unseen {chains.get('light_unseen', math.nan):.4f}, "
             f"accuracy {values['accuracy']:.3f}"
         )
         record = self.record
@@ -339,12 +344,15 @@ class Trainer:
         print(
             f"{self.config.model.size}: {flops.params_total(self.spec):,} parameters"
             f" ({flops.params_active(self.spec):,} active), {rows:,} antibodies"
-            f" ({self.feed.unique_tokens:,} tokens), {self.mesh.size} device(s),"
+            f" ({self.feed.corpus_tokens:,} tokens, {self.feed.mixture.unique_tokens():,} of"
+            f" different chains), {self.mesh.size} device(s),"
             f" {self.execution.operands} matmuls at {self.peak.flops / 1e9:,.0f} GFLOP/s peak"
             f" ({self.peak.source})"
         )
         if left_out:
             print(f"{left_out:,} sequences are longer than data.length and left out")
+        seen = " and ".join(f"{s:.1%} of {c}" for c, s in self.feed.seen_shares.items())
+        print(f"training has {seen} chains of the validation antibodies, letter by letter")
         for note in self.feed.mixture.notes:
             print(note)
         if self.step:

@@ -21,7 +21,7 @@ def as_runs(cells: Sequence[Planned]) -> Runs:
         "params": np.array([p.params_active for p in cells], float),
         "total_params": np.array([p.params_total for p in cells], float),
         "tokens": tokens,
-        "unique_tokens": np.minimum([p.unique_tokens for p in cells], tokens),
+        "unique_tokens": np.minimum([p.unique_tokens or p.corpus_tokens for p in cells], tokens),
         "experts": np.array([p.experts for p in cells], float),
         "router": np.array(["dense" if p.router == "none" else p.router for p in cells]),
     }

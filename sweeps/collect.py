@@ -4,14 +4,19 @@
     python -m moe_ablm fit --input runs.parquet --law joint --out fit/
 
 Columns: cell, fingerprint, state, step, note; params (active), total_params, tokens, unique_tokens,
-flops, experts, router, seed, loss (validation, nats), as `fit` reads them; loss_REGION,
+corpus_tokens, flops, experts, router, seed, loss (validation, nats), loss_metric, as `fit` reads
+them; loss_all, loss_novel, loss_CHAIN (heavy, light_seen, light_unseen, ...), loss_REGION,
 valid_loss_best, train_loss_final, verdict, tokens_per_second; axis_NAME of the grid. A cell that is
 not complete has no loss, and tokens and flops as planned.
+
+--loss says which loss is `loss`: novel, of the chains that no training antibody has; all; or a
+chain. Without it novel, if every complete cell has one (runs of before have none), else all.
 """
 
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,15 +27,20 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from sweeps.planned import Planned, read_plan
 
+CHAIN_LOSSES = tuple(
+    f"{chain}{part}" for chain in ("heavy", "light") for part in ("", "_seen", "_unseen", "_novel")
+)
+LOSSES = ("novel", "all", *CHAIN_LOSSES)
+
 
 def row(p: Planned, state: State) -> dict[str, object]:
-    """A cell as a row of the table."""
+    """A cell as a row of the table, `loss` and `loss_metric` left out."""
     summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}  # may be gone since
     tokens = finite(summary.get("tokens_seen")) or p.cell.tokens
     flops = finite(summary.get("flops")) or p.cell.flops
-    regions, stability = (
+    regions, chains, stability = (
         found if isinstance(found := summary.get(name), dict) else {}
-        for name in ("valid_loss_by_region", "stability")
+        for name in ("valid_loss_by_region", "valid_loss_by_chain", "stability")
     )
     verdict = stability.get("verdict")
     return {
@@ -42,13 +52,15 @@ def row(p: Planned, state: State) -> dict[str, object]:
         "params": p.params_active,
         "total_params": p.params_total,
         "tokens": float(tokens),
-        # a run shorter than an epoch has seen no more than its tokens
-        "unique_tokens": float(min(p.unique_tokens, tokens)),
+        "unique_tokens": unique_tokens(p, summary, tokens),
+        "corpus_tokens": float(p.corpus_tokens),
         "flops": flops,
         "experts": p.experts,
         "router": "dense" if p.router == "none" else p.axes.get("router", p.router),
         "seed": p.seed,
-        "loss": finite(summary.get("valid_loss_final")),
+        "loss_all": finite(summary.get("valid_loss_final")),
+        "loss_novel": finite(summary.get("valid_loss_novel")),
+        **{f"loss_{chain}": finite(chains.get(chain)) for chain in CHAIN_LOSSES},
         "valid_loss_best": finite(summary.get("valid_loss_best")),
         "train_loss_final": finite(summary.get("train_loss_final")),
         **{f"loss_{region}": finite(loss) for region, loss in regions.items()},
@@ -58,8 +70,28 @@ def row(p: Planned, state: State) -> dict[str, object]:
     }
 
 
-def collect(folder: Path, out: Path) -> list[State]:
-    """Writes the table of a sweep, whole or not at all; returns the states of its cells.
+def unique_tokens(p: Planned, summary: dict, tokens: float) -> float | None:
+    """Tokens of the different chains that a run has seen; None where they were not counted.
+
+    A run counts them itself; one of before that, and one that is not complete, has those of its
+    training part as the plan knows them, at most the tokens that it sees.
+    """
+    counted = finite(summary.get("unique_tokens")) if "corpus_tokens" in summary else None
+    if counted is not None or p.unique_tokens is None:
+        return counted
+    return float(min(p.unique_tokens, tokens))
+
+
+def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[State], list[str]]:
+    """Writes the table of a sweep, whole or not at all.
+
+    Args:
+      folder: of the sweep.
+      out: the file.
+      loss: one of `LOSSES`, which becomes the column `loss`; None: see the module.
+
+    Returns:
+      The states of the cells, and what a reader of the table must know.
 
     Raises:
       UserError: the folder holds no readable plan, or `out` cannot be written.
@@ -67,6 +99,20 @@ def collect(folder: Path, out: Path) -> list[State]:
     _, cells = read_plan(folder)
     states = [state_of(p.cell, p.steps) for p in cells]
     rows = [row(p, s) for p, s in zip(cells, states, strict=True)]
+    complete = [each for each in rows if each["state"] == COMPLETE]
+    notes = []
+    if loss is None:
+        lacking = sum(each["loss_novel"] is None for each in complete)
+        loss = "all" if lacking else "novel"
+        if lacking:
+            notes.append(
+                f"loss is that of all chains: {lacking} of {len(complete)} complete cells have none"
+                " of novel chains"
+            )
+    notes += _novel_differ(cells, states) if loss.endswith("novel") else []
+    notes += _counted_once(rows)
+    for each in rows:
+        each |= {"loss": each[f"loss_{loss}"], "loss_metric": loss}
     names = dict.fromkeys(name for each in rows for name in each)
     table = pa.table({name: [each.get(name) for each in rows] for name in names})
     try:
@@ -75,7 +121,37 @@ def collect(folder: Path, out: Path) -> list[State]:
             pq.write_table(table, temporary)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    return states
+    return states, notes
+
+
+def _novel_differ(cells: Sequence[Planned], states: Sequence[State]) -> list[str]:
+    """A note where the cells' losses are of different novel chains."""
+    counts = set()
+    for p, state in zip(cells, states, strict=True):
+        summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}
+        masked = (summary.get("evaluation") or {}).get("masked_by_chain")
+        if isinstance(masked, dict):
+            counts.add(tuple(masked.get(f"{c}_novel", 0) for c in ("heavy", "light")))
+    if len(counts) < 2:
+        return []
+    least, most = min(map(sum, counts)), max(map(sum, counts))
+    return [
+        f"novel chains differ between the cells ({least:,} to {most:,} masked residues): their "
+        "losses are of other chains; prepare the data with --split joint to compare them"
+    ]
+
+
+def _counted_once(rows: Sequence[dict]) -> list[str]:
+    """Gives rows without a count of different chains that of the corpus, all or none; says so."""
+    if all(each["unique_tokens"] is not None for each in rows):
+        return []
+    for each in rows:
+        each["unique_tokens"] = min(each["corpus_tokens"], each["tokens"])
+    return [
+        "unique_tokens counts chains as often as records have them, as corpus_tokens does: the plan"
+        " is of before different ones were counted; the sweep's command with --launcher=print "
+        "counts them"
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,15 +163,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("dir", type=Path, help="the --out of a sweep")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--loss", choices=LOSSES, help="which loss is the column `loss`")
     options = parser.parse_args(argv)
     try:
-        states = collect(options.dir, options.out)
+        states, notes = collect(options.dir, options.out, options.loss)
     except UserError as error:
         print(f"sweeps: {error}", file=sys.stderr)
         return 2
     count = Counter(state.name for state in states)
     counts = ", ".join(f"{n} {name}" for name, n in count.items())
     print(f"{options.out}: {len(states)} cells ({counts})")
+    for note in notes:
+        print(note)
     return int(bool(count["failed"] + count["damaged"]))
 
 

@@ -49,7 +49,7 @@ def print_cells(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = fro
             f"{p.params_total:,}",
             f"{p.params_active:,}",
             f"{cell.tokens:.3g}",
-            f"{cell.tokens / p.unique_tokens:.3g}",
+            f"{cell.tokens / p.corpus_tokens:.3g}",
             f"{cell.flops:.3g}",
             f"{rate.hours(cell.flops):.3g}",
             "complete" if cell.name in done else "",

@@ -99,6 +99,7 @@ def _planned(
         params_active=flops.params_active(spec),
         experts=spec.moe.experts if spec.moe else 1,
         router=config.model.moe.router,
+        corpus_tokens=data.corpus_tokens,
         unique_tokens=data.unique_tokens,
     )
 
@@ -117,6 +118,7 @@ def _require_apart(own: Mapping[str, object], extra: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class _Data:
     identity: str
+    corpus_tokens: int
     unique_tokens: int
     row: Row
     tokens_per_step: float
@@ -130,9 +132,10 @@ def _data(config: Config) -> _Data:
     steps = config.train.steps
     return _Data(
         identity=feed.identity,
-        unique_tokens=feed.unique_tokens,
+        corpus_tokens=feed.corpus_tokens,
+        unique_tokens=feed.mixture.unique_tokens(),
         row=feed.row,
-        tokens_per_step=feed.mixture.epochs(steps) * feed.unique_tokens / steps,
+        tokens_per_step=feed.mixture.epochs(steps) * feed.corpus_tokens / steps,
     )
 
 

@@ -22,7 +22,9 @@ class Planned:
       cell: for the launcher.
       axes: the point's values as text, for tables.
       steps, seed, params_total, params_active, experts, router: of its config.
-      unique_tokens: of its training data.
+      corpus_tokens: of its training data, an epoch's.
+      unique_tokens: the same, different chains counted once; None in plans of before that was
+        counted, which called `corpus_tokens` so.
     """
 
     cell: Cell
@@ -33,7 +35,8 @@ class Planned:
     params_active: int
     experts: int
     router: str
-    unique_tokens: int
+    corpus_tokens: int
+    unique_tokens: int | None
 
 
 def write_plan(out: Path, study: str, cells: Sequence[Planned]) -> None:
@@ -110,4 +113,6 @@ def _from_json(entry: dict, out: Path) -> Planned:
         raise ValueError(f"cell name {name!r}")
     cell["argv"] = tuple(cell["argv"])
     rest = {k: v for k, v in entry.items() if k != "cell"}
+    if "corpus_tokens" not in rest:
+        rest |= {"corpus_tokens": rest["unique_tokens"], "unique_tokens": None}
     return Planned(cell=Cell(workdir=out / name, **cell), **rest)

@@ -2,7 +2,8 @@
 
     python sweeps/scaling.py --ladder=paper --dry-run
     python sweeps/scaling.py --ladder=paper --seeds=1 --routers=dense,top2 --launcher=slurm
-    python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 64 512 8192
+    python -m moe_ablm prepare --input pairs.parquet --out data/joint --split joint
+    python -m sweeps.nested_data --input data/joint --out data/nested --pairs 64 512 8192
     python sweeps/scaling.py --ladder=micro --launcher=local
     python -m sweeps.collect runs/scaling --out runs/scaling.parquet
     python -m moe_ablm fit --input runs/scaling.parquet --law joint --out fit/micro
@@ -11,6 +12,9 @@ paper: the ESM-2 ladder 8m to 650m, 500,000 updates of 128 antibodies (the AbLM 
 quarter, half, full. mini: 1 to 40 M parameters, 20,000 updates of 64. micro: 0.06 to 1.3 M, 1,280
 updates of 4, for two cores; its data are nested subsets that sweeps/nested_data.py makes, or
 quarter, half and full of the embedded dataset (--data=simulated).
+
+Losses are compared on chains that no training antibody has (docs/sweeps.md): they are the same ones
+for nested datasets that come from a dataset of --split joint.
 
 Runs of equal length cannot tell what tokens are worth. --add=one-epoch appends dense runs of one
 epoch at most of the three smallest sizes, --add=branches dense runs cooled at D/8 to D/2 of every
@@ -133,9 +137,9 @@ def repairs(cells: list[Planned]) -> dict[str, list[grid.Point]]:
     sizes = dict.fromkeys(p.axes["size"] for p in dense)
     data = dict.fromkeys(p.axes["data"] for p in dense)
     one_epoch = [
-        shortened(p, int(p.steps * p.unique_tokens / p.cell.tokens))
+        shortened(p, int(p.steps * p.corpus_tokens / p.cell.tokens))
         for p in dense
-        if p.axes["size"] in list(sizes)[:3] and p.unique_tokens < p.cell.tokens
+        if p.axes["size"] in list(sizes)[:3] and p.corpus_tokens < p.cell.tokens
     ]
     branches = [
         shortened(p, p.steps // part)

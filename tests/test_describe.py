@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
+from small_datasets import Record, random_records, write_dataset
 
 from moe_ablm.__main__ import main
 from moe_ablm.data.dataset import SPLITS, Dataset
@@ -42,6 +43,45 @@ def test_summary_equals_the_table(path, table):
         assert summary.identity[chain].sum() == PAIRS == summary.chains[chain]
         top = (identity >= IDENTITY_BINS[-2] - 1e-12).sum()
         assert summary.identity[chain][-1] == top
+
+
+def test_seen_chains_and_different_ones_are_those_of_sets_of_strings(tmp_path, table):
+    # a third of the antibodies get the light chain of one of five others
+    donor = np.where(np.arange(PAIRS) % 3 == 0, np.arange(PAIRS) % 5, np.arange(PAIRS))
+    names = [n for n in table.column_names if n.endswith("_light")]
+    for name in names:
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, table[name].take(pa.array(donor)))
+    prepare_batches(table.combine_chunks().to_batches(), tmp_path / "d", source="s", licence="none")
+    dataset = Dataset(tmp_path / "d")
+    summary = summarise(dataset)
+    for chain in ("heavy", "light"):
+        letters = np.array(table[f"sequence_aa_{chain}"].to_pylist())
+        plain = table[f"v_identity_aa_{chain}"].to_numpy() == 1
+        train = {f: set(letters[dataset.rows("train", f)]) for f in ("quarter", "half", "full")}
+        assert summary.different[chain] == len(train["full"])
+        for split in ("valid", "test"):
+            rows = dataset.rows(split)
+            found = summary.seen[split, chain]
+            for fraction, known in train.items():
+                share = np.mean([letters[r] in known for r in rows])
+                assert found[fraction] == pytest.approx(share)
+            if plain[rows].any():
+                share = np.mean([letters[r] in train["full"] for r in rows if plain[r]])
+                assert found["unmutated"] == pytest.approx(share)
+    assert 0.1 < summary.seen["valid", "light"]["full"] < 0.8
+
+
+def test_describe_tells_which_chains_train_has(tmp_path, capsys):
+    a, b, c, d = random_records(4, 1)
+    records = [a, b, Record(c.heavy, a.light), Record(d.heavy, d.light)]
+    write_dataset(tmp_path / "d", records, np.array([0, 0, 1, 1]))
+    assert main(["moe_ablm", "describe", "--input", str(tmp_path / "d")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    # fraction keys rise with the row: a quarter is the first record
+    assert ["valid", "light", "50.0%", "50.0%", "50.0%", "-"] in lines
+    assert ["valid", "heavy", "0.0%", "0.0%", "0.0%", "-"] in lines
+    assert ["different", "ones", "in", "train", "2", "2"] in lines
 
 
 def test_describe_prints_the_card_and_draws(path, tmp_path, capsys, table):

@@ -86,6 +86,7 @@ def by_hand(records, germline, segments, kept) -> dict[tuple, list[float]]:
                     (("chains", "all"), ("region", "all")),
                     (("chains", "all"), ("region", region)),
                     (("chains", state), ("region", region)),
+                    (("chain", chain), ("training", "unseen")),  # there is no training antibody
                     (("chain", chain), ("residues", "all")),
                     (("chain", chain), ("residues", kind)),
                     (("chain", chain), ("segment", segments[chain][i][k])),
@@ -101,6 +102,30 @@ def by_hand(records, germline, segments, kept) -> dict[tuple, list[float]]:
         for name in ("all", "mutated" if mutated_at_all else "unmutated"):
             found["naturalness", ("antibodies", name)].append(np.exp(np.mean(log_likelihoods)))
     return found
+
+
+def test_chains_that_training_has_are_apart(planted, tmp_path):
+    """Two test antibodies; the first has the light chain of the only one that trains."""
+    _, records, *_ = planted
+    twin = replace(records[2], light=records[0].light, light_cdr=records[0].light_cdr,
+                   light_mutated=records[0].light_mutated)  # fmt: skip
+    splits = np.array([SPLITS.index(s) for s in ("train", "test", "test")])
+    data = write_dataset(tmp_path / "d", [records[0], twin, records[4]], splits)
+    found = values(evaluate(subject_of(data, tmp_path), Settings(antibodies=2)))
+    alone = {}
+    for name, record in (("seen", twin), ("unseen", records[4])):
+        tokens = [CLS, *map(TOKEN.get, record.heavy), CLS, CLS, *map(TOKEN.get, record.light), EOS]
+        first = len(record.heavy) + 3
+        losses = []
+        for place in range(first, first + len(record.light)):
+            copy = np.array(tokens, np.uint8)
+            copy[place] = MASK
+            losses.append(-np.log(arbitrary(copy)[place, tokens[place]]))
+        alone[name] = losses
+    for name, losses in alone.items():
+        value, n = found["cross_entropy", ("chain", "light"), ("training", name)]
+        assert (value, n) == (pytest.approx(np.mean(losses), rel=1e-5), len(losses))
+    assert ("cross_entropy", ("chain", "heavy"), ("training", "seen")) not in found
 
 
 def test_all_numbers_are_those_of_loops_over_letters(planted, tmp_path):
@@ -159,6 +184,8 @@ def test_single_chains_without_germline_are_evaluated_with_notes(tmp_path):
         ("accuracy", ("chains", "all"), ("region", "all")),
         ("cross_entropy", ("chain", "heavy"), ("residues", "all")),
         ("accuracy", ("chain", "heavy"), ("residues", "all")),
+        ("cross_entropy", ("chain", "heavy"), ("training", "unseen")),
+        ("accuracy", ("chain", "heavy"), ("training", "unseen")),
         ("naturalness", ("antibodies", "all")),
     }
     for what in ("no light chains", "no regions", "no germline", "gene segments"):

@@ -332,7 +332,7 @@ def test_long_antibodies_are_left_out_and_counted(antibodies):
     m = mixture([antibodies], length=28)
     assert m.left_out == (tokens > 28).sum() > 0
     assert m.sequences == 50 - m.left_out
-    assert m.unique_tokens == tokens[tokens <= 28].sum()
+    assert m.corpus_tokens == tokens[tokens <= 28].sum()
     assert {h for _, h, _, _ in shown(m, range(50))} == set(np.flatnonzero(tokens <= 28).tolist())
 
 
@@ -342,7 +342,7 @@ def test_nothing_fits(antibodies):
     assert str(antibodies.path) in str(error.value)
 
 
-def test_the_larger_form_counts_for_unique_tokens(antibodies):
+def test_the_larger_form_counts_for_corpus_tokens(antibodies):
     one, both = mixture([antibodies]), mixture([antibodies], "mixed:0.5")
-    assert both.unique_tokens == one.unique_tokens  # esm: four special tokens a pair either way
+    assert both.corpus_tokens == one.corpus_tokens  # esm: four special tokens a pair either way
     assert mixture([antibodies]).epochs(100) == pytest.approx(16)

@@ -212,6 +212,43 @@ def test_training_curves_of_run_directories(tmp_path):
     np.testing.assert_allclose(runs["flops"], [1e17, 2e17])
 
 
+def test_runs_that_tell_novel_chains_apart_are_fitted_on_those(tmp_path):
+    now = {"corpus_tokens": 1_500_000_000, "valid_loss_novel": 2.75}
+    make_run(tmp_path / "a", **now)
+    make_run(tmp_path / "b", seed=1, **now | {"valid_loss_novel": 2.875})
+    runs = read_runs([tmp_path])
+    assert runs["loss"].tolist() == [2.75, 2.875]
+    assert runs["unique_tokens"].tolist() == [1e9, 1e9]
+    assert any("novel chains" in n and "valid_loss_final" in n for n in runs.notes)
+    chosen = read_runs([tmp_path], Reading(columns={"loss": "valid_loss_final"}))
+    assert chosen["loss"].tolist() == [2.5, 2.5] and not chosen.notes
+
+
+def test_runs_of_before_among_others_make_all_of_them_alike(tmp_path):
+    """One kind of loss and one count of unique tokens in a table, and notes that say which."""
+    make_run(tmp_path / "a", corpus_tokens=1_500_000_000, valid_loss_novel=2.75)
+    make_run(tmp_path / "b", seed=1)
+    runs = read_runs([tmp_path])
+    assert runs["loss"].tolist() == [2.5, 2.5]
+    assert runs["unique_tokens"].tolist() == [1.5e9, 1e9]  # both of the corpus
+    told = " ".join(runs.notes)
+    assert "1 of 2 rows have none of novel chains" in told
+    assert "1 of 2 runs are of before different ones were counted" in told
+
+
+def test_curves_are_of_novel_chains_where_all_evaluations_have_them(tmp_path):
+    make_run(tmp_path / "a", corpus_tokens=10**9, valid_loss_novel=2.75)
+    file = tmp_path / "a" / "results.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line, loss in zip(lines[1:], (3.25, 2.75), strict=True):
+        line["loss_novel"] = loss
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert read_runs([tmp_path], Reading(curves=True))["loss"].tolist() == [3.25, 2.75]
+    del lines[1]["loss_novel"]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert read_runs([tmp_path], Reading(curves=True))["loss"].tolist() == [2.8, 2.5]
+
+
 def smooth_table(changed=(), convert=None):
     n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)))
     loss = 1.8 + 400 * n**-0.34 + 1000 * d**-0.34

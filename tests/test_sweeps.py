@@ -233,7 +233,7 @@ def test_nested_training_sets_share_their_validation_set(tmp_path, capsys):
     options = Namespace(ladder="micro", data=str(tmp_path), seeds=1, routers="dense")
     points = grid.where(scaling.points(options), lambda p: (p["size"], p["data"]) == ("s48", "8"))
     (planned,) = plan(points, lambda p: scaling.recipe(p, options), tmp_path / "out")[0]
-    assert planned.cell.tokens / planned.unique_tokens == pytest.approx(640)  # 1,280 x 4 of 8
+    assert planned.cell.tokens / planned.corpus_tokens == pytest.approx(640)  # 1,280 x 4 of 8
 
 
 # the design check
@@ -427,6 +427,76 @@ def test_a_row_of_the_table_of_routers_is_at_its_best_rate(tmp_path):
     assert dense[6] == "2.100 ± 0.100"
     assert soft[:5] == ["| soft", "interleaved", "0.002", "2", "1.33"]
     assert f"After {cells[0].steps} updates" in text
+
+
+CHAINS = {"heavy": 1.5, "light": 0.9, "light_seen": 0.5, "light_unseen": 1.3, "light_novel": 1.4}
+
+
+def write_new_run(p: Planned, novel: float = 1.45, masked: int = 70, **content) -> None:
+    """As trainers write it that tell seen chains apart."""
+    by_chain = {"heavy_novel": masked, "light_novel": 30}
+    write_run(p, valid_loss_by_chain=CHAINS, valid_loss_novel=novel, corpus_tokens=9_000,
+              unique_tokens=6_000, evaluation={"masked_by_chain": by_chain}, **content)  # fmt: skip
+
+
+def collected(folder: Path, *arguments: str) -> list[dict]:
+    out = folder / "runs.parquet"
+    assert collect.main([str(folder), "--out", str(out), *arguments]) == 0
+    return pq.read_table(out).to_pylist()
+
+
+def test_collect_tells_chains_apart_and_takes_the_novel_ones(tmp_path, capsys):
+    cells = tiny_plan(tmp_path, seed=range(3))
+    write_plan(tmp_path, "test", cells)
+    write_new_run(cells[0])
+    write_new_run(cells[1], novel=1.55)  # the third waits
+    first, second, waiting = collected(tmp_path)
+    assert (first["loss"], second["loss"], waiting["loss"]) == (1.45, 1.55, None)
+    assert {r["loss_metric"] for r in (first, second)} == {"novel"}
+    assert (first["loss_all"], first["loss_novel"]) == (2.25, 1.45)
+    for chain in collect.CHAIN_LOSSES:
+        assert first[f"loss_{chain}"] == CHAINS.get(chain)
+    assert (first["unique_tokens"], first["corpus_tokens"]) == (6_000, cells[0].corpus_tokens)
+    assert waiting["unique_tokens"] == min(cells[2].unique_tokens, waiting["tokens"])
+    assert capsys.readouterr().out.count("\n") == 1
+    for name, value in {"all": 2.25, "heavy": 1.5, "light_unseen": 1.3}.items():
+        chosen, *_ = collected(tmp_path, f"--loss={name}")
+        assert (chosen["loss"], chosen["loss_metric"]) == (value, name)
+    write_new_run(tiny_plan(tmp_path, seed=[2])[0], masked=71)
+    capsys.readouterr()
+    collected(tmp_path)
+    assert "novel chains differ between the cells (100 to 101" in capsys.readouterr().out
+
+
+def test_runs_of_before_have_the_loss_that_they_have_and_the_table_says_so(tmp_path, capsys):
+    cells = tiny_plan(tmp_path, seed=[0, 1])
+    write_plan(tmp_path, "test", cells)
+    write_new_run(cells[0])
+    write_run(cells[1])
+    rows = collected(tmp_path)
+    assert [r["loss"] for r in rows] == [2.25, 2.25]
+    assert {r["loss_metric"] for r in rows} == {"all"}
+    assert "1 of 2 complete cells have none of novel chains" in capsys.readouterr().out
+    # the plan knows the different chains of the old run's data
+    assert rows[1]["unique_tokens"] == min(cells[1].unique_tokens, 20_000)
+
+
+def test_a_plan_of_before_names_its_tokens_as_they_were_counted(tmp_path, capsys):
+    cells = tiny_plan(tmp_path, seed=[0, 1])
+    write_plan(tmp_path, "test", cells)
+    file = tmp_path / "sweep.json"
+    content = json.loads(file.read_text())
+    for entry in content["cells"]:
+        entry["unique_tokens"] = entry.pop("corpus_tokens")
+    file.write_text(json.dumps(content))
+    write_run(cells[0], tokens_seen=10**9)
+    before = read_plan(tmp_path)[1]
+    assert [p.corpus_tokens for p in before] == [p.corpus_tokens for p in cells]
+    rows = collected(tmp_path)
+    assert rows[0]["unique_tokens"] == cells[0].corpus_tokens
+    assert "as often as records have them" in capsys.readouterr().out
+    write_plan(tmp_path, "test", cells)  # as the sweep's command does
+    assert collected(tmp_path)[0]["unique_tokens"] == cells[0].unique_tokens
 
 
 def test_a_folder_that_moved_or_a_plan_that_is_cut(sweep, tmp_path, capsys):

@@ -37,8 +37,46 @@ def test_run_json_holds_what_scaling_needs(finished):
     assert on_disk["data_fraction"] == "full"
     assert on_disk["valid_loss_best"] <= on_disk["valid_loss_final"]
     assert "CDRH3" in on_disk["valid_loss_by_region"]
-    for key in ("fingerprint", "unique_tokens", "tokens_seen", "flops", "seed", "stability"):
+    for key in ("fingerprint", "corpus_tokens", "tokens_seen", "flops", "seed", "stability"):
         assert key in on_disk
+
+
+def test_chains_are_apart_in_results_events_run_json_and_report(finished, main):
+    """That they are right is tested in test_losses and test_chains; here, that they arrive."""
+    workdir, summary = finished
+    *_, line = (r for r in read_results(workdir / "results.jsonl") if r["kind"] == "eval")
+    losses, masked = line["loss_by_chain"], line["masked_by_chain"]
+    for chain in ("heavy", "light"):
+        parts = sum(masked.get(f"{chain}_{part}", 0) for part in ("seen", "unseen"))
+        assert parts == masked[chain] > 0
+        assert masked.get(f"{chain}_novel", 0) == masked.get(f"{chain}_unseen", 0)  # of all data
+    total = sum(masked[c] * losses[c] for c in ("heavy", "light"))
+    assert total / (masked["heavy"] + masked["light"]) == pytest.approx(line["loss"])
+    (file,) = (workdir / "tensorboard").iterdir()
+    events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+    values = {(e.step, v.tag): v.tensor.float_val[0] for e in events for v in e.summary.value}
+    for chain, loss in losses.items():
+        assert values[12, f"eval/loss_by_chain/{chain}"] == pytest.approx(loss)
+    assert values[12, "eval/loss_novel"] == pytest.approx(line["loss_novel"])
+    assert summary["valid_loss_by_chain"] == losses
+    assert summary["valid_loss_novel"] == line["loss_novel"]
+    assert set(summary["valid_seen"]) == {"heavy", "light"}
+    assert summary["unique_tokens"] <= summary["corpus_tokens"]
+    told = main("report", "--run", workdir)
+    assert told.returncode == 0
+    (unseen,) = (x.split() for x in told.stdout.splitlines() if x.split()[:1] == ["unseen"])
+    assert (
+        unseen[1] == f"{losses['heavy_unseen']:.4f}" and f"{losses['light_unseen']:.4f}" in unseen
+    )
+
+
+def test_an_evaluation_of_before_is_reported_as_it_was(finished, tmp_path, main):
+    new = [json.loads(x) for x in (finished[0] / "results.jsonl").read_text().splitlines()]
+    apart = ("loss_by_chain", "accuracy_by_chain", "masked_by_chain", "loss_by_region_unseen")
+    old = [{k: v for k, v in x.items() if k not in (*apart, "loss_novel")} for x in new]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in old))
+    told = main("report", "--run", tmp_path)
+    assert told.returncode == 0 and "CDR3" in told.stdout and "unseen" not in told.stdout
 
 
 def test_run_json_says_what_computed_it_and_how(finished):

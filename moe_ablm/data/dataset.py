@@ -5,6 +5,7 @@ of a chain are lists of equal length, so that one vectorised gather serves all o
 appears under its name only when it is whole: it is written beside it and renamed.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data import tokenizer
+from moe_ablm.data.chains import hash_chains
 from moe_ablm.data.regions import CHAINS, regions_from_cdr_mask, segments_from_mask
 from moe_ablm.errors import UserError
 
@@ -270,6 +272,17 @@ class Dataset:
     def identity(self) -> str:
         """SHA-256 over the shards: equal for datasets of equal rows in equal order."""
         return self.card["sha256"]
+
+    @functools.cached_property
+    def chain_hashes(self) -> dict[str, np.ndarray]:
+        """`chains.hash_sequences` of each chain, uint64 `[rows]`: equal for equal chains, 0: none.
+
+        Computed at the first use, from the residues (1.6 CPU seconds for 319,124 pairs).
+        """
+        return {
+            chain: np.concatenate([hash_chains(batch, chain) for batch in self._batches])
+            for chain in CHAINS
+        }
 
     def rows(self, split: str, fraction: str = "full") -> np.ndarray:
         """Row numbers (int64) of a split, restricted to a nested fraction of it."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_ablm.data import split as splits
+from moe_ablm.data.chains import hash_chains
 from moe_ablm.data.clones import (
     as_ascii,
     clonal_groups,
@@ -21,6 +22,7 @@ from moe_ablm.data.clones import (
     require_mmseqs,
 )
 from moe_ablm.data.dataset import SCHEMA, encode_batch
+from moe_ablm.data.joint import Joint, joint_split
 from moe_ablm.data.masking import mix
 from moe_ablm.data.readers.columns import LINE, ROW
 from moe_ablm.data.readers.report import Report, place
@@ -55,14 +57,15 @@ class SplitRule:
     Attributes:
       by: what stays whole and is drawn for: "group" (V gene, J gene, CDRH3 length: whole clusters,
         and adding sources moves nothing), "cluster" (clonal cluster: held-out sets resemble the
-        whole more, but adding sources moves the clusters that grow or join), "donor", or "mmseqs"
-        (clusters of whole chains by sequence identity).
+        whole more, but adding sources moves the clusters that grow or join), "donor", "mmseqs"
+        (clusters of whole chains by sequence identity), or "joint" (clonal clusters and identical
+        chains, heavy and light: `data.joint`).
       identity: CDRH3 identity (with "mmseqs": chain identity) that links two sequences.
       recluster: compute clusters even where the sources have a `cluster` column.
       valid_donors, test_donors: donors to hold out; empty: a hash of the donor's name decides.
     """
 
-    by: Literal["group", "cluster", "donor", "mmseqs"] = "group"
+    by: Literal["group", "cluster", "donor", "mmseqs", "joint"] = "group"
     identity: float = 0.9
     recluster: bool = False
     valid_donors: tuple[str, ...] = ()
@@ -91,6 +94,7 @@ class Decided:
       trusted: clusters are those of the sources' `cluster` column.
       divided: clusters whose members' own draws of a split differ; each takes one of them.
       nearest: see `clones.nearest_train`.
+      joint: of the rule "joint", how large its components are.
     """
 
     cluster: np.ndarray
@@ -100,6 +104,7 @@ class Decided:
     trusted: bool
     divided: int
     nearest: dict | None
+    joint: Joint | None = None
 
 
 class Intake:
@@ -165,8 +170,9 @@ class Intake:
             clusters, divided = self._follow_labels(cluster, split)
         else:
             clusters = self._cluster(cluster, split)
+        joint = self._split_jointly(cluster, split, keep) if self._rule.by == "joint" else None
         nearest = nearest_train(self._clones.parts, split)
-        return Decided(cluster, split, keep, clusters, self._all_labelled, divided, nearest)
+        return Decided(cluster, split, keep, clusters, self._all_labelled, divided, nearest, joint)
 
     def stored(self, decided: Decided) -> Iterator[pa.RecordBatch]:
         """The rows that are kept, as stored rows with their cluster and split."""
@@ -211,7 +217,18 @@ class Intake:
     ) -> np.ndarray:
         if self._rule.by == "donor":
             return donor_draws(batch, report, self._rule.valid_donors, self._rule.test_donors)
-        return {"group": group, "cluster": member, "mmseqs": key}[self._rule.by]
+        return {"group": group, "cluster": member, "mmseqs": key, "joint": member}[self._rule.by]
+
+    def _split_jointly(self, cluster: np.ndarray, split: np.ndarray, keep: np.ndarray) -> Joint:
+        """Splits the rows that are kept; all of them are in memory, some 300 bytes a row."""
+        found = [
+            (hash_chains(b, "heavy"), hash_chains(b, "light"), b["key"].to_numpy())
+            for b in self._stored()
+        ]
+        heavy, light, key = (np.concatenate(each)[keep] for each in zip(*found, strict=True))
+        joint = joint_split(np.array(cluster[keep]), heavy, light, key)
+        split[keep] = joint.split
+        return joint
 
     def _label_by_mmseqs(self) -> None:
         """Clusters the first chain of every row; a cluster is named by its representative's key."""

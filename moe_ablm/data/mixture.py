@@ -15,9 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_ablm.data import sequences as forms
+from moe_ablm.data.antibody import row_sizes
+from moe_ablm.data.chains import different
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.masking import mix
 from moe_ablm.data.packing import first_fit_decreasing, seat
+from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.sequences import Sequences
 from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
@@ -210,6 +213,7 @@ class Stream:
     ):
         """Args: the run's seed; `number` distinguishes the streams of a run."""
         self.dataset, self.sequences, self.length = dataset, sequences, length
+        self._layout = layout
         self.size = np.minimum(sequences.tokens(dataset, layout), length)
         self._seed, self._spawn = seed, (number,) if number else ()
         self._packing = first_fit_decreasing(self.size, length) if packed else None
@@ -239,6 +243,31 @@ class Stream:
         order = np.argsort(both.row, kind="stable")
         return Drawn(*(x[order] for x in both))
 
+    def shown(self, rows: int) -> np.ndarray:
+        """The sequences (int64, each once) of the first `rows` rows of the endless order."""
+        if rows >= self.rows:
+            return np.arange(len(self.sequences))
+        if rows == 0:
+            return np.zeros(0, np.int64)
+        return np.unique(self.draw(np.arange(rows)).sequence)
+
+    def chains(self, shown: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Hashes (uint64) and tokens (int64) of the chains of some sequences, `[n]` each.
+
+        0 for no chain. Of a pair the heavy chain has the special tokens that it has alone, the
+        light chain the rest.
+        """
+        some = self.sequences.take(shown)
+        heavy, light = some.residues(self.dataset)
+        size = self.size[shown]
+        alone = row_sizes(heavy, np.zeros_like(light), self._layout)
+        first = np.where(light > 0, alone * (heavy > 0), size)
+        rows, sizes = (some.heavy, some.light), (first, size - first)
+        return {
+            chain: (np.where(r == forms.NONE, 0, self.dataset.chain_hashes[chain][r]), its)
+            for chain, r, its in zip(CHAINS, rows, sizes, strict=True)
+        }
+
     def _draw_epoch(
         self, here: np.ndarray, rows: np.ndarray, seated: np.ndarray | None, epoch: int
     ) -> Drawn:
@@ -264,7 +293,8 @@ class Mixture:
       left_out: sequences that are longer than `Batching.length`.
       notes: lines to print at the start of a run.
       sequences: number of sequences of all streams.
-      unique_tokens: their tokens; of a dataset that is shown in two forms, the larger sum.
+      corpus_tokens: their tokens, those of an epoch: a chain counts as often as records have it. Of
+        a dataset that is shown in two forms, the larger sum.
     """
 
     def __init__(
@@ -296,8 +326,8 @@ class Mixture:
                 tokens[f, d] = sum(int(s.size.sum()) for s in added)
                 chains[f, d] = sum(_chains(s) for s in added)
         self.sequences = sum(len(s.sequences) for s in self.streams)
-        self.unique_tokens = int(tokens.max(0).sum())
-        self._unique_chains = int(chains.max(0).sum())
+        self.corpus_tokens = int(tokens.max(0).sum())
+        self._chains_of_epoch = int(chains.max(0).sum())
         self._chains_per_row = np.array([_chains(s) / s.rows for s in self.streams])
         form_share = np.ones((steps, 1))
         if len(regime.forms) == 2:
@@ -359,9 +389,33 @@ class Mixture:
         return stream[order], position[order]
 
     def epochs(self, step: int) -> float:
-        """Chains shown before `step`, over the distinct chains of the mixture."""
+        """Chains shown before `step`, over those of the mixture's records."""
+        shown = self._rows_before(step)
+        return float(shown @ self._chains_per_row / self._chains_of_epoch)
+
+    def _rows_before(self, step: int) -> np.ndarray:
         unit = self.batching.rows if self.batching.kind == "bucketed" else 1
-        return float(self._before[step] * unit @ self._chains_per_row / self._unique_chains)
+        return self._before[step] * unit
+
+    def unique_tokens(self, step: int | None = None) -> int:
+        """Tokens of the different chains shown before `step` (None: of all), each counted once.
+
+        Special tokens are counted as in `Stream.chains`; of a chain that is shown in two forms, the
+        larger number.
+        """
+        rows = [s.rows for s in self.streams] if step is None else self._rows_before(step)
+        found = [s.chains(s.shown(int(n))) for s, n in zip(self.streams, rows, strict=True)]
+        total = 0
+        for chain in CHAINS:
+            hashes, sizes = map(np.concatenate, zip(*(f[chain] for f in found), strict=True))
+            total += different(hashes, sizes)[1]
+        return total
+
+    def chain_hashes(self, chain: str) -> np.ndarray:
+        """Hashes (uint64) of that chain of all sequences, 0 for none."""
+        return np.concatenate(
+            [s.chains(np.arange(len(s.sequences)))[chain][0] for s in self.streams]
+        )
 
     @property
     def row_means(self) -> tuple[float, float, float]:

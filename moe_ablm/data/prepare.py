@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from moe_ablm.data.dataset import SPLITS, DatasetWriter
 from moe_ablm.data.intake import Decided, Intake, SplitRule
+from moe_ablm.data.joint import KEPT, Joint
 from moe_ablm.data.readers.check import check_batch
 from moe_ablm.data.readers.columns import LINE, ROW
 from moe_ablm.data.readers.report import Report, why_nothing
 from moe_ablm.data.spill import scratch_beside
+from moe_ablm.data.split import SHARES
 from moe_ablm.errors import UserError
 
 
@@ -111,6 +113,8 @@ _SPLIT_RULES = {
     "cluster": "90/5/5 by hash of a member of each clonal cluster",
     "donor": "by donor",
     "mmseqs": "90/5/5 by hash of a member of each MMseqs2 cluster",
+    "joint": "held out by hash: small components of clonal clusters and identical chains, heavy or "
+    "light; no chain is on two sides",
 }
 
 
@@ -147,6 +151,18 @@ def _source_card(report: Report) -> dict:
     }
 
 
+def _short_of(joint: Joint, held: np.ndarray, rows: int) -> list[str]:
+    """A warning where too few rows have chains that train has not."""
+    wanted = np.diff(SHARES).sum() * rows
+    if joint.candidates * (1 - KEPT) >= wanted:
+        return []
+    return [
+        f"--split joint: {held[1:].sum():,} rows are held out and not {wanted:,.0f}: only "
+        f"{joint.candidates:,} of {rows:,} are in small components of clones and identical chains "
+        f"({joint.giant:,} in the largest)"
+    ]
+
+
 def _warnings(rule: SplitRule, decided: Decided) -> list[str]:
     warnings = []
     held = np.bincount(decided.split[decided.keep], minlength=len(SPLITS))
@@ -155,6 +171,9 @@ def _warnings(rule: SplitRule, decided: Decided) -> list[str]:
             warnings.append(f"the {name} split is empty: name its donors with --{name}-donors")
         elif rows == 0:
             warnings.append(f"the {name} split is empty: there are too few clonal groups")
+    if decided.joint:
+        rows = len(decided.joint.split)
+        warnings += _short_of(decided.joint, held, rows)
     if decided.trusted and decided.divided and rule.by == "group":
         warnings.append(
             f"{decided.divided} clusters of the `cluster` column hold several V genes, J genes or "

@@ -90,8 +90,8 @@ def repaired(dataset: Dataset, rows: np.ndarray, seed: int) -> tuple[Sequences, 
             f"with both chains in a split, found {len(both)}"
         )
     partner, met, left = _deal(
-        _chain_hashes(dataset, both, "heavy"),
-        _chain_hashes(dataset, both, "light"),
+        dataset.chain_hashes["heavy"][both],
+        dataset.chain_hashes["light"][both],
         np.random.default_rng(np.random.SeedSequence([seed, 0x5EA1])),
     )
     single = stored(dataset, np.setdiff1d(rows, both, assume_unique=True))
@@ -138,21 +138,6 @@ def _deal(
         partner[mine], partner[other] = partner[other], partner[mine]
         wrong = rng.permutation(np.setdiff1d(wrong, mine, assume_unique=True))
     return partner, met, len(wrong)
-
-
-def _chain_hashes(dataset: Dataset, rows: np.ndarray, chain: str) -> np.ndarray:
-    """uint64 `[n]`: equal for equal amino-acid sequences (64 bits: no chance collisions here)."""
-    hashes = np.empty(len(rows), np.uint64)
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[begin : begin + _ROWS_AT_ONCE]
-        tokens = dataset.gather(part, chain, ("tokens",))["tokens"].astype(np.uint64)
-        size = dataset.lengths[chain][part]
-        first = np.cumsum(size) - size
-        place = np.arange(len(tokens)) - np.repeat(first, size)
-        hashes[begin : begin + len(part)] = np.add.reduceat(
-            mix(tokens | (place.astype(np.uint64) << np.uint64(8))), first
-        )
-    return hashes
 
 
 def fitting(

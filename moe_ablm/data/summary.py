@@ -1,4 +1,4 @@
-"""Statistics of a dataset: CDRH3 length, V gene usage, V identity."""
+"""Statistics of a dataset: CDRH3 length, V gene usage, V identity, chains seen in training."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.dataset import SPLITS, Dataset
+from moe_ablm.data.chains import different
+from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset
 from moe_ablm.data.regions import CDR3, CHAINS, REGIONS
 
 LONGEST_CDR3 = 40
@@ -25,6 +26,9 @@ class Summary:
         before the CDR3 that are germline; lower ones count in the first bin.
       chains: rows with that chain.
       means: for each chain, mean CDR3 length, mean V identity and share of unmutated V.
+      different: for each chain, training chains that differ from each other.
+      seen: for held-out split and chain, the share of its chains that a training antibody of each
+        fraction has, too, and "unmutated": of those with unmutated V, with all training antibodies.
     """
 
     cdrh3_length: np.ndarray
@@ -32,17 +36,20 @@ class Summary:
     identity: dict[str, np.ndarray] = field(default_factory=dict)
     chains: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CHAINS, 0))
     means: dict[str, dict[str, float]] = field(default_factory=dict)
+    different: dict[str, int] = field(default_factory=dict)
+    seen: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
 
 def summarise(dataset: Dataset) -> Summary:
     """Counts over all rows, a record batch at a time; chains without annotation are left out."""
     summary = Summary(np.zeros((len(SPLITS), LONGEST_CDR3 + 1), np.int64))
     for chain in CHAINS:
-        totals, annotated = np.zeros(3), 0
+        totals, annotated, unmutated = np.zeros(3), 0, []
         summary.identity[chain] = np.zeros(len(IDENTITY_BINS) - 1, np.int64)
         for batch in dataset.batches():
             cdr3, v_length, mutated = _counts(batch, chain)
             known = v_length > 0
+            unmutated.append(known & (mutated == 0))
             summary.chains[chain] += int((np.diff(batch[f"{chain}_tokens"].offsets) > 0).sum())
             identity = 1 - mutated[known] / v_length[known]
             clipped = np.maximum(identity, IDENTITY_BINS[0])
@@ -57,7 +64,24 @@ def summarise(dataset: Dataset) -> Summary:
         if annotated:
             names = ("cdr3_length", "v_identity", "unmutated")
             summary.means[chain] = dict(zip(names, (totals / annotated).tolist(), strict=True))
+        _add_seen(summary, dataset, chain, np.concatenate(unmutated))
     return summary
+
+
+def _add_seen(summary: Summary, dataset: Dataset, chain: str, unmutated: np.ndarray) -> None:
+    hashes = dataset.chain_hashes[chain]
+    train = {fraction: hashes[dataset.rows("train", fraction)] for fraction in FRACTIONS}
+    summary.different[chain] = different(train["full"], np.zeros(len(train["full"]), np.int64))[0]
+    for split in SPLITS[1:]:
+        rows = dataset.rows(split)
+        rows = rows[hashes[rows] != 0]
+        if not len(rows):
+            continue
+        shares = {f: float(np.isin(hashes[rows], known).mean()) for f, known in train.items()}
+        plain = rows[unmutated[rows]]
+        if len(plain):
+            shares["unmutated"] = float(np.isin(hashes[plain], train["full"]).mean())
+        summary.seen[split, chain] = shares
 
 
 def _counts(batch: pa.RecordBatch, chain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

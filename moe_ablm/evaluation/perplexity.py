@@ -18,7 +18,7 @@ from moe_ablm.data.masking import (
     record_rates,
     select,
 )
-from moe_ablm.data.regions import region_names
+from moe_ablm.data.regions import CHAINS, region_names
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated
 from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.outcome import Outcome, Table
@@ -38,18 +38,28 @@ class Settings:
 
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
-    """Loss, accuracy and perplexity of test sets, and by region of the pairs."""
+    """Loss, accuracy and perplexity of test sets, by region of the pairs, and by chain.
+
+    Chains that the model's training antibodies have, letter by letter, are told apart from others:
+    a loss on them is of memory, too.
+    """
     everyone, notes = subject.antibodies(settings.antibodies)
-    samples = []
+    samples: list[Sample] = []
+    seen, note = subject.seen(everyone)
+    notes.append(note)
+    of_key = {a.key: each for a, each in zip(everyone, seen, strict=True)}
     for name, members in test_sets(everyone).items():
         if not members:
             notes.append(f"no antibody with what the test set {name} needs: left out")
             continue
         found = masked_sums(subject, members, settings.repeats)
         samples += _samples(members, found, {"test set": name})
+        its = np.array([of_key[a.key] for a in members])
+        samples += _by_chain(members, found, its, {"test set": name})
     metrics = ("loss", "accuracy", "perplexity")
     tables = (
         Table("Test sets", metrics, ("test set",), where=(("region", "all"),)),
+        Table("Chains that training has (seen) and has not", metrics, ("test set", "chain")),
         Table("Pairs, by region", metrics, ("region",), where=(("test set", "paired"),)),
     )
     regime = subject.engine.model.regime
@@ -120,20 +130,41 @@ def masked(
     return [np.flatnonzero(part) for part in np.split(selected, start[1:])], out
 
 
+def _by_chain(
+    members: Sequence[Annotated], sums: np.ndarray, seen: np.ndarray, labels: dict
+) -> list[Sample]:
+    """Of each chain all, those seen in training (bool `[n, 2]`) and the others, where there are."""
+    samples = []
+    of_chain = len(region_names()) // len(CHAINS)
+    for i, chain in enumerate(CHAINS):
+        # residues without a region, the last of the sums, are of the chain that stands alone
+        alone = np.array([not getattr(a, c).letters for a in members for c in CHAINS if c != chain])
+        part = sums[:, i * of_chain : (i + 1) * of_chain].sum(1)
+        part += np.where(alone[:, None], sums[:, -1], 0)
+        for name, kept in (("", slice(None)), ("seen ", seen[:, i]), ("unseen ", ~seen[:, i])):
+            some = np.zeros_like(part)
+            some[kept] = part[kept]
+            samples += _means(members, some, labels | {"chain": f"{name}{chain}"})
+    return samples
+
+
 def _samples(members: Sequence[Annotated], sums: np.ndarray, labels: dict) -> list[Sample]:
-    units = [a.unit for a in members]
     samples = []
     parts = {"all": sums.sum(1)}
     if labels["test set"] == "paired":
         parts |= {name: sums[:, i] for i, name in enumerate(region_names())}
     for region, part in parts.items():
-        if not part[:, 2].any():
-            continue
-        loss, hits, residues = part.T
-        about = labels | {"region": region}
-        samples += [
-            Sample("loss", units, loss, residues, about, unit="nats"),
-            Sample("accuracy", units, hits, residues, about, unit="share"),
-            Sample("perplexity", units, loss, residues, about, scale="exp"),
-        ]
+        samples += _means(members, part, labels | {"region": region})
     return samples
+
+
+def _means(members: Sequence[Annotated], sums: np.ndarray, labels: dict) -> list[Sample]:
+    """Of sums `[n, 3]` (nats, hits, residues) the three metrics; none without residues."""
+    if not sums[:, 2].any():
+        return []
+    units, (loss, hits, residues) = [a.unit for a in members], sums.T
+    return [
+        Sample("loss", units, loss, residues, labels, unit="nats"),
+        Sample("accuracy", units, hits, residues, labels, unit="share"),
+        Sample("perplexity", units, loss, residues, labels, scale="exp"),
+    ]

@@ -3,9 +3,9 @@
 Each position of held-out antibodies is masked in turn (Salazar et al. 2020, eq. 1). The
 cross-entropy is minus the log-probability of the residue that is there, over all tokens; accuracy
 is the share of residues that are the most probable token. Shown by FR and CDR, by chain, for
-germline and mutated residues, by gene segment, and for chains without and with mutations
-(Burbach & Briney 2024, Figure 1: the median of a region in each antibody). Naturalness of an
-antibody is 1 / pseudo-perplexity.
+germline and mutated residues, by gene segment, for chains that training has and has not, and for
+chains without and with mutations (Burbach & Briney 2024, Figure 1: the median of a region in each
+antibody). Naturalness of an antibody is 1 / pseudo-perplexity.
 """
 
 import importlib.util
@@ -65,6 +65,10 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     samples = naturalness(units, residues, likelihoods)
     for labels, inside in groups(residues):
         samples += _samples(units, residues.owner, likelihoods, labels, inside)
+    seen, note = subject.seen(everyone)
+    notes.append(note)
+    for labels, inside in seen_groups(residues, seen):
+        samples += _samples(units, residues.owner, likelihoods, labels, inside)
     medians = region_medians(units, residues, likelihoods)
     pictures = []
     if medians:
@@ -96,6 +100,11 @@ TABLES = (
         ("likelihood", "germline_likelihood"),
         ("chain",),
         where=(("residues", "mutated"),),
+    ),
+    Table(
+        "Chains that training has (seen) and has not",
+        ("cross_entropy", "accuracy"),
+        ("chain", "training"),
     ),
     Table("By gene segment", ("cross_entropy", "accuracy"), ("chain", "segment")),
     Table("Naturalness, 1 / pseudo-perplexity", ("naturalness",), ("antibodies",)),
@@ -164,6 +173,17 @@ def groups(residues: Residues) -> Iterator[tuple[dict[str, str], np.ndarray]]:
             yield {"chain": chain, "residues": kind}, own & (residues.kind == kind)
         for code, segment in enumerate(SEGMENTS[1:], start=1):
             yield {"chain": chain, "segment": segment}, own & (residues.segment == code)
+
+
+def seen_groups(
+    residues: Residues, seen: np.ndarray
+) -> Iterator[tuple[dict[str, str], np.ndarray]]:
+    """(labels, mask `[n]`) of the residues of chains that are seen, bool `[antibodies, 2]`."""
+    its = seen[residues.owner, residues.chain]
+    for number, chain in enumerate(CHAINS):
+        own = residues.chain == number
+        yield {"chain": chain, "training": "seen"}, own & its
+        yield {"chain": chain, "training": "unseen"}, own & ~its
 
 
 def _samples(

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from moe_ablm.data.antibody import tokens_of
-from moe_ablm.data.dataset import Dataset
+from moe_ablm.data.chains import hash_sequences
+from moe_ablm.data.dataset import FRACTIONS, Dataset
+from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.tokenizer import encode
 from moe_ablm.evaluation.cohort import Annotated, annotated, sample_rows
 from moe_ablm.evaluation.outcome import Skipped
 from moe_ablm.inference.buckets import Engine
@@ -68,6 +71,33 @@ class Subject:
             what = "pair" if paired else "antibody"
             raise Skipped(f"split {split} of {self.dataset.path} holds no {what} that fits")
         return kept, notes
+
+    def seen(self, antibodies: list[Annotated]) -> tuple[np.ndarray, str]:
+        """Whether training has each chain of some antibodies, and a note on what training is.
+
+        Of a run on this dataset training is the part (`data.fraction`) that it took; of other
+        models the whole training split.
+
+        Returns:
+          bool `[n, 2]`, heavy and light, False where there is no chain; and the note.
+        """
+        if self.dataset is None:
+            raise Skipped("no dataset was given (--input DIR)")
+        data = self.engine.model.facts.get("data") or {}
+        own = data.get("sha256") == self.dataset.identity and data.get("fraction") in FRACTIONS
+        fraction = data["fraction"] if own else "full"
+        rows = self.dataset.rows("train", fraction)
+        found = []
+        for chain in CHAINS:
+            letters = [getattr(a, chain).letters for a in antibodies]
+            tokens = encode(np.frombuffer("".join(letters).encode(), np.uint8))
+            hashes = hash_sequences(tokens, np.cumsum([0, *map(len, letters)]))
+            found.append(np.isin(hashes, self.dataset.chain_hashes[chain][rows]) & (hashes != 0))
+        whose = (
+            f"{fraction}, as of the model's run" if own else "all of it: the model is no run on it"
+        )
+        note = f"seen chains: those that the training split of {self.dataset.path} has ({whose})"
+        return np.stack(found, axis=1), note
 
     def files_of(self, name: str) -> tuple[Path, ...]:
         """Files given under a name.

@@ -25,6 +25,8 @@ RUN_FIELDS = {
     "seed": "seed",
     "loss": "valid_loss_final",
 }
+# of the chains that no training antibody has: the loss where every run has it
+NOVEL_LOSS = "valid_loss_novel"
 FINISHED = ("complete", "done", "finished")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 COUNTS = ("params", "total_params", "tokens", "unique_tokens", "unique_pairs", "flops")
@@ -52,6 +54,7 @@ class Sheet:
     rows: list[Row]
     is_runs: bool = False
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_sheet(path: Path, curves: bool = False, drop_bad: bool = False) -> Sheet:
@@ -156,7 +159,26 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
         for row in rows:
             names.update(dict.fromkeys(row.values))
     sheet.header = list(names)
+    _count_alike(sheet)
     return sheet
+
+
+def _count_alike(sheet: Sheet) -> None:
+    """Unique tokens of all runs by one rule, with a note where it is that of before.
+
+    Runs of before different chains were counted once have no `corpus_tokens`, and in its place a
+    `unique_tokens` that counts a chain as often as records have it.
+    """
+    old = [row for row in sheet.rows if "corpus_tokens" not in row.values]
+    if not any("unique_tokens" in row.values for row in old):
+        return
+    for row in sheet.rows:
+        if "corpus_tokens" in row.values:
+            row.values["unique_tokens"] = row.values["corpus_tokens"]
+    sheet.notes.append(
+        f"{sheet.path}: unique tokens are those of the corpus, a chain counted as often as records "
+        f"have it: {len(old)} of {len(sheet.rows)} runs are of before different ones were counted"
+    )
 
 
 def _read_json(file: Path) -> dict:
@@ -184,6 +206,7 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
         if not isinstance(record, dict) or record.get("kind") != "eval" or "loss" not in record:
             continue
         row = {**values, "step": record.get("step"), RUN_FIELDS["loss"]: record["loss"]}
+        row[NOVEL_LOSS] = record.get("loss_novel")
         seen, total = record.get("tokens_seen"), values.get("tokens_seen")
         if seen is not None:
             row["tokens_seen"] = seen

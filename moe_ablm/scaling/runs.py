@@ -10,6 +10,7 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.inputs import INPUTS
 from moe_ablm.scaling.readers import (
+    NOVEL_LOSS,
     RUN_FIELDS,
     BadValue,
     Row,
@@ -126,7 +127,10 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
     for item in inputs:
         sheet = read_sheet(Path(item), reading.curves, reading.drop_bad_rows)
         dropped += sheet.skipped
+        notes += sheet.notes
         names = _names(sheet, columns)
+        if sheet.is_runs and "loss" not in columns:
+            names |= _loss_of_runs(sheet, notes)
         rows = _where(sheet, reading.where or {}, notes)
         table += _parse(rows, names, sheet, reading, dropped, notes)
     table = table if reading.curves else _last_step(table, dropped)
@@ -158,6 +162,24 @@ def _names(sheet: Sheet, columns: Mapping[str, str]) -> dict[str, str]:
                 f"{', '.join(sheet.header)}"
             )
     return out
+
+
+def _loss_of_runs(sheet: Sheet, notes: list[str]) -> dict[str, str]:
+    """The loss of novel chains, where every run has it: that of all mixes learning and memory."""
+    found = [row.values.get(NOVEL_LOSS) is not None for row in sheet.rows]
+    if not any(found):
+        return {}
+    if not all(found):
+        notes.append(
+            f"{sheet.path}: losses are of all chains: {found.count(False)} of {len(found)} rows "
+            "have none of novel chains"
+        )
+        return {}
+    notes.append(
+        f"{sheet.path}: losses are of novel chains, which no training antibody has; --columns "
+        f"loss={RUN_FIELDS['loss']} takes those of all"
+    )
+    return {"loss": NOVEL_LOSS}
 
 
 def _where(sheet: Sheet, where: Mapping[str, str], notes: list[str]) -> list[Row]:

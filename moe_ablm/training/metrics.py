@@ -18,7 +18,7 @@ from moe_ablm.model.routing import RouterStats
 from moe_ablm.parallel.mesh import global_batch
 from moe_ablm.results import keep_until
 from moe_ablm.training.stability import dead_experts, max_min_load
-from moe_ablm.training.step import REGIONS
+from moe_ablm.training.step import CELLS, REGIONS, SEEN_LEVELS
 
 
 def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
@@ -42,6 +42,41 @@ def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...])
         "accuracy_by_region": {n: float(correct[c] / count[c]) for n, c in seen.items()},
         "masked_by_region": {n: int(count[c]) for n, c in seen.items()},
     }
+
+
+def seen_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
+    """What `loss_metrics` gives of a validation set, and chains apart that training has or has not.
+
+    `loss_by_chain`, `accuracy_by_chain`, `masked_by_chain`: of "heavy" and "light", and each of
+    them "_seen" (the run's own training sequences have the chain), "_unseen" (they have not) and
+    "_novel" (no training antibody of the dataset has it, whatever part a run takes).
+    `loss_by_region_unseen`: of chains that the run's own have not. `loss_novel`: of all novel
+    chains, heavy and light. What no masked token is in is left out.
+
+    Args:
+      sums: arrays `[SEEN_LEVELS * CELLS]`.
+      names: as of `loss_metrics`.
+    """
+    by_level = [np.asarray(s, np.float64).reshape(SEEN_LEVELS, CELLS) for s in sums]
+    novel, elsewhere, seen = range(SEEN_LEVELS)
+    unseen = [s[[novel, elsewhere]].sum(0) for s in by_level]
+    parts = {"": [s.sum(0) for s in by_level], "_seen": [s[seen] for s in by_level]}
+    parts |= {"_unseen": unseen, "_novel": [s[novel] for s in by_level]}
+    chains = {
+        f"{chain}{part}": [s[cell : cell + REGIONS].sum() for s in found]
+        for cell, chain in ((0, "heavy"), (REGIONS, "light"))
+        for part, found in parts.items()
+    }
+    there = {name: sums for name, sums in chains.items() if sums[2]}
+    values = loss_metrics(parts[""], names)
+    values["loss_by_chain"] = {n: float(loss / count) for n, (loss, _, count) in there.items()}
+    values["accuracy_by_chain"] = {n: float(hits / count) for n, (_, hits, count) in there.items()}
+    values["masked_by_chain"] = {n: int(count) for n, (_, _, count) in there.items()}
+    values["loss_by_region_unseen"] = loss_metrics(unseen, names)["loss_by_region"]
+    loss, _, count = (s[novel].sum() for s in by_level)
+    if count:
+        values["loss_novel"] = float(loss / count)
+    return values
 
 
 def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any]:

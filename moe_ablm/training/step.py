@@ -23,12 +23,16 @@ from moe_ablm.training.state import TrainState, split_trained
 # cells of the tables below: (segment - 1) * REGIONS + region; see data.regions for both codes
 REGIONS = 8
 CELLS = 2 * REGIONS
+SEEN_LEVELS = 3  # of a chain of an evaluation batch, whether training has it; see data.chains
 
 Batch = dict[str, jax.Array]
 
 
 class RegionSums(NamedTuple):
-    """Sums over the masked positions of each (chain, region) cell, float32 `[CELLS]`."""
+    """Sums over the masked positions of each (chain, region) cell, float32 `[CELLS]`.
+
+    Of batches that say what training has seen `[SEEN_LEVELS * CELLS]`, level after level.
+    """
 
     loss: jax.Array  # nats
     correct: jax.Array
@@ -46,7 +50,8 @@ def region_sums(logits: jax.Array, batch: Batch) -> RegionSums:
 
     Args:
       logits: float32 `[B, L, V]`.
-      batch: `targets`, `loss_mask`, `segment`, `region`, each `[B, L]`.
+      batch: `targets`, `loss_mask`, `segment`, `region`, each `[B, L]`; evaluation batches have
+        `seen`, too.
     """
     targets = batch["targets"].astype(jnp.int32)
     # a gather along V would have a scatter as its gradient
@@ -54,7 +59,10 @@ def region_sums(logits: jax.Array, batch: Batch) -> RegionSums:
     loss = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
     counted = batch["loss_mask"]
-    one_hot = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
+    cell, count = cells(batch), CELLS
+    if "seen" in batch:
+        cell, count = cell + CELLS * batch["seen"].astype(jnp.int32), SEEN_LEVELS * CELLS
+    one_hot = jax.nn.one_hot(cell, count, dtype=jnp.float32)
     sums = jnp.einsum(
         "nbl,blc->nc",
         jnp.stack([jnp.where(counted, x, 0.0) for x in (loss, correct, jnp.ones_like(loss))]),

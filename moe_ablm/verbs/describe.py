@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from moe_ablm.data.dataset import SPLITS, Dataset
+from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
 from moe_ablm.errors import UserError
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(_card(dataset))
     console.print(_counts(dataset.card))
     console.print(_chains(summary))
+    console.print(_seen(summary))
     for warning in dataset.card.get("warnings", []):
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     for path in draw(summary, args.out or args.input / "figures"):
@@ -88,6 +89,7 @@ def _chains(summary: Summary) -> Table:
     for chain in CHAINS:
         table.add_column(chain, justify="right")
     table.add_row("rows", *(f"{summary.chains[c]:,}" for c in CHAINS))
+    table.add_row("different ones in train", *(f"{summary.different[c]:,}" for c in CHAINS))
     for name, label, form in (
         ("cdr3_length", "CDR3 length, mean", ".2f"),
         ("v_identity", "V identity, mean", ".4f"),
@@ -100,6 +102,19 @@ def _chains(summary: Summary) -> Table:
         for v in (summary.v_genes[c] for c in CHAINS)
     ]
     table.add_row("most used V", *top)
+    return table
+
+
+def _seen(summary: Summary) -> Table:
+    table = Table(title="held-out chains that train has, too", title_justify="left")
+    columns = {f: f"in {f}" for f in FRACTIONS} | {"unmutated": "unmutated ones, in full"}
+    for heading in ("split", "chain"):
+        table.add_column(heading)
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for (split, chain), shares in summary.seen.items():
+        cells = [f"{shares[c]:.1%}" if c in shares else "-" for c in columns]
+        table.add_row(split, chain, *cells)
     return table
 
 

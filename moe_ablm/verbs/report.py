@@ -59,10 +59,15 @@ def _stability(file: Path) -> list[str]:
 
 
 SHOWN = ("CDRH3", "FRH3", "CDRL3", "FRL3")
+PARTS = {
+    "heavy": "heavy chains",
+    "light_seen": "light chains seen in training",
+    "light_unseen": "other light chains",
+}
 
 
 def draw_loss(records: list[dict], path: Path) -> None:
-    """Training loss, validation loss, and validation loss of some regions, over tokens seen.
+    """Training loss, validation loss, and that of some regions and chains, over tokens seen.
 
     Args:
       records: lines of `results.jsonl`, at least one of kind "eval".
@@ -78,6 +83,10 @@ def draw_loss(records: list[dict], path: Path) -> None:
     for name in SHOWN:
         y = [r["loss_by_region"].get(name, np.nan) for r in evaluations]
         axis.plot(x, y, ".--", label=f"validation, {name}")
+    for name, label in PARTS.items():
+        y = [r.get("loss_by_chain", {}).get(name, np.nan) for r in evaluations]
+        if np.isfinite(y).any():
+            axis.plot(x, y, ".:", label=f"validation, {label}")
     axis.set(xlabel="tokens seen", ylabel="masked-token loss (nats)", ylim=(0, None))
     axis.legend()
     figure.savefig(path, dpi=150)
