@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.data.align import ACCEPTED, CODE_OF_REASON, MAX_MISSING, Placement, place, window
+from moe_ablm.data.foreign import foreign
 from moe_ablm.data.germline_scores import (
     CODE_OF_BYTE,
     LETTER_OF_CODE,
@@ -99,9 +100,31 @@ def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str) -> Domai
         (junction.found & (domains.residues == ord("-")).any(axis=1), "nonstandard_residue"),
     ):
         domains.reason[accepted & fault] = CODE_OF_REASON[reason]
+    _name_ultralong(codes, lengths, after_c104, placement, domains, j)
+    for row in np.flatnonzero(domains.reason == CODE_OF_REASON["not_a_v_domain"]):
+        text = LETTER_OF_CODE[codes[row, : lengths[row]]].tobytes().decode()
+        domains.reason[row] = CODE_OF_REASON[foreign(text) or "not_a_v_domain"]
     domains.v_call[:] = _calls(placement.best, v.genes)
     domains.j_call[:] = _calls(junction.best, j.genes)
     return domains
+
+
+def _name_ultralong(
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    after_c104: np.ndarray,
+    placement: Placement,
+    domains: Domains,
+    table: JTable,
+) -> None:
+    """Names CDR3s beyond `MAX_CDR3`, as cattle have them, where a framework 4 follows."""
+    without = [CODE_OF_REASON[reason] for reason in ("truncated_end", "no_fr4")]
+    rows = np.flatnonzero((placement.reason == ACCEPTED) & np.isin(domains.reason, without))
+    if not len(rows):
+        return
+    behind = after_c104[rows] + MAX_CDR3 - MIN_CDR3
+    junction = find_junction(codes[rows], lengths[rows], behind, placement.locus[rows], table)
+    domains.reason[rows[junction.found]] = CODE_OF_REASON["ultralong_cdr3"]
 
 
 def _assemble(codes: np.ndarray, placement: Placement, junction: Junction) -> Domains:

@@ -57,6 +57,7 @@ def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.Recor
     for batch in batches:
         source.report.kept += batch.num_rows
         yield batch
+    source.report.settle(source.report.kept)
 
 
 def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Source]) -> None:
@@ -104,6 +105,8 @@ def _print_summary(sources: list[Source], out: Path, seconds: float) -> None:
     for report in (source.report for source in sources):
         table.add_row(f"{report.origin} ({report.format})", "read", f"{report.read:,}")
         table.add_row("", "annotated", f"{report.kept:,}")
+        if report.joined:
+            table.add_row("", "joined to an annotated one", f"{report.joined:,}")
         for kind, counts in (("rejected", report.rejected), ("note", report.notes)):
             for reason, rows in counts.most_common():
                 table.add_row("", f"{kind}: {reason}", f"{rows:,}", report.first[reason])

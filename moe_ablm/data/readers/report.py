@@ -65,6 +65,20 @@ class Report:
             self.rejected[reason] += rows
             self.first.setdefault(reason, place)
 
+    def settle(self, kept: int, rejected: int | None = None) -> None:
+        """Raises RuntimeError where rows were lost, or counted twice: a fault of the program.
+
+        Args:
+          kept: antibodies that were delivered, or written.
+          rejected: rows left out so far; None: all that are counted.
+        """
+        rejected = self.rejected.total() if rejected is None else rejected
+        if self.read != kept + self.joined + rejected:
+            raise RuntimeError(
+                f"{self.source}: {self.read} rows read are not {kept} kept, {self.joined} joined "
+                f"and {rejected} rejected: a fault of this program, nothing of the file's"
+            )
+
     def note(self, remark: str, place: str, rows: int = 1) -> None:
         """Counts rows that are kept, but about which the user should know something."""
         if rows:
@@ -94,19 +108,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return lower[matches[0]] if matches else None
 
 
-def existing_file(path: Path) -> Path:
+def existing_file(path: Path, flag: str = "--input") -> Path:
     """The path if it is a file that has bytes; a UserError says what it is otherwise."""
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings)
         raise UserError(
-            f"--input {path}: no such file"
+            f"{flag} {path}: no such file"
             + (f"; did you mean {path.parent / near}?" if near else "")
         )
     if not path.is_file():
-        raise UserError(f"--input {path}: not a file (a directory holds no single table)")
+        raise UserError(f"{flag} {path}: not a file (a directory holds no single table)")
     if not os.access(path, os.R_OK):
-        raise UserError(f"--input {path}: no permission to read it")
+        raise UserError(f"{flag} {path}: no permission to read it")
     if path.stat().st_size == 0:
-        raise UserError(f"--input {path}: the file is empty (0 bytes)")
+        raise UserError(f"{flag} {path}: the file is empty (0 bytes)")
     return path
