@@ -182,6 +182,77 @@ def test_insertions_and_deletions(at, change, expected):
     assert found.v_gene == "IGHV3-9"
 
 
+# CH31, an antibody against HIV-1 with nine residues inserted into CDRH1
+CH31_VH = (
+    "QVQLVQSGAAVRKPGASVTVSCKFAEDDDYSPYWVNPAPEHFIHFLRQAPGQQLEWLAWMNPTNGAVNYAWYLNGRVTATRDRSMTTAFLEVKSLRSDDT"
+    "AVYYCARAQKRGRSEWAYAHWGQGTPVVVSS"
+)
+
+
+def test_an_insertion_beside_a_cdr_belongs_to_it():
+    (found,) = annotate_chains([CH31_VH], "heavy")
+    assert cdrs(found) == ["EDDDYSPYWVNPAPEHF", "MNPTNGAV", "ARAQKRGRSEWAYAH"]
+    before, _, behind = found.cdr_mask_aa.partition("1" * 17)
+    assert len(before) == 25 and behind.index("2") == 17  # FR1 without a residue 10, FR2 39-55
+
+
+@pytest.mark.parametrize(("at", "cdr"), [(33, 0), (35, 0), (48, 1), (58, 1)])
+def test_framework_2_keeps_its_17_residues(at, cdr):
+    """A long insertion at any place near a CDR: FR1, FR2 and FR3 are as long as before."""
+    whole = ADALIMUMAB_VH
+    (found,) = annotate_chains([whole[:at] + "SDGPNTDSE" + whole[at:]], "heavy")
+    lengths = [len(cdrs(found)[i]) for i in range(2)]
+    expected = [8, 8]
+    expected[cdr] += 9
+    assert lengths == expected
+
+
+# Both chains in one; what can be either
+
+
+def annotated_rows(sequences: list[str]) -> tuple[list[dict], Report]:
+    report = Report("t", read=len(sequences))
+    columns = {"sequence_aa_heavy": sequences, "sequence_aa_light": [""] * len(sequences)}
+    columns |= {"_any_chain": [True] * len(sequences), "_line": [0] * len(sequences)}
+    columns["_row"] = list(range(1, len(sequences) + 1))
+    batches = complete.annotated([pa.record_batch(columns)], report, all_columns=True)
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    report.settle(len(rows))
+    return rows, report
+
+
+def test_a_single_chain_fv_gives_both_domains():
+    linker, order = "GGGGS" * 3, [(TRASTUZUMAB_VH, TRASTUZUMAB_VL), (ADALIMUMAB_VL, ADALIMUMAB_VH)]
+    sequences = [first + linker + second for first, second in order]
+    sequences += [TRASTUZUMAB_VH, TRASTUZUMAB_VH + CONSTANT["heavy"], TRASTUZUMAB_VL]
+    rows, report = annotated_rows(sequences)
+    found = {(r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows}
+    assert found == {
+        (TRASTUZUMAB_VH, TRASTUZUMAB_VL),
+        (ADALIMUMAB_VH, ADALIMUMAB_VL),
+        (TRASTUZUMAB_VH, ""),
+        ("", TRASTUZUMAB_VL),
+    }
+    assert len(rows) == 5 and report.notes == {"single-chain Fv: both domains": 2}
+    (one,) = [r for r in rows if r["sequence_aa_light"] == ADALIMUMAB_VL]
+    assert one["cdr3_aa_light"] == "QRYNRAPYT" and one["v_gene_light"] == "IGKV1-27"
+
+
+def test_the_reason_of_a_chain_that_may_be_either_is_that_of_its_kind():
+    wrong = [TRASTUZUMAB_VH[19:], TRASTUZUMAB_VL[19:], TRASTUZUMAB_VH[:-12], "QVQ"]
+    wrong += [OTHER_FOLDS[1], CONSTANT["IGK"]]
+    rows, report = annotated_rows(wrong)
+    assert not rows
+    assert report.rejected == {
+        "annotation: heavy: truncated_start": 1,
+        "annotation: light: truncated_start": 1,
+        "annotation: heavy: truncated_end": 1,
+        "annotation: not_a_v_domain": 1,
+        "annotation: t_cell_receptor": 1,
+        "annotation: constant_region": 1,
+    }
+
+
 # OAS
 
 

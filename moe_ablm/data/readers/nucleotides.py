@@ -1,6 +1,7 @@
 """Chains that are written in nucleotides: told from proteins, and translated to V domains."""
 
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 
 import numpy as np
 import pyarrow as pa
@@ -115,12 +116,29 @@ def _domains(reads: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str
         found.append((next((domain for domain, _ in results if domain), ""), ""))
     lost = [i for i, (domain, _) in enumerate(found) if not domain]
     whole = [[f.replace("*", "X") for f in frames[i]] for i in lost]
-    reasons = iter(
-        _annotated([f for three in whole for f in three], _spread(whole, [chains[i] for i in lost]))
-    )
-    for i, three in zip(lost, whole, strict=True):
-        found[i] = "", _why({next(reasons)[1] for _ in three}) if three else _TOO_LONG
+    mended = [_across_frames(three) for three in whole]
+    kinds = [chains[i] for i in lost]
+    told = iter(_annotated([f for three in whole for f in three], _spread(whole, kinds)))
+    joined = iter(_annotated([f for some in mended for f in some], _spread(mended, kinds)))
+    for i, three, some in zip(lost, whole, mended, strict=True):
+        reasons = {next(told)[1] for _ in three}
+        shifted = True in {bool(next(joined)[0]) for _ in some}
+        found[i] = "", _why(reasons, shifted) if three else _TOO_LONG
     return found
+
+
+def _across_frames(frames: Sequence[str]) -> list[str]:
+    """Proteins that begin in one frame and go on in another, where words of V genes say so."""
+    from moe_ablm.data.germline_scores import encode, v_table, words
+
+    known = np.logical_or.reduce([v_table(chain).has_word.any(axis=1) for chain in CHAINS])
+    hits = [np.cumsum(known[words(encode(f))]) for f in frames if len(f) > _SHORTEST_FRAME]
+    proteins = []
+    for first, second in permutations(range(len(hits)), 2):
+        n = min(len(hits[first]), len(hits[second]))
+        cut = int((hits[first][:n] - hits[second][:n]).argmax())
+        proteins.append(frames[first][:cut] + frames[second][cut:])
+    return proteins
 
 
 def _spread(groups: Sequence[Sequence[str]], chains: Sequence[str]) -> list[str]:
@@ -154,12 +172,15 @@ def _annotated(frames: Sequence[str], chains: Sequence[str]) -> list[tuple[str, 
     return found
 
 
-def _why(reasons: set[str]) -> str:
-    """What is wrong with a read, from what the annotator says of its three frames."""
+def _why(reasons: set[str], shifted: bool) -> str:
+    """What is wrong with a read, from what the annotator says of its three frames.
+
+    Args:
+      reasons: of the frames.
+      shifted: whether the beginning of one frame and the end of another make a V domain.
+    """
     if "nonstandard_residue" in reasons:
         return "stop codon or unknown nucleotide in the V domain"
-    parts = reasons & {"truncated_start", "truncated_end", "no_fr4", "no_c104"}
-    if len(parts) > 1 and "truncated_start" in parts:
+    if shifted:
         return "frameshift"
-    told = reasons - {"not_a_v_domain"}
-    return min(parts or told or {"no open reading frame is a V domain"})
+    return min(reasons - {"not_a_v_domain"} or {"no open reading frame is a V domain"})
