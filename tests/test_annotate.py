@@ -266,6 +266,12 @@ def test_agreement_with_oas(shared_data, chain, least):
     genes = [row[f"v_call_{chain}"].split("*")[0] in f.v_call.split("|") for row, f in both]
     assert np.mean(genes) >= least
     assert np.mean([row[f"cdr3_aa_{chain}"] == f.cdr3_aa for row, f in both]) >= 0.995
+    # of genes with one protein the one without D is named first
+    first = [row[f"v_call_{chain}"].split("*")[0] == f.v_gene for row, f in both]
+    assert np.mean(first) >= {"heavy": 0.98, "light": 0.99}[chain]
+    joining = [row[f"j_call_{chain}"].split("*")[0] in f.j_call.split("|") for row, f in both]
+    assert np.mean(joining) >= {"heavy": 0.965, "light": 0.975}[chain]
+    assert np.mean([len(f.j_call.split("|")) for _, f in both]) < 1.45
 
 
 # What lies around a V domain
@@ -278,6 +284,25 @@ def test_leader_and_constant_region_are_cut(chain, sequences, annotations):
         (found,) = annotate_chains([LEADER[chain] + sequence + constant], chain)
         assert found.start == len(LEADER[chain])
         assert (found.sequence_aa, found.germline_aa) == (bare.sequence_aa, bare.germline_aa)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_v_gene_does_not_depend_on_what_stands_around_it(shared_data, chain):
+    """Real chains, many of them mutated, with and without leader and constant region."""
+    bare: list[ChainAnnotation] = []
+    for name in ("1279068_1", "SRR10358525"):
+        with gzip.open(shared_data / "oas" / f"{name}.csv.gz", "rt", newline="") as file:
+            texts = [row[f"sequence_alignment_aa_{chain}"] for row in csv.DictReader(file)]
+        found = annotate_chains(texts, chain)
+        bare += [f for f in found if isinstance(f, ChainAnnotation)]
+    constant = [CONSTANT.get(f.v_gene[:3], CONSTANT["heavy"]) for f in bare]
+    whole = [LEADER[chain] + f.sequence_aa + c for f, c in zip(bare, constant, strict=True)]
+    in_context = annotate_chains(whole, chain)
+    # framework 4 of two light chains is cut short: a constant region there is no framework 4
+    assert sum(f == "no_fr4" for f in in_context) <= 2
+    for alone, f in zip(bare, in_context, strict=True):
+        if f != "no_fr4":
+            assert (f.v_call, f.start) == (alone.v_call, len(LEADER[chain]))
 
 
 def test_single_chain_fv_has_both_domains():
