@@ -302,7 +302,8 @@ def test_a_v_gene_does_not_depend_on_what_stands_around_it(shared_data, chain):
     assert sum(f == "no_fr4" for f in in_context) <= 2
     for alone, f in zip(bare, in_context, strict=True):
         if f != "no_fr4":
-            assert (f.v_call, f.start) == (alone.v_call, len(LEADER[chain]))
+            # where first residues lack, those of the leader may stand for them
+            assert f.v_call == alone.v_call and 0 <= len(LEADER[chain]) - f.start <= 3
 
 
 def test_single_chain_fv_has_both_domains():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -295,6 +296,63 @@ def test_joined_sequences(tmp_path, separator):
     assert "'|'" in error_of(written(tmp_path, "t.csv", three))
 
 
+SPACED = f"{' '.join(HEAVY)} [SEP] {' '.join(LIGHT)}"  # as IgBert takes them
+LAYOUTS = [f"{HEAVY}{between}{LIGHT}" for between in ("|", ":", "</s>", "<cls><cls>", ",", "\t")]
+
+
+@pytest.mark.parametrize("line", [*LAYOUTS, SPACED, f"[CLS] {SPACED} [SEP]"])
+def test_lines_without_a_header(tmp_path, line):
+    text = f"{line}\n\n{line.replace(HEAVY[:9], 'Q' * 9)}\n{LIGHT}\n"
+    rows, report = read(written(tmp_path, "t.txt", text))
+    assert report.format == "lines" and report.read == 3
+    assert (rows[0]["sequence_aa_heavy"], rows[0]["sequence_aa_light"]) == (HEAVY, LIGHT)
+    assert rows[2]["sequence_aa_heavy"] == LIGHT and rows[2]["_any_chain"]
+    assert [r["_line"] for r in rows] == [1, 3, 4]
+    path = written(tmp_path, "t.txt", f"{line}\nEVQ1|DIQ\n")
+    assert "row 2 (line 2)" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "fields", "pair", "name"),
+    [
+        ("Name,Ab or Nb,VHorVHH,VL,CDRH3", f"m1,Ab,{HEAVY},{LIGHT},AR", (HEAVY, LIGHT), "m1"),
+        ("Name,Ab or Nb,VHorVHH,VL,CDRH3", f"n1,Nb,{HEAVY},ND,AR", (HEAVY, ""), "n1"),
+        ("Therapeutic,HeavySequence,LightSequence", f"t,{HEAVY},na", (HEAVY, ""), "t"),
+        ("Therapeutic,Heavy Sequence,Light Sequence", f"t,{HEAVY},{LIGHT}", (HEAVY, LIGHT), "t"),
+        ("heavy,light,fitness", f"{HEAVY},{LIGHT},1.5", (HEAVY, LIGHT), None),
+        ("VHH_sequence,fitness", f"{HEAVY},1.5", (HEAVY, ""), None),
+        ("id,vh,vl", f"a,{HEAVY},{LIGHT}", (HEAVY, LIGHT), "a"),
+        ("id,heavy", f"a,{HEAVY}", (HEAVY, ""), "a"),
+        ("id,light_chain", f"a,{LIGHT}", ("", LIGHT), "a"),
+    ],
+)
+def test_headers_of_public_sets(tmp_path, header, fields, pair, name):
+    rows, report = read(written(tmp_path, "t.csv", f"{header}\n{fields}\n"))
+    assert report.format == "table"
+    assert (rows[0]["sequence_aa_heavy"], rows[0]["sequence_aa_light"]) == pair
+    assert rows[0].get("sequence_id") == name
+
+
+def test_a_second_chain_under_another_name_is_not_passed_over(tmp_path):
+    path = written(tmp_path, "t.csv", f"id,heavy,kappa_protein\na,{HEAVY},{LIGHT}\n")
+    assert "amino-acid chains stand in columns 'heavy', 'kappa_protein'" in error_of(path)
+    path = written(tmp_path, "t.csv", f"id,heavy,germline_heavy\na,{HEAVY},{HEAVY}\n")
+    assert len(read(path)[0]) == 1  # another heavy chain is none that is lost
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "told"),
+    [
+        ("a.xlsx", b"PK\x03\x04", "Excel workbook; save the sheet as CSV"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1", "Excel workbook"),
+        ("a.h5ad", b"\x89HDF\r\n", "AnnData.*scirpy.io.write_airr"),
+    ],
+)
+def test_files_of_other_programs_say_what_to_do(tmp_path, name, start, told):
+    message = error_of(written(tmp_path, name, start + bytes(40)))
+    assert re.search(told, message)
+
+
 # --- FASTA ------------------------------------------------------------------------------------
 
 
@@ -309,6 +367,25 @@ def test_fasta_of_suffixed_chains(tmp_path):
     assert report.read == 4 and report.joined == 1
     assert report.notes["cell without light chain: kept alone"] == 1
     assert report.notes["chain that names no cell: kept alone"] == 1
+
+
+@pytest.mark.parametrize(
+    "end", ["|H |L", "_H _L", "|IGH |IGK", "_VH _VL", ":heavy :light", "|H |K"]
+)
+def test_fasta_of_chains_named_in_other_ways(tmp_path, end):
+    heavy, light = end.split()
+    text = f">a{heavy}\n{HEAVY}\n>b{light} x\n{LIGHT[1:]}\n>b{heavy}\n{HEAVY}\n>a{light}\n{LIGHT}\n"
+    rows, report = read(written(tmp_path, "t.fasta", text))
+    found = {r["sequence_id"]: (r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows}
+    assert found == {"a": (HEAVY, LIGHT), "b": (HEAVY, LIGHT[1:])} and report.joined == 2
+
+
+def test_fasta_records_called_only_by_their_chain_are_paired_in_order(tmp_path):
+    text = f">H\n{HEAVY}\n>L\n{LIGHT}\n>L\n{LIGHT[1:]}\n>H\n{HEAVY[1:]}\n>H\n{HEAVY[2:]}\n"
+    rows, report = read(written(tmp_path, "t.fasta", text))
+    found = {(r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows}
+    assert found == {(HEAVY, LIGHT), (HEAVY[1:], LIGHT[1:]), (HEAVY[2:], "")}
+    assert report.joined == 2
 
 
 def test_two_fasta_files_in_one_order(tmp_path):

@@ -25,7 +25,8 @@ from moe_ablm.data.readers.columns import (
     once,
     place_of,
 )
-from moe_ablm.data.readers.missing import is_missing
+from moe_ablm.data.readers.contig_json import is_contig_json, read_contigs
+from moe_ablm.data.readers.missing import is_missing, without_words
 from moe_ablm.data.readers.nucleotides import translated
 from moe_ablm.data.readers.options import Reading
 from moe_ablm.data.readers.report import Report
@@ -118,8 +119,15 @@ def read_10x(path: Path, report: Report, reading: Reading) -> Iterator[pa.Record
         mapping = {name: name for name in wanted} | genes
         return {name: column for name, column in mapping.items() if column in header}
 
+    def rows() -> Iterator[pa.RecordBatch]:
+        if is_contig_json(path):
+            for batch in read_contigs(path, report):
+                yield without_words(batch, report)
+        else:
+            yield from read_rows(path, report, choose)
+
     def chains() -> Iterator[pa.RecordBatch]:
-        for batch in read_rows(path, report, choose):
+        for batch in rows():
             names = batch.schema.names
             donors = [batch[n] for n in _TEN_X_DONORS if n in names]
             cell = pc.binary_join_element_wise(*donors, batch["barcode"], "|")

@@ -17,6 +17,7 @@ from moe_ablm.data.readers.columns import (
     format_of_header,
     no_chains,
 )
+from moe_ablm.data.readers.contig_json import is_contig_json
 from moe_ablm.data.readers.options import AS_USUAL, Reading
 from moe_ablm.data.readers.parquet import is_parquet
 from moe_ablm.data.readers.report import Report, existing_file, nearest
@@ -33,7 +34,7 @@ FORMATS = {
     "oas-paired": "OAS paired CSV",
     "oas-unpaired": "OAS unpaired CSV",
     "airr": "AIRR or Change-O rearrangement table, chains joined by `cell_id`",
-    "10x": "10x contig annotations, chains joined by `barcode`",
+    "10x": "10x contig annotations, CSV or JSON, chains joined by `barcode`",
     "fasta": "FASTA of antibody chains (`id|H` and `id|L`, or two files)",
     "protein": "FASTA of general proteins",
 }
@@ -152,6 +153,8 @@ def _paths(text: str) -> tuple[Path, ...]:
 def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> str:
     path, lines = paths[0], []
     if not is_parquet(path):
+        if is_contig_json(path):
+            return "10x"
         lines = first_lines(path, 1)
         if lines and lines[0].startswith(">"):
             return "protein" if fasta.is_protein_header(lines[0]) else "fasta"
