@@ -5,22 +5,14 @@ The reference is the protein itself, written in codons of the standard genetic c
 
 import pyarrow as pa
 import pytest
+from public_headers import coded
 from tiny_models import HEAVY, LIGHT
 
 from moe_ablm.data.readers import Reading, open_sources
 from moe_ablm.data.readers.nucleotides import are_nucleotides, v_domains
 from moe_ablm.errors import UserError
 
-CODON = {
-    **{"A": "GCC", "C": "TGC", "D": "GAC", "E": "GAG", "F": "TTC", "G": "GGC", "H": "CAC"},
-    **{"I": "ATC", "K": "AAG", "L": "CTG", "M": "ATG", "N": "AAC", "P": "CCC", "Q": "CAG"},
-    **{"R": "CGG", "S": "AGC", "T": "ACC", "V": "GTG", "W": "TGG", "Y": "TAC"},
-}
 UTR = "GGGAGAGGAGCCCAGCACTAGAAGTCGGCGGTGTTTCCATTCGG"  # 45 bases
-
-
-def coded(protein: str) -> str:
-    return "".join(CODON[letter] for letter in protein)
 
 
 def reverse(bases: str) -> str:

@@ -6,6 +6,7 @@ Small copies of exports that lost rows: 10x aggr and contigs, IgBLAST, IMGT/V-QU
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from public_headers import coded
 from test_annotate import ADALIMUMAB_VH as H2
 from test_annotate import ADALIMUMAB_VL as L2
 from test_annotate import TRASTUZUMAB_VH as H1
@@ -177,8 +178,6 @@ def test_10x_contigs_that_lack_a_region_are_rejects(tmp_path, lack):
 
 
 def test_cell_ranger_before_5_needs_the_fasta_of_its_contigs(tmp_path):
-    from test_nucleotides import UTR, coded
-
     path = table(
         tmp_path / "a.csv",
         ("barcode", "contig_id", "chain", "v_gene", "cdr3", "cdr3_nt", "reads", "umis"),
@@ -187,7 +186,7 @@ def test_cell_ranger_before_5_needs_the_fasta_of_its_contigs(tmp_path):
         ("A-2", "A-2_contig_1", "IGH", "IGHV3-23", "CSRWF", "", 100, 5),
         comma=",",
     )
-    fasta = f">A-1_contig_1\n{UTR}{coded(H1)}\n>A-1_contig_2\n{coded(L1)}\n"
+    fasta = f">A-1_contig_1\nCATGG{coded(H1)}\n>A-1_contig_2\n{coded(L1)}\n"
     (tmp_path / "filtered_contig.fasta").write_text(fasta)
     with pytest.raises(UserError, match="Cell Ranger before 5.*--contigs filtered_contig.fasta"):
         read(path)

@@ -113,8 +113,8 @@ def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) ->
     placement = Placement.empty(len(codes), own)
     if codes.shape[1] < MIN_ALIGNED:
         return placement
-    done = _place_ungapped(codes, lengths, own, placement)
     start, votes = _starts(codes, own)
+    done = _place_ungapped(codes, lengths, start, votes, own, placement)
     for row in np.flatnonzero(~done):
         # what stands around a domain has no say in which V gene it is
         begin = max(start[row], 0) if votes[row] >= MIN_FR1_VOTES else 0
@@ -160,11 +160,15 @@ def _ungapped_scores(seen: np.ndarray, table: VTable) -> np.ndarray:
 
 
 def _place_ungapped(
-    codes: np.ndarray, lengths: np.ndarray, table: VTable, placement: Placement
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    start: np.ndarray,
+    votes: np.ndarray,
+    table: VTable,
+    placement: Placement,
 ) -> np.ndarray:
     """Fills the rows that need no gap; returns `[n]` bool, True where that was done."""
     width = table.residues.shape[1]
-    start, votes = _starts(codes, table)
     seen = window(codes, start, width)
     scores = _ungapped_scores(seen, table)
     g = scores.argmax(axis=1)

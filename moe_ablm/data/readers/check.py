@@ -48,7 +48,8 @@ def check_batch(
         or `<mask>`.
     """
     n = batch.num_rows
-    good = np.ones(n, bool)
+    good, allowed = np.ones(n, bool), np.zeros(256, bool)
+    allowed[list(letters.encode())] = True
     batch = without_words(batch, report)
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
@@ -61,7 +62,7 @@ def check_batch(
         _check_nucleotides(batch, f"sequence_aa_{chain}", good, report)
         residues, offsets = flat(batch[f"sequence_aa_{chain}"])
         lengths[chain] = np.diff(offsets)
-        wrong = tokenizer.invalid(residues) & ~np.isin(residues, list(letters.encode()))
+        wrong = ~allowed[residues]
         _check_letters(batch, f"sequence_aa_{chain}", wrong, offsets, good, report)
         for row in np.flatnonzero((lengths[chain] > longest) & good):
             good[row] = False

@@ -31,6 +31,8 @@ def are_nucleotides(sequences: pa.Array) -> np.ndarray:
     found = np.diff(offsets) > LONGEST_PROTEIN_OF_BASES
     left = np.flatnonzero(found)
     for i in range(LONGEST_PROTEIN_OF_BASES):  # proteins drop out within a few letters
+        if not len(left):
+            break
         left = left[_AMBIGUOUS[letters[offsets[left] + i]]]
     found[:] = False
     for row in left:

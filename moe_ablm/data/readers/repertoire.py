@@ -109,10 +109,11 @@ def read_10x(path: Path, report: Report, reading: Reading) -> Iterator[pa.Record
     def choose(header: Sequence[str]) -> dict[str, str]:
         for column in ("barcode", "contig_id", "cdr3"):
             once(header, column, report.source)
-        if contigs is None and not {"fwr1", "fwr4"} <= set(header):
+        lacking = [name for name in _TEN_X if name not in header]
+        if contigs is None and lacking:
             raise UserError(
-                f"{report.source}: contigs without regions (Cell Ranger before 5): no column fwr1; "
-                "give the FASTA beside the table: --contigs filtered_contig.fasta"
+                f"{report.source}: contigs without regions (Cell Ranger before 5): no column "
+                f"{lacking[0]}; give the FASTA beside the table: --contigs filtered_contig.fasta"
             )
         wanted = ("barcode", "contig_id", "chain", *FLAGS, *_TEN_X, *_TEN_X_DONORS)
         genes = {"v_call": "v_gene", "c_call": "c_gene", "umis": "umis", "reads": "reads"}
