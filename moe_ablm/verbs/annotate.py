@@ -17,6 +17,7 @@ from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
+from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 COLUMNS = (
@@ -31,6 +32,7 @@ OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
+    add_report_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
 
 
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: expected a name that ends in .parquet")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory: name a file in it")
+    require_report(args.report)
     sources = sources_of(args)
     for source in sources:
         if source.is_protein:
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     with reading_progress("annotate", sources):
         streams = [_stream(source, args.reannotate, args.workers) for source in sources]
         _write(streams, args.out, sources)
+    write_report(args.report, [source.report for source in sources])
     _print_summary(sources, args.out, time.monotonic() - started)
 
 

@@ -28,6 +28,7 @@ class Report:
       rejected: rows left out, by reason.
       notes: rows kept after a change or with something to know, by remark.
       first: for each reason or remark, the place of its first row.
+      examples: what was found there, for reasons that have something to tell.
       metadata: what the file says about itself (the first line of OAS files).
       files: name, bytes and SHA-256 of each file.
       progress: called with the number of (compressed) bytes consumed so far.
@@ -43,6 +44,7 @@ class Report:
     rejected: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
     files: list[dict] = field(default_factory=list)
     progress: Callable[[int], None] = lambda consumed: None
@@ -57,6 +59,7 @@ class Report:
                 f"{self.source}: {place}: {detail}; mend the file, or leave such rows out with "
                 "--on-bad-row=skip"
             )
+        self.examples.setdefault(reason, detail)
         self.reject(reason, place)
 
     def reject(self, reason: str, place: str, rows: int = 1) -> None:
