@@ -130,7 +130,10 @@ def test_chains_from_python():
     [
         (("EVQ", "DI", "X"), "item 1.*expected heavy"),
         (7, "item 1: found 7"),
-        (("", ""), "both chains are empty"),
+        (("", ""), "row 1: no sequence"),
+        (("ND", None), "row 1: no sequence"),
+        ("ACGTN" * 8, "row 1: .*nucleotides, expected amino acids"),
+        (("EVQLVnanESG", ""), "row 1: .*missing value at residue 6"),
         ("EVJ", "'J' at residue 3"),
     ],
 )

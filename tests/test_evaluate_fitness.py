@@ -121,10 +121,9 @@ def test_a_row_may_be_the_wild_type_itself(table):
         (f"E1A:E1C,A{WILD[1:]},1,1", "E1A:E1C: residue 1 is substituted twice"),
         (f"E99A,{WILD},1,1", "the sequence has 40 residues"),
         (f"WT,{WILD}A,1,1", "41 residues, but 40 in row 1"),
-        (f"WT,{WILD},NaN,1", "column DMS_score: found 'NaN', expected a number"),
-        (f"WT,{WILD},,1", "column DMS_score: found ''"),
+        (f"WT,{WILD},inf,1", "column DMS_score: found 'inf', expected a number"),
+        (f"WT,{'ACGT' * 10},1,1", "column mutated_sequence: nucleotides"),
         (f"WT,{WILD[:-1]}*,1,1", "column mutated_sequence: '*' at residue 40"),
-        ("WT,,1,1", "column mutated_sequence: no sequence"),
         (f"WT,{WILD},1", "found 3 columns, expected 4"),
         (f'WT,"{WILD}"x,1,1', "wrong quoting"),
     ],
@@ -134,7 +133,27 @@ def test_a_malformed_substitution_names_row_and_column(table, line, told):
     with pytest.raises(UserError) as error:
         list(read_assays((path,)))
     assert told in str(error.value) and str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "--on-bad-row=skip" in str(error.value)
+    (assay,) = read_assays((path,), "skip")
+    assert len(assay.fitness) == 3 and len(assay.left_out) == 1
+
+
+@pytest.mark.parametrize("word", ["", "NA", "nan", "None"])
+def test_rows_without_a_value_are_left_out_with_a_note(subject, table, word):
+    names = variants(6)
+    gyms = gym(names, [1, word, 3, word, 5, 6]) + f"WT,{word},1,1\n"
+    flab = f"heavy,light,fitness\n{HEAVY},{word},1\n{HEAVY},{LIGHT},{word}\n{word},,2\n"
+    (assay,) = read_assays((table(gyms),))
+    assert assay.fitness.tolist() == [1, 3, 5, 6]
+    assert assay.left_out == (
+        "assay: 2 rows left out: no DMS_score",
+        "assay: 1 rows left out: no sequence",
+    )
+    (antibodies,) = read_assays((table(flab, "flab.csv"),))
+    assert [(a.heavy, a.light) for a in antibodies.antibodies] == [(HEAVY, "")]
+    assert len(antibodies.left_out) == 2
+    notes = evaluate(subject(table(gyms)), Settings()).notes
+    assert "assay: 2 rows left out: no DMS_score" in notes
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,7 @@ def test_a_malformed_substitution_names_row_and_column(table, line, told):
         ("heavy,light,kd\nEV,DI,1\n", "no column fitness; found columns 'heavy', 'light', 'kd'"),
         ("mutant,DMS_score\nA1C,1\n", "no column mutated_sequence"),
         ("sequence,fitness\nEV,1\n", "neither heavy, light, fitness"),
-        ("heavy,light,fitness\n,,1\n", "both chains are empty"),
+        ("heavy,light,fitness\n,,1\n", "1 rejected: no sequence (first: row 1 (line 2))"),
         ("heavy,light,fitness\nEV1,DI,1\n", "column heavy: '1' at residue 3"),
         ("heavy,light,fitness\nEV,DI,inf\n", "column fitness: found 'inf'"),
         ("heavy,light,fitness,fitness\nEV,DI,1,2\n", "column fitness occurs 2 times"),
@@ -292,8 +311,8 @@ def test_draws_are_noted_and_the_same_for_every_model(subject, table):
 
 
 def test_what_the_model_cannot_read_is_left_out_with_a_note(subject, table):
-    long = "A" * 400
-    substituted = table(f"mutant,mutated_sequence,DMS_score\nWT,{long},1\nA1C,C{long[1:]},2\n")
+    long = "E" * 400
+    substituted = table(f"mutant,mutated_sequence,DMS_score\nWT,{long},1\nE1C,C{long[1:]},2\n")
     mixed = f"heavy,light,fitness\n{long},,1\n" + "".join(
         f"{HEAVY[:n]},,{n}\n" for n in (35, 38, 40)
     )

@@ -454,7 +454,7 @@ def test_reports_hold_together_after_skipping(tmp_path, table):
     bare = table.select(["sequence_id", "sequence_aa_heavy", "sequence_aa_light"]).to_pylist()[:40]
     bare[3]["sequence_aa_light"] = bare[3]["sequence_aa_light"][:20] + "*"
     bare[5]["sequence_id"] = bare[4]["sequence_id"]
-    bare[7]["sequence_aa_heavy"], bare[7]["sequence_aa_light"] = "A" * 60, ""
+    bare[7]["sequence_aa_heavy"], bare[7]["sequence_aa_light"] = "E" * 60, ""
     pacsv.write_csv(pa.Table.from_pylist(bare), tmp_path / "t.csv")
     out = tmp_path / "d"
     assert run("--input", tmp_path / "t.csv", "--out", out, "--on-bad-row", "skip") == 0

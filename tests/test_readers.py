@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_ablm.data.readers import Report, open_sources, parse_columns
+from moe_ablm.data.readers import Reading, Report, open_sources, parse_columns
 from moe_ablm.data.readers import stream as stream_module
 from moe_ablm.data.readers.stream import line_blocks
 from moe_ablm.errors import UserError
@@ -25,9 +27,10 @@ LIGHT = (
 HEADER = "sequence_id,sequence_aa_heavy,sequence_aa_light\n"
 
 
-def read(path, *, on_bad_row="fail", **options):
+def read(path, *, on_bad_row="fail", format=None, **options):
     """Rows and report of a single source, with the accounting checked."""
-    (source,) = open_sources([str(path)], on_bad_row=on_bad_row, **options)
+    reading = Reading(**options)
+    (source,) = open_sources([str(path)], on_bad_row=on_bad_row, format=format, reading=reading)
     rows = [row for batch in source.batches() for row in batch.to_pylist()]
     report = source.report
     assert report.read == len(rows) + report.joined + sum(report.rejected.values())
@@ -101,13 +104,16 @@ def test_missing_columns_name_what_was_found_and_what_is_near(tmp_path):
         written(tmp_path, "t.csv", "VH1,VL1\nA,A\n"), columns={"heavy": "VH2"}
     )
     assert "2 times" in error_of(written(tmp_path, "t.csv", "heavy,light,light\nA,A,A\n"))
-    nucleotides = written(tmp_path, "n.tsv", "sequence_id\tv_call\tsequence\nq\tIGHV1-2\tACGT\n")
-    assert "without amino acids: no column sequence_alignment_aa" in error_of(nucleotides)
+    # no column of nucleotides or names is proposed for a chain
+    text = f"clone,heavy_nt,light_nt,vh_protein\nx,{'ACGT' * 80},{'ACGT' * 80},{HEAVY}\n"
+    message = error_of(written(tmp_path, "n.csv", text))
+    assert "amino-acid chains stand in columns 'vh_protein'" in message
+    assert "nearest" not in message and "--columns heavy=COLUMN,light=COLUMN" in message
     # neither the id nor one column twice is proposed for the chains
     message = error_of(written(tmp_path, "t.csv", "sequence_id,sequence_aa\na,A\n"))
     assert "--columns heavy=COLUMN,light=COLUMN" in message
     assert "sequence_id)" not in message
-    for text in ("heavy", "heavy=", "hevy=a", "id=a"):
+    for text in ("heavy", "heavy=", "hevy=a", "id=a", "heavy=a,cell=b", "heavy=a,sequence=b"):
         with pytest.raises(UserError, match="--columns"):
             parse_columns(text)
 
@@ -166,9 +172,9 @@ def test_lower_case_and_spaces_are_tidied_and_noted(tmp_path):
 
 def test_one_chain_is_kept_and_no_chain_is_a_bad_row(tmp_path):
     path = written(tmp_path, "t.csv", f"{HEADER}a,{HEAVY},\nb,,{LIGHT}\nc,,\n")
-    assert "row 3 (line 4): both chains are empty" in error_of(path)
-    rows, report = read(path, on_bad_row="skip")
-    assert len(rows) == 2 and report.rejected == {"no sequence": 1}
+    rows, report = read(path)
+    assert len(rows) == 2 and report.first["no sequence"] == "row 3 (line 4)"
+    assert report.rejected == {"no sequence": 1}
     remark = "row without {} chain: the other kept alone"
     assert report.notes == {remark.format("light"): 1, remark.format("heavy"): 1}
 
@@ -180,7 +186,7 @@ def test_one_chain_is_kept_and_no_chain_is_a_bad_row(tmp_path):
         (f"b,{HEAVY},{LIGHT},x", "wrong number of columns"),
         (f'b,"{HEAVY},{LIGHT}', "wrong quoting"),
         (f"b,{HEAVY}\0,{LIGHT}", "NUL byte"),
-        (f"b,{'A' * 5_000},{LIGHT}", "sequence too long"),
+        (f"b,{'E' * 5_000},{LIGHT}", "sequence too long"),
         (f"b,{'A' * 200_000},{LIGHT}", "field too large"),
     ],
 )
@@ -290,6 +296,63 @@ def test_joined_sequences(tmp_path, separator):
     assert "'|'" in error_of(written(tmp_path, "t.csv", three))
 
 
+SPACED = f"{' '.join(HEAVY)} [SEP] {' '.join(LIGHT)}"  # as IgBert takes them
+LAYOUTS = [f"{HEAVY}{between}{LIGHT}" for between in ("|", ":", "</s>", "<cls><cls>", ",", "\t")]
+
+
+@pytest.mark.parametrize("line", [*LAYOUTS, SPACED, f"[CLS] {SPACED} [SEP]"])
+def test_lines_without_a_header(tmp_path, line):
+    text = f"{line}\n\n{line.replace(HEAVY[:9], 'Q' * 9)}\n{LIGHT}\n"
+    rows, report = read(written(tmp_path, "t.txt", text))
+    assert report.format == "lines" and report.read == 3
+    assert (rows[0]["sequence_aa_heavy"], rows[0]["sequence_aa_light"]) == (HEAVY, LIGHT)
+    assert rows[2]["sequence_aa_heavy"] == LIGHT and rows[2]["_any_chain"]
+    assert [r["_line"] for r in rows] == [1, 3, 4]
+    path = written(tmp_path, "t.txt", f"{line}\nEVQ1|DIQ\n")
+    assert "row 2 (line 2)" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "fields", "pair", "name"),
+    [
+        ("Name,Ab or Nb,VHorVHH,VL,CDRH3", f"m1,Ab,{HEAVY},{LIGHT},AR", (HEAVY, LIGHT), "m1"),
+        ("Name,Ab or Nb,VHorVHH,VL,CDRH3", f"n1,Nb,{HEAVY},ND,AR", (HEAVY, ""), "n1"),
+        ("Therapeutic,HeavySequence,LightSequence", f"t,{HEAVY},na", (HEAVY, ""), "t"),
+        ("Therapeutic,Heavy Sequence,Light Sequence", f"t,{HEAVY},{LIGHT}", (HEAVY, LIGHT), "t"),
+        ("heavy,light,fitness", f"{HEAVY},{LIGHT},1.5", (HEAVY, LIGHT), None),
+        ("VHH_sequence,fitness", f"{HEAVY},1.5", (HEAVY, ""), None),
+        ("id,vh,vl", f"a,{HEAVY},{LIGHT}", (HEAVY, LIGHT), "a"),
+        ("id,heavy", f"a,{HEAVY}", (HEAVY, ""), "a"),
+        ("id,light_chain", f"a,{LIGHT}", ("", LIGHT), "a"),
+    ],
+)
+def test_headers_of_public_sets(tmp_path, header, fields, pair, name):
+    rows, report = read(written(tmp_path, "t.csv", f"{header}\n{fields}\n"))
+    assert report.format == "table"
+    assert (rows[0]["sequence_aa_heavy"], rows[0]["sequence_aa_light"]) == pair
+    assert rows[0].get("sequence_id") == name
+
+
+def test_a_second_chain_under_another_name_is_not_passed_over(tmp_path):
+    path = written(tmp_path, "t.csv", f"id,heavy,kappa_protein\na,{HEAVY},{LIGHT}\n")
+    assert "amino-acid chains stand in columns 'heavy', 'kappa_protein'" in error_of(path)
+    path = written(tmp_path, "t.csv", f"id,heavy,germline_heavy\na,{HEAVY},{HEAVY}\n")
+    assert len(read(path)[0]) == 1  # another heavy chain is none that is lost
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "told"),
+    [
+        ("a.xlsx", b"PK\x03\x04", "Excel workbook; save the sheet as CSV"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1", "Excel workbook"),
+        ("a.h5ad", b"\x89HDF\r\n", "AnnData.*scirpy.io.write_airr"),
+    ],
+)
+def test_files_of_other_programs_say_what_to_do(tmp_path, name, start, told):
+    message = error_of(written(tmp_path, name, start + bytes(40)))
+    assert re.search(told, message)
+
+
 # --- FASTA ------------------------------------------------------------------------------------
 
 
@@ -304,6 +367,25 @@ def test_fasta_of_suffixed_chains(tmp_path):
     assert report.read == 4 and report.joined == 1
     assert report.notes["cell without light chain: kept alone"] == 1
     assert report.notes["chain that names no cell: kept alone"] == 1
+
+
+@pytest.mark.parametrize(
+    "end", ["|H |L", "_H _L", "|IGH |IGK", "_VH _VL", ":heavy :light", "|H |K"]
+)
+def test_fasta_of_chains_named_in_other_ways(tmp_path, end):
+    heavy, light = end.split()
+    text = f">a{heavy}\n{HEAVY}\n>b{light} x\n{LIGHT[1:]}\n>b{heavy}\n{HEAVY}\n>a{light}\n{LIGHT}\n"
+    rows, report = read(written(tmp_path, "t.fasta", text))
+    found = {r["sequence_id"]: (r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows}
+    assert found == {"a": (HEAVY, LIGHT), "b": (HEAVY, LIGHT[1:])} and report.joined == 2
+
+
+def test_fasta_records_called_only_by_their_chain_are_paired_in_order(tmp_path):
+    text = f">H\n{HEAVY}\n>L\n{LIGHT}\n>L\n{LIGHT[1:]}\n>H\n{HEAVY[1:]}\n>H\n{HEAVY[2:]}\n"
+    rows, report = read(written(tmp_path, "t.fasta", text))
+    found = {(r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows}
+    assert found == {(HEAVY, LIGHT), (HEAVY[1:], LIGHT[1:]), (HEAVY[2:], "")}
+    assert report.joined == 2
 
 
 def test_two_fasta_files_in_one_order(tmp_path):
@@ -338,7 +420,7 @@ def test_malformed_fasta(tmp_path):
         written(tmp_path, "t", "\nACD\n>a\nACD\n"), format="fasta"
     )
     path = written(tmp_path, "t.fasta", ">a\n>b\nACD\n>\nACD\n>c\nA\0CD\n")
-    assert "row 1 (line 1): record 'a' has no sequence" in error_of(path)
+    assert "row 3 (line 4): nothing stands behind" in error_of(path)
     rows, report = read(path, on_bad_row="skip")
     assert [r["sequence_id"] for r in rows] == ["b"]
     assert report.rejected == {"no sequence": 1, "no id": 1, "NUL byte": 1}
@@ -382,7 +464,7 @@ def test_oas_unpaired(tmp_path):
     rows, report = read(written(tmp_path, "o.csv", json.dumps(METADATA) + "\n" + text))
     assert report.format == "oas-unpaired"
     chains = [(r["sequence_aa_heavy"], r["sequence_aa_light"], r["_any_chain"]) for r in rows]
-    assert chains == [(HEAVY, "", False), ("", LIGHT, False), (LIGHT, "", True)]
+    assert chains == [(HEAVY, "", False), ("", LIGHT, False), ("", LIGHT, False)]
     assert {r["donor"] for r in rows} == {"Doe et al., 2020: D1"}
 
 
@@ -419,7 +501,7 @@ def test_airr_joins_cells_and_reports_what_it_does(tmp_path):
     assert antibodies == {"c1": (HEAVY, LIGHT), "c2": (HEAVY, ""), "6": (HEAVY, "")}
     assert report.joined == 1
     assert report.rejected == {
-        "not an immunoglobulin locus": 1,
+        "T-cell receptor": 1,
         "not productive": 1,
         "cell with several heavy chains": 3,
         "further light chain of a cell": 1,
@@ -441,9 +523,8 @@ def test_10x_contigs(tmp_path):
     header = ",".join(("barcode", "contig_id", "chain", "productive", *regions, "umis"))
 
     def parts(sequence):
-        return ",".join(
-            [sequence[:20], sequence[20:30], sequence[30:40], "", sequence[40:], "", ""]
-        )
+        cuts = [0, 25, 33, 50, 58, 90, 100, len(sequence)]
+        return ",".join(sequence[a:b] for a, b in pairwise(cuts))
 
     text = f"{header}\nAAC-1,AAC-1_1,IGH,true,{parts(HEAVY)},4\n"
     text += f"AAC-1,AAC-1_2,IGL,true,{parts(LIGHT)},4\nAAC-2,AAC-2_1,IGL,None,,,,,,,,1\n"

@@ -37,6 +37,9 @@ REASONS = (
     "no_c104",
     "no_fr4",
     "nonstandard_residue",
+    "ultralong_cdr3",
+    "t_cell_receptor",
+    "constant_region",
 )
 ACCEPTED = 0
 CODE_OF_REASON = {reason: code for code, reason in enumerate(REASONS)}
@@ -60,6 +63,8 @@ BLOSUM_MARGIN = 40
 # in hypermutation than BLOSUM62 gap costs say).
 INDEL_COST, INDEL_RESIDUE_COST = 8 * SCORE_SCALE, SCORE_SCALE
 
+# A domain goes on that far behind a germline V, whose last residues are trimmed, at the least.
+MIN_BEHIND_V = 8
 CDR1, CDR2 = 1, 2
 _CIGAR_I, _CIGAR_D = 1, 2  # as in SAM
 _REGION_OF_IMGT = np.zeros(200, np.uint8)
@@ -108,10 +113,23 @@ def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) ->
     placement = Placement.empty(len(codes), own)
     if codes.shape[1] < MIN_ALIGNED:
         return placement
-    done = _place_ungapped(codes, lengths, own, placement)
+    start, votes = _starts(codes, own)
+    done = _place_ungapped(codes, lengths, start, votes, own, placement)
     for row in np.flatnonzero(~done):
-        _place_gapped(codes[row, : lengths[row]], own, other, placement, row)
+        # what stands around a domain has no say in which V gene it is
+        begin = max(start[row], 0) if votes[row] >= MIN_FR1_VOTES else 0
+        end = min(begin + _domain_width(own), lengths[row])
+        if votes[row] >= MIN_FR1_VOTES:
+            _place_gapped(codes[row, begin:end], own, other, placement, row)
+            placement.start[row] += begin
+        if placement.reason[row] != ACCEPTED:
+            _place_gapped(codes[row, : lengths[row]], own, other, placement, row)
     return placement
+
+
+def _domain_width(table: VTable) -> int:
+    """Residues from the start of a domain that belong to it whatever its CDR3 and J."""
+    return table.residues.shape[1] + MIN_BEHIND_V
 
 
 def _starts(codes: np.ndarray, table: VTable) -> tuple[np.ndarray, np.ndarray]:
@@ -142,11 +160,15 @@ def _ungapped_scores(seen: np.ndarray, table: VTable) -> np.ndarray:
 
 
 def _place_ungapped(
-    codes: np.ndarray, lengths: np.ndarray, table: VTable, placement: Placement
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    start: np.ndarray,
+    votes: np.ndarray,
+    table: VTable,
+    placement: Placement,
 ) -> np.ndarray:
     """Fills the rows that need no gap; returns `[n]` bool, True where that was done."""
     width = table.residues.shape[1]
-    start, votes = _starts(codes, table)
     seen = window(codes, start, width)
     scores = _ungapped_scores(seen, table)
     g = scores.argmax(axis=1)
@@ -194,8 +216,8 @@ def _needs_no_gap(
     # where the ungapped one is below it, parasail decides.
     bound = (BLOSUM62[germline, germline] * compared).sum(axis=1) - GAP_OPEN
     for row in np.flatnonzero(good & (blosum < bound)):
-        begin = max(start[row] - MAX_MISSING, 0)
-        text = _text(codes[row, begin : min(start[row] + width + MAX_INSERTED, lengths[row])])
+        begin = max(start[row], 0)
+        text = _text(codes[row, begin : min(begin + _domain_width(table), lengths[row])])
         aligned = parasail.sg_scan_profile_16(table.profiles[g[row]], text, GAP_OPEN, GAP_EXTEND)
         good[row] = aligned.score <= blosum[row]
     return good
@@ -272,6 +294,30 @@ def _align(codes: np.ndarray, text: str, g: int, table: VTable) -> _Hit | None:
     return _Hit(g, i, j)
 
 
+# Framework positions beside a CDR: what is inserted behind one of these belongs to the CDR. The
+# framework's residues between the insertion and the CDR, of the interval's last or first position,
+# move over to their neighbours: FR2 has no insertions (Lefranc et al. 2003).
+_TO_THE_LEFT = ((20, 26), (48, 55))  # the CDR follows: residues behind the insertion move left
+_TO_THE_RIGHT = ((39, 47), (66, 71))  # the CDR is before: residues before the insertion move right
+
+
+def _with_insertions_in_cdrs(hit: _Hit, imgt: np.ndarray) -> _Hit:
+    """The alignment with insertions that it has beside a CDR in the CDR (`imgt` `[W]`)."""
+    i, j = hit.in_germline, hit.in_chain.copy()
+    position = imgt[i]
+    for k in np.flatnonzero((np.diff(j) > 1) & (np.diff(i) == 1)):
+        before, behind = position[k], position[k + 1]
+        for first, last in _TO_THE_RIGHT:
+            if first <= before <= last:
+                moved = np.flatnonzero((position >= first) & (np.arange(len(i)) <= k))
+                j[moved] = j[k + 1] - (i[k + 1] - i[moved])
+        for first, last in _TO_THE_LEFT:
+            if first <= before and behind <= last:
+                moved = np.flatnonzero((position <= last) & (np.arange(len(i)) > k))
+                j[moved] = j[k] + (i[moved] - i[k])
+    return _Hit(hit.germline, i, j)
+
+
 def _log_odds(hit: _Hit, codes: np.ndarray, table: VTable) -> np.ndarray:
     """Log-odds `[G]` of a chain, aligned as in a hit, for all germlines of the hit's layout.
 
@@ -313,6 +359,7 @@ def _place_gapped(
     hit = next((h for h in hits if h.germline == g), None) or _align(codes, text, g, own)
     if hit is None:
         return
+    hit = _with_insertions_in_cdrs(hit, own.imgt[g])
     placement.reason[row] = _fault(hit, codes, own)
     if placement.reason[row] != ACCEPTED:
         return

@@ -77,6 +77,18 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
     return annotations
 
 
+def chains_of(sequences: Sequence[str]) -> list[str]:
+    """The chain of each sequence by the V domain on it: "heavy", "light", or "" for neither.
+
+    One that holds both, a single-chain Fv, counts as heavy.
+    """
+    found = ["" if isinstance(a, str) else "heavy" for a in annotate_chains(sequences, "heavy")]
+    rest = [i for i, chain in enumerate(found) if not chain]
+    for i, light in zip(rest, annotate_chains([sequences[i] for i in rest], "light"), strict=True):
+        found[i] = "" if isinstance(light, str) else "light"
+    return found
+
+
 def _row(domains: Domains, row: int) -> ChainAnnotation | str:
     if domains.reason[row] != ACCEPTED:
         return REASONS[domains.reason[row]]

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from moe_ablm.data import split as splits
 from moe_ablm.data import tokenizer
 from moe_ablm.data.dataset import SPLITS, flat
-from moe_ablm.data.readers.check import place_of
+from moe_ablm.data.readers.columns import place_of
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.regions import CDR3, CHAINS
 from moe_ablm.errors import UserError

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.data.align import ACCEPTED, CODE_OF_REASON, MAX_MISSING, Placement, place, window
+from moe_ablm.data.foreign import foreign
 from moe_ablm.data.germline_scores import (
     CODE_OF_BYTE,
     LETTER_OF_CODE,
@@ -28,6 +29,7 @@ MIN_CDR3, MAX_CDR3 = 3, 50  # residues between C104 and W/F118
 # Log-odds that a framework 4 must reach. The best place in a random tail or in a constant region
 # stays below 5 nats; 1 in 10,000 real domains is below 6 (docs/annotation.md).
 MIN_FR4_SCORE = 6 * SCORE_SCALE
+NEARLY_AS_PROBABLE = 2 * SCORE_SCALE  # a J that is e^2 times less probable may be it, too
 IMPOSSIBLE = np.int16(np.iinfo(np.int16).min)
 
 
@@ -40,7 +42,8 @@ class Junction:
     cdr3_length: np.ndarray  # [n]
     fr4_length: np.ndarray  # [n] residues of framework 4 that the chain has
     fr4: np.ndarray  # [n, 11] uint8 germline residues of framework 4, OTHER behind its end
-    best: np.ndarray  # [n, J] bool: the named J, and all that explain the chain as well or better
+    best: np.ndarray  # [n, J] bool: all that explain the chain as well, or nearly so
+    named: np.ndarray  # [n] index of the most probable J
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +102,31 @@ def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str) -> Domai
         (junction.found & (domains.residues == ord("-")).any(axis=1), "nonstandard_residue"),
     ):
         domains.reason[accepted & fault] = CODE_OF_REASON[reason]
-    domains.v_call[:] = _calls(placement.best, v.genes)
-    domains.j_call[:] = _calls(junction.best, j.genes)
+    _name_ultralong(codes, lengths, after_c104, placement, domains, j)
+    for row in np.flatnonzero(domains.reason == CODE_OF_REASON["not_a_v_domain"]):
+        text = LETTER_OF_CODE[codes[row, : lengths[row]]].tobytes().decode()
+        domains.reason[row] = CODE_OF_REASON[foreign(text) or "not_a_v_domain"]
+    domains.v_call[:] = _calls(placement.best, v.genes, placement.best.argmax(axis=1))
+    domains.j_call[:] = _calls(junction.best, j.genes, junction.named)
     return domains
+
+
+def _name_ultralong(
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    after_c104: np.ndarray,
+    placement: Placement,
+    domains: Domains,
+    table: JTable,
+) -> None:
+    """Names CDR3s beyond `MAX_CDR3`, as cattle have them, where a framework 4 follows."""
+    without = [CODE_OF_REASON[reason] for reason in ("truncated_end", "no_fr4")]
+    rows = np.flatnonzero((placement.reason == ACCEPTED) & np.isin(domains.reason, without))
+    if not len(rows):
+        return
+    behind = after_c104[rows] + MAX_CDR3 - MIN_CDR3
+    junction = find_junction(codes[rows], lengths[rows], behind, placement.locus[rows], table)
+    domains.reason[rows[junction.found]] = CODE_OF_REASON["ultralong_cdr3"]
 
 
 def _assemble(codes: np.ndarray, placement: Placement, junction: Junction) -> Domains:
@@ -142,14 +167,16 @@ def _assemble(codes: np.ndarray, placement: Placement, junction: Junction) -> Do
     )
 
 
-def _calls(best: np.ndarray, genes: Sequence[tuple[str, ...]]) -> list[str]:
-    """The genes of the best germlines of each row `[n, G]`, in the table's order, joined by "|"."""
-    names: dict[bytes, str] = {}
+def _calls(best: np.ndarray, genes: Sequence[tuple[str, ...]], first: np.ndarray) -> list[str]:
+    """The genes of the best germlines of each row `[n, G]` joined by "|": `first` `[n]`, then the
+    others in the table's order."""
+    names: dict[tuple[bytes, int], str] = {}
     calls = []
-    for key in map(bytes, np.packbits(best, axis=1)):
+    for key in zip(map(bytes, np.packbits(best, axis=1)), first.tolist(), strict=True):
         if key not in names:
-            chosen = np.flatnonzero(np.unpackbits(np.frombuffer(key, np.uint8))).tolist()
-            names[key] = "|".join(dict.fromkeys(gene for g in chosen for gene in genes[g]))
+            chosen = np.flatnonzero(np.unpackbits(np.frombuffer(key[0], np.uint8))).tolist()
+            order = [key[1], *chosen] if chosen else []
+            names[key] = "|".join(dict.fromkeys(gene for g in order for gene in genes[g]))
         calls.append(names[key])
     return calls
 
@@ -163,7 +190,10 @@ def find_junction(
 ) -> Junction:
     """The best framework 4 behind C104, and the J alleles that may have made it and the CDR3's end.
 
-    The J that is named (the first of `best`) is the most probable one, usage included.
+    The J that is named is the most probable one, usage included; beside it stand all that explain
+    the chain as well, and all whose probability is within `NEARLY_AS_PROBABLE` of its. Mutations in
+    framework 4 make one J of another (IGKJ1 and 2 differ in two residues), which nucleotides tell
+    and amino acids do not.
 
     Args:
       codes: residue codes `[n, L]`, OTHER behind the end of a chain.
@@ -189,7 +219,8 @@ def find_junction(
     at_best = scores[rows, cdr3_length].astype(np.int32)
     found = at_best.max(axis=1) >= MIN_FR4_SCORE
     with_cdr3 = at_best + _cdr3_scores(tail, cdr3_length, table)
-    j = (with_cdr3 + table.prior).argmax(axis=1)
+    probable = with_cdr3 + table.prior
+    j = probable.argmax(axis=1)
     fr4_length = np.minimum(table.fr4_length[j], room - cdr3_length)
     ends_here = cdr3_length + fr4_length == room
     found &= ends_here | _ends_alike(window(tail, cdr3_length, width), table.fr4[j], fr4_length)
@@ -199,7 +230,9 @@ def find_junction(
         cdr3_length=cdr3_length,
         fr4_length=fr4_length,
         fr4=table.fr4[j],
-        best=with_cdr3 >= with_cdr3[rows, j][:, None],
+        best=(with_cdr3 >= with_cdr3[rows, j][:, None])
+        | (probable >= probable[rows, j][:, None] - NEARLY_AS_PROBABLE),
+        named=j,
     )
 
 

@@ -196,8 +196,10 @@ def _loci(alleles: Sequence[Allele]) -> np.ndarray:
 
 
 def _genes(alleles: list[VAllele]) -> tuple[str, ...]:
+    """Genes of alleles of one protein; of duplicates, as IGKV1-33 and IGKV1D-33, the D is last."""
     same = (GENE_OF_SAME_SEQUENCE.get(allele.name) for allele in alleles)
-    return tuple(dict.fromkeys([a.gene for a in alleles] + [gene for gene in same if gene]))
+    genes = {allele.gene for allele in alleles} | {gene for gene in same if gene}
+    return tuple(sorted(genes, key=_natural_order))
 
 
 @lru_cache(maxsize=2)

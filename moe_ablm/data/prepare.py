@@ -86,6 +86,8 @@ def prepare(
         if not intake.count:
             raise UserError(f"no antibody is left to write to {out}: {why_nothing(reports)}")
         decided = intake.decide(reports)
+        for report in reports:
+            report.settle(report.kept)
         with DatasetWriter(out) as writer:
             for batch in intake.stored(decided):
                 writer.add(batch)

@@ -83,6 +83,7 @@ class Partitions:
         self._writers: list[pa.ipc.RecordBatchStreamWriter] = []
         self._pending: list[pa.RecordBatch] = []
         self._keys: list[np.ndarray] = []
+        self._held: list[pa.Table] = []  # the parts, where all rows fit into one buffer
 
     def add(self, batch: pa.RecordBatch, key: np.ndarray) -> None:
         """Appends rows; `key` (uint64 `[rows]`) says which part each belongs to."""
@@ -97,23 +98,32 @@ class Partitions:
         if not self._files:
             self._files = [pa.OSFile(str(path), "wb") for path in self._paths]
             self._writers = [pa.ipc.new_stream(f, self._schema) for f in self._files]
+        for writer, rows in zip(self._writers, self._divided(), strict=True):
+            if rows.num_rows:
+                writer.write_table(rows)
+
+    def _divided(self) -> list[pa.Table]:
+        """The pending rows, which are pending no longer, by part."""
         rows = pa.Table.from_batches(self._pending, self._schema).combine_chunks()
         part = (np.concatenate(self._keys) % np.uint64(PARTITIONS)).astype(np.int64)
         rows = rows.take(pa.array(np.argsort(part, kind="stable")))
-        ends = np.cumsum(np.bincount(part, minlength=PARTITIONS))
-        for writer, start, end in zip(self._writers, np.append(0, ends[:-1]), ends, strict=True):
-            if start < end:
-                writer.write_table(rows.slice(start, end - start))
+        ends = np.cumsum(np.bincount(part, minlength=PARTITIONS)).tolist()
         self._pending, self._keys = [], []
+        return [
+            rows.slice(start, end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
 
     def close(self) -> None:
         """Ends writing; `parts` may then be called, as often as wanted."""
+        if not self._files and self._pending:
+            self._held = self._divided()
         self._flush()
         for closing in (*self._writers, *self._files):
             closing.close()
 
     def parts(self) -> Iterator[pa.Table]:
         """The non-empty parts; rows of a part are in the order in which they were added."""
+        yield from (part for part in self._held if part.num_rows)
         for path in self._paths:
             if path.exists():
                 with pa.OSFile(str(path)) as f, pa.ipc.open_stream(f) as stream:

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_ablm.data.antibody import Antibody, tokens_of
-from moe_ablm.data.readers import open_sources
+from moe_ablm.data.readers import Reading, open_sources
 from moe_ablm.data.readers.rows import header_of
 from moe_ablm.data.regions import CDR3, CHAINS, FR4, REGIONS, region_names
 from moe_ablm.errors import UserError
@@ -339,7 +339,9 @@ def named_antibodies(subject: Subject, files: tuple[Path, ...]) -> tuple[list[An
     for path in files:
         known = set(THERAPEUTIC.values()) <= set(header_of(path))
         columns = THERAPEUTIC if known else None
-        sources = open_sources([str(path)], columns=columns, on_bad_row="skip", letters=LETTERS)
+        sources = open_sources(
+            [str(path)], on_bad_row="skip", letters=LETTERS, reading=Reading(columns)
+        )
         if sources[0].is_protein:
             raise UserError(
                 f"--data therapeutic={path}: proteins; give antibodies with both chains"

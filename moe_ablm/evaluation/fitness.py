@@ -63,10 +63,10 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     if settings.rule not in RULES:
         raise UserError(f"fitness.rule={settings.rule!r}: expected one of {', '.join(RULES)}")
     assays, notes = [], []
-    for assay in read_assays(subject.files_of("fitness")):
+    for assay in read_assays(subject.files_of("fitness"), subject.on_bad_row):
         fitting, assay_notes = drawn(subject, assay, settings)
         assays += [fitting] if fitting else []
-        notes += assay_notes
+        notes += [*assay.left_out, *assay_notes]
     if not assays:
         raise Skipped("; ".join(notes))
     likelihoods = antibody_scores(subject, assays, settings.rule)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Subject:
       work: folder where unfinished results are kept; results of long computations are resumed
         from there.
       seed: of all draws.
+      on_bad_row: whether malformed rows of files stop an evaluation or are left out with a note.
     """
 
     engine: Engine
@@ -34,6 +36,7 @@ class Subject:
     work: Path
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     seed: int = 0
+    on_bad_row: Literal["fail", "skip"] = "fail"
 
     def antibodies(
         self,

@@ -6,12 +6,11 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
+from moe_ablm.data.annotate import chains_of
 from moe_ablm.data.antibody import Antibody, tokens_of
 from moe_ablm.data.readers import Report, Source
-from moe_ablm.data.readers.check import check_batch, place_of
-from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
-from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.readers.check import check_batch
+from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW, place_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, Layout
 from moe_ablm.errors import UserError
 
@@ -66,6 +65,7 @@ def read(
                 else:
                     source.report.kept += 1
                     yield antibody
+        source.report.settle(source.report.kept)
 
 
 def _rows(source: Source) -> Iterator[tuple[int, Antibody]]:
@@ -104,20 +104,11 @@ def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
     if ANY_CHAIN not in names:
         return antibodies
     either = np.flatnonzero(np.asarray(batch[ANY_CHAIN], bool))
-    for index, light in zip(either, are_light([antibodies[i].heavy for i in either]), strict=True):
-        if light:
+    for index, chain in zip(either, chains_of([antibodies[i].heavy for i in either]), strict=True):
+        if chain == "light":
             old = antibodies[index]
             antibodies[index] = Antibody(old.name, "", old.heavy, old.where)
     return antibodies
-
-
-def are_light(chains: Sequence[str]) -> list[bool]:
-    """Which chains are light ones: no heavy V domain is found on them, but a light one is."""
-    both = [annotate_chains(chains, chain) for chain in CHAINS]
-    return [
-        not isinstance(heavy, ChainAnnotation) and isinstance(light, ChainAnnotation)
-        for heavy, light in zip(*both, strict=True)
-    ]
 
 
 def given(
@@ -153,9 +144,14 @@ def given(
     }
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     antibodies = _antibodies(check_batch(batch, report, letters=letters))
+    for reason, where in report.first.items():
+        if reason in report.rejected:
+            raise UserError(
+                f"antibodies: {where}: {reason}: give a heavy chain, a light one or both"
+            )
     for antibody in antibodies:
-        if reason := _too_long(antibody, layout, longest):
-            raise UserError(f"antibodies: {antibody.where}: {reason}")
+        if too_long := _too_long(antibody, layout, longest):
+            raise UserError(f"antibodies: {antibody.where}: {too_long}")
     return antibodies
 
 

@@ -17,6 +17,7 @@ from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
+from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 COLUMNS = (
@@ -31,6 +32,7 @@ OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
+    add_report_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
 
 
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: expected a name that ends in .parquet")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory: name a file in it")
+    require_report(args.report)
     sources = sources_of(args)
     for source in sources:
         if source.is_protein:
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     with reading_progress("annotate", sources):
         streams = [_stream(source, args.reannotate, args.workers) for source in sources]
         _write(streams, args.out, sources)
+    write_report(args.report, [source.report for source in sources])
     _print_summary(sources, args.out, time.monotonic() - started)
 
 
@@ -57,6 +61,7 @@ def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.Recor
     for batch in batches:
         source.report.kept += batch.num_rows
         yield batch
+    source.report.settle(source.report.kept)
 
 
 def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Source]) -> None:
@@ -104,6 +109,8 @@ def _print_summary(sources: list[Source], out: Path, seconds: float) -> None:
     for report in (source.report for source in sources):
         table.add_row(f"{report.origin} ({report.format})", "read", f"{report.read:,}")
         table.add_row("", "annotated", f"{report.kept:,}")
+        if report.joined:
+            table.add_row("", "joined to an annotated one", f"{report.joined:,}")
         for kind, counts in (("rejected", report.rejected), ("note", report.notes)):
             for reason, rows in counts.most_common():
                 table.add_row("", f"{kind}: {reason}", f"{rows:,}", report.first[reason])

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers import Reading, Source, open_sources
 from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import bar
+from moe_ablm.verbs.reading import add_format_arguments, reading_of
 
 if TYPE_CHECKING:  # jax only when there is something to compute
     import pyarrow as pa
@@ -50,7 +51,6 @@ class Question:
 
 def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the model, of the sequences, and of where results go."""
-    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     parser.add_argument("--run", type=Path, required=True, help="a trained run, or an import")
     parser.add_argument(
         "--input",
@@ -60,13 +60,9 @@ def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heavy", metavar="SEQUENCE", help="a heavy chain, instead of files")
     parser.add_argument("--light", metavar="SEQUENCE", help="its light chain, or one alone")
-    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
-    parser.add_argument("--columns", metavar="heavy=A,light=B", help="columns of chains and id")
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "skip"),
-        default="fail",
-        help="stop at a row that is malformed or too long (default), or leave it out and count it",
+    add_format_arguments(
+        parser,
+        "stop at a row that is malformed or too long (default), or leave it out and count it",
     )
     parser.add_argument(
         "--out",
@@ -124,9 +120,9 @@ def _sources(args: argparse.Namespace, question: Question) -> list[Source]:
     sources = open_sources(
         args.input,
         format=args.format,
-        columns=parse_columns(args.columns),
         on_bad_row=args.on_bad_row,
         letters=question.letters or LETTERS,
+        reading=reading_of(args),
     )
     if any(source.is_protein for source in sources):
         raise UserError("--input: general proteins; give antibody chains, or --format fasta")
@@ -212,10 +208,20 @@ def _command(
         "verb": args.verb,
         "model": engine.model.digest(),
         "input": read or [[args.heavy or "", args.light or ""]],
-        "reading": [args.format, args.columns, args.on_bad_row],
+        "reading": [args.format, args.columns, args.on_bad_row, *_chosen(args)],
         "precision": args.precision,
         "options": question.options,
     }
+
+
+def _chosen(args: argparse.Namespace) -> list[list]:
+    """What is not as by default of how files are read; outputs of before have none of these."""
+    reading = reading_of(args)
+    return [
+        [name, str(getattr(reading, name))]
+        for name in ("nucleotides", "keep_flagged", "dominance", "contigs")
+        if getattr(reading, name) != getattr(Reading, name)
+    ]
 
 
 def _print_left_out(source: Source) -> None:

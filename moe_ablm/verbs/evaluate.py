@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another input; repeatable",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, ...")
+    add(
+        "--on-bad-row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="stop at a malformed row of a --data file (default), or leave it out with a note",
+    )
     add("--seed", type=int, default=0, help="of all draws")
     add("--precision", choices=tuple(PRECISIONS), default="float32", help="of the computation")
     add("--devices", type=int, default=1, metavar="N", help="share out the rows")
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = Dataset(args.input) if args.input else None
     engine = Engine(load_model(args.run), args.precision, args.devices)
     about = same_command(args.out, engine, dataset, files, args.seed)
-    subject = Subject(engine, dataset, args.out / "work", files, args.seed)
+    subject = Subject(engine, dataset, args.out / "work", files, args.seed, args.on_bad_row)
     found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
     found = with_earlier(found, args.out)
     for file in write_results(args.out, about, found, command_of(args)):
@@ -80,6 +86,7 @@ def command_of(args: argparse.Namespace) -> list[str]:
     line = ["python", "-m", "moe_ablm", "evaluate", "--run", str(args.run)]
     line += ["--input", str(args.input)] if args.input else []
     line += [part for text in args.data for part in ("--data", text)]
+    line += ["--on-bad-row", args.on_bad_row] if args.on_bad_row != "fail" else []
     return [*line, "--seed", str(args.seed), "--precision", args.precision]
 
 

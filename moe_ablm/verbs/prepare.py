@@ -12,11 +12,13 @@ from moe_ablm.data.complete import annotated
 from moe_ablm.data.intake import SplitRule
 from moe_ablm.data.prepare import prepare, require_new
 from moe_ablm.data.readers import Source
+from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
+    add_report_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument("--recluster", action="store_true", help="replace a `cluster` column")
     parser.add_argument(
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require_new(args.out)
+    require_report(args.report)
     rule = SplitRule(
         args.split,
         args.identity,
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         card = prepare(
             [(s.report, stream(s)) for s in sources], args.out, licence=args.licence, rule=rule
         )
+    write_report(args.report, [source.report for source in sources])
     _print_summary(card, args.out)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+from pathlib import Path
 
 from rich.progress import (
     BarColumn,
@@ -13,14 +14,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from moe_ablm.data.readers import FORMATS, Source, open_sources, parse_columns
+from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_columns
 from moe_ablm.errors import UserError
 from moe_ablm.progress import bar
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say which files are read, how, and how many processes annotate."""
-    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     parser.add_argument(
         "--input",
         action="append",
@@ -28,18 +28,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several sources",
     )
-    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
-    parser.add_argument(
-        "--columns",
-        metavar="heavy=A,light=B",
-        help="columns of the chains, and of id, donor, label, cluster",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        choices=("fail", "skip"),
-        default="fail",
-        help="stop at a malformed row (default), or count it and leave it out",
-    )
+    add_format_arguments(parser, "stop at a malformed row (default), or count it and leave it out")
     parser.add_argument(
         "--reannotate", action="store_true", help="replace annotation that is there"
     )
@@ -48,6 +37,52 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=os.cpu_count() or 1,
         help="processes for annotation (default: all cores)",
+    )
+
+
+def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
+    """Flags that say how files are read, the same for every verb that reads any."""
+    parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
+    parser.add_argument(
+        "--columns",
+        metavar="heavy=A,light=B",
+        help="columns of the chains (or sequence=C with cell, locus, umis, reads), and of id, "
+        "donor, label, cluster",
+    )
+    parser.add_argument("--on-bad-row", choices=("fail", "skip"), default="fail", help=bad_row)
+    parser.add_argument(
+        "--nucleotides",
+        choices=("refuse", "translate"),
+        help="chains of nucleotides (default: translated where a repertoire table or a FASTA holds "
+        "nothing else)",
+    )
+    parser.add_argument(
+        "--keep-flagged",
+        action="store_true",
+        help="keep rows flagged as not productive, no cell, of low confidence, not of full length",
+    )
+    parser.add_argument(
+        "--dominance",
+        type=float,
+        default=Reading.dominance,
+        metavar="RATIO",
+        help="how many times as abundant as the next a cell's heavy chain must be (default "
+        "%(default)g)",
+    )
+    parser.add_argument(
+        "--contigs", type=Path, metavar="FASTA", help="of a 10x table without regions"
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What `add_format_arguments` says of how files are read."""
+    return Reading(
+        columns=parse_columns(args.columns),
+        nucleotides=args.nucleotides,
+        keep_flagged=args.keep_flagged,
+        dominance=args.dominance,
+        contigs=args.contigs,
     )
 
 
@@ -62,8 +97,8 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     return open_sources(
         args.input,
         format=args.format,
-        columns=parse_columns(args.columns),
         on_bad_row=args.on_bad_row,
+        reading=reading_of(args),
     )
 
 

@@ -6,8 +6,10 @@ import pyarrow.compute as pc
 
 from moe_ablm.data import tokenizer
 from moe_ablm.data.dataset import flat
-from moe_ablm.data.readers.columns import LINE, RESIDUE_STRINGS, ROW
-from moe_ablm.data.readers.report import Report, place
+from moe_ablm.data.readers.columns import RESIDUE_STRINGS, place_of
+from moe_ablm.data.readers.missing import INSIDE, without_words, word_inside
+from moe_ablm.data.readers.nucleotides import are_nucleotides
+from moe_ablm.data.readers.report import Report
 from moe_ablm.data.regions import CHAINS
 
 # A V domain has about 130 residues, a whole heavy chain 450, an scFv 250.
@@ -31,10 +33,11 @@ def check_batch(
 ) -> pa.RecordBatch:
     """Tidies and checks sequences and masks; malformed rows are reported and left out.
 
-    Spaces around sequences are removed and lower case becomes upper case (both are noted). A row
-    is malformed when a sequence holds anything but the allowed letters or is longer than
-    `longest`, when both chains are empty, or when a mask has another length or other letters. An
-    empty mask means that the row is not annotated.
+    Spaces around sequences and between all letters are removed, lower case becomes upper case
+    (both are noted), words for "missing" become "". A row without any sequence is rejected. A row
+    is malformed when a sequence holds anything but the allowed letters, is longer than `longest`,
+    is one of nucleotides or has a word for "missing" inside, or when a mask has another length or
+    other letters. An empty mask means that the row is not annotated.
 
     Args:
       batch: columns of the study as strings, `_row` and `_line`; a chain's column may be missing.
@@ -45,34 +48,34 @@ def check_batch(
         or `<mask>`.
     """
     n = batch.num_rows
+    good, allowed = np.ones(n, bool), np.zeros(256, bool)
+    allowed[list(letters.encode())] = True
+    batch = without_words(batch, report)
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
         if name not in batch.schema.names:
             batch = batch.append_column(name, pa.array([""] * n, pa.string()))
+        _check_words(batch, name, good, report)
         batch = _tidied(batch, name, report, tokenizer.MASKED in letters)
-    good = np.ones(n, bool)
     lengths = {}
     for chain in CHAINS:
+        _check_nucleotides(batch, f"sequence_aa_{chain}", good, report)
         residues, offsets = flat(batch[f"sequence_aa_{chain}"])
         lengths[chain] = np.diff(offsets)
-        wrong = tokenizer.invalid(residues) & ~np.isin(residues, list(letters.encode()))
+        wrong = ~allowed[residues]
         _check_letters(batch, f"sequence_aa_{chain}", wrong, offsets, good, report)
         for row in np.flatnonzero((lengths[chain] > longest) & good):
             good[row] = False
             detail = f"sequence_aa_{chain} has {lengths[chain][row]} residues, at most {longest}"
             report.bad_row(place_of(batch, row), "sequence too long", detail)
-    for row in np.flatnonzero((lengths["heavy"] + lengths["light"] == 0) & good):
-        good[row] = False
-        report.bad_row(place_of(batch, row), "no sequence", "both chains are empty")
+    empty = np.flatnonzero((lengths["heavy"] + lengths["light"] == 0) & good)
+    good[empty] = False
+    if len(empty):
+        report.reject("no sequence", place_of(batch, empty[0]), len(empty))
     for chain in CHAINS:
         for column in RESIDUE_STRINGS:
             _check_residue_string(batch, column, chain, lengths[chain], good, report)
     return batch if good.all() else batch.filter(pa.array(good))
-
-
-def place_of(batch: pa.RecordBatch, row: int | np.integer) -> str:
-    """Where a row of a reader's batch stands in its file."""
-    return place(batch[ROW][int(row)].as_py(), batch[LINE][int(row)].as_py())
 
 
 def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa.RecordBatch:
@@ -81,12 +84,35 @@ def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa
         sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", tokenizer.MASKED)
         batch = batch.set_column(batch.schema.get_field_index(name), name, sequences)
     upper = pc.ascii_upper(pc.utf8_trim_whitespace(sequences))
+    if (flat(upper)[0] == ord(" ")).any():
+        spaced = pc.match_substring_regex(upper, r"^\S(?: \S)+$")  # as IgBert takes them
+        upper = pc.if_else(spaced, pc.replace_substring(upper, " ", ""), upper)
     changed = pc.not_equal(sequences, upper).to_numpy(zero_copy_only=False)
     if changed.any():
         first = place_of(batch, np.flatnonzero(changed)[0])
         report.note(f"{name}: lower case or spaces tidied", first, int(changed.sum()))
         batch = batch.set_column(batch.schema.get_field_index(name), name, upper)
     return batch
+
+
+def _check_words(batch: pa.RecordBatch, name: str, good: np.ndarray, report: Report) -> None:
+    """Refuses a word such as "nan" between the capitals of a sequence."""
+    if not (flat(batch[name])[0] >= ord("a")).any():
+        return
+    suspect = pc.match_substring_regex(batch[name], INSIDE.pattern)
+    for row in np.flatnonzero(suspect.to_numpy(zero_copy_only=False) & good):
+        at = word_inside(batch[name][int(row)].as_py())
+        if at is not None:
+            good[row] = False
+            detail = f"column {name}: a word for a missing value at residue {at + 1}"
+            report.bad_row(place_of(batch, row), f"nan inside {name}", detail)
+
+
+def _check_nucleotides(batch: pa.RecordBatch, name: str, good: np.ndarray, report: Report) -> None:
+    for row in np.flatnonzero(are_nucleotides(batch[name]) & good):
+        good[row] = False
+        detail = f"column {name}: nucleotides, expected amino acids (--nucleotides translate)"
+        report.bad_row(place_of(batch, row), f"nucleotides in {name}", detail)
 
 
 def _check_letters(

@@ -1,8 +1,12 @@
 """Which columns of a table mean what: from a header to the study's column names."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from moe_ablm.data.readers.report import nearest
+import numpy as np
+import pyarrow as pa
+
+from moe_ablm.data.readers.report import nearest, place
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 
@@ -22,42 +26,111 @@ STUDY_COLUMNS = (
     + tuple(f"{name}_{chain}" for chain in CHAINS for name in (*PER_CHAIN, "v_identity_aa"))
     + ABOUT_THE_CELL
 )
-# Names under which published sets keep the two chains: the studies, classification sets, FLAb.
+# Columns in which a word such as "none" may be a value: no word for "missing" is looked for there.
+FLAGS = ("productive", "is_cell", "high_confidence", "full_length")
+KEPT_AS_WRITTEN = frozenset(
+    ("label", *FLAGS, *RESIDUE_STRINGS, ROW, LINE)
+    + tuple(f"{name}_{chain}" for chain in CHAINS for name in (*RESIDUE_STRINGS, "productive"))
+)
+# Names under which published sets keep the two chains: the studies, classification sets, FLAb,
+# CoV-AbDab, Thera-SAbDab, BD Rhapsody's table of cells. Case, spaces, - and _ do not matter.
 CHAIN_PAIRS = (
     ("sequence_aa_heavy", "sequence_aa_light"),
     ("h_sequence", "l_sequence"),
     ("heavy", "light"),
+    ("VHorVHH", "VL"),
+    ("HeavySequence", "LightSequence"),
+    ("VH", "VL"),
+    ("VH_sequence", "VL_sequence"),
+    ("heavy_chain", "light_chain"),
+    ("BCR_Heavy_VDJ_Translation_Trimmed_Dominant", "BCR_Light_VDJ_Translation_Trimmed_Dominant"),
 )
-_IDS = ("sequence_id", "name", "id")
+# ... and single chains: FLAb's nanobodies
+HEAVY_ALONE = ("VHH_sequence", "VHH")
+_IDS = ("sequence_id", "name", "id", "therapeutic", "antibody", "cell_index", "barcode", "cell_id")
+AMINO_ACID_CHAINS = ("sequence_alignment_aa", "sequence_aa")
+# AIRR's and Change-O's names, the V domain alone before the whole read
+NUCLEOTIDE_CHAINS = (
+    *("sequence_alignment", "sequence_imgt", "sequence_vdj", "sequence", "sequence_input"),
+)
 # What --columns may name, and the column it stands for.
 GIVEN = {
     "heavy": "sequence_aa_heavy",
     "light": "sequence_aa_light",
+    "sequence": "sequence",
     "id": "sequence_id",
+    "cell": "cell",
+    "locus": "locus",
+    "umis": "umis",
+    "reads": "reads",
     "donor": "donor",
     "label": "label",
     "cluster": "cluster",
 }
+_OF_SINGLE_CHAINS = ("cell", "locus", "umis", "reads")
+
+
+def place_of(batch: pa.RecordBatch, row: int | np.integer) -> str:
+    """Where a row of a reader's batch stands in its file."""
+    return place(batch[ROW][int(row)].as_py(), batch[LINE][int(row)].as_py())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[ _\-]", "", name.lower())
+
+
+def column_named(header: Sequence[str], *names: str) -> str | None:
+    """The column of a header that has the first of some names that is there, however spelled."""
+    plain: dict[str, str] = {}
+    for column in header:
+        plain.setdefault(_plain(column), column)
+    for name in names:
+        if name in header:
+            return name
+        if _plain(name) in plain:
+            return plain[_plain(name)]
+    return None
+
+
+def chain_columns(header: Sequence[str]) -> tuple[str | None, str | None]:
+    """The columns of heavy and light chains under the names of a published set."""
+    for heavy, light in CHAIN_PAIRS:
+        found = column_named(header, heavy), column_named(header, light)
+        if all(found):
+            return found
+    for heavy, light in CHAIN_PAIRS:
+        found = column_named(header, heavy), column_named(header, light)
+        if any(found):
+            return found
+    return column_named(header, *HEAVY_ALONE), None
 
 
 def format_of_header(header: Sequence[str]) -> str | None:
     """Name of the table format that a header belongs to, or None when it is none of them."""
-    names = set(header)
+    names = {name.lower() for name in header}
     if {"sequence_alignment_aa_heavy", "sequence_alignment_aa_light"} <= names:
         return "oas-paired"
-    if any(set(pair) <= names for pair in CHAIN_PAIRS):
+    if all(chain_columns(header)):
         return "table"
-    if {"barcode", "contig_id", "chain", "fwr1", "cdr3"} <= names:
+    if {"barcode", "contig_id", "chain", "cdr3"} <= names:
         return "10x"
-    if {"v_call", "cell_id"} <= names and names & {"sequence_aa", "sequence_alignment_aa"}:
-        return "airr"
-    if {"v_call", "sequence_alignment_aa"} <= names:
+    acids = names & set(AMINO_ACID_CHAINS)
+    if "v_call" in names and "cell_id" not in names and "sequence_alignment_aa" in acids:
         return "oas-unpaired"
-    if {"v_call", "sequence_aa"} <= names:
+    if names & {"v_call", "locus"} and acids:
+        return "airr"
+    if "v_call" in names and names & set(NUCLEOTIDE_CHAINS):
         return "airr"
     if "sequence" in names and not names & {"v_call", "sequence_alignment"}:
         return "joined"
-    return None
+    return "table" if any(chain_columns(header)) else None
+
+
+def format_of_columns(given: Mapping[str, str]) -> str:
+    """Name of the table format that the value of --columns asks for."""
+    if "sequence" not in given:
+        return "table"
+    return "airr" if set(_OF_SINGLE_CHAINS) & set(given) else "joined"
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -73,9 +146,36 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
                 f"{', '.join(GIVEN)}"
             )
         given[key] = value
-    if not {"heavy", "light"} & set(given):
-        raise UserError(f"--columns {text}: name at least one chain (heavy=..., light=...)")
+    chains = {"heavy", "light"} & set(given)
+    if not chains and "sequence" not in given:
+        raise UserError(
+            f"--columns {text}: name at least one chain (heavy=..., light=..., or sequence=...)"
+        )
+    alone = [key for key in _OF_SINGLE_CHAINS if key in given]
+    if chains and ("sequence" in given or alone):
+        wrong = alone[0] if alone else "sequence"
+        raise UserError(
+            f"--columns {text}: {wrong} is of tables with a row for each chain; name heavy and "
+            "light, or sequence with cell, locus, umis, reads"
+        )
     return given
+
+
+def given_columns(header: Sequence[str], source: str, given: Mapping[str, str]) -> dict[str, str]:
+    """{name within the readers: column} of what --columns names.
+
+    Raises:
+      UserError: no such column.
+    """
+    for key, column in given.items():
+        if column not in header:
+            near = nearest(column, header)
+            raise UserError(
+                f"{source}: --columns {key}={column}: no such column; found {listed(header)}"
+                + (f"; did you mean {near}?" if near else "")
+            )
+        once(header, column, source)
+    return {GIVEN[key]: column for key, column in given.items()}
 
 
 def study_mapping(
@@ -92,19 +192,13 @@ def study_mapping(
       UserError: a chain's column is not there (says which were found, and near names), or is twice.
     """
     if given is not None:
-        chosen = {GIVEN[key]: column for key, column in given.items()}
-        for key, column in given.items():
-            if column not in header:
-                near = nearest(column, header)
-                raise UserError(
-                    f"{source}: --columns {key}={column}: no such column; found {listed(header)}"
-                    + (f"; did you mean {near}?" if near else "")
-                )
+        chosen = given_columns(header, source, given)
     else:
-        pair = next((p for p in CHAIN_PAIRS if set(p) <= set(header)), None)
-        if pair is None:
+        found = chain_columns(header)
+        if not any(found):
             raise UserError(no_chains(header, source))
-        chosen = dict(zip(CHAIN_PAIRS[0], pair, strict=True))
+        pair = zip(CHAIN_PAIRS[0], found, strict=True)
+        chosen = {name: column for name, column in pair if column}
     mapping = {name: name for name in STUDY_COLUMNS if name in header}
     for chain in CHAINS:  # --columns with one chain means one chain
         if f"sequence_aa_{chain}" not in chosen:
@@ -119,7 +213,8 @@ def study_mapping(
 
 def identifier_of(header: Sequence[str]) -> dict[str, str]:
     """`{"sequence_id": column}` with the column that names the rows, or nothing."""
-    return next(({"sequence_id": n} for n in _IDS if n in header), {})
+    found = column_named(header, *_IDS)
+    return {"sequence_id": found} if found else {}
 
 
 def once(header: Sequence[str], column: str, source: str) -> None:
@@ -133,17 +228,16 @@ def once(header: Sequence[str], column: str, source: str) -> None:
         )
 
 
-def no_chains(header: Sequence[str], source: str) -> str:
-    """The message for a table without recognisable chains."""
-    amino_acids = {"sequence_alignment_aa", "sequence_aa"}
-    if {"v_call", "sequence"} <= set(header) and not amino_acids & set(header):
-        return (
-            f"{source}: rearrangements without amino acids: no column sequence_alignment_aa and no "
-            f"column sequence_aa; found {listed(header)}; translate them, or name the chains with "
-            "--columns"
-        )
+def no_chains(header: Sequence[str], source: str, holding: Iterable[str] = ()) -> str:
+    """The message for a table without recognisable chains.
+
+    Args:
+      header: its columns.
+      source: the file's name.
+      holding: columns whose first rows hold amino-acid chains; only these are proposed.
+    """
     heavy, light = CHAIN_PAIRS[0]
-    candidates = [name for name in header if name not in _IDS]
+    candidates = [name for name in holding if name in header]
     missing = [c for c in (heavy, light) if c not in header]
     hints = []
     for column in missing:
@@ -153,9 +247,10 @@ def no_chains(header: Sequence[str], source: str) -> str:
     if guess[0] == guess[1]:  # one column cannot be both chains
         guess = [None, None]
     example = ",".join(f"{c}={n or 'COLUMN'}" for c, n in zip(CHAINS, guess, strict=True))
+    held = f"; amino-acid chains stand in {listed(candidates)}" if candidates else ""
     return (
-        f"{source}: no column {' and no column '.join(hints)}; found {listed(header)}; rename them "
-        f"or name the chains with --columns {example}"
+        f"{source}: no column {' and no column '.join(hints)}; found {listed(header)}{held}; "
+        f"rename them or name the chains with --columns {example}, or sequence=COLUMN"
     )
 
 

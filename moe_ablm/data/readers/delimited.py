@@ -15,6 +15,8 @@ from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.readers.stream import first_lines, line_blocks
 from moe_ablm.errors import UserError
 
+_COMMENT = "##"  # begins the lines above the header of tables of BD Rhapsody
+
 
 class _Table(NamedTuple):
     """Column names, delimiter, and {column to deliver: column of the file}."""
@@ -26,7 +28,7 @@ class _Table(NamedTuple):
 
 def header_of_text(path: Path) -> list[str]:
     """Column names of a delimited file; an OAS metadata line is passed over."""
-    lines = [line for line in first_lines(path, 2) if metadata_of(line) is None]
+    lines = [line for line in first_lines(path, 2, _COMMENT) if metadata_of(line) is None]
     if not lines:
         raise UserError(f"--input {path}: no header line")
     line = lines[0].encode()
@@ -55,7 +57,8 @@ def metadata_of(line: str) -> dict | None:
 def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.RecordBatch]:
     """Streams a CSV or TSV file (plain or gzip); a row is a line.
 
-    A first line of JSON, as OAS writes it, goes to `report.metadata`.
+    A first line of JSON, as OAS writes it, goes to `report.metadata`; lines above the header that
+    begin with ## are passed over.
 
     Args:
       path: the file; the delimiter (comma, tab, semicolon) is the most frequent one of the header.
@@ -75,7 +78,7 @@ def read_delimited(path: Path, report: Report, choose: Choose) -> Iterator[pa.Re
             if metadata is not None and not report.metadata:
                 report.metadata = metadata
                 continue
-            if not first.strip():
+            if not first.strip() or first.startswith(_COMMENT.encode()):
                 continue
             delimiter = delimiter_of(first)
             header = _header(first, delimiter, report.source)

@@ -10,12 +10,20 @@ import pyarrow as pa
 
 from moe_ablm.data.readers.cells import join_cells
 from moe_ablm.data.readers.columns import LINE, ROW, ROWS_PER_BATCH
+from moe_ablm.data.readers.missing import is_missing
+from moe_ablm.data.readers.nucleotides import are_nucleotides, translated
+from moe_ablm.data.readers.options import Reading
 from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.readers.stream import LONGEST_LINE, line_blocks
+from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 
-_CHAIN_SUFFIX = re.compile(r"^(.+)[|](H|L|VH|VL|heavy|light)$", re.IGNORECASE)
-_ANY_SUFFIX = re.compile(r"[|_\-./ ](V?H|V?L|HC|LC|K|heavy|light)$", re.IGNORECASE)
+_HEAVY_NAMES, _LIGHT_NAMES = "V?H|HC|IGH|heavy", "V?L|V?K|LC|IGK|IGL|light|kappa|lambda"
+_CHAIN_SUFFIX = re.compile(
+    rf"(?:(.+)[|_:])?(?:(?P<heavy>{_HEAVY_NAMES})|{_LIGHT_NAMES})", re.IGNORECASE
+)
+_ANY_SUFFIX = re.compile(rf"[|_\-./ :]({_HEAVY_NAMES}|{_LIGHT_NAMES})$", re.IGNORECASE)
+_LOOKED_AT = 100  # records that tell whether a file is of nucleotides
 _PROTEIN = re.compile(r"^>(UniRef\d+_|sp\||tr\||UPI[0-9A-F]{10})")
 _LETTERS_AT_ONCE = 4 << 20
 
@@ -69,10 +77,11 @@ def _record(
     if size > LONGEST_LINE:
         report.bad_row(where, "sequence too long", f"more than {LONGEST_LINE} letters")
         return
-    sequence = b"".join(b"".join(parts).split())
+    written = b" ".join(parts)
+    sequence = b"".join(written.split())
     try:
         name = header.decode().strip().split(maxsplit=1)[:1]
-        text = sequence.decode()
+        text, whole = sequence.decode(), written.decode()
     except UnicodeDecodeError:
         report.bad_row(where, "not UTF-8", "the record is not UTF-8")
         return
@@ -80,8 +89,8 @@ def _record(
         report.bad_row(where, "NUL byte", "NUL byte in the record")
     elif not name:
         report.bad_row(where, "no id", "nothing stands behind '>'")
-    elif not text:
-        report.bad_row(where, "no sequence", f"record {name[0]!r} has no sequence")
+    elif is_missing(whole):
+        report.reject("no sequence", where)
     else:
         yield Record(name[0], text, row, line)
 
@@ -91,25 +100,49 @@ def read_proteins(path: Path, report: Report) -> Iterator[pa.RecordBatch]:
     yield from _batched(({"sequence_aa_heavy": r.sequence}, r) for r in records(path, report))
 
 
-def read_chains(paths: tuple[Path, ...], report: Report) -> Iterator[pa.RecordBatch]:
+def read_chains(
+    paths: tuple[Path, ...], report: Report, reading: Reading
+) -> Iterator[pa.RecordBatch]:
     """Antibody chains: two files in one order, `id|H` and `id|L` in one file, or chains alone.
 
-    A record without a chain in its id may be of either chain; annotation finds out.
+    A record without a chain in its id may be of either chain; annotation finds out. Nucleotides
+    are translated where the first records of a file are nothing else.
     """
+    translate = reading.nucleotides == "translate"
+    if reading.nucleotides is None:
+        translate = all(_are_nucleotides(path) for path in paths)
     if len(paths) == 2:
-        yield from _batched(_in_step(paths, report))
-    else:
-        yield from join_cells(_batched(_by_suffix(paths[0], report)), report)
+        for batch in _batched(_in_step(paths, report)):
+            columns = [f"sequence_aa_{chain}" for chain in CHAINS]
+            yield translated(batch, columns, report) if translate else batch
+        return
+
+    def chains() -> Iterator[pa.RecordBatch]:
+        for batch in _batched(_by_suffix(paths[0], report)):
+            yield translated(batch, ["sequence"], report, "chain") if translate else batch
+
+    yield from join_cells(chains(), report, reading)
+
+
+def _are_nucleotides(path: Path) -> bool:
+    first = [r.sequence for r in islice(records(path, Report(str(path), "skip")), _LOOKED_AT)]
+    return bool(first) and bool(are_nucleotides(pa.array(first)).all())
 
 
 def _by_suffix(path: Path, report: Report) -> Iterator[tuple[dict, Record]]:
+    unnamed, seen = 0, {"heavy", "light"}  # records called H and L: the two of a cell in a row
     for r in records(path, report):
-        suffixed = _CHAIN_SUFFIX.match(r.id)
+        suffixed = _CHAIN_SUFFIX.fullmatch(r.id)
         if not suffixed:
             yield {"cell": "", "chain": "", "sequence": r.sequence}, r
             continue
-        chain = "light" if suffixed[2].lower() in ("l", "vl", "light") else "heavy"
-        yield {"cell": suffixed[1], "chain": chain, "sequence": r.sequence}, r
+        chain, cell = "heavy" if suffixed["heavy"] else "light", suffixed[1]
+        if not cell:
+            if chain in seen:
+                unnamed, seen = unnamed + 1, set()
+            seen.add(chain)
+            cell = str(unnamed)
+        yield {"cell": cell, "chain": chain, "sequence": r.sequence}, r
 
 
 def _in_step(paths: tuple[Path, ...], report: Report) -> Iterator[tuple[dict, Record]]:

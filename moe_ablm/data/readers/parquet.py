@@ -17,6 +17,7 @@ from moe_ablm.errors import UserError
 _LARGEST_COLUMN_CHUNK = 1 << 30
 _BYTES_AT_ONCE = 64 << 20
 _LONGEST_VALUE = 1 << 20
+_READ_AS_TEXT = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
 # What pyarrow raises for damaged parquet files.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, MemoryError)
 
@@ -44,7 +45,7 @@ def read_parquet(path: Path, report: Report, choose: Choose) -> Iterator[pa.Reco
     wanted = list(dict.fromkeys(columns.values()))
     for name in wanted:
         kind = file.schema_arrow.field(name).type
-        if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        if not (_is_text(kind) or any(of_type(kind) for of_type in _READ_AS_TEXT)):
             raise UserError(f"{path}: column {name} is {kind}, expected text; convert it first")
     size, groups = path.stat().st_size, file.num_row_groups
     dictionaries = _parquet_file(path, read_dictionary=wanted)

@@ -1,10 +1,11 @@
-"""Repertoire tables: OAS (paired, unpaired), AIRR rearrangements, 10x contig annotations.
+"""Repertoire tables: OAS (paired, unpaired), AIRR and Change-O rearrangements, 10x contigs.
 
-Only sequences, ids, cells and donors are taken from them. Genes and regions are annotated anew, so
-that antibodies of different sources are described, clustered and split by one rule.
+Only sequences, ids, cells, counts and donors are taken from them. Genes and regions are annotated
+anew, so that antibodies of different sources are described, clustered and split by one rule.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,63 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moe_ablm.data.readers.cells import MISSING_COUNT, join_cells
-from moe_ablm.data.readers.check import place_of
-from moe_ablm.data.readers.columns import LINE, ROW, once
+from moe_ablm.data.readers.columns import (
+    AMINO_ACID_CHAINS,
+    FLAGS,
+    LINE,
+    NUCLEOTIDE_CHAINS,
+    ROW,
+    column_named,
+    given_columns,
+    listed,
+    once,
+    place_of,
+)
+from moe_ablm.data.readers.contig_json import is_contig_json, read_contigs
+from moe_ablm.data.readers.missing import is_missing, without_words
+from moe_ablm.data.readers.nucleotides import translated
+from moe_ablm.data.readers.options import Reading
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.readers.rows import read_rows
 from moe_ablm.data.regions import CHAINS
+from moe_ablm.errors import UserError
 
-_COUNTS = ("umi_count", "umis", "duplicate_count", "consensus_count", "reads")
+# AIRR's, Change-O's and 10x's names; of several that are there a row takes the first with a value.
+_NAMES = {
+    "sequence_id": ("sequence_id",),
+    "cell": ("cell_id", "cell"),
+    "locus": ("locus",),
+    "v_call": ("v_call",),
+    "c_call": ("c_call",),
+    "umis": ("umi_count", "umis", "umicount", "duplicate_count", "dupcount"),
+    "reads": ("consensus_count", "conscount", "reads", "read_count"),
+    "donor": ("subject_id", "subject", "donor", "donor_id"),
+    "productive": ("productive", "functional"),
+    "is_cell": ("is_cell",),
+    "high_confidence": ("high_confidence",),
+    "full_length": ("full_length",),
+}
 _SAMPLES = ("repertoire_id", "sample_id", "subject_id")
-_TRUE = ("t", "true", "1", "yes", "")
 _TEN_X = ("fwr1", "cdr1", "fwr2", "cdr2", "fwr3", "cdr3", "fwr4")
+_TEN_X_DONORS = ("donor", "sample", "origin")
+_TRUE = ("t", "true", "1", "1.0", "yes", "y")
+_REASON_OF_FLAG = {
+    "productive": "not productive",
+    "is_cell": "not a cell",
+    "high_confidence": "low confidence",
+    "full_length": "not full length",
+}
+# A gene or locus anywhere in a text: "Homsap IGKV1-39*01 F", "IGHV3-23*00(1251.2)", "IGH".
+_GENE = re.compile(r"(?<![A-Z])(?:IG([HKL])|TR([ABGD]))")
+_ISOTYPE = re.compile(r"IG[GAMDE]\d*")
+_CHAIN_NAMES = {
+    "heavy": ("H", "VH", "HEAVY", "HC"),
+    "light": ("L", "K", "VL", "VK", "LIGHT", "KAPPA", "LAMBDA", "LC"),
+}
+T_CELL = "T-cell receptor"
 
 
-def read_oas_paired(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
+def read_oas_paired(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
     """OAS paired CSV, with or without its first line of JSON."""
 
     def choose(header: Sequence[str]) -> dict[str, str]:
@@ -39,141 +82,262 @@ def read_oas_paired(
 
     for batch in read_rows(path, report, choose):
         for chain in CHAINS:
-            batch = _productive(_without_gaps(batch, f"sequence_aa_{chain}"), chain, report)
+            batch = _without_gaps(batch, f"sequence_aa_{chain}")
+            if not reading.keep_flagged:
+                why = f"not productive ({chain} chain)"
+                batch = _true(batch, f"productive_{chain}", why, report)
         yield _with_donor(batch, report)
 
 
-def read_oas_unpaired(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
+def read_oas_unpaired(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
     """OAS unpaired CSV, with or without its first line of JSON; every row is a single chain."""
-    yield from _read_chains(path, report, cell=())
+    yield from _read_chains(path, report, reading, cells=False)
 
 
-def read_airr(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
-    """AIRR rearrangements; chains of one `cell_id` (of one sample) become an antibody."""
-    yield from _read_chains(path, report, cell=("cell_id",))
+def read_airr(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
+    """AIRR and Change-O tables; chains of one `cell_id` (of one sample) become an antibody."""
+    yield from _read_chains(path, report, reading, cells=True)
 
 
-def read_10x(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
-    """10x `*_contig_annotations.csv` (Cell Ranger >= 5): seven regions joined to the V domain."""
+def read_10x(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
+    """10x `*_contig_annotations.csv`: seven regions joined to the V domain.
+
+    Of Cell Ranger before 5, which writes no regions, the contigs' own FASTA is translated.
+    """
+    contigs = _contigs(reading.contigs) if reading.contigs else None
 
     def choose(header: Sequence[str]) -> dict[str, str]:
         for column in ("barcode", "contig_id", "cdr3"):
             once(header, column, report.source)
-        wanted = ("barcode", "contig_id", "chain", "productive", *_TEN_X, *_COUNTS)
-        return {name: name for name in wanted if name in header}
+        lacking = [name for name in _TEN_X if name not in header]
+        if contigs is None and lacking:
+            raise UserError(
+                f"{report.source}: contigs without regions (Cell Ranger before 5): no column "
+                f"{lacking[0]}; give the FASTA beside the table: --contigs filtered_contig.fasta"
+            )
+        wanted = ("barcode", "contig_id", "chain", *FLAGS, *_TEN_X, *_TEN_X_DONORS)
+        genes = {"v_call": "v_gene", "c_call": "c_gene", "umis": "umis", "reads": "reads"}
+        mapping = {name: name for name in wanted} | genes
+        return {name: column for name, column in mapping.items() if column in header}
+
+    def rows() -> Iterator[pa.RecordBatch]:
+        if is_contig_json(path):
+            for batch in read_contigs(path, report):
+                yield without_words(batch, report)
+        else:
+            yield from read_rows(path, report, choose)
 
     def chains() -> Iterator[pa.RecordBatch]:
-        for batch in read_rows(path, report, choose):
-            batch = _productive(batch, "", report)
-            regions = [batch[n] for n in _TEN_X if n in batch.schema.names]
-            renamed = {"cell": batch["barcode"], "sequence_id": batch["contig_id"]}
-            sequence = pc.binary_join_element_wise(*regions, "")
-            yield from _immunoglobulins(batch, sequence, renamed, report)
+        for batch in rows():
+            names = batch.schema.names
+            donors = [batch[n] for n in _TEN_X_DONORS if n in names]
+            cell = pc.binary_join_element_wise(*donors, batch["barcode"], "|")
+            columns = {
+                "cell": pc.if_else(pc.equal(batch["barcode"], ""), "", cell),
+                "sequence_id": batch["contig_id"],
+                "donor": _first_given(donors, batch.num_rows),
+            }
+            if contigs is None:
+                regions = [batch[n] for n in _TEN_X if n in names]
+                columns["sequence"] = pc.binary_join_element_wise(*regions, "")
+            else:
+                found = [contigs.get(name, "") for name in batch["contig_id"].to_pylist()]
+                columns["sequence"] = pa.array(found, pa.string())
+            for name, column in columns.items():
+                batch = _with(batch, name, column)
+            if contigs is None:
+                batch = _whole(batch, report)
+            yield from _immunoglobulins(batch, report, reading, translate=contigs is not None)
 
-    yield from join_cells(chains(), report)
+    yield from join_cells(chains(), report, reading)
 
 
-def _read_chains(path: Path, report: Report, cell: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    sequences = ("sequence_alignment_aa", "sequence_aa")
-    others = ("sequence_id", "locus", "v_call", "productive", *cell, *_SAMPLES, *_COUNTS)
+def _contigs(path: Path) -> dict[str, str]:
+    """Nucleotides by the name of the contig, all in memory: some 1 KB each."""
+    from moe_ablm.data.readers.fasta import records
+
+    return {r.id: r.sequence for r in records(path, Report(str(path)))}
+
+
+def _whole(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
+    """Leaves out contigs that lack a region: what is left of them is no V domain."""
+    empty = np.stack([pc.equal(batch[name], "").to_numpy(zero_copy_only=False) for name in _TEN_X])
+    if not empty.any():
+        return batch
+    for lacking in np.unique(empty, axis=1).T:
+        rows = np.flatnonzero((empty == lacking[:, None]).all(axis=0))
+        if lacking.all():
+            report.reject("no sequence", place_of(batch, rows[0]), len(rows))
+        elif lacking.any():
+            names = ", ".join(np.array(_TEN_X)[lacking])
+            report.reject(f"region missing: {names}", place_of(batch, rows[0]), len(rows))
+    return batch.filter(pa.array(~empty.any(axis=0)))
+
+
+def _read_chains(
+    path: Path, report: Report, reading: Reading, cells: bool
+) -> Iterator[pa.RecordBatch]:
+    alternatives: dict[str, list[str]] = {}  # column -> columns of the batch, the first one first
+    translate = False
 
     def choose(header: Sequence[str]) -> dict[str, str]:
-        once(header, next((n for n in sequences if n in header), sequences[-1]), report.source)
-        return {name: name for name in (*sequences, *others) if name in header}
+        nonlocal translate
+        mapping = {}
+        given = given_columns(header, report.source, reading.columns or {})
+        names = _NAMES | ({} if "sequence" in given else {"sequence": AMINO_ACID_CHAINS})
+        for name, known in names.items():
+            columns = [given[name]] if name in given else _present(header, known)
+            for i, column in enumerate(dict.fromkeys(columns)):
+                once(header, column, report.source)
+                mapping[f"{name}#{i}"] = column
+                alternatives.setdefault(name, []).append(f"{name}#{i}")
+        if "sequence" in given:
+            mapping["sequence#0"], alternatives["sequence"] = given["sequence"], ["sequence#0"]
+            translate = reading.nucleotides == "translate"
+        elif "sequence" not in alternatives:
+            bases = column_named(header, *NUCLEOTIDE_CHAINS)
+            if bases is None or reading.nucleotides == "refuse":
+                raise UserError(
+                    f"{report.source}: no column {AMINO_ACID_CHAINS[-1]}; found {listed(header)}"
+                )
+            mapping["sequence#0"], alternatives["sequence"] = bases, ["sequence#0"]
+            translate = True
+        return mapping | {name: name for name in _SAMPLES if name in header}
 
     def chains() -> Iterator[pa.RecordBatch]:
         for batch in read_rows(path, report, choose):
-            batch = _productive(batch, "", report)
-            names = batch.schema.names
-            domain, *whole = [batch[n] for n in sequences if n in names]
-            for other in whole:  # the alignment is the V domain; without it the whole translation
-                domain = pc.if_else(pc.equal(domain, ""), other, domain)
-            samples = [batch[n] for n in _SAMPLES if n in names]
-            renamed = {"donor": batch["subject_id"]} if "subject_id" in names else {}
-            if cell and cell[0] in names:
-                key = pc.binary_join_element_wise(*samples, batch[cell[0]], "|")
-                renamed["cell"] = pc.if_else(pc.equal(batch[cell[0]], ""), "", key)
-            yield from _immunoglobulins(batch, domain, renamed, report)
+            columns = {
+                name: _first_given([batch[n] for n in some], batch.num_rows)
+                for name, some in alternatives.items()
+            }
+            samples = [batch[n] for n in _SAMPLES if n in batch.schema.names]
+            cell = columns.pop("cell", None)
+            if cells and cell is not None:
+                key = pc.binary_join_element_wise(*samples, cell, "|")
+                columns["cell"] = pc.if_else(pc.equal(cell, ""), "", key)
+            columns |= {ROW: batch[ROW], LINE: batch[LINE]}
+            yield from _immunoglobulins(
+                pa.record_batch(columns), report, reading, translate=translate
+            )
 
-    for batch in join_cells(chains(), report):
+    for batch in join_cells(chains(), report, reading):
         yield _with_donor(batch, report)
 
 
+def _present(header: Sequence[str], names: Sequence[str]) -> list[str]:
+    found = (column_named(header, name) for name in names)
+    return [column for column in found if column is not None]
+
+
+def _first_given(columns: Sequence[pa.Array], rows: int) -> pa.Array:
+    """For each row the first value that is not empty."""
+    if not columns:
+        return pa.array([""] * rows, pa.string())
+    first, *others = columns
+    for other in others:
+        first = pc.if_else(pc.equal(first, ""), other, first)
+    return first
+
+
+def _with(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
+    if name not in batch.schema.names:
+        return batch.append_column(name, column)
+    return batch.set_column(batch.schema.get_field_index(name), name, column)
+
+
 def _immunoglobulins(
-    batch: pa.RecordBatch, sequence: pa.Array, renamed: dict[str, pa.Array], report: Report
+    batch: pa.RecordBatch, report: Report, reading: Reading, *, translate: bool
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of heavy and light chains as `join_cells` wants them; T-cell receptors are rejected."""
-    names, empty = batch.schema.names, pa.array([""] * batch.num_rows, pa.string())
-    loci = next((batch[n] for n in ("locus", "chain", "v_call") if n in names), empty)
-    chain = [_chain(locus) for locus in loci.to_pylist()]
-    known = [c is not None for c in chain]
-    if not all(known):
-        where = place_of(batch, known.index(False))
-        report.reject("not an immunoglobulin locus", where, known.count(False))
-    counts = next((_numbers(batch[n]) for n in _COUNTS if n in names), None)
+    """Rows of heavy and light chains as `join_cells` wants them; others are rejected."""
+    batch = _without_gaps(batch, "sequence")
+    batch = _kept(batch, pc.not_equal(batch["sequence"], ""), "no sequence", report)
+    for flag, reason in _REASON_OF_FLAG.items():
+        if not reading.keep_flagged:
+            batch = _true(batch, flag, reason, report)
+    names = batch.schema.names
+    texts = [batch[n].to_pylist() for n in ("locus", "chain", "v_call", "c_call") if n in names]
+    chain = [chain_of(row) for row in zip(*texts, strict=True)] or [""] * batch.num_rows
+    batch = _with(batch, "chain", pa.array(chain, pa.string()))
+    batch = _kept(batch, pc.not_equal(batch["chain"], T_CELL), T_CELL, report)
+    if translate or reading.nucleotides == "translate":
+        batch = translated(batch, ["sequence"], report, "chain")
+    empty = pa.array([""] * batch.num_rows, pa.string())
+    names = batch.schema.names
     columns = {
-        "cell": empty,
-        "chain": pa.array(chain, pa.string()),
-        "sequence": pc.replace_substring_regex(sequence, r"[-.]", ""),
-        "sequence_id": batch["sequence_id"] if "sequence_id" in names else empty,
-        ROW: batch[ROW],
-        LINE: batch[LINE],
+        name: batch[name] if name in names else empty
+        for name in ("cell", "chain", "sequence", "sequence_id", "donor")
     }
-    columns |= renamed | ({"count": counts} if counts is not None else {})
-    yield pa.record_batch(columns).filter(pa.array(known, pa.bool_()))
+    columns |= {name: _numbers(batch[name]) for name in ("umis", "reads") if name in names}
+    yield pa.record_batch(columns | {ROW: batch[ROW], LINE: batch[LINE]})
 
 
-def _chain(locus: str) -> str | None:
-    """Chain of a locus or V call: IGH or H; IGK, IGL, K or L; empty when it is not given."""
-    name = locus.strip().upper().removeprefix("IG")[:1]
-    if not locus.strip():
-        return ""
-    return "heavy" if name == "H" else "light" if name in ("K", "L") else None
+def chain_of(texts: Sequence[str]) -> str:
+    """The chain that texts such as a locus, a V call and a C call name, the first that does.
+
+    Returns:
+      "heavy", "light", `T_CELL`, or "" where none names a locus.
+    """
+    for text in texts:
+        upper = text.strip().upper()
+        if found := _GENE.search(upper):
+            return T_CELL if found[2] else "heavy" if found[1] == "H" else "light"
+        if _ISOTYPE.fullmatch(upper):
+            return "heavy"
+        for chain, names in _CHAIN_NAMES.items():
+            if upper in names:
+                return chain
+    return ""
 
 
 def _numbers(column: pa.Array) -> pa.Array:
     def number(text: str) -> float:
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
             return MISSING_COUNT
+        return value if 0 <= value < float("inf") else MISSING_COUNT
 
     return pa.array([number(text) for text in column.to_pylist()], pa.float64())
 
 
-def _productive(batch: pa.RecordBatch, chain: str, report: Report) -> pa.RecordBatch:
-    """Leaves out rows that say of themselves that they are not productive."""
-    name = f"productive_{chain}" if chain else "productive"
+def _true(batch: pa.RecordBatch, name: str, reason: str, report: Report) -> pa.RecordBatch:
+    """Leaves out rows whose flag `name` is there, is not blank and does not say yes.
+
+    "None" is what Cell Ranger writes where it cannot tell whether a contig is productive.
+    """
     if name not in batch.schema.names:
         return batch
-    good = np.array([text.lower() in _TRUE for text in batch[name].to_pylist()], bool)
-    if good.all():
+
+    def says_yes(text: str) -> bool:
+        text = text.strip().lower()
+        return text in _TRUE or text.startswith(name) or (text != "none" and is_missing(text))
+
+    known = {text: says_yes(text) for text in pc.unique(batch[name]).to_pylist()}
+    good = pa.array([known[text] for text in batch[name].to_pylist()], pa.bool_())
+    return _kept(batch, good, reason, report)
+
+
+def _kept(batch: pa.RecordBatch, good: pa.Array, reason: str, report: Report) -> pa.RecordBatch:
+    """The rows that are `good`; the others are rejected."""
+    keep = np.asarray(good, bool)
+    if keep.all():
         return batch
-    reason = f"not productive ({chain} chain)" if chain else "not productive"
-    report.reject(reason, place_of(batch, int(np.argmin(good))), int((~good).sum()))
-    return batch.filter(pa.array(good))
+    report.reject(reason, place_of(batch, int(np.argmin(keep))), int((~keep).sum()))
+    return batch.filter(pa.array(keep))
 
 
 def _without_gaps(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-    ungapped = pc.replace_substring_regex(batch[name], r"[-.]", "")
-    return batch.set_column(batch.schema.get_field_index(name), name, ungapped)
+    return _with(batch, name, pc.replace_substring_regex(batch[name], r"[-.]", ""))
 
 
 def _with_donor(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
     """The donor of the rows, or else the subject of the OAS metadata line, with its study."""
     subject = str(report.metadata.get("Subject", "no"))
-    if subject.lower() in ("no", "none", "") or not batch.num_rows:
+    if subject.lower() == "no" or is_missing(subject) or not batch.num_rows:
         return batch
     study = report.metadata.get("Author", report.metadata.get("Run", ""))
     subject = f"{study}: {subject}"  # each study counts its subjects from 1
     names = batch.schema.names
     if "donor" not in names:
         return batch.append_column("donor", pa.array([subject] * batch.num_rows, pa.string()))
-    donor = pc.if_else(pc.equal(batch["donor"], ""), subject, batch["donor"])
-    return batch.set_column(names.index("donor"), "donor", donor)
+    return _with(batch, "donor", pc.if_else(pc.equal(batch["donor"], ""), subject, batch["donor"]))

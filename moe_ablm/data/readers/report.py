@@ -28,6 +28,7 @@ class Report:
       rejected: rows left out, by reason.
       notes: rows kept after a change or with something to know, by remark.
       first: for each reason or remark, the place of its first row.
+      examples: what was found there, for reasons that have something to tell.
       metadata: what the file says about itself (the first line of OAS files).
       files: name, bytes and SHA-256 of each file.
       progress: called with the number of (compressed) bytes consumed so far.
@@ -43,6 +44,7 @@ class Report:
     rejected: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
     files: list[dict] = field(default_factory=list)
     progress: Callable[[int], None] = lambda consumed: None
@@ -57,6 +59,7 @@ class Report:
                 f"{self.source}: {place}: {detail}; mend the file, or leave such rows out with "
                 "--on-bad-row=skip"
             )
+        self.examples.setdefault(reason, detail)
         self.reject(reason, place)
 
     def reject(self, reason: str, place: str, rows: int = 1) -> None:
@@ -64,6 +67,20 @@ class Report:
         if rows:
             self.rejected[reason] += rows
             self.first.setdefault(reason, place)
+
+    def settle(self, kept: int, rejected: int | None = None) -> None:
+        """Raises RuntimeError where rows were lost, or counted twice: a fault of the program.
+
+        Args:
+          kept: antibodies that were delivered, or written.
+          rejected: rows left out so far; None: all that are counted.
+        """
+        rejected = self.rejected.total() if rejected is None else rejected
+        if self.read != kept + self.joined + rejected:
+            raise RuntimeError(
+                f"{self.source}: {self.read} rows read are not {kept} kept, {self.joined} joined "
+                f"and {rejected} rejected: a fault of this program, nothing of the file's"
+            )
 
     def note(self, remark: str, place: str, rows: int = 1) -> None:
         """Counts rows that are kept, but about which the user should know something."""
@@ -94,19 +111,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return lower[matches[0]] if matches else None
 
 
-def existing_file(path: Path) -> Path:
+def existing_file(path: Path, flag: str = "--input") -> Path:
     """The path if it is a file that has bytes; a UserError says what it is otherwise."""
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings)
         raise UserError(
-            f"--input {path}: no such file"
+            f"{flag} {path}: no such file"
             + (f"; did you mean {path.parent / near}?" if near else "")
         )
     if not path.is_file():
-        raise UserError(f"--input {path}: not a file (a directory holds no single table)")
+        raise UserError(f"{flag} {path}: not a file (a directory holds no single table)")
     if not os.access(path, os.R_OK):
-        raise UserError(f"--input {path}: no permission to read it")
+        raise UserError(f"{flag} {path}: no permission to read it")
     if path.stat().st_size == 0:
-        raise UserError(f"--input {path}: the file is empty (0 bytes)")
+        raise UserError(f"{flag} {path}: the file is empty (0 bytes)")
     return path

@@ -10,9 +10,18 @@ import pyarrow as pa
 from moe_ablm.data.dataset import sha256_file
 from moe_ablm.data.readers import fasta, repertoire, study
 from moe_ablm.data.readers.check import LONGEST_CHAIN, LONGEST_PROTEIN, check_batch
-from moe_ablm.data.readers.columns import format_of_header, no_chains
+from moe_ablm.data.readers.columns import (
+    STUDY_COLUMNS,
+    chain_columns,
+    format_of_columns,
+    format_of_header,
+    no_chains,
+)
+from moe_ablm.data.readers.contig_json import is_contig_json
+from moe_ablm.data.readers.options import AS_USUAL, Reading
+from moe_ablm.data.readers.parquet import is_parquet
 from moe_ablm.data.readers.report import Report, existing_file, nearest
-from moe_ablm.data.readers.rows import header_of
+from moe_ablm.data.readers.rows import columns_with_chains, header_of
 from moe_ablm.data.readers.stream import first_lines
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
@@ -21,16 +30,18 @@ from moe_ablm.errors import UserError
 FORMATS = {
     "table": "CSV, TSV or parquet with a column for each chain",
     "joined": "CSV or parquet with both chains in `sequence`, a separator between them",
+    "lines": "lines without a header, each with both chains and a separator, or one chain",
     "oas-paired": "OAS paired CSV",
     "oas-unpaired": "OAS unpaired CSV",
-    "airr": "AIRR rearrangement table, chains joined by `cell_id`",
-    "10x": "10x contig annotations, chains joined by `barcode`",
+    "airr": "AIRR or Change-O rearrangement table, chains joined by `cell_id`",
+    "10x": "10x contig annotations, CSV or JSON, chains joined by `barcode`",
     "fasta": "FASTA of antibody chains (`id|H` and `id|L`, or two files)",
     "protein": "FASTA of general proteins",
 }
 _READERS = {
     "table": study.read_table,
     "joined": study.read_joined,
+    "lines": study.read_lines,
     "oas-paired": repertoire.read_oas_paired,
     "oas-unpaired": repertoire.read_oas_unpaired,
     "airr": repertoire.read_airr,
@@ -46,14 +57,14 @@ class Source:
       paths: the file, or the heavy and the light FASTA.
       format: a name out of `FORMATS`.
       report: what became of its rows; complete once `batches` is exhausted.
-      columns: names of the chains' columns, as for `open_sources`.
+      reading: how it is read.
       letters: allowed in sequences (see `check_batch`).
     """
 
     paths: tuple[Path, ...]
     format: str
     report: Report
-    columns: Mapping[str, str] | None = None
+    reading: Reading = AS_USUAL
     letters: str = AMINO_ACIDS
 
     @property
@@ -66,12 +77,22 @@ class Source:
         if self.format == "protein":
             raw = fasta.read_proteins(self.paths[0], self.report)
         elif self.format == "fasta":
-            raw = fasta.read_chains(self.paths, self.report)
+            raw = fasta.read_chains(self.paths, self.report, self.reading)
         else:
-            raw = _READERS[self.format](self.paths[0], self.report, self.columns)
+            raw = _READERS[self.format](self.paths[0], self.report, self.reading)
         longest = LONGEST_PROTEIN if self.is_protein else LONGEST_CHAIN
-        for batch in raw:
-            yield check_batch(batch, self.report, longest=longest, letters=self.letters)
+        delivered = rejected = 0
+        while True:
+            before = self.report.rejected.total()  # who takes the batches rejects rows, too
+            batch = next(raw, None)
+            if batch is not None:
+                batch = check_batch(batch, self.report, longest=longest, letters=self.letters)
+                delivered += batch.num_rows
+            rejected += self.report.rejected.total() - before
+            if batch is None:
+                break
+            yield batch
+        self.report.settle(delivered, rejected)
         self.report.files = [
             {"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_file(p)}
             for p in self.paths
@@ -82,9 +103,9 @@ def open_sources(
     inputs: Sequence[str],
     *,
     format: str | None = None,
-    columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
     letters: str = AMINO_ACIDS,
+    reading: Reading = AS_USUAL,
 ) -> list[Source]:
     """Finds the format of every input by its content; nothing but its first lines is read yet.
 
@@ -92,9 +113,9 @@ def open_sources(
       inputs: paths, or `heavy=H.fasta,light=L.fasta`. Two FASTA files with equal ids in a row are
         taken as the two chains of the same antibodies.
       format: a name out of `FORMATS`; None: recognised by the content.
-      columns: names of the chains' columns (see `columns.parse_columns`).
       on_bad_row: whether a malformed row raises UserError or is counted and left out.
       letters: allowed in sequences (see `check_batch`).
+      reading: how sources are read.
 
     Raises:
       UserError: no such file, an empty one, or none of the formats (says which columns were found).
@@ -105,10 +126,12 @@ def open_sources(
             f"--format {format}: expected one of {', '.join(FORMATS)}"
             + (f"; did you mean {near}?" if near else "")
         )
+    if reading.contigs is not None:
+        existing_file(reading.contigs, "--contigs")
     sources: list[Source] = []
     for text in inputs:
         paths = _paths(text)
-        kind = format or _format_of(paths, columns)
+        kind = format or _format_of(paths, reading.columns)
         if len(paths) == 2 and kind != "fasta":
             raise UserError(f"--input {text}: two files are read together only as FASTA")
         if kind == "fasta" and sources and _are_two_chains(sources[-1], paths):
@@ -116,7 +139,7 @@ def open_sources(
         names = " + ".join(map(str, paths))
         origin = " + ".join(p.name for p in paths)
         report = Report(names, on_bad_row, format=kind, origin=origin)
-        sources.append(Source(paths, kind, report, columns, letters))
+        sources.append(Source(paths, kind, report, reading, letters))
     return sources
 
 
@@ -128,19 +151,38 @@ def _paths(text: str) -> tuple[Path, ...]:
 
 
 def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> str:
-    path = paths[0]
-    with path.open("rb") as f:
-        if f.read(4) != b"PAR1":
-            lines = first_lines(path, 1)
-            if lines and lines[0].startswith(">"):
-                return "protein" if fasta.is_protein_header(lines[0]) else "fasta"
+    path, lines = paths[0], []
+    if not is_parquet(path):
+        if is_contig_json(path):
+            return "10x"
+        lines = first_lines(path, 1)
+        if lines and lines[0].startswith(">"):
+            return "protein" if fasta.is_protein_header(lines[0]) else "fasta"
     if columns is not None:
-        return "table"
+        return format_of_columns(columns)
     header = header_of(path)
     kind = format_of_header(header)
-    if kind is None:
-        raise UserError(no_chains(header, str(path)))
+    if kind is None and study.is_line_of_chains(lines[0] if lines else ""):
+        return "lines"
+    if kind is None or (kind == "table" and _second_chain(path, header)):
+        raise UserError(no_chains(header, str(path), columns_with_chains(path)))
     return kind
+
+
+def _second_chain(path: Path, header: Sequence[str]) -> bool:
+    """Whether a table of which one chain's column is known holds the other under another name."""
+    heavy, light = chain_columns(header)
+    if heavy and light:
+        return False
+    missing = "light" if heavy else "heavy"
+    from moe_ablm.data.annotate import chains_of  # parasail and the germline tables
+
+    for name, values in columns_with_chains(path).items():
+        if name not in (heavy, light, *STUDY_COLUMNS):
+            found = chains_of(values)
+            if found.count(missing) * 2 > len(found):
+                return True
+    return False
 
 
 def _are_two_chains(before: Source, paths: tuple[Path, ...]) -> bool:

@@ -17,11 +17,19 @@ LARGEST_RATIO = 200
 _RATIO_APPLIES_FROM = 64 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-_COMPRESSED = {
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
+_UNPACK = "archive; unpack it, or compress with gzip"
+_WORKBOOK = "an Excel workbook; save the sheet as CSV UTF-8, or with pandas: read_excel, to_csv"
+_EXCEL = (".xlsx", ".xlsm", ".xls", ".ods")
+_REFUSED = {
+    b"PK\x03\x04": f"zip {_UNPACK}",
+    b"BZh": f"bzip2 {_UNPACK}",
+    b"\xfd7zXZ": f"xz {_UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"zstd {_UNPACK}",
+    b"\xd0\xcf\x11\xe0": _WORKBOOK,
+    b"\x89HDF": (
+        "an HDF5 file (AnnData, .h5ad, .h5); write its contigs as an AIRR table: "
+        "scirpy.io.write_airr(adata, 'contigs.tsv'), or give Cell Ranger's contig annotations"
+    ),
 }
 
 
@@ -30,10 +38,12 @@ def open_bytes(path: Path):
     raw = path.open("rb")
     magic = raw.read(6)
     raw.seek(0)
-    for start, name in _COMPRESSED.items():
+    for start, what in _REFUSED.items():
         if magic.startswith(start):
             raw.close()
-            raise UserError(f"--input {path}: {name} archive; unpack it, or compress with gzip")
+            if path.suffix.lower() in _EXCEL:
+                what = _WORKBOOK
+            raise UserError(f"--input {path}: {what}")
     return raw, gzip.GzipFile(fileobj=raw) if magic.startswith(b"\x1f\x8b") else raw
 
 
@@ -124,14 +134,18 @@ def _lines_before_a_longer(whole: bytes, limit: int) -> int | None:
     return None
 
 
-def first_lines(path: Path, count: int) -> list[str]:
-    """Up to `count` first lines that are not blank, to recognise the format.
+def first_lines(path: Path, count: int, comment: str | None = None) -> list[str]:
+    """Up to `count` first lines that are neither blank nor a comment, to recognise the format.
 
     Undecodable bytes become U+FFFD.
     """
     kept: list[str] = []
     for _, block in line_blocks(path, Report(str(path)), block=64 << 10):
-        lines = (line for line in block.split(b"\n") if line.strip())
+        lines = (
+            line
+            for line in block.split(b"\n")
+            if line.strip() and not (comment and line.startswith(comment.encode()))
+        )
         kept += [line.decode("utf-8", "replace") for line in islice(lines, count - len(kept))]
         if len(kept) == count:
             break

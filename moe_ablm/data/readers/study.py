@@ -1,42 +1,56 @@
 """Tables of antibody studies: a column for each chain, or both chains in one string."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moe_ablm.data.readers.check import place_of
 from moe_ablm.data.readers.columns import (
     ABOUT_THE_CELL,
     ANY_CHAIN,
+    LINE,
     RESIDUE_STRINGS,
+    ROW,
+    ROWS_PER_BATCH,
+    given_columns,
     identifier_of,
     once,
+    place_of,
     study_mapping,
 )
-from moe_ablm.data.readers.report import Report
+from moe_ablm.data.readers.missing import without_words
+from moe_ablm.data.readers.nucleotides import translated
+from moe_ablm.data.readers.options import Reading
+from moe_ablm.data.readers.report import Report, place
 from moe_ablm.data.readers.rows import read_rows
+from moe_ablm.data.readers.stream import line_blocks
 from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.tokenizer import AMINO_ACIDS
 
-# `<cls><cls>`, `</s>`, `<sep>`, ... or one `|`; never `<mask>`, which stands for a residue.
-_SEPARATOR = re.compile(r"(?:<(?!mask>)[^<>]{1,8}>)+|\|", re.IGNORECASE)
+# `<cls><cls>`, `</s>`, `[SEP]`, ... or one of `|` and `:`; never `<mask>`, which stands for a
+# residue.
+_SEPARATOR = re.compile(
+    r"(?:<(?!mask>)[^<>]{1,8}>|\[(?!mask\])[^\[\]]{1,8}\])+|[|:]", re.IGNORECASE
+)
+# Residues of a line without header that make it a chain.
+_SHORTEST_CHAIN = 60
+_DELIMITERS = str.maketrans(",;\t", "|||")
 
 
-def read_table(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
+def read_table(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
     """Rows of a table with a column for each chain, under the study's names."""
-    for batch in read_rows(path, report, lambda h: study_mapping(h, report.source, columns)):
-        _note_single_chains(batch, report)
-        yield batch
+
+    def choose(header: Sequence[str]) -> dict[str, str]:
+        return study_mapping(header, report.source, reading.columns)
+
+    for batch in read_rows(path, report, choose):
+        yield _delivered(batch, report, reading)
 
 
-def read_joined(
-    path: Path, report: Report, columns: Mapping[str, str] | None
-) -> Iterator[pa.RecordBatch]:
+def read_joined(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
     """Rows of a table whose `sequence` holds heavy chain, separator, light chain (or one chain).
 
     Per-residue strings without a chain in their name are divided like the sequence, whether they
@@ -44,17 +58,59 @@ def read_joined(
     """
 
     def choose(header: Sequence[str]) -> dict[str, str]:
-        once(header, "sequence", report.source)
+        given = given_columns(header, report.source, reading.columns or {})
+        if "sequence" not in given:
+            once(header, "sequence", report.source)
         of_chains = [f"{name}_{chain}" for chain in CHAINS for name in RESIDUE_STRINGS]
         names = ("sequence", *RESIDUE_STRINGS, *ABOUT_THE_CELL)
         mapping = {name: name for name in names if name in header}
         mapping |= {name: name for name in of_chains if name in header}
-        return mapping | identifier_of(header)
+        return mapping | identifier_of(header) | given
 
     for batch in read_rows(path, report, choose):
-        batch = _divided(batch)
-        _note_single_chains(batch, report)
-        yield batch
+        yield _delivered(_divided(batch), report, reading)
+
+
+def is_line_of_chains(line: str) -> bool:
+    """Whether a line is an antibody: one chain or two, with a separator, and nothing else."""
+    heavy, light, *_ = _cut(line.translate(_DELIMITERS))
+    chains = ["".join(chain.split()).upper() for chain in (heavy, light) if chain]
+    return bool(chains) and all(
+        len(chain) >= _SHORTEST_CHAIN and not set(chain) - set(AMINO_ACIDS + "X")
+        for chain in chains
+    )
+
+
+def read_lines(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
+    """Lines without a header, each of them an antibody (see `is_line_of_chains`)."""
+    for first, block in line_blocks(path, report):
+        rows = [
+            (number, line)
+            for number, line in enumerate(block.split(b"\n")[:-1], start=first)
+            if line.strip()
+        ]
+        for begin in range(0, len(rows), ROWS_PER_BATCH):
+            texts, places = [], []
+            for number, line in rows[begin : begin + ROWS_PER_BATCH]:
+                report.read += 1
+                try:
+                    texts.append(line.decode().translate(_DELIMITERS))
+                    places.append((report.read, number))
+                except UnicodeDecodeError:
+                    report.bad_row(place(report.read, number), "not UTF-8", "not UTF-8")
+            numbers, lines = zip(*places, strict=True) if places else ((), ())
+            columns = {"sequence": pa.array(texts, pa.string())}
+            columns |= {ROW: pa.array(numbers, pa.int64()), LINE: pa.array(lines, pa.int64())}
+            batch = without_words(pa.record_batch(columns), report)
+            yield _delivered(_divided(batch), report, reading)
+
+
+def _delivered(batch: pa.RecordBatch, report: Report, reading: Reading) -> pa.RecordBatch:
+    batch = without_words(batch, report)  # a word may stand beside a separator, too
+    if reading.nucleotides == "translate":
+        batch = translated(batch, [f"sequence_aa_{chain}" for chain in CHAINS], report)
+    _note_single_chains(batch, report)
+    return batch
 
 
 def _note_single_chains(batch: pa.RecordBatch, report: Report) -> None:

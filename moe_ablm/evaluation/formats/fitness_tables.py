@@ -7,20 +7,22 @@ ProteinGym (Notin et al. 2023) substitutions as `mutant, mutated_sequence, DMS_s
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moe_ablm.data.antibody import Antibody
-from moe_ablm.data.readers.columns import listed
+from moe_ablm.data.readers.columns import CHAIN_PAIRS, HEAVY_ALONE, chain_columns, listed, once
+from moe_ablm.data.readers.report import Report, why_nothing
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member, members
-from moe_ablm.evaluation.formats.rows import TableRow, named, read_rows
+from moe_ablm.evaluation.formats.rows import TableRow, leaving_out, named, read_rows
 
-HEAVY = ("heavy", "VHH_sequence", "sequence_aa_heavy", "h_sequence")
-LIGHT = ("light", "sequence_aa_light", "l_sequence")
+HEAVY = (*(heavy for heavy, _ in CHAIN_PAIRS), *HEAVY_ALONE)
+LIGHT = tuple(light for _, light in CHAIN_PAIRS)
 WILD_TYPE = ("", "wt", "_wt", "wild-type", "wildtype")
 _SUBSTITUTION = re.compile(f"([{AMINO_ACIDS}])([0-9]{{1,6}})([{AMINO_ACIDS}])")
 
@@ -30,11 +32,15 @@ Substitution = tuple[int, str, str]
 
 @dataclass(frozen=True, eq=False)
 class Antibodies:
-    """Antibodies without a common wild type, and their fitness, float64 `[n]`."""
+    """Antibodies without a common wild type, and their fitness, float64 `[n]`.
+
+    `left_out`: notes on rows of the table that are not among them.
+    """
 
     name: str
     antibodies: tuple[Antibody, ...]
     fitness: np.ndarray
+    left_out: tuple[str, ...] = ()
 
     def take(self, index: np.ndarray) -> "Antibodies":
         """Some of them."""
@@ -44,12 +50,16 @@ class Antibodies:
 
 @dataclass(frozen=True, eq=False)
 class Substitutions:
-    """Variants of one wild type, and their fitness, float64 `[n]`."""
+    """Variants of one wild type, and their fitness, float64 `[n]`.
+
+    `left_out`: notes on rows of the table that are not among them.
+    """
 
     name: str
     wild_type: Antibody
     variants: tuple[tuple[Substitution, ...], ...]
     fitness: np.ndarray
+    left_out: tuple[str, ...] = ()
 
     def take(self, index: np.ndarray) -> "Substitutions":
         """Some of them."""
@@ -60,10 +70,17 @@ class Substitutions:
 Assay = Antibodies | Substitutions
 
 
-def read_assays(paths: tuple[Path, ...]) -> Iterator[Assay]:
+def read_assays(
+    paths: tuple[Path, ...], on_bad_row: Literal["fail", "skip"] = "fail"
+) -> Iterator[Assay]:
     """The assays of files, one a table; archives may hold several.
 
-    Each is named by its file, with the folder before it where two files are named the same.
+    Each is named by its file, with the folder before it where two files are named the same. Rows
+    without a measured value or without any sequence are left out.
+
+    Args:
+      paths: the files.
+      on_bad_row: whether a malformed row raises UserError or is left out.
 
     Raises:
       UserError: no table of the two kinds, or a malformed row.
@@ -73,16 +90,20 @@ def read_assays(paths: tuple[Path, ...]) -> Iterator[Assay]:
         for member in members(path):
             name = member.stem if member.stem not in seen else f"{path.parent.name}/{member.stem}"
             seen.add(name)
-            yield _read(member, name)
+            report = Report(member.where, on_bad_row)
+            assay = _read(member, name, report)
+            report.settle(len(assay.fitness))
+            notes = [f"{name}: {n:,} rows left out: {why}" for why, n in report.rejected.items()]
+            yield replace(assay, left_out=tuple(notes))
 
 
-def _read(member: Member, name: str) -> Assay:
-    header, rows = read_rows(member)
+def _read(member: Member, name: str, report: Report) -> Assay:
+    header, rows = read_rows(member, report)
     lower = {column.lower() for column in header}
     if {"mutant", "mutated_sequence"} & lower:
-        return _substitutions(member, name, header, rows)
-    if lower & {column.lower() for column in (*HEAVY, *LIGHT)}:
-        return _antibodies(member, name, header, rows)
+        return _substitutions(member, name, header, rows, report)
+    if any(chain_columns(header)):
+        return _antibodies(member, name, header, rows, report)
     raise UserError(
         f"{member.where}: neither heavy, light, fitness (FLAb) nor mutant, mutated_sequence, "
         f"DMS_score (ProteinGym); found {listed(header)}"
@@ -90,46 +111,62 @@ def _read(member: Member, name: str) -> Assay:
 
 
 def _antibodies(
-    member: Member, name: str, header: list[str], rows: Iterator[TableRow]
+    member: Member, name: str, header: list[str], rows: Iterator[TableRow], report: Report
 ) -> Antibodies:
-    columns = [
-        next((h for n in names for h in header if h.lower() == n.lower()), None)
-        for names in (HEAVY, LIGHT)
-    ]
+    columns = chain_columns(header)
     for column in filter(None, columns):
-        named(header, (column,), member.where)
+        once(header, column, member.where)
     value = named(header, ("fitness",), member.where)
     antibodies: list[Antibody] = []
-    fitness = []
+    fitness: list[float] = []
     for row in rows:
-        heavy, light = (row.sequence(c, empty=True) if c else "" for c in columns)
-        if not heavy + light:
-            raise row.fail(next(filter(None, columns)), "both chains are empty")
-        antibodies.append(Antibody(str(len(antibodies) + 1), heavy, light))
-        fitness.append(row.number(value))
+        with leaving_out(report, row):
+            heavy, light = (row.sequence(c, empty=True) if c else "" for c in columns)
+            if not heavy + light:
+                report.reject("no sequence", row.place)
+            elif row.lacks(value):
+                report.reject(f"no {value}", row.place)
+            else:
+                fitness.append(row.number(value))
+                antibodies.append(Antibody(str(len(antibodies) + 1), heavy, light))
     if not antibodies:
-        raise UserError(f"{member.where}: no rows below the header")
+        raise _nothing_left(report)
     return Antibodies(name, tuple(antibodies), np.array(fitness))
 
 
 def _substitutions(
-    member: Member, name: str, header: list[str], rows: Iterator[TableRow]
+    member: Member, name: str, header: list[str], rows: Iterator[TableRow], report: Report
 ) -> Substitutions:
     mutant = named(header, ("mutant",), member.where)
     mutated = named(header, ("mutated_sequence",), member.where)
     score = named(header, ("DMS_score",), member.where)
-    wild_type, first, variants, fitness = "", "", [], []
+    wild_type, first = "", ""
+    variants: list[tuple[Substitution, ...]] = []
+    fitness: list[float] = []
     for row in rows:
-        variant, found = _reverted(row, mutant, mutated)
-        if not wild_type:
-            wild_type, first = found, row.where.rpartition(": ")[2]
-        elif found != wild_type:
-            raise row.fail(mutated, f"{_difference(found, wild_type)} {first} reverted")
-        variants.append(variant)
-        fitness.append(row.number(score))
+        with leaving_out(report, row):
+            if row.lacks(mutated):
+                report.reject("no sequence", row.place)
+                continue
+            variant, found = _reverted(row, mutant, mutated)
+            if not wild_type:
+                wild_type, first = found, row.place
+            elif found != wild_type:
+                raise row.fail(mutated, f"{_difference(found, wild_type)} {first} reverted")
+            if row.lacks(score):
+                report.reject(f"no {score}", row.place)
+            else:
+                fitness.append(row.number(score))
+                variants.append(variant)
     if not variants:
-        raise UserError(f"{member.where}: no rows below the header")
+        raise _nothing_left(report)
     return Substitutions(name, Antibody(name, wild_type, ""), tuple(variants), np.array(fitness))
+
+
+def _nothing_left(report: Report) -> UserError:
+    if not report.read:
+        return UserError(f"{report.source}: no rows below the header")
+    return UserError(f"no row is left: {why_nothing([report])}")
 
 
 def _reverted(row: TableRow, mutant: str, mutated: str) -> tuple[tuple[Substitution, ...], str]:

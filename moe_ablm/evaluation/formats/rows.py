@@ -3,11 +3,16 @@
 import csv
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import pyarrow as pa
 
 from moe_ablm.data.readers.columns import listed, once
 from moe_ablm.data.readers.delimited import delimiter_of
-from moe_ablm.data.readers.report import place
+from moe_ablm.data.readers.missing import is_missing
+from moe_ablm.data.readers.nucleotides import are_nucleotides
+from moe_ablm.data.readers.report import Report, place
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member
 from moe_ablm.inference.antibodies import LETTERS
@@ -21,6 +26,15 @@ class TableRow(NamedTuple):
 
     where: str
     values: Mapping[str, str]
+
+    @property
+    def place(self) -> str:
+        """Where it stands in its file."""
+        return self.where.rpartition(": ")[2]
+
+    def lacks(self, column: str) -> bool:
+        """Whether a value is blank or a word for "missing"."""
+        return is_missing(self.values[column])
 
     def fail(self, column: str, problem: str) -> UserError:
         """The error of a malformed value."""
@@ -47,7 +61,9 @@ class TableRow(NamedTuple):
         Raises:
           UserError: another letter than the 20 amino acids and X, B, U, Z, O; none; too many.
         """
-        text = self.values[column].strip().upper()
+        text = "" if self.lacks(column) else self.values[column].strip().upper()
+        if are_nucleotides(pa.array([text]))[0]:
+            raise self.fail(column, "nucleotides, expected amino acids")
         wrong = sorted(set(text) - _LETTERS)
         if wrong:
             at = text.index(wrong[0]) + 1
@@ -59,8 +75,25 @@ class TableRow(NamedTuple):
         return text
 
 
-def read_rows(member: Member) -> tuple[list[str], Iterator[TableRow]]:
+@contextmanager
+def leaving_out(report: Report, row: "TableRow") -> Iterator[None]:
+    """Counts a malformed row and leaves it out, where the report says so; else raises."""
+    try:
+        yield
+    except UserError as error:
+        if report.on_bad_row == "fail":
+            raise UserError(
+                f"{error}; mend the file, or leave such rows out with --on-bad-row=skip"
+            ) from error
+        report.reject("malformed", row.place)
+
+
+def read_rows(member: Member, report: Report | None = None) -> tuple[list[str], Iterator[TableRow]]:
     """Header and rows of a CSV or TSV file with a header.
+
+    Args:
+      member: the file.
+      report: counts the rows; malformed ones are left out where it says so.
 
     Raises:
       UserError: no header; while reading, a row with another number of fields.
@@ -71,26 +104,33 @@ def read_rows(member: Member) -> tuple[list[str], Iterator[TableRow]]:
         raise UserError(f"{member.where}: no header line: the file is empty, or begins with a gap")
     delimiter = delimiter_of(line.encode())
     header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
-    return header, _rows(member, header, lines, delimiter)
+    return header, _rows(member, header, lines, delimiter, report or Report(member.where))
 
 
 def _rows(
-    member: Member, header: list[str], lines: Iterator[str], delimiter: str
+    member: Member, header: list[str], lines: Iterator[str], delimiter: str, report: Report
 ) -> Iterator[TableRow]:
     reader, number = csv.reader(lines, delimiter=delimiter, strict=True), 0
-    try:
-        for fields in reader:
-            if not any(field.strip() for field in fields):
-                continue
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
             number += 1
-            where = f"{member.where}: {place(number, reader.line_num + 1)}"
-            if len(fields) != len(header):
-                raise UserError(
-                    f"{where}: found {len(fields)} columns, expected {len(header)} as in the header"
-                )
-            yield TableRow(where, dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise UserError(f"{member.where}: {place(number + 1)}: wrong quoting ({error})") from error
+            report.read += 1
+            report.bad_row(place(number), "wrong quoting", f"wrong quoting ({error})")
+            continue
+        if fields is None:
+            return
+        if not any(field.strip() for field in fields):
+            continue
+        number += 1
+        report.read += 1
+        at = place(number, reader.line_num + 1)
+        if len(fields) != len(header):
+            detail = f"found {len(fields)} columns, expected {len(header)} as in the header"
+            report.bad_row(at, "wrong number of columns", detail)
+            continue
+        yield TableRow(f"{member.where}: {at}", dict(zip(header, fields, strict=True)))
 
 
 def named(header: list[str], names: tuple[str, ...], where: str) -> str:

@@ -1,0 +1,36 @@
+"""How sources are read, beside their format: what the flags of every verb that reads files say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe_ablm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Choices of the user.
+
+    Attributes:
+      columns: names of columns by keys of `columns.GIVEN`; None: known names.
+      nucleotides: whether chains of nucleotides are refused or translated; None: translated where
+        a repertoire table or FASTA holds nothing else.
+      keep_flagged: keep rows that say of themselves that they are not productive, no cell, of low
+        confidence or not of full length.
+      dominance: how many times as abundant as the next a heavy chain must be to be its cell's.
+      contigs: FASTA of the contigs of a 10x table without regions (Cell Ranger before 5).
+    """
+
+    columns: Mapping[str, str] | None = None
+    nucleotides: Literal["refuse", "translate"] | None = None
+    keep_flagged: bool = False
+    dominance: float = 10.0
+    contigs: Path | None = None
+
+    def __post_init__(self):
+        if not self.dominance > 1:
+            raise UserError(f"--dominance {self.dominance:g}: expected more than 1")
+
+
+AS_USUAL = Reading()
