@@ -154,7 +154,9 @@ def test_one_number_of_experts_does_not_identify_how_their_worth_grows():
     few = table["experts"] <= 8
     runs = Runs({k: v[few] for k, v in table.items()}, tuple(map(str, range(int(few.sum())))))
     design = check_design(runs, "joint")
-    assert not design.identifiable["mu"] and not design.identifiable["E_max"]
+    assert design.verdicts["E_max"] == "fixed"
+    many = check_design(Runs(table, tuple(map(str, range(table["params"].size)))), "joint")
+    assert many.verdicts["E_max"] == "identified"
 
 
 def test_designs_name_their_other_gaps():
@@ -264,4 +266,5 @@ def test_a_fit_says_what_only_a_prior_tells_where_there_is_no_penalty():
     table["loss"] = 1.0 + 400.0 * table["params"] ** -0.35 + 900.0 * table["tokens"] ** -0.3
     fit = fit_law(Runs(table, tuple(map(str, range(table["params"].size)))), "joint")
     assert "P" in fit.at_bounds or fit.coefficients["P"] < 1e-3
-    assert fit.verdicts["v[soft]"] == "not identified: mostly its prior"
+    for name in ("v[soft]", "delta", "kappa", "tau"):
+        assert fit.verdicts[name] == "no meaning: P is 0"

@@ -100,7 +100,7 @@ def test_duplicates_are_dropped_and_replicates_are_kept(tmp_path):
 
 
 def test_only_the_last_step_of_a_run_counts(tmp_path):
-    text = "run,step,params,tokens,loss\na,10,8e6,1e9,3\na,20,8e6,2e9,2.5\nb,10,9e6,1e9,2.9\n"
+    text = "run,step,params,experts,loss\na,10,8e6,4,3\na,20,8e6,4,2.5\nb,10,9e6,4,2.9\n"
     runs = read_runs([write(tmp_path / "r.csv", text)])
     assert sorted(runs["loss"].tolist()) == [2.5, 2.9]
     assert "last step of run a" in runs.dropped[0][1]
@@ -292,3 +292,19 @@ def test_a_run_cut_in_half_is_an_error_or_dropped_by_name(tmp_path, name):
 def test_an_empty_table_says_so(tmp_path):
     with pytest.raises(UserError, match="nothing below the header"):
         read_runs([write(tmp_path / "r.csv", "params,tokens,loss\n")])
+
+
+def test_checkpoints_with_their_own_tokens_are_kept_and_belong_to_their_run(tmp_path):
+    text = "run,step,params,tokens,loss\na,10,8e6,1e9,3\na,20,8e6,2e9,2.5\nb,10,8e6,1e9,2.9\n"
+    runs = read_runs([write(tmp_path / "r.csv", text)])
+    assert len(runs) == 3 and not runs.dropped
+    assert runs.clusters().tolist() == [0, 0, 1]
+    assert runs.cells().tolist() == [0, 1, 0] and np.unique(runs.linked_cells()).size == 1
+    assert any("3 checkpoints of 2 runs" in note for note in runs.notes)
+
+
+def test_replicates_may_differ_in_tokens_by_the_lengths_of_their_sequences(tmp_path):
+    """Ten tokens counts .03 % apart are one cell; .5 % apart they are two."""
+    rows = [f"8e6,{1e9 * (1 + 3e-4 * i):.0f},3.{i}" for i in range(3)] + ["8e6,1.006e9,3"]
+    runs = read_runs([write(tmp_path / "r.csv", "\n".join(["params,tokens,loss", *rows]))])
+    assert runs.cells().tolist() == [0, 0, 0, 1]

@@ -69,9 +69,10 @@ class Derived:
     meaning: str
     function: Callable[[np.ndarray], np.ndarray]
     log: bool = False
+    unit: float = 1.0  # `function` returns the quantity in this unit
 
     def report(self, value: np.ndarray | float) -> np.ndarray:
-        return np.exp(value) if self.log else np.asarray(value)
+        return np.exp(value) if self.log else np.asarray(value) * self.unit
 
 
 class Law:

@@ -26,6 +26,7 @@ from moe_ablm.scaling.uncertainty import (
 )
 
 FOLDS = 10
+MOST_LOST = 0.05  # share of draws that may be lost where an interval is given
 HELD_OUT = 0.15  # share of cells, the largest by compute, that is predicted from the rest
 CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (Burnham, Anderson)
 
@@ -57,7 +58,7 @@ def compare(
 
     A law with more coefficients than runs is left out, and so is a law of whole curves.
     """
-    cells = runs.cells()
+    cells = runs.linked_cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
     scores = []
@@ -257,13 +258,17 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     boot, drawn = None, {}
     if question.draws > 0:
         boot = bootstrap(made, question.draws, question.seed)
-        drawn = bootstrap_intervals(made, boot, question.level)
-        if len(boot.usable) < FEWEST_DRAWS:
+        lost = int((~boot.converged).sum())
+        made = replace(made, draws=question.draws, draws_lost=lost)
+        if len(boot.usable) < FEWEST_DRAWS or lost > MOST_LOST * question.draws:
             note = (
-                f"{len(boot.usable)} of {question.draws} bootstrap draws converged, too few for "
-                f"an interval ({FEWEST_DRAWS})"
+                f"{len(boot.usable)} of {question.draws} bootstrap draws converged: no bootstrap "
+                f"interval (it needs {FEWEST_DRAWS} draws and {1 - MOST_LOST:.0%} of them, because "
+                "those that are lost are not like the others)"
             )
             boot, made = None, replace(made, notes=(*made.notes, note))
+        else:
+            drawn = bootstrap_intervals(made, boot, question.level)
     intervals = {**drawn}  # those of the bootstrap before those of the profiles
     for p in walked:
         name = p.quantity.name

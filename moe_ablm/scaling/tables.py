@@ -104,9 +104,9 @@ def summary_lines(analysis: Analysis) -> list[str]:
         if verdict not in ("identified", "fixed"):
             lines.append(f"{name}: {verdict}")
     boot = analysis.boot
-    if boot is not None and not boot.converged.all():
+    if boot is not None and fit.draws_lost:
         lines.append(
-            f"{int((~boot.converged).sum())} bootstrap draws did not converge and are left out"
+            f"{fit.draws_lost} of {fit.draws} bootstrap draws did not converge and are left out"
         )
     noise = {
         i.note for items in fit.intervals.values() for i in items if i.method.startswith("para")

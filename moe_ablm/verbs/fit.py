@@ -81,8 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Reads, then fits or checks a design; raises UserError for wrong input."""
+def run(args: argparse.Namespace) -> int:
+    """Reads, then fits or checks a design; 1 where the fit did not converge.
+
+    Raises:
+      UserError: the input is wrong.
+    """
     from rich.console import Console
 
     from moe_ablm.scaling.catalogue import LAWS
@@ -108,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
     runs = read_runs(args.input, reading)
     if args.design:
         _design(console, runs, laws, args, out)
-    else:
-        _fit(console, runs, laws, args, out, reading)
+        return 0
+    return _fit(console, runs, laws, args, out, reading)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -143,8 +147,8 @@ def _fit(
     args: argparse.Namespace,
     out: Path,
     reading: "Reading",
-) -> None:
-    """Fits, compares, draws and writes; the first law is saved."""
+) -> int:
+    """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
@@ -196,6 +200,7 @@ def _fit(
     figures = {p.stem: p for p in paths if p.suffix == ".svg"}
     write_report(out, analysis, figures, tables, sentences, study)
     console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
+    return int(analysis.fit.status == "not_converged")
 
 
 def _advice(
