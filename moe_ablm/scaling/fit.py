@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw
@@ -275,6 +276,8 @@ def describe(
     quantities = law.derived(setup.centre, target)
     derived = {q.name: float(q.report(q.function(best.theta)[0])) for q in quantities}
     notes += _target_notes(setup, runs, target, derived)
+    if law.cost != Cost() and derived:
+        notes.append(f"training FLOPs are those of the runs: dense, {law.cost}")
     return SmoothFit(
         law=law,
         n=len(runs),

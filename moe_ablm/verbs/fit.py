@@ -73,9 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens-per-pair", type=float, help="turns unique_pairs into unique_tokens")
     add("--published", choices=sorted(STUDIES), help="print a study's numbers beside ours")
     add("--advise", action="store_true", help="the best model under the limits below")
-    add("--max-flops", type=float, help="training compute, 6 N D")
+    add("--max-flops", type=float, help="training FLOPs; a token costs what the runs' flops say")
     add("--max-params", type=float, help="total parameters that fit in memory")
     add("--max-unique", type=float, help="unique tokens at hand")
+    add("--max-inference-flops", type=float, help="of a token, forward; a third of training")
     add("--next-run", metavar="GRID", help="table of candidate cells to rank")
     add("--design", action="store_true", help="check a planned grid (no losses) and stop")
     add("--out", required=True, metavar="DIR")
@@ -122,7 +123,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value < 0:
             raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more")
-    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique"):
+    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique",
+                 "max_inference_flops"):  # fmt: skip
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             name = flag.replace("_", "-")
@@ -226,7 +228,9 @@ def _advice(
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
-        limits = design.Limits(args.max_flops, args.max_params, args.max_unique)
+        limits = design.Limits(
+            args.max_flops, args.max_params, args.max_unique, args.max_inference_flops
+        )
         best = design.advise(fit, boot, limits)
         shown.append(tables.advice_table(best))
         if best.at_bound.any():
