@@ -217,8 +217,8 @@ def solve(setup: Setup, start: Mapping[str, float] | None = None) -> tuple[Minim
     # Most starts reach one minimum within some tens of iterations: only the best few go on.
     ends = minimise(problem, theta, max_iterations=QUICK)
     last = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
-    best = int(np.argmin(last.value))
-    best = minimise(problem, last.theta[best : best + 1])
+    lowest = int(np.argmin(last.value))
+    best = minimise(problem, last.theta[lowest : lowest + 1])
     return best, distinct(setup, best, ends)
 
 

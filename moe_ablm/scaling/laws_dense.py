@@ -175,7 +175,11 @@ class DataConstrainedB2(Chinchilla):
         return out
 
     def derived(self, centre: Centre, target: Target) -> list[Derived]:
-        return frontier(centre, target, self.cost) + best_size(centre, target) + self.loss_at(centre, target)
+        return (
+            frontier(centre, target, self.cost)
+            + best_size(centre, target)
+            + self.loss_at(centre, target)
+        )
 
 
 def best_size(centre: Centre, target: Target) -> list[Derived]:

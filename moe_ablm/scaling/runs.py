@@ -1,7 +1,7 @@
 """Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,17 @@ NUMBERS = (
     "loss",
     "step",
     "seed",
+    "lr",
+    "batch",
+    "weight_decay",
 )
+TUNED = ("lr", "batch", "weight_decay")  # settings that are tuned: runs that differ are no seeds
+# their columns, where they are not mapped
+TUNED_NAMES = {
+    "lr": ("lr", "learning_rate"),
+    "batch": ("batch", "bs", "batch_size"),
+    "weight_decay": ("weight_decay", "wd"),
+}
 LABELS = ("router", "run")
 ROLES = NUMBERS + LABELS
 MODEL = ("params", "total_params", "experts", "granularity", "sparsity", "router")
@@ -189,7 +199,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
         reasons = reasons or ": nothing below the header"
         raise UserError(f"--input {', '.join(map(str, inputs))}: no usable row{reasons}")
     table = _without_largest(table, reading.drop_largest_losses, dropped)
-    runs = _assemble(table, dropped, notes, reading)
+    runs = best_settings(_assemble(table, dropped, notes, reading))
     return _check_loss_units(runs, reading) if reading.need_loss else runs
 
 
@@ -200,8 +210,8 @@ def _names(sheet: Sheet, columns: Mapping[str, str]) -> dict[str, str]:
         name = columns.get(role)
         if name is None:
             default = RUN_FIELDS.get(role, role) if sheet.is_runs else role
-            if default in sheet.header:
-                out[role] = default
+            names = TUNED_NAMES.get(role, (default,))
+            out |= {role: n for n in reversed(names) if n in sheet.header}
         elif name in sheet.header:
             out[role] = name
         else:
@@ -363,6 +373,39 @@ def _without_largest(table: list[Row], count: int, dropped: list[tuple[str, str]
         source, values = table[i]
         dropped.append((source, f"loss {values['loss']:.6g} is one of the {count} largest"))
     return [table[i] for i in sorted(order[count:])]
+
+
+def best_settings(runs: Runs) -> Runs:
+    """The runs of each cell's best learning rate, batch and weight decay; the others dropped.
+
+    Runs of one cell that differ in these are not replicates: their spread is that of the tuning.
+    Best is the setting with the lowest mean loss over its runs.
+    """
+    tuned = [role for role in TUNED if role in runs]
+    if not tuned or "loss" not in runs:
+        return runs
+    cells = runs.cells()
+    setting = np.zeros(len(runs), int)
+    for role in tuned:
+        values = _numbered(runs[role])
+        setting = _numbered(setting * (values.max() + 1) + values)
+    pair = _numbered(cells * (setting.max() + 1) + setting)
+    mean = (np.bincount(pair, np.log(runs["loss"])) / np.bincount(pair))[pair]
+    lowest = np.full(cells.max() + 1, np.inf)
+    np.minimum.at(lowest, cells, mean)
+    keep = mean <= lowest[cells]
+    if keep.all():
+        return runs
+    named = ", ".join(tuned)
+    reason = f"not the best {named} of its cell"
+    tried = np.unique(np.stack([cells, setting]), axis=1)[0]
+    note = (
+        f"{tried.size} settings of {named} in {np.unique(cells).size} cells: the best of each cell "
+        "counts; the lowest of several noisy losses is a little low"
+    )
+    kept = runs.take(keep)
+    gone = tuple((runs.source[i], reason) for i in np.flatnonzero(~keep))
+    return replace(kept, dropped=(*runs.dropped, *gone), notes=(*runs.notes, note))
 
 
 def _assemble(

@@ -19,6 +19,7 @@ SHOWN_DROPS = 8
 # Reasons that differ from row to row, and their common part.
 KINDS = {
     "not the last step": "not the last step of its run",
+    "not the best": "not the best setting of its cell",
     "duplicate of": "duplicate of a row before it",
 }
 

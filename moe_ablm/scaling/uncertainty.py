@@ -313,7 +313,7 @@ class Walk:
         theta, near = self.theta.copy(), self.theta.copy()
         target = self.estimate + self.side * reach * self.error
         done, checked = np.zeros(size, bool), np.zeros(size, bool)
-        history = []
+        history: list[tuple[np.ndarray, np.ndarray]] = []
         for _ in range(ROUNDS):
             live = np.flatnonzero(~done)
             if live.size == 0:

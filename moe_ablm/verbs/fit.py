@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="ROLE=NAME,...",
         help="columns by role: params, tokens, unique_tokens, unique_pairs, loss, total_params, "
-        "experts, router, granularity, sparsity, flops, run, step, seed",
+        "experts, router, granularity, sparsity, flops, run, step, seed, lr, batch, weight_decay",
     )
     add(
         "--where",
