@@ -193,8 +193,9 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
 
     A kind is a combination of experts, router, granularity and sparsity that was run. Its ratio
     of total to active parameters is the median of its runs, and a token costs what the `flops` of
-    its runs say (else 6 N). Fewer tokens than compute allows are tried too, because repeats may hurt. A law without unique tokens is trusted
-    up to one epoch only: `unique_tokens` then limits the tokens.
+    its runs say (else 6 N). Fewer tokens than compute allows are tried too, because repeats may
+    hurt. A law without unique tokens is trusted up to one epoch only: `unique_tokens` then limits
+    the tokens.
 
     Raises:
       UserError: the law has no tokens, or no model fits the limits.

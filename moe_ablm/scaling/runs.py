@@ -211,7 +211,9 @@ def _names(sheet: Sheet, columns: Mapping[str, str]) -> dict[str, str]:
         if name is None:
             default = RUN_FIELDS.get(role, role) if sheet.is_runs else role
             names = TUNED_NAMES.get(role, (default,))
-            out |= {role: n for n in reversed(names) if n in sheet.header}
+            present = [n for n in names if n in sheet.header]
+            if present:
+                out[role] = present[0]
         elif name in sheet.header:
             out[role] = name
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.approaches import bias_notes
 from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
@@ -250,7 +251,10 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         settings = (question.draws, question.seed, question.target, question.level)
         if law.needs_curves:
             return Analysis(fit_envelope(runs, *settings))
-        return Analysis(fit_parabolas(runs, law, question.seed_sd, *settings))
+        parabolas = fit_parabolas(runs, law, question.seed_sd, *settings)
+        if law.group == "flops":
+            parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
+        return Analysis(parabolas)
     made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)

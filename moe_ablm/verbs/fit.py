@@ -151,11 +151,12 @@ def _fit(
     reading: "Reading",
 ) -> int:
     """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
+    from moe_ablm.scaling.approaches import approaches, disagreement
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
     from moe_ablm.scaling.selection import Question, analyse, compare, verdict
-    from moe_ablm.scaling.tables import comparison_table, show, write_report
+    from moe_ablm.scaling.tables import approaches_table, comparison_table, show, write_report
 
     question = Question(
         law="",
@@ -193,6 +194,11 @@ def _fit(
     more, said = _advice(analysis, args, reading)
     tables += more
     sentences += said
+    if analysis.fit.law.name in ("isoflop", "chinchilla", "envelope"):
+        made = approaches(runs, question.target, min(args.bootstrap, 400), args.seed)
+        if len(made) > 1:
+            tables.append(approaches_table(made))
+            sentences += [s for s in [disagreement(made)] if s]
     for table in tables:
         console.print(table)
     for sentence in sentences:
