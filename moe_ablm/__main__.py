@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             verb.set_defaults(carry_out=run)
     arguments = parser.parse_args(argv[1:])
     try:
-        arguments.carry_out(arguments)
+        return arguments.carry_out(arguments) or 0
     except UserError as error:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2
@@ -66,7 +66,6 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read stdout, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
+from moe_ablm.scaling.uncertainty import bootstrap, critical_root, profiles, resample
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 TRUTH = {
@@ -338,3 +339,96 @@ def test_very_many_runs_take_little_memory():
     assert made.status == "converged"
     assert made.coefficients["alpha"] == pytest.approx(0.35, abs=0.01)
     assert peak < 300e6  # a square array of 8,000 runs is 512 MB
+
+
+def without_a_floor(sd=5e-3, seed=0):
+    """24 runs of a law with E = 0: half of all resampled tables want less than nothing."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e8, 1e11, 6)))
+    loss = 300 * n**-0.30 + 200 * d**-0.26
+    loss = loss * np.exp(sd * np.random.default_rng(seed).standard_normal(24))
+    return Runs({"params": n, "tokens": d, "loss": loss}, tuple(map(str, range(24))))
+
+
+def bounded_least_squares(runs, weights=None, fixed_e=None):
+    """The least-squares objective of chinchilla by scipy's own bounded solver, best of starts."""
+    from scipy.optimize import least_squares
+
+    n, d, y = runs["params"], runs["tokens"], np.log(runs["loss"])
+    root = np.ones(n.size) if weights is None else np.sqrt(weights)
+    n0, d0 = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
+
+    def residual(p):
+        e, a, b, alpha, beta = p
+        e = e if fixed_e is None else fixed_e
+        return root * (np.log(e + a * (n / n0) ** -alpha + b * (d / d0) ** -beta) - y)
+
+    box = ([0, 1e-9, 1e-9, 1e-3, 1e-3], [20, 50, 50, 4, 4])
+    return min(
+        least_squares(residual, [e, 0.8, 0.8, a, b], bounds=box, xtol=1e-14, ftol=1e-14).cost
+        for e, a, b in ((0.05, 0.3, 0.3), (0.5, 0.5, 0.5), (0.01, 0.15, 0.4))
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_coefficient_of_zero_is_found_and_no_resampled_table_is_lost(seed):
+    runs = without_a_floor(seed=seed)
+    made = fit_law(runs, huber_delta=np.inf)
+    assert made.status in ("converged", "at_bound", "not_identifiable")
+    assert made.objective == pytest.approx(bounded_least_squares(runs), rel=1e-6)
+    boot = bootstrap(made, 200, seed)
+    assert boot.converged.all()
+    assert 0.05 < boot.at_low.get("E", 0.0) < 0.95
+    weights, _ = resample(runs.cells(), 200, seed)
+    for row in range(6):
+        residual = made.problem.residuals(boot.theta[row : row + 1])[0]
+        mine = 0.5 * np.sum(weights[row] * residual**2)
+        assert mine == pytest.approx(bounded_least_squares(runs, weights[row]), rel=1e-5)
+
+
+def test_the_profile_of_a_coefficient_of_zero_ends_where_a_grid_of_fits_says():
+    runs = next(r for r in map(without_a_floor_of, range(9)) if "E" in fit_of(r).at_bounds)
+    made = fit_of(runs)
+    (profile,) = profiles(made, names=["E"])
+    interval = profile.interval(0.95)
+    assert interval.low is None
+    variance = made.objective * 2 / (24 - 5)
+    rise = 2 * (bounded_least_squares(runs, fixed_e=interval.high) - made.objective) / variance
+    assert np.sqrt(rise) == pytest.approx(critical_root(made.problem, 0.95), rel=0.02)
+
+
+def without_a_floor_of(seed):
+    return without_a_floor(seed=seed)
+
+
+def fit_of(runs):
+    return fit_law(runs, huber_delta=np.inf)
+
+
+def joint_without_a_penalty():
+    """Dense and 8 experts, two seeds, no over-fitting: P = 0 and all that multiplies it."""
+    n, u, k = (a.ravel() for a in np.meshgrid(np.geomspace(6e4, 1.3e6, 4), [2e4, 2e5], [1.0, 8.0]))
+    n, u, experts = (np.tile(v, 2) for v in (n, u, k))
+    short = np.geomspace(6e4, 1.3e6, 4)
+    columns = {
+        "params": np.concatenate([n, short]),
+        "tokens": np.concatenate([np.full(n.size, 1.2e6), np.full(4, 3e5)]),
+        "unique_tokens": np.concatenate([u, np.full(4, 3e5)]),
+        "experts": np.concatenate([experts, np.ones(4)]),
+    }
+    columns["router"] = np.where(columns["experts"] > 1, "soft", "dense")
+    columns["total_params"] = columns["params"] * np.where(columns["experts"] > 1, 2.0, 1.0)
+    n_eff = columns["params"] * columns["experts"] ** -0.16
+    loss = 60 * n_eff**-0.34 + 9000 * columns["tokens"] ** -0.72
+    loss = loss * np.exp(0.03 * np.random.default_rng(4).standard_normal(n_eff.size))
+    return Runs(columns | {"loss": loss}, tuple(map(str, range(n_eff.size))))
+
+
+def test_what_a_vanished_term_multiplies_has_no_meaning_and_stops_nothing():
+    made = fit_law(joint_without_a_penalty(), "joint")
+    assert "P" in made.at_bounds and made.status == "at_bound"
+    for name in ("delta", "kappa", "tau"):
+        assert made.verdicts[name] == "no meaning: P is 0" and name not in made.at_bounds
+    assert made.verdicts["E_max"] == "fixed"  # one number of experts
+    assert bootstrap(made, 100).converged.mean() >= 0.98
+    names = [p.quantity.name for p in profiles(made)]
+    assert "P" in names and "delta" not in names

@@ -1,14 +1,19 @@
 """Parabolas, isoFLOP and envelope: against polyfit and known minima, and their refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import load
+from moe_ablm.scaling.approaches import approaches, disagreement
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import IsoFlop, Quadratic, line
+from moe_ablm.scaling.result import Interval
 from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.selection import Question, analyse
 
 SIZES = np.array([8e6, 35e6, 150e6, 350e6, 650e6])
 DATA = (4e5, 8e5, 1.6e6)
@@ -179,3 +184,66 @@ def test_every_coefficient_of_the_parabolas_has_a_verdict():
 def test_noise_that_is_no_number_is_refused(sd):
     with pytest.raises(UserError, match="--seed-sd"):
         fit_parabolas(simulate(), Quadratic(), seed_sd=sd)
+
+
+SURFACE = {"E": 1.6, "A": 400.0, "B": 3000.0, "alpha": 0.42, "beta": 0.255}
+
+
+def wide_grid(budgets=(3e18, 3e19, 6e19, 3e20), below=0, sd=0.0):
+    """Nine sizes a budget, each twice the one before, around the known minimum."""
+    share = SURFACE["alpha"] * SURFACE["A"] / (SURFACE["beta"] * SURFACE["B"])
+    total = SURFACE["alpha"] + SURFACE["beta"]
+    best = (share * (np.array(budgets) / 6) ** SURFACE["beta"]) ** (1 / total)
+    n = np.concatenate([b * 2.0 ** (np.arange(-4, 5) - below) for b in best])
+    flops = np.repeat(budgets, 9)
+    d = flops / 6 / n
+    loss = SURFACE["E"] + SURFACE["A"] * n**-0.42 + SURFACE["B"] * d**-0.255
+    loss = loss * np.exp(sd * np.random.default_rng(0).standard_normal(n.size))
+    columns = {"params": n, "tokens": d, "flops": flops, "loss": loss}
+    return Runs(columns, tuple(map(str, range(n.size)))), dict(zip(budgets, best, strict=True))
+
+
+def test_a_wide_grid_counts_near_its_minima_and_says_what_is_left_of_the_bias():
+    runs, best = wide_grid(below=0.5)
+    made = analyse(runs, Question("isoflop", target={"flops": 1e22}, draws=50)).fit
+    for budget, true in best.items():
+        n_star = made.derived[f"N_star[{budget:.15g}]"]
+        mine = runs["flops"] == budget
+        a, b, _ = np.polyfit(np.log10(runs["params"][mine]), runs["loss"][mine], 2)
+        assert abs(np.log(n_star / true)) < 0.5 * abs(np.log(10 ** (-b / 2 / a) / true))
+        assert n_star == pytest.approx(true, rel=0.1)
+    assert made.coefficients["slope"] == pytest.approx(0.255 / 0.675, abs=2e-3)
+    assert any("the parabolas are biased" in note for note in made.notes)
+    narrow, _ = wide_grid()
+    near = np.tile(np.abs(np.arange(9) - 4) <= 1, 4)
+    quiet = analyse(narrow.take(near), Question("isoflop", draws=50)).fit
+    assert not any("biased" in note for note in quiet.notes)
+
+
+def test_budgets_are_not_chained_and_a_minimum_outside_the_sizes_is_none():
+    """3e19 and 6e19 with runs at every 9 % between them are eight budgets and not one."""
+    runs, _ = wide_grid()
+    between = 3e19 * 1.09 ** np.arange(9)
+    columns = {k: np.concatenate([v, v[9:18]]) for k, v in runs.columns.items()}
+    columns["flops"] = np.concatenate([runs["flops"], between])
+    chained = Runs(columns, tuple(map(str, range(45))))
+    groups = IsoFlop().groups(chained)
+    for budget in np.unique(groups):
+        assert np.ptp(np.log(columns["flops"][groups == budget])) <= 0.1
+    outside, _ = wide_grid(budgets=(1e21,), below=-6)  # all sizes are too large
+    columns = {k: np.concatenate([v, outside[k]]) for k, v in runs.columns.items()}
+    made = fit_parabolas(Runs(columns, tuple(map(str, range(45)))), IsoFlop(), draws=0)
+    assert "outside" in made.verdicts["a[1e+21]"] or "no minimum" in made.verdicts["a[1e+21]"]
+    alone = fit_parabolas(runs, IsoFlop(), draws=0)
+    assert made.coefficients["slope"] == pytest.approx(alone.coefficients["slope"], rel=1e-9)
+
+
+def test_approaches_stand_beside_each_other_and_their_disagreement_is_said():
+    runs, _ = wide_grid(sd=1e-3)
+    made = approaches(runs, {"flops": 1e22}, draws=60, seed=0)
+    assert [a.name[0] for a in made] == ["2", "3"]
+    for a in made:
+        assert a.values["exponent of N_opt in C"] == pytest.approx(0.378, abs=0.03)
+    assert disagreement(made) == ""
+    shifted = [made[0], replace(made[1], intervals={"N_opt": Interval("x", 0.95, 1.0, 2.0)})]
+    assert "disagree on N_opt" in disagreement(shifted)

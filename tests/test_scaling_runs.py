@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.runs import Reading, read_runs
 
 GOOD = """params,tokens,unique_tokens,loss
@@ -100,7 +101,7 @@ def test_duplicates_are_dropped_and_replicates_are_kept(tmp_path):
 
 
 def test_only_the_last_step_of_a_run_counts(tmp_path):
-    text = "run,step,params,tokens,loss\na,10,8e6,1e9,3\na,20,8e6,2e9,2.5\nb,10,9e6,1e9,2.9\n"
+    text = "run,step,params,experts,loss\na,10,8e6,4,3\na,20,8e6,4,2.5\nb,10,9e6,4,2.9\n"
     runs = read_runs([write(tmp_path / "r.csv", text)])
     assert sorted(runs["loss"].tolist()) == [2.5, 2.9]
     assert "last step of run a" in runs.dropped[0][1]
@@ -329,3 +330,40 @@ def test_a_run_cut_in_half_is_an_error_or_dropped_by_name(tmp_path, name):
 def test_an_empty_table_says_so(tmp_path):
     with pytest.raises(UserError, match="nothing below the header"):
         read_runs([write(tmp_path / "r.csv", "params,tokens,loss\n")])
+
+
+def test_checkpoints_with_their_own_tokens_are_kept_and_belong_to_their_run(tmp_path):
+    text = "run,step,params,tokens,loss\na,10,8e6,1e9,3\na,20,8e6,2e9,2.5\nb,10,8e6,1e9,2.9\n"
+    runs = read_runs([write(tmp_path / "r.csv", text)])
+    assert len(runs) == 3 and not runs.dropped
+    assert runs.clusters().tolist() == [0, 0, 1]
+    assert runs.cells().tolist() == [0, 1, 0] and np.unique(runs.linked_cells()).size == 1
+    assert any("3 checkpoints of 2 runs" in note for note in runs.notes)
+
+
+def test_replicates_may_differ_in_tokens_by_the_lengths_of_their_sequences(tmp_path):
+    """Ten tokens counts .03 % apart are one cell; .5 % apart they are two."""
+    rows = [f"8e6,{1e9 * (1 + 3e-4 * i):.0f},3.{i}" for i in range(3)] + ["8e6,1.006e9,3"]
+    runs = read_runs([write(tmp_path / "r.csv", "\n".join(["params,tokens,loss", *rows]))])
+    assert runs.cells().tolist() == [0, 0, 0, 1]
+
+
+def test_learning_rates_and_batches_are_no_seeds(tmp_path):
+    """Two cells, three rates, two batches, two seeds each: the best setting's two seeds stay."""
+    lines = ["params,tokens,lr,bs,seed,loss"]
+    for n in (1e7, 1e8):
+        for lr, worse in ((1e-4, 0.2), (1e-3, 0.0), (1e-2, 0.5)):
+            for bs, more in ((32, 0.01), (64, 0.0)):
+                lines += [f"{n:g},1e9,{lr},{bs},{s},{3 + worse + more + 0.001 * s}" for s in (0, 1)]
+    runs = read_runs([write(tmp_path / "r.csv", "\n".join(lines))])
+    assert len(runs) == 4 and runs["loss"].tolist() == [3.0, 3.001] * 2
+    assert set(runs["lr"]) == {1e-3} and set(runs["batch"]) == {64.0}
+    assert len(runs.dropped) == 20 and "best lr, batch of its cell" in runs.dropped[0][1]
+    assert any("12 settings of lr, batch in 2 cells" in note for note in runs.notes)
+    sd, freedom = pure_error(runs)
+    assert freedom == 2 and sd == pytest.approx(np.std(np.log([3.0, 3.001]), ddof=1), rel=1e-9)
+
+
+def test_a_rate_that_goes_with_the_size_drops_nothing(tmp_path):
+    text = "params,tokens,lr,weight_decay,loss\n8e6,1e9,1e-3,0,3\n9e6,1e9,1e-4,0,2.9\n"
+    assert len(read_runs([write(tmp_path / "r.csv", text)])) == 2

@@ -24,6 +24,7 @@ from moe_ablm.scaling.uncertainty import (
     profiles,
     quantities,
     resample,
+    resample_rows,
     with_gradient,
 )
 
@@ -308,9 +309,66 @@ def test_a_bootstrap_end_that_is_a_bound_is_open():
 def test_too_few_draws_are_said_and_give_no_interval():
     made = analyse(simulate(side=5), Question("chinchilla", draws=5))
     assert made.boot is None and "5 of 5 bootstrap draws" in " ".join(made.fit.notes)
+    assert (made.fit.draws, made.fit.draws_lost) == (5, 0)
     assert [i.method for i in made.fit.intervals["alpha"]] == ["profile"]
 
 
 def test_a_bootstrap_that_cannot_fit_in_memory_is_refused():
     with pytest.raises(UserError, match="use at most 4000000"):
         bootstrap(fit_law(simulate(side=5)), 10**9)
+
+
+def checkpoints(seed=0, runs=20, steps=8, between=0.02, within=1e-3):
+    """Runs of one size each, eight checkpoints a run that err alike."""
+    rng = np.random.default_rng(seed)
+    n = np.repeat(np.geomspace(4e7, 1e10, runs), steps)
+    d = np.tile(np.geomspace(1e9, 3e11, steps), runs)
+    run = np.repeat([f"r{i:02d}" for i in range(runs)], steps)
+    loss = Chinchilla().predict(TRUTH, {"params": n, "tokens": d})
+    noise = np.repeat(between * rng.standard_normal(runs), steps)
+    loss = loss * np.exp(noise + within * rng.standard_normal(n.size))
+    columns = {"params": n, "tokens": d, "loss": loss}
+    return columns, run
+
+
+def test_errors_of_checkpoints_are_those_of_whole_runs():
+    """The spread of alpha over simulated tables is what the clustered errors say."""
+    estimates, clustered, naive = [], [], []
+    for seed in range(40):
+        columns, run = checkpoints(seed)
+        source = tuple(map(str, range(run.size)))
+        made = fit_law(Runs(columns | {"run": run}, source), huber_delta=np.inf)
+        estimates.append(made.coefficients["alpha"])
+        clustered.append(made.standard_errors["alpha"])
+        naive.append(fit_law(Runs(columns, source), huber_delta=np.inf).standard_errors["alpha"])
+    true = np.std(estimates, ddof=1)
+    assert np.median(clustered) == pytest.approx(true, rel=0.35)
+    assert np.median(naive) < 0.6 * true
+
+
+def test_a_run_is_drawn_held_out_and_counted_with_all_its_checkpoints():
+    columns, run = checkpoints(between=0.02)
+    runs = Runs(columns | {"run": run}, tuple(map(str, range(run.size))))
+    weights, scheme = resample_rows(runs, 50, seed=0)
+    assert np.all(weights.reshape(50, 20, 8) == weights.reshape(50, 20, 8)[:, :, :1])
+    assert "20 with 160 checkpoints" in scheme
+    made = fit_law(runs, huber_delta=np.inf)
+    boot, wide = bootstrap(made, 200), fit_law(Runs(columns, runs.source), huber_delta=np.inf)
+    spread, alone = boot.theta[:, 3].std(), bootstrap(wide, 200).theta[:, 3].std()
+    assert spread > 1.5 * alone
+    (profile,) = profiles(made, names=["alpha"])
+    assert profile.high - profile.low > 1.5 * np.ptp(profiles_of(wide))
+
+
+def profiles_of(made):
+    (profile,) = profiles(made, names=["alpha"])
+    return [profile.low, profile.high]
+
+
+def test_seed_noise_of_checkpoints_has_the_freedom_of_their_runs():
+    """Two seeds of ten sizes, eight checkpoints: ten degrees of freedom and not eighty."""
+    columns, run = checkpoints(runs=20)
+    columns["params"] = np.repeat(np.geomspace(4e7, 1e10, 10), 16)
+    runs = Runs(columns | {"run": run}, tuple(map(str, range(run.size))))
+    assert pure_error(runs)[1] == 10
+    assert pure_error(Runs(columns, runs.source))[1] == 80

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.compute import cost_of
 from moe_ablm.scaling.laws import Law, SmoothLaw
 from moe_ablm.scaling.laws_dense import (
     Chinchilla,
@@ -45,7 +46,9 @@ def resolve(name: str) -> str:
 
 def law_for(name: str, columns: Mapping[str, np.ndarray]) -> SmoothLaw:
     """A smooth law, with its router effects, for these runs."""
-    return SMOOTH[resolve(name)].for_runs(columns)
+    law = SMOOTH[resolve(name)].for_runs(columns)
+    law.cost = cost_of(columns)
+    return law
 
 
 def saved_law(name: str, routers: tuple[str, ...]) -> Law:

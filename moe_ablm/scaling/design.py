@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
+from moe_ablm.scaling.compute import along_sizes, excess
 from moe_ablm.scaling.fit import Setup, prepare
 from moe_ablm.scaling.identify import by_error, null_space, prior_precision
 from moe_ablm.scaling.inputs import make_inputs
@@ -150,11 +151,16 @@ def _warnings(runs: Runs, parameters: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Limits:
-    """Training FLOPs, total parameters that fit in memory, unique tokens; None is no limit."""
+    """Limits of a model; None is no limit.
+
+    Training FLOPs; total parameters that fit in memory; unique tokens; FLOPs of a token at
+    inference, a third of those of training.
+    """
 
     flops: float
     total_params: float | None = None
     unique_tokens: float | None = None
+    inference_flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,10 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
     """Minimises the law over (N, kind of model, D) under the limits, for each bootstrap draw.
 
     A kind is a combination of experts, router, granularity and sparsity that was run. Its ratio
-    of total to active parameters is the median of its runs. FLOPs are 6 N D. Fewer tokens than
-    compute allows are tried too, because repeats may hurt. A law without unique tokens is trusted
-    up to one epoch only: `unique_tokens` then limits the tokens.
+    of total to active parameters is the median of its runs, and a token costs what the `flops` of
+    its runs say (else 6 N). Fewer tokens than compute allows are tried too, because repeats may
+    hurt. A law without unique tokens is trusted up to one epoch only: `unique_tokens` then limits
+    the tokens.
 
     Raises:
       UserError: the law has no tokens, or no model fits the limits.
@@ -219,18 +226,25 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
 
 def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
     runs = fit.runs
-    kinds, ratios, values = _kinds(runs)
+    kinds, ratios, values, members = _kinds(runs)
+    log_c = excess(runs.columns)
     if limits.total_params and "total_params" not in runs and any(r != 1.0 for r in ratios):
         raise UserError("--max-params: the input has no total_params column to hold against it")
     low, high = runs["params"].min() / BEYOND, runs["params"].max() * BEYOND
     sizes = np.geomspace(low, high, SIZES)
     parts = []
     for i, (ratio, value) in enumerate(zip(ratios, values, strict=True)):
+        per_token = 6.0 * sizes  # FLOPs of training on a token
+        if log_c is not None:
+            here = members[i]
+            log_n = np.log(runs["params"][here])
+            per_token *= np.exp(along_sizes(log_n, log_c[here], np.log(sizes)))
         fits = sizes * ratio <= (limits.total_params or math.inf)
+        fits &= per_token / 3.0 <= (limits.inference_flops or math.inf)
         if not fits.any():
             continue
         n, share = (a.ravel() for a in np.meshgrid(sizes[fits], SHORTER))
-        tokens = limits.flops / (6.0 * n) * share
+        tokens = limits.flops / np.tile(per_token[fits], len(SHORTER)) * share
         cap = limits.unique_tokens or math.inf
         if "unique_tokens" not in fit.law.needs:
             tokens = np.minimum(tokens, cap)
@@ -246,20 +260,23 @@ def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
         full = (n >= largest * 0.9999) & (largest < high * 0.9999)
         parts.append((column, np.full(n.size, i), edge, full))
     if not parts:
-        raise UserError(
-            f"--max-params {limits.total_params:g}: not even the smallest model tried fits"
-        )
+        flags = {
+            "--max-params": limits.total_params,
+            "--max-inference-flops": limits.inference_flops,
+        }
+        given = ", ".join(f"{flag} {value:g}" for flag, value in flags.items() if value)
+        raise UserError(f"{given}: not even the smallest model tried fits")
     columns = {k: np.concatenate([p[0][k] for p in parts]) for k in parts[0][0]}
     kind, edge, full = (np.concatenate([p[j] for p in parts]) for j in (1, 2, 3))
     return _Grid(columns, kind, kinds, edge, full)
 
 
-def _kinds(runs: Runs) -> tuple[tuple[str, ...], list[float], list[dict]]:
-    """Kinds of models that were run: name, total over active parameters, columns."""
+def _kinds(runs: Runs) -> tuple[tuple[str, ...], list[float], list[dict], list[np.ndarray]]:
+    """Kinds of models that were run: name, total over active parameters, columns, its runs."""
     present = [k for k in KIND if k in runs]
     rows = list(zip(*(runs[k].tolist() for k in present), strict=True)) or [()] * len(runs)
     ratio = runs["total_params"] / runs["params"] if "total_params" in runs else np.ones(len(runs))
-    names, ratios, values = [], [], []
+    names, ratios, values, runs_of = [], [], [], []
     for row in sorted(set(rows), key=str):
         value = dict(zip(present, row, strict=True))
         members = np.array([r == row for r in rows])
@@ -269,7 +286,8 @@ def _kinds(runs: Runs) -> tuple[tuple[str, ...], list[float], list[dict]]:
         )
         ratios.append(float(np.median(ratio[members])))
         values.append(value)
-    return tuple(names), ratios, values
+        runs_of.append(members)
+    return tuple(names), ratios, values, runs_of
 
 
 @dataclass(frozen=True)
@@ -300,7 +318,7 @@ def worth_of_data(
     stop = None
     for factor in 2.0 ** np.arange(9):
         unique = limits.unique_tokens * factor
-        loss = advise(fit, boot, Limits(limits.flops, limits.total_params, unique)).loss
+        loss = advise(fit, boot, replace(limits, unique_tokens=unique)).loss
         gain = np.zeros_like(loss) if before is None else np.log(before) - np.log(loss)
         out.append(DataValue(float(factor), unique, _range(loss), _range(gain)))
         if before is not None and stop is None and np.median(gain) < noise:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.identify import at_bounds, covariance, judge
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw
@@ -23,6 +24,9 @@ DELTA_SMALLEST = 1e-12  # below it the objective is rounding error
 MOST_FOR_STARTS = 4096  # most runs that starts are solved on; the fit uses all runs
 POLISHED = 32  # starts that are minimised, the best ones
 QUICK, FINISHED = 60, 3  # iterations of each of them, and how many then go on to the end
+OTHERS = 3  # ends of other starts that refits to resampled runs start from as well
+APART = 0.1  # share of an exponent's range by which they differ
+WORSE = 2.0  # and how many times the objective they may be
 SMALLEST_SHARE, LARGEST_SHARE = 1e-9, 1e6  # of a term at the centre of the runs, over the loss
 
 
@@ -63,8 +67,8 @@ def fit_law(
             f"law {made.name} has {free} coefficients to fit and there are only {len(runs)} runs; "
             "add runs, fix coefficients with --fix, or choose a smaller law"
         )
-    best = solve(setup, start)
-    return describe(setup, best, runs, fixed, delta_source, target or Target())
+    best, starts = solve(setup, start)
+    return describe(setup, best, starts, runs, fixed, delta_source, target or Target())
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,9 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
     problem = Problem(
         law, x, log_loss, np.ones(log_loss.size), delta, low, high, free, prior_scale=noise**2
     )
+    clusters = runs.clusters()
+    if clusters is not None:
+        problem = replace(problem, clusters=clusters[index])
     return Setup(law, problem, centre, template, index)
 
 
@@ -196,8 +203,12 @@ def _some(problem: Problem) -> tuple[Inputs, np.ndarray, np.ndarray]:
     return problem.x.take(some), problem.log_loss[some], problem.weights[some]
 
 
-def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
-    """The best minimum over all starts, as a batch of one."""
+def solve(setup: Setup, start: Mapping[str, float] | None = None) -> tuple[Minimum, np.ndarray]:
+    """The best minimum over all starts, as a batch of one, and where refits start `[S, K]`.
+
+    Resampled runs may have their minimum elsewhere: the first start is the minimum, the others
+    are ends of other starts that are far from it and from each other.
+    """
     theta = candidates(setup, start)
     problem = setup.problem
     value = problem.value_and_gradient(np.clip(theta, problem.low, problem.high))[0]
@@ -205,14 +216,38 @@ def solve(setup: Setup, start: Mapping[str, float] | None = None) -> Minimum:
     theta = theta[np.argsort(value, kind="stable")[:POLISHED]]
     # Most starts reach one minimum within some tens of iterations: only the best few go on.
     ends = minimise(problem, theta, max_iterations=QUICK)
-    ends = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
-    best = int(np.argmin(ends.value))
-    return minimise(problem, ends.theta[best : best + 1])
+    last = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
+    lowest = int(np.argmin(last.value))
+    best = minimise(problem, last.theta[lowest : lowest + 1])
+    return best, distinct(setup, best, ends)
+
+
+def distinct(setup: Setup, best: Minimum, ends: Minimum) -> np.ndarray:
+    """The minimum and up to three ends that differ from it and each other, `[S, K]`.
+
+    Distances are shares of the range that starts are spread over, of what is not linear.
+    """
+    law = setup.law
+    ranges = [(p.high - p.low) if p.search is None else np.ptp(p.search) for p in law.parameters]
+    searched = setup.problem.free & ~np.array([p.linear for p in law.parameters])
+    searched &= np.array(ranges) > 0
+    order = np.argsort(ends.value, kind="stable")
+    near = order[ends.value[order] <= WORSE * max(float(best.value[0]), 1e-300)]
+    pool = ends.theta[near]
+    kept = best.theta
+    for _ in range(OTHERS):
+        gap = np.abs(pool[:, None] - kept[None])[:, :, searched] / np.array(ranges)[searched]
+        far = gap.max(axis=2, initial=0.0).min(axis=1) if len(pool) else np.zeros(0)
+        if not np.any(far > APART):
+            break
+        kept = np.concatenate([kept, pool[[int(np.argmax(far))]]])
+    return kept
 
 
 def describe(
     setup: Setup,
     best: Minimum,
+    starts: np.ndarray,
     runs: Runs,
     fixed: Mapping[str, float],
     delta_source: str,
@@ -241,6 +276,8 @@ def describe(
     quantities = law.derived(setup.centre, target)
     derived = {q.name: float(q.report(q.function(best.theta)[0])) for q in quantities}
     notes += _target_notes(setup, runs, target, derived)
+    if law.cost != Cost() and derived:
+        notes.append(f"training FLOPs are those of the runs: dense, {law.cost}")
     return SmoothFit(
         law=law,
         n=len(runs),
@@ -260,6 +297,7 @@ def describe(
         notes=tuple(notes),
         data_unit=runs.data_unit,
         theta=theta,
+        starts=starts,
         centre=setup.centre,
         problem=problem,
         index=setup.index,

@@ -12,17 +12,48 @@ SINGULAR = 1e-6  # singular value of the scaled Jacobian, over the largest, that
 LOADING = 0.1  # share of a parameter in a null direction that makes it part of it
 
 
+def at_bound(problem: Problem, theta: np.ndarray) -> np.ndarray:
+    """Which free parameters `[K]` ended at a bound, and have a meaning there."""
+    width = 1e-6 * (problem.high - problem.low)
+    hit = (theta <= problem.low + width) | (theta >= problem.high - width)
+    idle = np.isin(problem.law.names, list(meaningless(problem, theta)))
+    return problem.free & hit & ~idle
+
+
 def at_bounds(problem: Problem, theta: np.ndarray) -> list[str]:
     """Names of free parameters that ended at a bound."""
-    width = 1e-6 * (problem.high - problem.low)
-    low = problem.free & (theta <= problem.low + width)
-    high = problem.free & (theta >= problem.high - width)
-    return [name for name, hit in zip(problem.law.names, low | high, strict=True) if hit]
+    return [n for n, hit in zip(problem.law.names, at_bound(problem, theta), strict=True) if hit]
+
+
+def meaningless(problem: Problem, theta: np.ndarray) -> dict[str, str]:
+    """Free parameters that stand only in terms whose coefficient ended at zero, and which it is."""
+    law = problem.law
+    linear = [k for k, p in enumerate(law.parameters) if p.linear]
+    gone: dict[int, set[int]] = {}
+    if linear:
+        width = 1e-6 * (problem.high - problem.low)
+        zero = problem.free & (theta <= problem.low + width)
+        terms = law.terms(theta[None], problem.x)
+        for k, (_, derivatives) in zip(linear, terms, strict=True):
+            for j, _ in derivatives:
+                gone.setdefault(j, set()).add(k if zero[k] else -1)
+    return {
+        law.names[j]: ", ".join(law.names[k] for k in sorted(where))
+        for j, where in gone.items()
+        if j not in linear and problem.free[j] and -1 not in where
+    }
 
 
 def degrees_of_freedom(problem: Problem) -> int:
-    """Observations minus free parameters."""
-    return problem.x.size - int(problem.free.sum())
+    """Observations minus free parameters; runs minus one where that is less.
+
+    Checkpoints of one run are not independent: what the spread between runs tells has no more
+    degrees of freedom than there are runs, less one (Cameron and Miller 2015, section VI.D).
+    """
+    spare = problem.x.size - int(problem.free.sum())
+    if problem.clusters is None:
+        return spare
+    return min(spare, int(problem.clusters.max()))
 
 
 def within_delta(residuals: np.ndarray, delta: float) -> np.ndarray:
@@ -49,14 +80,19 @@ class Scores:
     scale: float  # E psi^2 / E psi', if all runs were equally noisy
 
 
-def scores(problem: Problem, theta: np.ndarray) -> Scores:
+def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) -> Scores:
     """Huber 1981, section 7.6, with heteroscedastic noise (White 1980).
 
-    Directions in the null space get a pseudo-inverse: see `judge` first.
+    With clusters their sums take the place of runs (Liang and Zeger 1986), so that checkpoints
+    of one run may be correlated in any way. Parameters that have no meaning, and those that are
+    `held [K]`, are known. Directions in the null space get a pseudo-inverse: see `judge` first.
     """
     jacobian = problem.law.jacobian(theta[None], problem.x)[0][:, problem.free]
+    known = np.isin(problem.law.names, list(meaningless(problem, theta)))
+    known = (known if held is None else known | held)[problem.free]
+    jacobian[:, known] = 0.0
     residuals = problem.residuals(theta[None])[0]
-    spare = max(degrees_of_freedom(problem), 1)
+    spare = max(residuals.size - int(problem.free.sum()), 1)
     inside = within_delta(residuals, problem.delta)
     psi = np.clip(residuals, -problem.delta, problem.delta)
     hessian = (jacobian * inside[:, None]).T @ jacobian
@@ -65,17 +101,28 @@ def scores(problem: Problem, theta: np.ndarray) -> Scores:
     root = 1.0 / np.sqrt(np.maximum(np.diag(hessian), 1e-300))
     scaled = hessian * np.outer(root, root)
     inverse = np.linalg.pinv(scaled, rcond=1e-13, hermitian=True) * np.outer(root, root)
-    meat = (jacobian * psi[:, None] ** 2).T @ jacobian * (residuals.size / spare)
+    meat = _meat(jacobian * psi[:, None], problem.clusters) * (residuals.size / spare)
     scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
     # The prior is information too: it adds its share to the variance of the score.
     meat = meat + problem.prior_scale * scale * prior
     return Scores(inverse, inverse @ meat @ inverse, scale)
 
 
+def _meat(score: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
+    """Sum of outer products of the scores `[n, K]`, or of their sums over clusters."""
+    if clusters is None:
+        return score.T @ score
+    count = int(clusters.max()) + 1
+    summed = np.zeros((count, score.shape[1]))
+    np.add.at(summed, clusters, score)
+    return summed.T @ summed * (count / max(count - 1, 1))
+
+
 def covariance(problem: Problem, theta: np.ndarray) -> np.ndarray:
-    """Sandwich covariance of all parameters `[K, K]`, zero for fixed ones."""
+    """Sandwich covariance of all parameters `[K, K]`, zero for those fixed or at a bound."""
     out = np.zeros((theta.size, theta.size))
-    out[np.ix_(problem.free, problem.free)] = scores(problem, theta).covariance
+    found = scores(problem, theta, at_bound(problem, theta)).covariance
+    out[np.ix_(problem.free, problem.free)] = found
     return out
 
 
@@ -102,15 +149,21 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
     # the information of the runs on each parameter if all others were known: an upper bound
     weak = prior > np.linalg.norm(jacobian, axis=0)
     jacobian = np.concatenate([jacobian, np.diag(prior)])
-    condition, null = null_space(jacobian)
     verdicts = {name: "fixed" for k, name in enumerate(names) if not problem.free[k]}
     bounded = set(at_bounds(problem, theta))
+    idle = meaningless(problem, theta)
+    # What is at its bound stays there, and what has no meaning moves nothing.
+    kept = np.array([names[k] not in bounded and names[k] not in idle for k in free])
+    null = np.zeros(free.size, bool)
+    condition, null[kept] = null_space(jacobian[:, kept]) if kept.any() else (1.0, null[kept])
     errors = None
     if runs > free.size and not null.any():
         errors = np.sqrt(np.diag(covariance(problem, theta)))
     for j, k in enumerate(free):
         name = names[k]
-        if name in bounded:
+        if name in idle:
+            verdicts[name] = f"no meaning: {idle[name]} is 0"
+        elif name in bounded:
             side = "lower" if theta[k] < 0.5 * (problem.low[k] + problem.high[k]) else "upper"
             verdicts[name] = f"at its {side} bound"
         elif null[j]:

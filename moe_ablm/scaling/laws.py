@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
 
 # A derivative of a term by one parameter: its index and a scalar, `[n]` or `[B, n]`.
@@ -69,9 +70,10 @@ class Derived:
     meaning: str
     function: Callable[[np.ndarray], np.ndarray]
     log: bool = False
+    unit: float = 1.0  # `function` returns the quantity in this unit
 
     def report(self, value: np.ndarray | float) -> np.ndarray:
-        return np.exp(value) if self.log else np.asarray(value)
+        return np.exp(value) if self.log else np.asarray(value) * self.unit
 
 
 class Law:
@@ -118,6 +120,7 @@ class SmoothLaw(Law):
 
     def __init__(self, routers: tuple[str, ...] = ()) -> None:
         self.routers = routers
+        self.cost = Cost()  # of dense runs, for what is best under compute
 
     @property
     def names(self) -> tuple[str, ...]:

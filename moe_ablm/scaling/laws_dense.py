@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import Centre, Inputs, Target
 from moe_ablm.scaling.laws import Derived, Parameter, SmoothLaw, Term, coefficient, exponent
 
@@ -39,25 +40,32 @@ class Chinchilla(SmoothLaw):
         return out
 
     def derived(self, centre: Centre, target: Target) -> list[Derived]:
-        return frontier(centre, target) + self.loss_at(centre, target)
+        return frontier(centre, target, self.cost) + self.loss_at(centre, target)
 
 
-def frontier(centre: Centre, target: Target) -> list[Derived]:
-    """The compute-optimal frontier of A N^-alpha + B D^-beta under C = 6 N D (Hoffmann eq. 4)."""
+def frontier(centre: Centre, target: Target, cost: Cost) -> list[Derived]:
+    """The compute-optimal frontier of A N^-alpha + B D^-beta at C = 6 N D c, c as N^s.
+
+    With s = 0 that is Hoffmann et al. 2022, eq. 4: alpha A N^-alpha = (1 + s) beta B D^-beta.
+    """
+    grows = 1.0 + cost.slope
     out = [
         Derived(
             "exponent_ratio",
-            "beta / (alpha + beta): N_opt grows as compute to this power",
-            lambda t: t[:, BETA] / (t[:, ALPHA] + t[:, BETA]),
+            "beta / (alpha + beta): N_opt grows as compute to this power"
+            if cost.slope == 0.0
+            else f"beta / (alpha + {grows:.4g} beta): N_opt grows as compute to this power, {cost}",
+            lambda t: t[:, BETA] / (t[:, ALPHA] + grows * t[:, BETA]),
         )
     ]
     if "flops" in target:
-        log_nd = np.log(target["flops"] / 6.0) - centre.log_params - centre.log_tokens
+        at_centre = np.asarray(centre.log_params)
+        log_d = float(cost.log_tokens(target["flops"], at_centre)) - centre.log_tokens
 
         def log_n_opt(t: np.ndarray) -> np.ndarray:
             alpha, beta = t[:, ALPHA], t[:, BETA]
-            gain = np.log(alpha) + t[:, A] - np.log(beta) - t[:, B]
-            return (gain + beta * log_nd) / (alpha + beta) + centre.log_params
+            gain = np.log(alpha) + t[:, A] - np.log(grows * beta) - t[:, B]
+            return (gain + beta * log_d) / (alpha + grows * beta) + centre.log_params
 
         out.append(
             Derived("N_opt", "parameters that are best for the target FLOPs", log_n_opt, True)
@@ -66,7 +74,7 @@ def frontier(centre: Centre, target: Target) -> list[Derived]:
             Derived(
                 "D_opt",
                 "tokens that are best for the target FLOPs",
-                lambda t: np.log(target["flops"] / 6.0) - log_n_opt(t),
+                lambda t: cost.log_tokens(target["flops"], log_n_opt(t)),
                 True,
             )
         )
@@ -167,7 +175,11 @@ class DataConstrainedB2(Chinchilla):
         return out
 
     def derived(self, centre: Centre, target: Target) -> list[Derived]:
-        return frontier(centre, target) + best_size(centre, target) + self.loss_at(centre, target)
+        return (
+            frontier(centre, target, self.cost)
+            + best_size(centre, target)
+            + self.loss_at(centre, target)
+        )
 
 
 def best_size(centre: Centre, target: Target) -> list[Derived]:

@@ -68,6 +68,7 @@ class Joint(DataConstrainedB2):
 
     def __init__(self, routers: tuple[str, ...] = ()) -> None:
         super().__init__(routers)
+        self.defaults: Mapping[str, float] = {}
         # The effects of a single router are part of mu and P.
         self.effects = routers if len(routers) > 1 else ()
         effects = [
@@ -82,7 +83,13 @@ class Joint(DataConstrainedB2):
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
-        return cls(routers_of(columns))
+        """With one number of experts only, nothing tells where more stop helping: E^ is E."""
+        law = cls(routers_of(columns))
+        experts = np.asarray(columns["experts"], float)
+        if np.unique(experts[experts > 1]).size == 1:
+            e_max = law.parameters[E_MAX]
+            law.defaults = {e_max.name: float(e_max.report(e_max.high))}
+        return law
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         e, a, b, alpha, beta, p, delta, kappa, mu, e_max, tau = (

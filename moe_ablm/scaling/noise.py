@@ -11,15 +11,23 @@ from moe_ablm.scaling.solver import minimise
 
 
 def pure_error(runs: Runs) -> tuple[float, int]:
-    """Pooled sd of ln L within cells of equal inputs, and its degrees of freedom (0: none)."""
-    cells = runs.cells()
-    log_loss = np.log(runs["loss"])
+    """Pooled sd of ln L within cells of one config, and its degrees of freedom (0: none)."""
+    cells, log_loss = runs.cells(), np.log(runs["loss"])
+    run = runs.clusters()
+    if run is not None:  # checkpoints of one run in one cell are no replicates: their mean counts
+        pair = np.unique(cells * (run.max() + 1) + run, return_inverse=True)[1].reshape(-1)
+        first = np.unique(pair, return_index=True)[1]
+        log_loss = np.bincount(pair, log_loss) / np.bincount(pair)
+        linked, cells, run = runs.linked_cells()[first], cells[first], run[first]
     counts = np.bincount(cells)
     means = np.bincount(cells, log_loss) / np.maximum(counts, 1)
     freedom = int(np.sum(counts - 1))
     if freedom == 0:
         return float("nan"), 0
-    return float(np.sqrt(np.sum((log_loss - means[cells]) ** 2) / freedom)), freedom
+    sd = float(np.sqrt(np.sum((log_loss - means[cells]) ** 2) / freedom))
+    if run is not None:  # a run errs in all its checkpoints alike
+        freedom = min(freedom, np.unique(run).size - np.unique(linked).size)
+    return sd, freedom
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,14 @@ class LackOfFit:
 
 
 def lack_of_fit(fit: SmoothFit) -> LackOfFit | None:
-    """Fisher's test on ln L; None without replicates or without spare cells."""
+    """Fisher's test on ln L; None without replicates or spare cells, and with checkpoints."""
     from scipy.special import fdtrc
 
     runs = fit.runs
     sd, pure = pure_error(runs)
     cells = runs.cells()
     spare = int(cells.max()) + 1 - len(fit.identifiable)
-    if pure == 0 or spare <= 0 or sd == 0.0:
+    if runs.clusters() is not None or pure == 0 or spare <= 0 or sd == 0.0:
         return None
     residuals = fit.by_run(fit.residuals())
     counts = np.bincount(cells)

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.compute import cost_of
 from moe_ablm.scaling.inputs import Target, check_inputs
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.parabolas import (
+    IsoFlop,
     Parabola,
     Quadratic,
     coefficients_of,
+    interior,
     quantities,
     split,
 )
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
 
+LINE = ("slope", "intercept")
 NORMAL = 1.959964  # quantile of the normal distribution at 97.5 %
 
 
@@ -64,6 +68,8 @@ def fit_parabolas(
     if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
     law.require(runs)
+    if isinstance(law, IsoFlop):
+        law.cost = cost_of(runs.columns)
     target = target or Target()
     check_inputs("--target", target)
     parabolas, notes = split(law, runs)
@@ -76,13 +82,14 @@ def fit_parabolas(
         ]
     )
     noise = measure_noise(runs, parabolas, residual, seed_sd)
-    usable = [i for i, a in enumerate(abc[:, 0]) if a > 0]
+    usable = [i for i, p in enumerate(parabolas) if interior(law, p, abc[i], runs)]
     estimates = quantities(law, parabolas, usable, abc, target)
-    coefficients, verdicts = _verdicts(parabolas, abc, noise, runs, notes)
-    for name in ("slope", "intercept"):
+    coefficients, verdicts = _verdicts(law, parabolas, abc, noise, runs, notes)
+    for name in LINE:
         if name in estimates:
             coefficients[name] = float(estimates.pop(name))
-            vague = [p.key for p in parabolas if verdicts[f"a[{p.key}]"].startswith("not id")]
+            through = [parabolas[i].key for i in usable]
+            vague = [key for key in through if verdicts[f"a[{key}]"].startswith("not id")]
             verdicts[name] = (
                 f"not identified: it goes through the minimum of {vague[0]}"
                 if vague
@@ -95,7 +102,7 @@ def fit_parabolas(
     if noise is not None and draws > 0:
         moved = abc + coefficients_of(parabolas, _noise_draws(noise, loss.size, draws, seed))
         intervals = {
-            name: (percentile_interval(drawn, level, noise, name not in ("slope", "intercept")),)
+            name: (percentile_interval(drawn, level, noise, name not in LINE),)
             for name, drawn in quantities(law, parabolas, usable, moved, target).items()
         }
         for p in parabolas:
@@ -109,7 +116,7 @@ def fit_parabolas(
         objective=float(np.sum(residual**2)),
         huber_delta=float("inf"),
         delta_source="least squares on the loss, as published",
-        status=_status(parabolas, usable, identifiable),
+        status=_status(parabolas, abc[:, 0] > 0, identifiable),
         identifiable=identifiable,
         verdicts=verdicts,
         intervals=intervals,
@@ -136,8 +143,10 @@ def band(fit: ParabolaFit, size: float, params: np.ndarray) -> tuple[np.ndarray,
     return None
 
 
-def _status(parabolas: list[Parabola], usable: list[int], identifiable: Mapping[str, bool]) -> str:
-    if len(usable) < len(parabolas):
+def _status(
+    parabolas: list[Parabola], convexity: np.ndarray, identifiable: Mapping[str, bool]
+) -> str:
+    if any(not convex for convex in convexity):
         return "not_convex"
     if all(p.freedom == 0 for p in parabolas):
         return "exact"
@@ -166,7 +175,7 @@ def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]
     from scipy.special import chdtrc
 
     freedom = sum(p.freedom for p in parabolas)
-    if noise is None or freedom == 0 or noise.from_residuals:
+    if noise is None or freedom == 0 or noise.from_residuals or noise.sd == 0.0:
         return []
     statistic = float(np.sum(residual**2)) / noise.sd**2
     p_value = float(chdtrc(freedom, statistic))
@@ -180,6 +189,7 @@ def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]
 
 
 def _verdicts(
+    law: Quadratic,
     parabolas: list[Parabola],
     abc: np.ndarray,
     noise: Noise | None,
@@ -208,9 +218,10 @@ def _verdicts(
         log10_n = -row[1] / (2 * row[0]) if row[0] > 0 else np.nan
         seen = np.log10(runs["params"][p.members])
         if row[0] > 0 and not seen.min() <= log10_n <= seen.max():
-            notes.append(
-                f"data size or budget {p.key}: its minimum lies outside the sizes that were run"
-            )
+            outside = "its minimum lies outside the sizes that were run"
+            notes.append(f"data size or budget {p.key}: {outside}")
+            if law.local:
+                verdict = f"not identified: {outside}, and the line leaves it out"
         verdicts[f"a[{p.key}]"] = verdict
         # three sizes always determine the other two
         verdicts |= {f"{name}[{p.key}]": "identified" for name in "bc"}

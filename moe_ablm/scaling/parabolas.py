@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import Target
 from moe_ablm.scaling.laws import Law
 from moe_ablm.scaling.runs import Runs
 
-SAME_BUDGET = 0.1  # runs whose FLOPs differ by less than this (natural log) share a budget
+SAME_BUDGET = 0.1  # runs whose FLOPs lie within this (natural log) of the smallest share a budget
+WINDOW = np.log10(4.0)  # sizes up to this factor from the minimum count in a local parabola
+FEWEST_NEAR = 5  # sizes of a local parabola, where so many were run
+RECENTRED = 3  # times that its window moves to the minimum found
 
 
 class Quadratic(Law):
@@ -25,6 +29,7 @@ class Quadratic(Law):
     source = "Shafiei Neyestanak and Briney 2025, Data-optimal scaling laws for paired AbLMs"
     needs = ("params", "unique_tokens", "loss")
     group = "unique_tokens"  # the column whose values have a parabola each
+    local = False  # only sizes near the minimum count; a minimum outside them is none
 
     def require(self, runs: Runs) -> None:
         """Raises UserError where the runs lack a column."""
@@ -72,10 +77,12 @@ class IsoFlop(Quadratic):
     """Hoffmann et al. 2022, approach 2: the best size for each compute budget."""
 
     name = "isoflop"
+    cost = Cost()
     equation = "L = a (log10 N)^2 + b log10 N + c per budget C; N_opt = 10^(-b/2a) = k C^slope"
     source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.2"
     needs = ("params", "flops", "loss")
     group = "flops"
+    local = True
 
     def require(self, runs: Runs) -> None:
         runs.require(("params", "loss"), self.name)
@@ -83,14 +90,16 @@ class IsoFlop(Quadratic):
             runs.require(("tokens",), self.name)
 
     def groups(self, runs: Runs) -> np.ndarray:
-        """The geometric mean of each run's budget: sorted FLOPs, cut at gaps above 10 %."""
+        """The geometric mean of each run's budget: within 10 % of the smallest of the budget."""
         log_flops = np.log(runs.flops())
         order = np.argsort(log_flops, kind="stable")
-        budget = np.concatenate([[0], np.cumsum(np.diff(log_flops[order]) > SAME_BUDGET)])
         out = np.empty(len(runs))
-        for g in range(budget[-1] + 1):
-            members = order[budget == g]
-            out[members] = float(f"{np.exp(log_flops[members].mean()):.6g}")
+        first = 0
+        for i in range(1, len(runs) + 1):
+            if i == len(runs) or log_flops[order[i]] - log_flops[order[first]] > SAME_BUDGET:
+                members = order[first:i]
+                out[members] = float(f"{np.exp(log_flops[members].mean()):.6g}")
+                first = i
         return out
 
     def through_minima(
@@ -101,7 +110,7 @@ class IsoFlop(Quadratic):
         out = {"slope": slope, "intercept": intercept}
         if "flops" in target:
             out["N_opt"] = intercept + slope * np.log(target["flops"])
-            out["D_opt"] = np.log(target["flops"] / 6.0) - out["N_opt"]
+            out["D_opt"] = self.cost.log_tokens(target["flops"], out["N_opt"])
         return out
 
 
@@ -150,13 +159,56 @@ def split(law: Quadratic, runs: Runs) -> tuple[list[Parabola], list[str]]:
                 "left out"
             )
             continue
-        solve = np.linalg.pinv(np.stack([z**2, z, np.ones_like(z)], axis=1))
-        out.append(Parabola(float(size), members, solve, members.size - 3))
+        near, weights = np.arange(z.size), np.ones(z.size)
+        if law.local:
+            near, weights = window(z, runs["loss"][members])
+            if near.size < z.size:
+                notes.append(
+                    f"{law.group} {size:.15g}: {near.size} of {z.size} runs near the minimum count"
+                )
+        solve = _solution(z[near], weights)
+        out.append(Parabola(float(size), members[near], solve, near.size - 3))
     if not out:
         raise UserError(
             f"law {law.name}: no {law.group} with three model sizes; a parabola needs three"
         )
     return out, notes
+
+
+def _solution(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What turns losses at sizes into the coefficients of their weighted parabola, `[3, m]`."""
+    root = np.sqrt(weights)
+    return np.linalg.pinv(np.stack([z**2, z, np.ones_like(z)], axis=1) * root[:, None]) * root
+
+
+def window(z: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs near the minimum of loss over log10 N `[m]`, and their tricube weights.
+
+    A loss surface is steeper toward small models: a parabola through a wide grid has its minimum
+    elsewhere. Sizes within a factor of 4 of the minimum count, and at least five.
+    """
+    sizes = np.unique(z)
+    middle = np.array([loss[z == s].mean() for s in sizes])
+    at = sizes[np.argmin(middle)]
+    for _ in range(RECENTRED):
+        gap = np.abs(z - at)
+        reach = max(WINDOW, np.sort(np.abs(sizes - at))[min(FEWEST_NEAR, sizes.size) - 1])
+        near = np.flatnonzero(gap <= reach + 1e-9)
+        weights = (1.0 - (gap[near] / (1.5 * reach)) ** 3) ** 3
+        a, b, _ = _solution(z[near], weights) @ loss[near]
+        if a <= 0.0:
+            break
+        at = float(np.clip(-b / (2.0 * a), sizes[0], sizes[-1]))
+    return near, weights
+
+
+def interior(law: Quadratic, parabola: Parabola, abc: np.ndarray, runs: Runs) -> bool:
+    """Whether the parabola has a minimum, within the sizes that were run where it is local."""
+    a, b = abc[0], abc[1]
+    if not a > 0:
+        return False
+    seen = np.log10(runs["params"][parabola.members])
+    return not law.local or bool(seen.min() <= -b / (2.0 * a) <= seen.max())
 
 
 def coefficients_of(parabolas: list[Parabola], loss: np.ndarray) -> np.ndarray:

@@ -193,12 +193,13 @@ def isoflop(analysis: Analysis) -> Figure:
     runs = analysis.fit.runs
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
-    flops = 6.0 * runs["params"] * runs["tokens"]
+    flops = runs.flops()
+    cost = analysis.fit.law.cost
     budgets = np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
     colors = colormaps["viridis"](np.linspace(0, 0.88, GROUPS))
     sizes = _sizes(runs)
     for budget, color in zip(budgets, colors, strict=True):
-        loss = _surface(analysis, sizes, budget / (6.0 * sizes))
+        loss = _surface(analysis, sizes, np.exp(cost.log_tokens(budget, np.log(sizes))))
         axes.plot(sizes, loss, color=color, lw=1.2, label=f"{budget:.1e}")
         best = int(np.argmin(loss))
         axes.plot(sizes[best], loss[best], "*", color=color, ms=9)
@@ -206,7 +207,7 @@ def isoflop(analysis: Analysis) -> Figure:
         axes.plot(runs["params"][near], runs["loss"][near], "o", ms=3, color=color)
     _frame(axes, runs["loss"])
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
-    axes.legend(title="FLOPs = 6 N D", fontsize=7, title_fontsize=7)
+    axes.legend(title=f"FLOPs, {cost}", fontsize=7, title_fontsize=7)
     return figure
 
 
@@ -224,11 +225,14 @@ def frontier(analysis: Analysis) -> Figure:
     axes.clabel(contours, fontsize=6, fmt="%.3g")
     axes.plot(runs["params"], runs["tokens"], "k.", ms=3, label="runs")
     fine = np.geomspace(sizes[0], sizes[-1], 1500)
-    budgets = np.geomspace(6 * sizes[0] * tokens[0], 6 * sizes[-1] * tokens[-1], 80)
+    cost = analysis.fit.law.cost
+    ends = cost.flops(sizes[[0, -1]], tokens[[0, -1]])
+    budgets = np.geomspace(*ends, 80)
     along, budget = np.meshgrid(fine, budgets)
-    best = np.argmin(_surface(analysis, along, budget / 6 / along), axis=1)
+    paid = np.exp(cost.log_tokens(budget, np.log(along)))
+    best = np.argmin(_surface(analysis, along, paid), axis=1)
     path = fine[best]
-    shown = budgets / 6 / path
+    shown = paid[np.arange(budgets.size), best]
     inner = (best > 0) & (best < fine.size - 1) & (shown > tokens[0]) & (shown < tokens[-1])
     if inner.any():
         axes.plot(path[inner], shown[inner], "r-", lw=1.3, label="best N at its compute")

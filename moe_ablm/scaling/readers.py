@@ -245,6 +245,8 @@ def number(row: Row, role: str, name: str) -> float:
         raise BadValue(f"column '{name}': found {text}, expected a finite number")
     if role in ("step", "seed"):
         return value
+    if role == "weight_decay" and value == 0.0:
+        return value
     if role == "sparsity":
         if not 0.0 <= value < 1.0:
             raise BadValue(f"column '{name}': found {value:g}, expected 0 <= sparsity < 1")

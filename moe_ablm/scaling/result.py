@@ -56,6 +56,8 @@ class Fit:
     derived: Mapping[str, float] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     notes: tuple[str, ...] = ()
+    draws: int = 0  # of the bootstrap
+    draws_lost: int = 0  # that did not converge, and count in no interval
     data_unit: str = "tokens"
     runs: Runs = Runs({}, ())
 
@@ -97,6 +99,8 @@ class Fit:
             },
             "derived": _plain(self.derived),
             "target": _plain(self.target),
+            "draws": self.draws,
+            "draws_lost": self.draws_lost,
             "data_unit": self.data_unit,
             "notes": list(self.notes),
             "runs": list(self.runs.source),
@@ -117,6 +121,7 @@ class SmoothFit(Fit):
 
     law: SmoothLaw
     theta: np.ndarray  # [K], the minimum
+    starts: np.ndarray  # [S, K], where refits to other runs start; the first is the minimum
     centre: Centre
     problem: Problem
     index: np.ndarray  # the run behind each observation of `problem`
@@ -167,6 +172,8 @@ def load(path: Path | str) -> Fit:
             derived=_floats(saved["derived"]),
             target=saved["target"],
             notes=tuple(saved["notes"]),
+            draws=saved.get("draws", 0),
+            draws_lost=saved.get("draws_lost", 0),
             data_unit=saved["data_unit"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

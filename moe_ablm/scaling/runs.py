@@ -1,7 +1,7 @@
 """Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,21 @@ NUMBERS = (
     "loss",
     "step",
     "seed",
+    "lr",
+    "batch",
+    "weight_decay",
 )
+TUNED = ("lr", "batch", "weight_decay")  # settings that are tuned: runs that differ are no seeds
+# their columns, where they are not mapped
+TUNED_NAMES = {
+    "lr": ("lr", "learning_rate"),
+    "batch": ("batch", "bs", "batch_size"),
+    "weight_decay": ("weight_decay", "wd"),
+}
 LABELS = ("router", "run")
 ROLES = NUMBERS + LABELS
-CELL = ("params", "total_params", "tokens", "unique_tokens", "experts", "granularity", "sparsity")
+MODEL = ("params", "total_params", "experts", "granularity", "sparsity", "router")
+SAME_TOKENS = 2e-3  # seeds of one config differ by less: their sequences have other lengths
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,36 @@ class Runs:
         return {k: v for k, v in self.columns.items() if k in INPUTS}
 
     def cells(self) -> np.ndarray:
-        """An integer per run, equal for runs of the same inputs (replicates), `[n]`."""
-        keys = [self.columns[c] for c in CELL if c in self.columns]
-        if "router" in self.columns:
-            keys.append(np.unique(self.columns["router"], return_inverse=True)[1])
-        return np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+        """An integer per run, equal for runs of one config (replicates), `[n]`.
+
+        The model is the same to the digit. Tokens seen and unique are counted from sequences and
+        differ a little between seeds: they are the same within .2 %.
+        """
+        same = np.zeros(len(self), int)
+        for role in MODEL:
+            if role in self.columns:
+                values = np.unique(self.columns[role], return_inverse=True)[1].reshape(-1)
+                same = _numbered(same * (values.max() + 1) + values)
+        for role in ("tokens", "unique_tokens"):
+            if role in self.columns:
+                same = _within(same, np.log(self.columns[role].astype(float)))
+        return same
+
+    def clusters(self) -> np.ndarray | None:
+        """The run of each row `[n]`, counted from 0; None where every row is a run of its own."""
+        if "run" not in self.columns:
+            return None
+        run = np.unique(self.columns["run"], return_inverse=True)[1].reshape(-1)
+        return None if run.max() + 1 == len(self) else run
+
+    def linked_cells(self) -> np.ndarray:
+        """An integer per run, equal for rows whose runs share a cell, `[n]`.
+
+        Left out of a fit together: a checkpoint tells the loss of the next one of its run, and of
+        the same checkpoint of another seed. Without checkpoints these are the cells.
+        """
+        cells, run = self.cells(), self.clusters()
+        return cells if run is None else _linked(run, cells)
 
     def flops(self) -> np.ndarray:
         """FLOPs of each run: as given, else 6 N D."""
@@ -94,6 +130,32 @@ class Runs:
                 f"law {law} needs the column '{missing[0]}' and the input has "
                 f"{', '.join(self.columns)}; map it with --columns {missing[0]}=NAME"
             )
+
+
+def _numbered(labels: np.ndarray) -> np.ndarray:
+    return np.unique(labels, return_inverse=True)[1].reshape(-1)
+
+
+def _within(same: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Parts of the groups `same` whose values lie within `SAME_TOKENS` of their smallest."""
+    order = np.lexsort((value, same))
+    out = np.empty(same.size, int)
+    label, first, before = -1, np.inf, -1
+    for i in order:
+        if same[i] != before or value[i] - first > SAME_TOKENS:
+            label, first, before = label + 1, value[i], same[i]
+        out[i] = label
+    return out
+
+
+def _linked(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Connected components `[n]` of rows that share a label of either kind."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    left, right = one.max() + 1, other.max() + 1
+    edges = coo_matrix((np.ones(one.size), (one, left + other)), shape=(left + right,) * 2)
+    return connected_components(edges, directed=False)[1][one]
 
 
 @dataclass(frozen=True)
@@ -133,7 +195,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
             names |= _loss_of_runs(sheet, notes)
         rows = _where(sheet, reading.where or {}, notes)
         table += _parse(rows, names, sheet, reading, dropped, notes)
-    table = table if reading.curves else _last_step(table, dropped)
+    table = table if reading.curves else _last_step(table, dropped, notes)
     table = _without_duplicates(table, dropped)
     if not table:
         reasons = f"; first reason: {dropped[0][0]}: {dropped[0][1]}" if dropped else ""
@@ -141,7 +203,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
         reasons = reasons or ": nothing below the header"
         raise UserError(f"--input {', '.join(map(str, inputs))}: no usable row{reasons}")
     table = _without_largest(table, reading.drop_largest_losses, dropped)
-    runs = _assemble(table, dropped, notes, reading)
+    runs = best_settings(_assemble(table, dropped, notes, reading))
     return _check_loss_units(runs, reading) if reading.need_loss else runs
 
 
@@ -152,8 +214,10 @@ def _names(sheet: Sheet, columns: Mapping[str, str]) -> dict[str, str]:
         name = columns.get(role)
         if name is None:
             default = RUN_FIELDS.get(role, role) if sheet.is_runs else role
-            if default in sheet.header:
-                out[role] = default
+            names = TUNED_NAMES.get(role, (default,))
+            present = [n for n in names if n in sheet.header]
+            if present:
+                out[role] = present[0]
         elif name in sheet.header:
             out[role] = name
         else:
@@ -275,10 +339,23 @@ def _complete(values: dict, names: Mapping[str, str], is_runs: bool, reading: Re
     return False
 
 
-def _last_step(table: list[Row], dropped: list[tuple[str, str]]) -> list[Row]:
-    """The last step of each run, where both columns are given."""
+def _last_step(table: list[Row], dropped: list[tuple[str, str]], notes: list[str]) -> list[Row]:
+    """The last step of each run, where both columns are given and nothing tells steps apart.
+
+    Checkpoints with their own tokens are all kept: each is an observation of a law of tokens, and
+    those of one run are resampled and held out together.
+    """
     if not table or not all("run" in v and "step" in v for _, v in table):
         return table
+    if all("tokens" in v for _, v in table):
+        seen = {(v["run"], v["tokens"]) for _, v in table}
+        count = len({v["run"] for _, v in table})
+        if len(seen) > count:
+            notes.append(
+                f"{len(table)} checkpoints of {count} runs, all kept: a law of final losses needs "
+                "learning rates that were cooled at each of them"
+            )
+            return table
     last: dict[str, int] = {}
     for i, (_, values) in enumerate(table):
         run = values["run"]
@@ -320,6 +397,39 @@ def _without_largest(table: list[Row], count: int, dropped: list[tuple[str, str]
         source, values = table[i]
         dropped.append((source, f"loss {values['loss']:.6g} is one of the {count} largest"))
     return [table[i] for i in sorted(order[count:])]
+
+
+def best_settings(runs: Runs) -> Runs:
+    """The runs of each cell's best learning rate, batch and weight decay; the others dropped.
+
+    Runs of one cell that differ in these are not replicates: their spread is that of the tuning.
+    Best is the setting with the lowest mean loss over its runs.
+    """
+    tuned = [role for role in TUNED if role in runs]
+    if not tuned or "loss" not in runs:
+        return runs
+    cells = runs.cells()
+    setting = np.zeros(len(runs), int)
+    for role in tuned:
+        values = _numbered(runs[role])
+        setting = _numbered(setting * (values.max() + 1) + values)
+    pair = _numbered(cells * (setting.max() + 1) + setting)
+    mean = (np.bincount(pair, np.log(runs["loss"])) / np.bincount(pair))[pair]
+    lowest = np.full(cells.max() + 1, np.inf)
+    np.minimum.at(lowest, cells, mean)
+    keep = mean <= lowest[cells]
+    if keep.all():
+        return runs
+    named = ", ".join(tuned)
+    reason = f"not the best {named} of its cell"
+    tried = np.unique(np.stack([cells, setting]), axis=1)[0]
+    note = (
+        f"{tried.size} settings of {named} in {np.unique(cells).size} cells: the best of each cell "
+        "counts; the lowest of several noisy losses is a little low"
+    )
+    kept = runs.take(keep)
+    gone = tuple((runs.source[i], reason) for i in np.flatnonzero(~keep))
+    return replace(kept, dropped=(*runs.dropped, *gone), notes=(*runs.notes, note))
 
 
 def _assemble(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.approaches import bias_notes
 from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
@@ -26,6 +27,7 @@ from moe_ablm.scaling.uncertainty import (
 )
 
 FOLDS = 10
+MOST_LOST = 0.05  # share of draws that may be lost where an interval is given
 HELD_OUT = 0.15  # share of cells, the largest by compute, that is predicted from the rest
 CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (Burnham, Anderson)
 
@@ -57,7 +59,7 @@ def compare(
 
     A law with more coefficients than runs is left out, and so is a law of whole curves.
     """
-    cells = runs.cells()
+    cells = runs.linked_cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
     scores = []
@@ -249,7 +251,10 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         settings = (question.draws, question.seed, question.target, question.level)
         if law.needs_curves:
             return Analysis(fit_envelope(runs, *settings))
-        return Analysis(fit_parabolas(runs, law, question.seed_sd, *settings))
+        parabolas = fit_parabolas(runs, law, question.seed_sd, *settings)
+        if law.group == "flops":
+            parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
+        return Analysis(parabolas)
     made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
@@ -257,13 +262,17 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     boot, drawn = None, {}
     if question.draws > 0:
         boot = bootstrap(made, question.draws, question.seed)
-        drawn = bootstrap_intervals(made, boot, question.level)
-        if len(boot.usable) < FEWEST_DRAWS:
+        lost = int((~boot.converged).sum())
+        made = replace(made, draws=question.draws, draws_lost=lost)
+        if len(boot.usable) < FEWEST_DRAWS or lost > MOST_LOST * question.draws:
             note = (
-                f"{len(boot.usable)} of {question.draws} bootstrap draws converged, too few for "
-                f"an interval ({FEWEST_DRAWS})"
+                f"{len(boot.usable)} of {question.draws} bootstrap draws converged: no bootstrap "
+                f"interval (it needs {FEWEST_DRAWS} draws and {1 - MOST_LOST:.0%} of them, because "
+                "those that are lost are not like the others)"
             )
             boot, made = None, replace(made, notes=(*made.notes, note))
+        else:
+            drawn = bootstrap_intervals(made, boot, question.level)
     intervals = {**drawn}  # those of the bootstrap before those of the profiles
     for p in walked:
         name = p.quantity.name

@@ -20,6 +20,9 @@ CHUNK = 256  # rows of the batch per chunk: keeps [chunk, n] arrays in cache
 LARGEST_ARRAY = 2**22  # most entries of a [chunk, n] array: chunks shrink where runs are many
 FTOL = 1e-14  # relative decrease predicted by the quadratic model at which a row stops
 STALLS = 5  # iterations in a row that gain less than FTOL: rounding, or a flat direction
+DAMPING = 1e-7  # of the largest curvature, added to every one
+RIDGE = 1e-13  # of a diagonal, against rounding
+LONGEST = 1.0  # a log or an exponent never usefully moves by more at once
 EXACT = 1e-19  # an objective below n times this (residuals of some 4e-10) is an exact fit
 
 
@@ -71,6 +74,7 @@ class Problem:
     high: np.ndarray
     free: np.ndarray
     prior_scale: float = 1e-6
+    clusters: np.ndarray | None = None  # [n], counted from 0; None: observations are independent
     tilt: Tilt | None = None
 
     def rows(self, index: np.ndarray) -> "Problem":
@@ -184,8 +188,9 @@ def minimise(
 def _minimise_chunk(problem: Problem, start: np.ndarray, max_iterations: int) -> tuple:
     theta = np.clip(start, problem.low, problem.high)
     theta = np.where(problem.free, theta, start)
-    value, gradient = problem.value_and_gradient(theta)
-    inverse = _inverse(problem.curvature(theta), problem.free)
+    units = Units.at(problem, theta)
+    value, gradient = units.value_and_gradient(problem, theta)
+    inverse = units.inverse(problem, theta)
     size = theta.shape[0]
     decrement = np.full(size, np.inf)
     iterations = np.zeros(size, int)
@@ -197,8 +202,7 @@ def _minimise_chunk(problem: Problem, start: np.ndarray, max_iterations: int) ->
         rows = np.flatnonzero(live)
         if rows.size == 0:
             break
-        part = problem.rows(rows)
-        step, slope = _direction(part, theta[rows], gradient[rows], inverse[rows])
+        step, slope = _direction(units.rows(rows), theta[rows], gradient[rows], inverse[rows])
         decrement[rows] = -0.5 * slope / np.maximum(value[rows], 1e-300)
         done = (decrement[rows] <= FTOL) | (value[rows] <= exact)
         live[rows[done]] = False
@@ -206,9 +210,11 @@ def _minimise_chunk(problem: Problem, start: np.ndarray, max_iterations: int) ->
         rows, step, slope = rows[keep], step[keep], slope[keep]
         if rows.size == 0:
             continue
-        part = problem.rows(rows)
-        new, new_value, new_gradient, ok = _line_search(part, theta[rows], value[rows], step, slope)
-        moved = new - theta[rows]
+        part, here = problem.rows(rows), units.rows(rows)
+        new, new_value, new_gradient, ok = _line_search(
+            part, here, theta[rows], value[rows], step, slope
+        )
+        moved = here.of(new) - here.of(theta[rows])
         turned = new_gradient - gradient[rows]
         inverse[rows] = _bfgs(inverse[rows], moved, turned, ok)
         stalled = value[rows] - new_value <= FTOL * value[rows]
@@ -218,60 +224,161 @@ def _minimise_chunk(problem: Problem, start: np.ndarray, max_iterations: int) ->
         failures[rows] = np.where(ok, 0, failures[rows] + 1)
         stuck = rows[failures[rows] == 1]
         if stuck.size:  # the quadratic model is wrong here: restart it
-            inverse[stuck] = _inverse(problem.rows(stuck).curvature(theta[stuck]), problem.free)
+            inverse[stuck] = units.rows(stuck).inverse(problem.rows(stuck), theta[stuck])
         live[rows[(failures[rows] > 1) | (stalls[rows] >= STALLS)]] = False
     converged = (decrement <= 1e-9) | (value <= exact)
     return theta, value, converged, decrement, iterations
 
 
-def _inverse(hessian: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Inverse of `[B, K, K]` on the free parameters, scaled and lightly regularised."""
-    diagonal = np.einsum("bkk->bk", hessian)
-    top = np.maximum(diagonal.max(axis=1, keepdims=True), 1e-300)
-    scale = 1.0 / np.sqrt(np.maximum(diagonal, 1e-10 * top))
-    scaled = hessian * scale[:, :, None] * scale[:, None, :]
-    both = free[:, None] & free[None, :]
-    scaled = np.where(both, scaled, 0.0) + np.eye(free.size) * np.where(free, 1e-7, 1.0)
-    inverse = np.linalg.inv(scaled)
-    return np.where(both, inverse * scale[:, :, None] * scale[:, None, :], 0.0)
+@dataclass(frozen=True)
+class Units:
+    """The coordinates that steps are made in, `[B, K]`, and their box.
+
+    A linear coefficient is its largest share of an observed loss, at the exponents of the start:
+    in these units a term that vanishes has an ordinary derivative and a bound at (nearly) zero,
+    whereas its log would run away. All others are the internal parameters themselves.
+    """
+
+    linear: np.ndarray  # [K]
+    scale: np.ndarray  # [B, K] ln of the share at an internal value of 0
+    low: np.ndarray  # [B, K]
+    high: np.ndarray  # [B, K]
+    free: np.ndarray  # [K]
+
+    @staticmethod
+    def at(problem: Problem, theta: np.ndarray) -> "Units":
+        linear = np.array([p.linear for p in problem.law.parameters]) & problem.free
+        scale = np.zeros_like(theta)
+        if linear.any():
+            columns = [k for k, p in enumerate(problem.law.parameters) if p.linear]
+            terms = problem.law.terms(theta, problem.x)
+            for k, (value, _) in zip(columns, terms, strict=True):
+                share = np.max(value - problem.log_loss, axis=1) - theta[:, k]
+                scale[:, k] = np.where(np.isfinite(share) & linear[k], share, 0.0)
+        units = Units(linear, scale, theta, theta, problem.free)
+        low, high = (units.of(np.broadcast_to(b, theta.shape)) for b in (problem.low, problem.high))
+        return Units(linear, scale, low, high, problem.free)
+
+    def rows(self, index: np.ndarray) -> "Units":
+        """The units of some rows of the batch."""
+        return Units(self.linear, self.scale[index], self.low[index], self.high[index], self.free)
+
+    def of(self, theta: np.ndarray) -> np.ndarray:
+        """Internal parameters in these units."""
+        return np.where(self.linear, np.exp(np.where(self.linear, theta + self.scale, 0.0)), theta)
+
+    def back(self, here: np.ndarray) -> np.ndarray:
+        """Internal parameters from these units."""
+        return np.where(self.linear, np.log(np.where(self.linear, here, 1.0)) - self.scale, here)
+
+    def by_unit(self, theta: np.ndarray) -> np.ndarray:
+        """Derivative of these coordinates by the internal parameters, `[B, K]`."""
+        return np.where(self.linear, self.of(theta), 1.0)
+
+    def value_and_gradient(
+        self, problem: Problem, theta: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Objective `[B]` and its gradient `[B, K]` by these units."""
+        value, gradient = problem.value_and_gradient(theta)
+        return value, gradient / self.by_unit(theta)
+
+    def inverse(self, problem: Problem, theta: np.ndarray) -> np.ndarray:
+        """Inverse Gauss-Newton Hessian in these units, `[B, K, K]`; zero for fixed parameters.
+
+        What the runs do not move is damped by a share of the largest curvature: scaled to one
+        first, it would look like everything else.
+        """
+        by_unit = self.by_unit(theta)
+        hessian = problem.curvature(theta) / by_unit[:, :, None] / by_unit[:, None, :]
+        diagonal = np.einsum("bkk->bk", hessian)
+        top = np.maximum(np.where(self.free, diagonal, 0.0).max(axis=1, keepdims=True), 1e-300)
+        damped = diagonal + DAMPING * top
+        scale = 1.0 / np.sqrt(damped)
+        both = self.free[:, None] & self.free[None, :]
+        eye = np.eye(self.free.size)
+        scaled = hessian * scale[:, :, None] * scale[:, None, :]
+        scaled = np.where(both & (eye == 0), scaled, eye * (1.0 + 1e-12))
+        inverse = np.linalg.inv(scaled)
+        return np.where(both, inverse * scale[:, :, None] * scale[:, None, :], 0.0)
 
 
 def _direction(
-    problem: Problem, theta: np.ndarray, gradient: np.ndarray, inverse: np.ndarray
+    units: Units, theta: np.ndarray, gradient: np.ndarray, inverse: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quasi-Newton step on the parameters that are free and not pushed against a bound."""
-    pushed = ((theta <= problem.low) & (gradient > 0)) | ((theta >= problem.high) & (gradient < 0))
-    held = pushed | ~problem.free
-    gradient = np.where(held, 0.0, gradient)
-    step = -np.einsum("bij,bj->bi", _without(inverse, held), gradient)
-    slope = np.einsum("bi,bi->b", step, gradient)
-    return step, slope
+    """The minimum of the quadratic model within the box and a step of `LONGEST`, `[B, K]`.
+
+    A coordinate whose step leaves the box is set to the face that it meets and the others are
+    solved for again: scaling or clipping the whole step would let one flat direction stop all.
+    Where the faces met are not those of the minimum that may lead uphill: then the whole step
+    is shrunk until it is in the box.
+    """
+    here = units.of(theta)
+    longest = np.where(units.linear, np.maximum(LONGEST, here), LONGEST)
+    least = np.maximum(units.low - here, -longest)
+    most = np.minimum(units.high - here, longest)
+    pushed = ((here <= units.low) & (gradient > 0)) | ((here >= units.high) & (gradient < 0))
+    held = pushed | ~units.free
+    at = np.zeros_like(theta)
+    downhill = np.where(units.free, -gradient, 0.0)
+    newton = np.einsum("bij,bj->bi", inverse, downhill)
+    for _ in range(theta.shape[1]):  # what stands at a face and would leave through it is held
+        whole = _conditional(newton, inverse, held, at)
+        out = ~held & (((least >= 0.0) & (whole < 0.0)) | ((most <= 0.0) & (whole > 0.0)))
+        if not out.any():
+            break
+        held = held | out
+    step, met = whole, held
+    for _ in range(theta.shape[1]):
+        out = ~met & ((step < least) | (step > most))
+        if not out.any():
+            break
+        at = np.where(out, np.clip(step, least, most), at)
+        met = met | out
+        step = _conditional(newton, inverse, met, at)
+    if met is held:
+        return whole, -np.einsum("bi,bi->b", whole, downhill)
+    limit = np.where(whole < 0.0, least, most)
+    ratio = np.where(np.abs(whole) > np.abs(limit), limit / np.where(whole == 0.0, 1.0, whole), 1.0)
+    shrunk = whole * ratio.min(axis=1, keepdims=True)
+    step = np.clip(step, least, most)
+    gain, sure = (np.einsum("bi,bi->b", s, downhill) for s in (step, shrunk))
+    uphill = gain < 0.1 * sure
+    return np.where(uphill[:, None], shrunk, step), -np.where(uphill, sure, gain)
 
 
-def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Inverse Hessians `[B, K, K]` of the other parameters alone, zero for the held ones `[B, K]`.
+def _conditional(
+    newton: np.ndarray, inverse: np.ndarray, held: np.ndarray, at: np.ndarray
+) -> np.ndarray:
+    """The minimum of a quadratic model where `held [B, K]` coordinates step by `at [B, K]`.
 
-    Deleting rows and columns of the inverse would be wrong: that lets the held ones move.
+    `newton` is its free minimum. A normal variable of this covariance, conditioned, has its mean
+    there, so that the inverse Hessian is all that is needed.
     """
     if not held.any():
-        return inverse
+        return newton
     inside = held[:, :, None] & held[:, None, :]
-    across = np.where(held[:, :, None] & ~held[:, None, :], inverse, 0.0)
     block = np.where(inside, inverse, 0.0)
     # fixed parameters have no row of their own
     empty = ~held | (np.einsum("bkk->bk", block) <= 0.0)
-    block = block + np.eye(held.shape[1]) * empty[:, None, :]
-    taken = np.swapaxes(across, 1, 2) @ np.linalg.solve(block, across)
-    others = ~held[:, :, None] & ~held[:, None, :]
-    return np.where(others, inverse, 0.0) - taken
+    ridge = np.where(empty, 1.0, RIDGE * np.einsum("bkk->bk", block))
+    block = block + np.eye(held.shape[1]) * ridge[:, None, :]
+    gap = np.where(held, at - newton, 0.0)
+    pull = np.linalg.solve(block, gap[:, :, None])[:, :, 0]
+    step = newton + np.einsum("bij,bj->bi", inverse, np.where(held, pull, 0.0))
+    return np.where(held, at, step)
 
 
 def _line_search(
-    problem: Problem, theta: np.ndarray, value: np.ndarray, step: np.ndarray, slope: np.ndarray
+    problem: Problem,
+    units: Units,
+    theta: np.ndarray,
+    value: np.ndarray,
+    step: np.ndarray,
+    slope: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Backtracking to a sufficient decrease, projected on the bounds; failed rows do not move."""
-    # A log coefficient or an exponent never usefully moves by more than 1 at once.
-    length = np.minimum(1.0, 1.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))
+    """Backtracking along a step within the box to a sufficient decrease; failed rows stay."""
+    length = np.ones(theta.shape[0])
+    here = units.of(theta)
     new, new_value = theta.copy(), value.copy()
     new_gradient = np.zeros_like(theta)
     waiting = np.ones(theta.shape[0], bool)
@@ -279,10 +386,12 @@ def _line_search(
         rows = np.flatnonzero(waiting)
         if rows.size == 0:
             break
-        part = problem.rows(rows)
-        trial = theta[rows] + length[rows, None] * step[rows]
+        part, mine = problem.rows(rows), units.rows(rows)
+        trial = mine.back(
+            np.clip(here[rows] + length[rows, None] * step[rows], mine.low, mine.high)
+        )
         trial = np.where(problem.free, np.clip(trial, problem.low, problem.high), theta[rows])
-        f, g = part.value_and_gradient(trial)
+        f, g = mine.value_and_gradient(part, trial)
         bar = value[rows] + 1e-4 * length[rows] * slope[rows]
         good = np.isfinite(f) & (f <= bar + 4e-16 * value[rows])
         hit = rows[good]
@@ -291,7 +400,8 @@ def _line_search(
         length[rows] *= 0.4
     if waiting.any():
         rows = np.flatnonzero(waiting)
-        new_gradient[rows] = problem.rows(rows).value_and_gradient(theta[rows])[1]
+        mine = units.rows(rows)
+        new_gradient[rows] = mine.value_and_gradient(problem.rows(rows), theta[rows])[1]
     return new, new_value, new_gradient, ~waiting
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_ablm.page import image_html, lines_html, table_html, write_page
+from moe_ablm.scaling.approaches import Approach
 from moe_ablm.scaling.design import Advice, Candidate, DataValue, Design
 from moe_ablm.scaling.published import Study, published_objective, rounded_objective
 from moe_ablm.scaling.result import Fit, Interval
@@ -19,6 +20,7 @@ SHOWN_DROPS = 8
 # Reasons that differ from row to row, and their common part.
 KINDS = {
     "not the last step": "not the last step of its run",
+    "not the best": "not the best setting of its cell",
     "duplicate of": "duplicate of a row before it",
 }
 
@@ -104,9 +106,9 @@ def summary_lines(analysis: Analysis) -> list[str]:
         if verdict not in ("identified", "fixed"):
             lines.append(f"{name}: {verdict}")
     boot = analysis.boot
-    if boot is not None and not boot.converged.all():
+    if boot is not None and fit.draws_lost:
         lines.append(
-            f"{int((~boot.converged).sum())} bootstrap draws did not converge and are left out"
+            f"{fit.draws_lost} of {fit.draws} bootstrap draws did not converge and are left out"
         )
     noise = {
         i.note for items in fit.intervals.values() for i in items if i.method.startswith("para")
@@ -195,6 +197,24 @@ def comparison_table(scores: Sequence[Score]) -> Table:
             f"{s.largest_error:.3g}",
             f"{s.largest_bias:+.2g}",
         )
+    return table
+
+
+def approaches_table(made: Sequence[Approach]) -> Table:
+    """Exponent of N_opt in C and N_opt of each approach, with 95 % intervals."""
+    table = Table(title="approaches of Hoffmann et al. 2022", title_justify="left")
+    names = list(dict.fromkeys(name for a in made for name in a.values))
+    table.add_column("approach")
+    for name in names:
+        table.add_column(name, justify="right")
+    for a in made:
+        cells = []
+        for name in names:
+            text = number(a.values[name]) if name in a.values else ""
+            if name in a.intervals:
+                text += f" ({interval_text(a.intervals[name])})"
+            cells.append(text)
+        add_row(table, a.name, *cells)
     return table
 
 

@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.identify import Scores, degrees_of_freedom, scores
+from moe_ablm.scaling.identify import Scores, degrees_of_freedom, meaningless, scores
 from moe_ablm.scaling.laws import Derived
 from moe_ablm.scaling.result import Interval, SmoothFit
-from moe_ablm.scaling.solver import Problem, Tilt, WithGradient, minimise
+from moe_ablm.scaling.runs import Runs
+from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, WithGradient, minimise
 
 FEWEST_DRAWS = 20  # of an interval
 MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
+REFITTED = 30  # iterations from each start; the best one then goes on to the end
 ROUNDS = 16
-ITERATIONS = 100  # of the minimiser in a round; a well-behaved profile needs some ten
+ITERATIONS = 60  # of the minimiser in a round; a well-behaved profile needs some ten
 ENDLESS = 1e5  # standard errors; a profile that needs a longer pull never closes
 CLOSE = 0.003  # relative error of the signed root at which an end is accepted
 NOISELESS = 1e-18  # residual variance of ln L that is rounding, not noise
+STIFFER = 4.0  # growth of the pull in each round of false position
 FAR = 30.0  # a log quantity that moves by more than this has no end
 
 
@@ -35,6 +38,23 @@ class Bootstrap:
     @property
     def usable(self) -> np.ndarray:
         return self.theta[self.converged]
+
+
+def resample_rows(runs: Runs, draws: int, seed: int) -> tuple[np.ndarray, str]:
+    """How often each row is drawn, `[draws, rows]`: a run is drawn with all its checkpoints."""
+    run = runs.clusters()
+    if run is None:
+        return resample(runs.cells(), draws, seed)
+    first = np.unique(run, return_index=True)[1]
+    weights, scheme = resample(_alike(run, runs.cells())[first], draws, seed)
+    return weights[:, run], f"whole {scheme} ({first.size} with {run.size} checkpoints)"
+
+
+def _alike(run: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """An integer per row, equal for runs with the same set of cells, `[rows]`."""
+    sets = [tuple(np.unique(cells[run == r])) for r in range(run.max() + 1)]
+    number = {s: i for i, s in enumerate(dict.fromkeys(sets))}
+    return np.array([number[s] for s in sets])[run]
 
 
 def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, str]:
@@ -69,9 +89,9 @@ def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
             f"--bootstrap {draws}: {draws} draws of {len(fit.runs)} runs do not fit in memory; use "
             f"at most {MOST_WEIGHTS // len(fit.runs)}"
         )
-    weights, scheme = resample(fit.runs.cells(), draws, seed)
+    weights, scheme = resample_rows(fit.runs, draws, seed)
     problem = replace(fit.problem, weights=weights[:, fit.index])
-    ends = minimise(problem, np.repeat(fit.theta[None], draws, axis=0))
+    ends = refit(fit, problem, draws)
     width = 1e-6 * (problem.high - problem.low)
 
     def share(hit: np.ndarray) -> dict[str, float]:
@@ -82,16 +102,41 @@ def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
     return Bootstrap(ends.theta, ends.converged, share(low), share(high), scheme)
 
 
+def refit(fit: SmoothFit, problem: Problem, size: int) -> Minimum:
+    """The minimum of each row of a batch of `size` problems, the best of the fit's starts."""
+    if len(fit.starts) == 1:
+        return minimise(problem, np.repeat(fit.theta[None], size, axis=0))
+    theta, value = np.empty((size, fit.theta.size)), np.full(size, np.inf)
+    for start in fit.starts:
+        ends = minimise(problem, np.repeat(start[None], size, axis=0), REFITTED)
+        better = ends.value < value
+        theta[better], value[better] = ends.theta[better], ends.value[better]
+    return minimise(problem, theta, 200)
+
+
 def quantities(fit: SmoothFit) -> list[Derived]:
-    """Free coefficients (their internal, natural-unit values) and derived quantities."""
+    """Free coefficients that have a meaning, and derived quantities.
+
+    A linear coefficient is in a unit that makes its term as large as the loss, so that it may be
+    zero; the others are their internal values in natural units.
+    """
+    share = Units.at(fit.problem, fit.theta[None]).scale[0]
+    # what the coefficient is in natural units where its term is as large as the loss
+    unit = fit.law.shift(fit.theta, fit.centre) - fit.theta - share
 
     def natural(k: int) -> Callable[[np.ndarray], np.ndarray]:
         return lambda theta: fit.law.shift(theta, fit.centre)[:, k]
 
+    def linear(k: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda theta: np.exp(natural(k)(theta) - unit[k])
+
+    idle = meaningless(fit.problem, fit.theta)
     out = [
-        Derived(p.name, p.meaning, natural(k), p.log)
+        Derived(p.name, p.meaning, linear(k), unit=float(np.exp(unit[k])))
+        if p.linear
+        else Derived(p.name, p.meaning, natural(k), p.log)
         for k, p in enumerate(fit.law.parameters)
-        if fit.problem.free[k]
+        if fit.problem.free[k] and p.name not in idle
     ]
     return out + fit.law.derived(fit.centre, fit.target)
 
@@ -184,16 +229,20 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
         return []
     value = fit.problem.value_and_gradient(fit.theta[None])[0][0]
     functions = tuple(with_gradient(q.function) for q in wanted)
+    by_unit = Units.at(fit.problem, fit.theta[None]).by_unit(fit.theta[None])
     estimates, errors, scales, usable = [], [], [], []
     for i, function in enumerate(functions):
         g, by_theta = function(fit.theta[None])
         slope = by_theta[0, fit.problem.free]
-        if np.isfinite(g[0]) and np.all(np.isfinite(slope)) and np.any(np.abs(slope) > 1e-9):
+        moved = slope / by_unit[0, fit.problem.free]  # a coefficient of zero moves by its own unit
+        if np.isfinite(g[0]) and np.all(np.isfinite(slope)) and np.any(np.abs(moved) > 1e-9):
             usable.append(i)
             estimates.append(g[0])
             variance = float(slope @ sandwich.covariance @ slope)
             errors.append(math.sqrt(variance) if variance > 0.0 else 1.0)
-            scales.append(likelihood_scale(sandwich, slope))
+            # At a bound the score is not zero, and the sandwich supposes that it is.
+            bounded = wanted[i].name in fit.at_bounds
+            scales.append(sandwich.scale if bounded else likelihood_scale(sandwich, slope))
     count = len(usable)
     walk = Walk(
         problem=fit.problem,
@@ -206,6 +255,7 @@ def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None
         error=np.clip(np.nan_to_num(np.repeat(errors, 2), nan=1.0), 1e-9, 2.0),
         scale=np.repeat(scales, 2),
         goal=critical_root(fit.problem, level),
+        starts=fit.starts[1:],
     )
     ends, history = walk.ends()
     history = [*history, *walk.trace()]
@@ -244,41 +294,72 @@ class Walk:
     error: np.ndarray  # [B] a first guess of its standard error
     scale: np.ndarray  # [B] see `likelihood_scale`
     goal: float  # signed root at which a profile is cut
+    starts: np.ndarray | tuple = ()  # [S, K] other starts than the minimum
 
     def ends(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
         """Values `[B]` where each profile reaches the goal (nan: never), and points visited.
 
         Each round pulls the quantity toward a target beyond its estimate; the minimiser lies on
-        the profile, and the next target is found by false position on the root.
+        the profile. Once the goal is bracketed the next target is found by false position on the
+        root, and the pull stiffens: a weak one jumps over a stretch where the profile is concave.
+        An end counts only where no other start finds a lower point of the profile there.
         """
         size = self.theta.shape[0]
         stiffness = self.scale / self.error**2
         reach = np.full(size, 2.0 * self.goal)  # target's distance in standard errors
-        inner = np.zeros((size, 3))  # (root, value, reach) inside the goal
+        inner = np.zeros((size, 2))  # (root, value) inside the goal
         inner[:, 1] = self.estimate
-        outer = np.full((size, 3), np.nan)  # and outside
-        theta = self.theta.copy()
-        done = np.zeros(size, bool)
-        history = []
+        outer = np.full((size, 2), np.nan)  # and outside
+        theta, near = self.theta.copy(), self.theta.copy()
+        target = self.estimate + self.side * reach * self.error
+        done, checked = np.zeros(size, bool), np.zeros(size, bool)
+        history: list[tuple[np.ndarray, np.ndarray]] = []
         for _ in range(ROUNDS):
             live = np.flatnonzero(~done)
             if live.size == 0:
                 break
-            target = self.estimate + self.side * reach * self.error
             tilt = Tilt(self.functions, self.which, target, stiffness)
-            tilted = replace(self.problem, tilt=tilt).rows(live)
-            theta[live] = minimise(tilted, theta[live], ITERATIONS).theta
+            theta[live] = minimise(
+                replace(self.problem, tilt=tilt).rows(live), near[live], ITERATIONS
+            ).theta
             g, root = self._measure(theta)
+            # in its first round, and where it would end, a profile is looked at from elsewhere
+            fresh = ~done & ~checked & ((len(history) == 0) | (root >= self.goal))
+            if len(self.starts) and fresh.any():
+                rows = np.flatnonzero(fresh)
+                theta[rows] = self._elsewhere(rows, theta[rows], tilt)
+                checked |= fresh & (len(history) > 0)
+                g, root = self._measure(theta)
             history.append((g, root))
             past = root >= self.goal
-            point = np.stack([root, g, reach], axis=1)
+            point = np.stack([root, g], axis=1)
             outer = np.where((past & ~done)[:, None], point, outer)
             inner = np.where((~past & ~done)[:, None], point, inner)
+            near = np.where((~past & ~done)[:, None], theta, near)
             done |= np.abs(root / self.goal - 1.0) < CLOSE
             done |= np.abs(g - self.estimate) > FAR
             done |= reach > ENDLESS
-            reach = np.where(done, reach, self._next_reach(inner, outer, reach, root))
+            bracketed = np.isfinite(outer[:, 0])
+            share = (self.goal - inner[:, 0]) / np.where(bracketed, outer[:, 0] - inner[:, 0], 1.0)
+            # Kept off the ends of the bracket, so that it always shrinks.
+            within = inner[:, 1] + np.clip(share, 0.05, 0.95) * (outer[:, 1] - inner[:, 1])
+            growth = np.clip(1.05 * self.goal / np.maximum(root, 1e-9), 1.2, 6.0)
+            reach = np.where(done | bracketed, reach, reach * growth)
+            beyond = self.estimate + self.side * reach * self.error
+            target = np.where(bracketed, within, beyond)
+            stiffness = np.where(bracketed & ~done, stiffness * STIFFER, stiffness)
         return self._cut(inner, outer), history
+
+    def _elsewhere(self, rows: np.ndarray, theta: np.ndarray, tilt: Tilt) -> np.ndarray:
+        """The lowest of `theta [rows, K]` and what the other starts end in, `[rows, K]`."""
+        problem = replace(self.problem, tilt=tilt).rows(rows)
+        value = problem.value_and_gradient(theta)[0]
+        for start in self.starts:
+            ends = minimise(problem, np.repeat(start[None], rows.size, axis=0), ITERATIONS)
+            lower = ends.value < value
+            theta = np.where(lower[:, None], ends.theta, theta)
+            value = np.where(lower, ends.value, value)
+        return theta
 
     def trace(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Points part of the way to the goal, for figures."""
@@ -297,16 +378,6 @@ class Walk:
         root = np.sqrt(np.maximum(2.0 * (value - self.value) / self.scale, 0.0))
         g = Tilt(self.functions, self.which, self.estimate, self.scale).evaluate(theta)[0]
         return g, root
-
-    def _next_reach(
-        self, inner: np.ndarray, outer: np.ndarray, reach: np.ndarray, root: np.ndarray
-    ) -> np.ndarray:
-        bracketed = np.isfinite(outer[:, 0])
-        share = (self.goal - inner[:, 0]) / np.where(bracketed, outer[:, 0] - inner[:, 0], 1.0)
-        # Kept off the ends of the bracket, so that it always shrinks.
-        within = inner[:, 2] + np.clip(share, 0.05, 0.95) * (outer[:, 2] - inner[:, 2])
-        beyond = reach * np.clip(1.05 * self.goal / np.maximum(root, 1e-9), 1.2, 6.0)
-        return np.where(bracketed, within, beyond)
 
     def _cut(self, inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
         """The value at the goal, on the line between the two points that bracket it."""

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="ROLE=NAME,...",
         help="columns by role: params, tokens, unique_tokens, unique_pairs, loss, total_params, "
-        "experts, router, granularity, sparsity, flops, run, step, seed",
+        "experts, router, granularity, sparsity, flops, run, step, seed, lr, batch, weight_decay",
     )
     add(
         "--where",
@@ -73,16 +73,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens-per-pair", type=float, help="turns unique_pairs into unique_tokens")
     add("--published", choices=sorted(STUDIES), help="print a study's numbers beside ours")
     add("--advise", action="store_true", help="the best model under the limits below")
-    add("--max-flops", type=float, help="training compute, 6 N D")
+    add("--max-flops", type=float, help="training FLOPs; a token costs what the runs' flops say")
     add("--max-params", type=float, help="total parameters that fit in memory")
     add("--max-unique", type=float, help="unique tokens at hand")
+    add("--max-inference-flops", type=float, help="of a token, forward; a third of training")
     add("--next-run", metavar="GRID", help="table of candidate cells to rank")
     add("--design", action="store_true", help="check a planned grid (no losses) and stop")
     add("--out", required=True, metavar="DIR")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Reads, then fits or checks a design; raises UserError for wrong input."""
+def run(args: argparse.Namespace) -> int:
+    """Reads, then fits or checks a design; 1 where the fit did not converge.
+
+    Raises:
+      UserError: the input is wrong.
+    """
     from rich.console import Console
 
     from moe_ablm.scaling.catalogue import LAWS
@@ -108,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     runs = read_runs(args.input, reading)
     if args.design:
         _design(console, runs, laws, args, out)
-    else:
-        _fit(console, runs, laws, args, out, reading)
+        return 0
+    return _fit(console, runs, laws, args, out, reading)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -118,7 +123,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value < 0:
             raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more")
-    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique"):
+    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique",
+                 "max_inference_flops"):  # fmt: skip
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             name = flag.replace("_", "-")
@@ -143,13 +149,14 @@ def _fit(
     args: argparse.Namespace,
     out: Path,
     reading: "Reading",
-) -> None:
-    """Fits, compares, draws and writes; the first law is saved."""
+) -> int:
+    """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
+    from moe_ablm.scaling.approaches import approaches, disagreement
     from moe_ablm.scaling.catalogue import applicable, resolve
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.published import STUDIES
     from moe_ablm.scaling.selection import Question, analyse, compare, verdict
-    from moe_ablm.scaling.tables import comparison_table, show, write_report
+    from moe_ablm.scaling.tables import approaches_table, comparison_table, show, write_report
 
     question = Question(
         law="",
@@ -187,6 +194,11 @@ def _fit(
     more, said = _advice(analysis, args, reading)
     tables += more
     sentences += said
+    if analysis.fit.law.name in ("isoflop", "chinchilla", "envelope"):
+        made = approaches(runs, question.target, min(args.bootstrap, 400), args.seed)
+        if len(made) > 1:
+            tables.append(approaches_table(made))
+            sentences += [s for s in [disagreement(made)] if s]
     for table in tables:
         console.print(table)
     for sentence in sentences:
@@ -196,6 +208,7 @@ def _fit(
     figures = {p.stem: p for p in paths if p.suffix == ".svg"}
     write_report(out, analysis, figures, tables, sentences, study)
     console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
+    return int(analysis.fit.status == "not_converged")
 
 
 def _advice(
@@ -221,7 +234,9 @@ def _advice(
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
-        limits = design.Limits(args.max_flops, args.max_params, args.max_unique)
+        limits = design.Limits(
+            args.max_flops, args.max_params, args.max_unique, args.max_inference_flops
+        )
         best = design.advise(fit, boot, limits)
         shown.append(tables.advice_table(best))
         if best.at_bound.any():

@@ -1,0 +1,161 @@
+"""Coverage of 95 % intervals on simulated tables: `python benchmarks/coverage.py [--sets N]`.
+
+Each law is fitted to N tables with known coefficients and noise; the share of intervals that hold
+the truth is printed for every coefficient. `--out` keeps a line a table, and a second command goes
+on where the first one stopped.
+
+    nice -n 5 python benchmarks/coverage.py --sets 200 --out coverage.jsonl
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
+from moe_ablm.scaling.catalogue import SMOOTH
+from moe_ablm.scaling.uncertainty import bootstrap_intervals
+
+Columns = dict[str, np.ndarray]
+DRAWS = 400
+DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
+REPEATED = DENSE | {"P": 0.05, "delta": 0.6, "kappa": 0.7}
+ROUTED = {"a[x]": -0.08, "b[x]": -0.12, "c[x]": 0.011, "d[x]": 1.1}
+ROUTED |= {"E_start[x]": 2.0, "E_max_over_E_start[x]": 150.0}
+
+
+def dense_grid() -> Columns:
+    """64 runs, eight sizes and eight lengths."""
+    n, d = np.meshgrid(np.geomspace(4e7, 1e10, 8), np.geomspace(5e8, 3e11, 8))
+    return {"params": n.ravel(), "tokens": d.ravel()}
+
+
+def checkpoint_grid() -> Columns:
+    """30 runs of ten sizes, three seeds, with eight checkpoints each."""
+    n = np.repeat(np.geomspace(4e7, 1e10, 10), 24)
+    run = np.repeat([f"r{i:02d}" for i in range(30)], 8)
+    return {"params": n, "tokens": np.tile(np.geomspace(1e9, 3e11, 8), 30), "run": run}
+
+
+def repeated_grid() -> Columns:
+    """96 runs: six sizes, four numbers of epochs, four data sizes."""
+    n, u, k = np.meshgrid(
+        np.geomspace(1e7, 3e9, 6), np.geomspace(1e9, 3e10, 4), [1.0, 5.0, 25.0, 80.0]
+    )
+    return {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
+
+
+def routed_grid() -> Columns:
+    """75 runs: five sizes, five numbers of experts, three seeds."""
+    n, e = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 5), [1.0, 4.0, 16.0, 64.0, 256.0])
+    )
+    n, e = np.tile(n, 3), np.tile(e, 3)
+    return {"params": n, "experts": e, "router": np.where(e > 1, "x", "dense")}
+
+
+def joint_grid() -> Columns:
+    """216 runs: the repeated grid of three data sizes, dense and two numbers of experts."""
+    n, u, k = np.meshgrid(
+        np.geomspace(1e7, 3e9, 6), np.geomspace(1e9, 3e10, 3), [1.0, 5.0, 25.0, 80.0]
+    )
+    dense = {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
+    out = {name: np.tile(v, 3) for name, v in dense.items()}
+    out["experts"] = np.repeat([1.0, 8.0, 64.0], n.size)
+    out["router"] = np.where(out["experts"] > 1, "x", "dense")
+    out["total_params"] = out["params"] * (1 + 0.5 * (out["experts"] - 1))
+    return out
+
+
+# by the name in the table: law, design, truth, sd of ln L of a run and of a row
+CASES: dict[str, tuple[str, Callable[[], Columns], Mapping[str, float], float, float]] = {
+    "chinchilla": ("chinchilla", dense_grid, DENSE, 0.0, 2e-3),
+    "chinchilla, checkpoints": ("chinchilla", checkpoint_grid, DENSE, 4e-3, 5e-4),
+    "data_constrained_b2": ("data_constrained_b2", repeated_grid, REPEATED, 0.0, 2e-3),
+    "moe_clark": ("moe_clark", routed_grid, ROUTED, 0.0, 2e-3),
+    "joint": (
+        "joint",
+        joint_grid,
+        REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5},
+        0.0,
+        2e-3,
+    ),
+}
+
+
+def simulate(case: str, seed: int) -> Runs:
+    """A table of the case; runs err by themselves, and rows a little more."""
+    name, design, truth, between, within = CASES[case]
+    columns = design()
+    law = SMOOTH[name](("x",)) if name in ("moe_clark", "joint") else SMOOTH[name]()
+    inputs = {k: v for k, v in columns.items() if k != "run"}
+    if name == "moe_clark":
+        inputs["router"] = np.full(columns["params"].size, "x")
+    loss = law.predict(truth, inputs)
+    rng = np.random.default_rng(seed)
+    noise = within * rng.standard_normal(loss.size)
+    if "run" in columns:
+        run = np.unique(columns["run"], return_inverse=True)[1]
+        noise = noise + between * rng.standard_normal(run.max() + 1)[run]
+    return Runs(columns | {"loss": loss * np.exp(noise)}, tuple(map(str, range(loss.size))))
+
+
+def inside(case: str, seed: int) -> dict[str, dict[str, bool]]:
+    """Whether the truth is in each interval, by method and coefficient."""
+    name, _, truth, _, within = CASES[case]
+    made = fit_law(simulate(case, seed), name, huber_delta=within if within > 1e-3 else None)
+    found = {p.quantity.name: p.interval(0.95) for p in profiles(made)}
+    drawn = bootstrap_intervals(made, bootstrap(made, DRAWS, seed))
+    methods = {"profile": found, "bootstrap": {k: v[0] for k, v in drawn.items()}}
+    return {
+        method: {
+            k: (i.low is None or i.low <= truth[k]) and (i.high is None or truth[k] <= i.high)
+            for k, i in intervals.items()
+            if k in truth
+        }
+        for method, intervals in methods.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
+    args = parser.parse_args()
+    done: dict[tuple[str, int], dict] = {}
+    if args.out.exists():
+        for line in args.out.read_text().splitlines():
+            entry = json.loads(line)
+            done[entry["case"], entry["seed"]] = entry["inside"]
+    for case in args.case or CASES:
+        for seed in range(args.sets):
+            if (case, seed) not in done:
+                done[case, seed] = inside(case, seed)
+                entry = {"case": case, "seed": seed, "inside": done[case, seed]}
+                with args.out.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+    Console(width=120).print(table_of(done))
+
+
+def table_of(done: Mapping[tuple[str, int], dict]) -> Table:
+    """A row a case and method: tables, and the share of intervals that hold each coefficient."""
+    table = Table(title="95 % intervals that hold the truth, %")
+    for name in ("law", "method", "tables", "coefficients"):
+        table.add_column(name)
+    for case in CASES:
+        kept = [v for (name, _), v in done.items() if name == case]
+        for method in ("profile", "bootstrap") if kept else ():
+            names = dict.fromkeys(k for v in kept for k in v[method])
+            shares = {k: [v[method][k] for v in kept if k in v[method]] for k in names}
+            text = ", ".join(f"{k} {100 * np.mean(s):.1f}" for k, s in shares.items())
+            table.add_row(case, method, str(len(kept)), text)
+    return table
+
+
+if __name__ == "__main__":
+    main()
