@@ -24,6 +24,7 @@ class Subject:
       work: folder where unfinished results are kept; results of long computations are resumed
         from there.
       seed: of all draws.
+      null: "" or the kind of null model that the engine's router stands for (`nulls.ROUTED`).
     """
 
     engine: Engine
@@ -31,6 +32,7 @@ class Subject:
     work: Path
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     seed: int = 0
+    null: str = ""
 
     def antibodies(
         self,
