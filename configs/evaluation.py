@@ -5,7 +5,8 @@
         --data proteins=gb1/splits.zip --out evaluation/top2
 
 Five minutes or so for an encoder of a million parameters on two cores. A suite of one's own is such
-a file; an evaluation without settings is an empty mapping. Names and settings: docs/evaluation.md.
+a file; an evaluation without settings is an empty mapping. `claims` are named before anything runs:
+only these get a verdict from the verb compare. Names and settings: docs/evaluation.md.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ def get_config() -> ConfigDict:
     """Smaller than the defaults, which `--suite all` has."""
     return ConfigDict(
         {
+            "claims": ["specialisation", "pairing", "experts"],
             "perplexity": {"antibodies": 1000, "repeats": 2},
             "positions": {"antibodies": 60},
             "mutations": {"antibodies": 400},

@@ -10,7 +10,9 @@ import numpy as np
 
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation import suite
+from moe_ablm.evaluation.declared import RESTS_ON
 from moe_ablm.evaluation.estimates import Number, Sample
+from moe_ablm.evaluation.nulls import NULLS
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.reporting import report
 from moe_ablm.evaluation.reporting.results import IDENTITY, write_results
@@ -38,6 +40,7 @@ def about(router: str = "none", sha256: str = "0", **changes) -> dict:
         "files": {},
         "seed": 0,
         "precision": "float32",
+        "claims": list(RESTS_ON),
     }
     return content | {k: v for k, v in changes.items() if k not in model}
 
@@ -64,11 +67,17 @@ def gain_outcome(gain: float, spread: float = 0.5) -> Outcome:
 
 
 def routing_outcome(value: float, half: float, order: tuple[int, ...] = (0, 1, 2)) -> Outcome:
-    """The number of the first claim; three experts with profiles, numbered in some order."""
+    """Numbers of the first claim; three experts with profiles, numbered in some order."""
     labels = {"matched": "chain and residue"}
+    names = [(f"cdrh3_{metric}", {}) for metric in ("excess", "over_others")]
+    names += [
+        (f"beyond_null_{metric}", {"region": "CDRH3", "null": null})
+        for metric in ("excess", "over_others")
+        for null in NULLS
+    ]
     numbers = [
-        Number(metric, value, labels, value - half, value + half, 500)
-        for metric in ("cdrh3_excess", "cdrh3_over_others")
+        Number(metric, value, labels | more, value - half, value + half, 500)
+        for metric, more in names
     ]
     profiles = np.random.default_rng(5).standard_normal((3, 14))
     for expert, profile in zip(order, profiles, strict=True):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,9 +20,12 @@ from synthetic_evaluations import (
 from test_cli import refused
 
 from moe_ablm.evaluation import partners
-from moe_ablm.evaluation.estimates import Sample, blurred, kinds_of
+from moe_ablm.evaluation.estimates import Sample, blurred, holm, kinds_of, over_seeds, welch
 from moe_ablm.evaluation.experts.traits import PLANNED
+from moe_ablm.evaluation.nulls import NULLS
 from moe_ablm.evaluation.reporting.claims import (
+    ALONE,
+    EXPLORATORY,
     HOLDS,
     MATCHED,
     NONE,
@@ -100,8 +104,8 @@ def test_the_value_of_a_difference_is_that_of_the_means_by_hand(evaluated):
     labels = {"test set": "paired", "region": "all"}
     found = compare(runs).difference("perplexity", "perplexity", "top2", "dense", **labels)
     assert found.value == pytest.approx(np.mean(means[2:]) - np.mean(means[:2]), rel=1e-9)
-    sd = np.sqrt((np.var(means[:2], ddof=1) + np.var(means[2:], ddof=1)) / 2)
-    assert found.seed_sd == pytest.approx(sd, rel=1e-9)
+    assert found.seed_sd == pytest.approx(np.std(means[2:], ddof=1), rel=1e-9)
+    assert found.reference_sd == pytest.approx(np.std(means[:2], ddof=1), rel=1e-9)
 
 
 def test_an_interval_of_single_models_is_the_normal_one_of_paired_differences():
@@ -116,29 +120,83 @@ def test_an_interval_of_single_models_is_the_normal_one_of_paired_differences():
         (found.value - half, found.value + half), abs=0.15 * half
     )
     assert np.isnan(found.seed_sd) and found.high - found.low < 0.02
+    assert np.isnan(found.p) and found.seeds == 1
 
 
 @pytest.mark.parametrize(
-    ("seeds", "seed_sd"), [((1, 1), 0.0), ((2, 2, 2), 0.0), ((2, 2, 2), 0.5), ((2, 3), 0.2)]
+    ("seeds", "seed_sds"),
+    [
+        ((1, 1), (0.0, 0.0)),
+        ((2, 2, 2), (0.0, 0.0, 0.0)),
+        ((2, 2, 2), (0.5, 0.5, 0.5)),
+        ((2, 3), (0.2, 0.2)),
+        # kinds that vary unlike, for which a pooled sd held the truth 71 times in 100
+        ((3, 3, 3), (0.02, 0.6, 0.02)),
+    ],
 )
-def test_intervals_hold_the_truth_as_often_as_they_say(seeds, seed_sd):
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds, seed_sds):
     """Simulated studies: antibodies and seeds drawn anew each time; truth is a difference of 0."""
     rng, studies, units, held = np.random.default_rng(1), 250, 60, 0
     for _ in range(studies):
         shared = rng.standard_normal(units)
         kinds = {
             str(kind): [
-                sample(shared + seed_sd * rng.standard_normal() + rng.standard_normal(units))
+                sample(shared + sd * rng.standard_normal() + rng.standard_normal(units))
                 for _ in range(n)
             ]
-            for kind, n in enumerate(seeds)
+            for kind, (n, sd) in enumerate(zip(seeds, seed_sds, strict=True))
         }
         found = kinds_of(kinds, draws=200).difference("1", "0")
         held += found.low <= 0 <= found.high
     # 95 % of 250 with a binomial error of 1.4 %; where seeds do not differ, what antibodies do
-    # to a seed is counted twice, which errs to the safe side
+    # to a seed is counted twice, which errs to the safe side, as Welch's degrees of freedom do
+    # where two seeds of both kinds vary alike
     assert held / studies >= 0.905, held
-    assert held / studies <= (0.99 if seed_sd or max(seeds) == 1 else 1.0), held
+    assert held / studies <= (0.99 if max(seeds) == 1 else 1.0), held
+
+
+def test_the_welch_interval_is_that_of_scipy():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0, 0.1, 3), rng.normal(1, 3.0, 4)
+    error, degrees = welch([b.std(ddof=1), a.std(ddof=1)], [4, 3])
+    expected = stats.ttest_ind(b, a, equal_var=False)
+    assert (b.mean() - a.mean()) / error == pytest.approx(expected.statistic)
+    assert degrees == pytest.approx(expected.df)
+    assert np.isnan(welch([math.nan, 0.1], [1, 3])[0])
+
+
+def test_p_of_a_difference_is_that_of_welch_where_antibodies_are_alike():
+    values = {"a": [1.0, 1.3, 1.1], "b": [1.5, 1.9, 1.4]}
+    noise = 1e-6 * np.random.default_rng(3).standard_normal(500)
+    kinds = {k: [sample(v + noise) for v in each] for k, each in values.items()}
+    found = kinds_of(kinds).difference("b", "a")
+    expected = stats.ttest_ind(values["b"], values["a"], equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-3)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_holm_by_hand():
+    """Smallest times 4, next times 3, ...; never less than the one before (Holm 1979)."""
+    found = holm([0.01, 0.04, math.nan, 0.03, 0.9])
+    np.testing.assert_allclose(found, [0.04, 0.09, math.nan, 0.09, 0.9])
+    assert holm([0.6, 0.7]).tolist() == [1.0, 1.0]
+    assert np.isnan(holm([math.nan])).all()
+
+
+def test_one_false_difference_among_many_is_rarer_than_holm_says():
+    """Twelve metrics without any difference, three seeds of two kinds: all tables of no effect."""
+    rng, false = np.random.default_rng(6), 0
+    for _ in range(80):
+        p = []
+        for _ in range(12):
+            kinds = {
+                k: [sample(rng.normal(0, 0.3) + rng.standard_normal(40)) for _ in range(3)]
+                for k in "ab"
+            }
+            p.append(kinds_of(kinds, draws=100).difference("b", "a").p)
+        false += holm(p).min() < 0.05
+    assert false / 80 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 80)
 
 
 def test_two_seeds_drawn_with_replacement_would_say_too_much():
@@ -158,7 +216,7 @@ def test_with_many_units_the_seed_level_is_the_two_sample_t_interval():
     noise = 1e-6 * rng.standard_normal(500)
     kinds = {k: [sample(v + noise) for v in each] for k, each in values.items()}
     found = kinds_of(kinds).difference("b", "a")
-    expected = stats.ttest_ind(values["b"], values["a"]).confidence_interval(0.95)
+    expected = stats.ttest_ind(values["b"], values["a"], equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
     assert found.seeds == 2
 
@@ -193,7 +251,51 @@ def test_claims(evaluated):
     assert light.verdict == f"{HOLDS} for dense and top2, {NOT} for soft"
     assert dense.verdict == f"{HOLDS} for top2, {OPEN} for soft"
     told = [f.sentence for f in dense.findings if f.kind == "top2" and f.decides]
-    assert "2 seeds each" in told[0] and "0.0" in told[0] and "[0." in told[0]
+    assert "dense 2 seeds" in told[0] and "0.0" in told[0] and "[0." in told[0]
+
+
+def test_with_one_seed_there_is_no_verdict(evaluated):
+    """However clear: what another training run would show is not known."""
+    for claim in claims_of(compare(read(evaluated, seeds=1))):
+        assert {f.verdict for f in claim.findings if f.decides} == {ALONE}
+    two = [*read(evaluated, "dense"), *read(evaluated, "top2", seeds=1)]
+    experts, light, dense = claims_of(compare(two))
+    assert experts.verdict == ALONE and dense.verdict == ALONE
+    assert light.verdict == f"{HOLDS} for dense, {ALONE} for top2"
+    assert all(math.isnan(r.adjusted) for r in compare(two).results if r.reference)
+
+
+def test_what_was_not_declared_is_exploratory(evaluated, tmp_path):
+    runs = read(evaluated)
+    contents = [r.content | {"claims": ["specialisation"]} for r in runs]
+    some = [replace(r, content=c) for r, c in zip(runs, contents, strict=True)]
+    experts, light, dense = claims_of(compare(some))
+    assert experts.verdict == HOLDS
+    assert light.verdict == dense.verdict == EXPLORATORY
+    assert "did not name the claim 'pairing' before it ran" in light.notes[-1]
+    before = [replace(runs[0], content={k: v for k, v in runs[0].content.items() if k != "claims"})]
+    assert claims_of(compare([*before, *runs[1:]]))[0].verdict == EXPLORATORY
+
+
+def test_evaluations_without_position_only_routers_have_no_verdict(evaluated, tmp_path):
+    runs = []
+    for seed in "ab":
+        outcome = routing_outcome(0.8, 0.05)
+        outcome = replace(outcome, numbers=[n for n in outcome.numbers if "null" not in n.metric])
+        path = write_evaluation(tmp_path / seed, about("topk", seed), routing=outcome)
+        runs.append(read_evaluated("top2", path))
+    claim = claims_of(compare(runs))[0]
+    assert claim.verdict == NONE and "evaluate again" in claim.findings[0].sentence
+    assert not [n for n in compare(runs).stability if n.metric == "matched_p"]
+
+
+def test_over_seeds_is_the_t_interval_of_scipy():
+    values = [0.3, 0.5, 0.1]
+    expected = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert over_seeds(values, [0, 0, 0]) == pytest.approx((0.3, *expected))
+    wide = over_seeds([0.3, 0.3, 0.3], [0.2, 0.2, 0.2])
+    assert wide == pytest.approx((0.3, 0.2, 0.4))
+    assert np.isnan(over_seeds([0.3], [0.1])[1:]).all()
 
 
 def test_claims_without_numbers_are_not_evaluated(evaluated, tmp_path):
@@ -227,19 +329,39 @@ def test_unequal_active_parameters_are_told_and_not_judged(evaluated, tmp_path):
 def test_every_region_has_its_expert_but_cdrh3_must_have_more_of_one(
     tmp_path, excess, over, expected
 ):
-    outcome = routing_outcome(excess, 0.05)
-    outcome.numbers[1] = replace(outcome.numbers[1], value=over, low=over - 0.05, high=over + 0.05)
-    directory = write_evaluation(tmp_path / "x", about("topk", "x"), routing=outcome)
-    assert claims_of(compare([read_evaluated("top2", directory)]))[0].verdict == expected
+    runs = []
+    for seed in "ab":
+        outcome = routing_outcome(excess, 0.05)
+        outcome.numbers[:] = [
+            replace(n, value=over, low=over - 0.05, high=over + 0.05) if "over" in n.metric else n
+            for n in outcome.numbers
+        ]
+        directory = write_evaluation(tmp_path / seed, about("topk", seed), routing=outcome)
+        runs.append(read_evaluated("top2", directory))
+    assert claims_of(compare(runs))[0].verdict == expected
+
+
+@pytest.mark.parametrize("null", NULLS)
+def test_each_null_must_be_exceeded(tmp_path, null):
+    runs = []
+    for seed in "ab":
+        outcome = routing_outcome(1.0, 0.05)
+        outcome.numbers[:] = [
+            replace(n, value=0.0) if n.labels.get("null") == null else n for n in outcome.numbers
+        ]
+        directory = write_evaluation(tmp_path / seed, about("topk", seed), routing=outcome)
+        runs.append(read_evaluated("top2", directory))
+    assert claims_of(compare(runs))[0].verdict == NOT
 
 
 @pytest.mark.parametrize(
-    ("ends", "expected"),
-    [((0.1, 0.2), HOLDS), ((-0.2, -0.1), NOT), ((-0.1, 0.005), NOT), ((-0.1, 0.2), OPEN),
-     ((np.nan, np.nan), OPEN), ((0.001, 0.005), NOT), ((0.001, 0.02), HOLDS)],
+    ("ends", "seeds", "expected"),
+    [((0.1, 0.2), 2, HOLDS), ((-0.2, -0.1), 2, NOT), ((-0.1, 0.005), 3, NOT),
+     ((-0.1, 0.2), 2, OPEN), ((np.nan, np.nan), 2, OPEN), ((0.001, 0.005), 2, NOT),
+     ((0.001, 0.02), 5, HOLDS), ((0.1, 0.2), 1, ALONE), ((np.nan, np.nan), 1, ALONE)],
 )  # fmt: skip
-def test_verdicts(ends, expected):
-    assert verdict_of(*ends, smallest=0.01) == expected
+def test_verdicts(ends, seeds, expected):
+    assert verdict_of(*ends, 0.01, seeds) == expected
 
 
 def test_the_verb_writes_results_numbers_and_report(evaluated, tmp_path, main):
@@ -396,5 +518,5 @@ def test_experts_of_two_seeds_are_matched_whatever_their_numbers(tmp_path):
         runs.append(read_evaluated("top2", path))
     found = {n.metric: n for n in compare(runs).stability}
     assert found["matched_correlation"].value == pytest.approx(1)
-    assert found["matched_p"].value < 0.01
-    assert dict(found["matched_p"].labels) == {"kind": "top2", "seeds": "a, b", "layer": "1"}
+    labels = {"kind": "top2", "seeds": "a, b", "layer": "1"}
+    assert dict(found["matched_correlation"].labels) == labels

@@ -24,7 +24,7 @@ from moe_ablm.evaluation.experts.findings import (
     information_numbers,
     specialist_numbers,
 )
-from moe_ablm.evaluation.experts.matching import match, stability
+from moe_ablm.evaluation.experts.matching import match, p_value, stability
 from moe_ablm.evaluation.experts.slots import TABLES as SLOT_TABLES
 from moe_ablm.evaluation.experts.slots import Slots
 from moe_ablm.evaluation.experts.traits import (
@@ -338,6 +338,39 @@ def test_correction_is_that_of_miller_and_madow_where_residues_are_independent()
     assert abs(np.mean(corrected)) < 0.15 * miller_madow
 
 
+@pytest.mark.parametrize("informed", [False, True])
+def test_intervals_of_conditional_information_hold_the_truth(antibodies, informed):
+    """Few residues for each cell: the correction alone held 0 60 times in 100."""
+    some, held = antibodies[:50], {}
+    region = np.concatenate([a.region_index() for a in some])
+    shares = (
+        np.random.default_rng(11).dirichlet(np.ones(4), 14) if informed else np.full((14, 4), 0.25)
+    )
+    truth = {}
+    for c in contrasts(some):
+        if c.trait in ("region", "residue"):
+            # P(expert | class, stratum) of each cell, from the shares of its regions
+            table = np.zeros((1, len(c.label), 4))
+            np.add.at(table[0], c.cell[c.cell >= 0], shares[region[c.cell >= 0]])
+            truth[c.trait, c.matched] = sp.information(table, c)[0, 3, 0]
+    for seed in range(8):
+
+        def rule(antibody, seed=seed):
+            rng = np.random.default_rng([seed, antibody.key])
+            odds = shares[antibody.region_index()].cumsum(1)
+            return one_hot((rng.random(len(odds))[:, None] > odds).sum(1).clip(0, 3), 4)
+
+        found = analysed(some, rule, 4)
+        for about, expected in truth.items():
+            number = value(information_numbers(found[about]), "conditional_information")
+            held.setdefault(about, []).append(number.low <= expected + 1e-9 <= number.high + 1e-9)
+            if not informed:
+                assert number.low <= 0
+    assert len(truth) == 4
+    for about, each in held.items():
+        assert np.mean(each) >= 7 / 8, (about, each)
+
+
 def test_jackknife_against_a_loop():
     table = np.random.default_rng(2).random((7, 3, 2))
 
@@ -510,24 +543,26 @@ def test_too_many_numbers_are_told_in_part(antibodies, monkeypatch):
     assert len(kept) == 3 * 8 * (4 * 14 + 20) and f"told are {len(kept):,}" in note
     everything = stability(*({"numbers": [as_json(n) for n in each]} for each in (cells, cells)))
     part = stability(*({"numbers": [as_json(n) for n in each]} for each in (kept, kept)))
-    assert part == everything and len(part) == 12
+    assert part == everything and len(part) == 6
 
 
 def test_a_shuffled_copy_is_matched_and_strangers_are_not():
     rng = np.random.default_rng(0)
     a, order = rng.normal(size=(8, 34)), rng.permutation(8)
-    blocks = np.repeat([0, 1], [14, 20])
-    copy = match(a, a[order] + 0.3 * rng.normal(size=a.shape), blocks, 200)
+    copy = match(a, a[order] + 0.3 * rng.normal(size=a.shape))
     assert (order[copy.pairs[:, 1]] == copy.pairs[:, 0]).all()
-    assert copy.correlation.mean() > 0.9 and copy.p_value == pytest.approx(1 / 201)
+    strangers = [match(a, rng.normal(size=a.shape)).correlation.mean() for _ in range(20)]
+    assert copy.correlation.mean() > 0.9 > max(strangers)
     assert copy.unmatched < 0.3
-    p = [match(a, rng.normal(size=a.shape), blocks, 99).p_value for _ in range(20)]
-    # chance's matchings are as good: p is uniform, though best matchings correlate
-    assert 0.25 < np.mean(p) < 0.75
-    fewer = match(a[:5], a, blocks, 10)
+    fewer = match(a[:5], a)
     np.testing.assert_array_equal(fewer.pairs, np.stack([np.arange(5)] * 2, 1))
-    constant = match(np.zeros((2, 34)), a[:2], blocks, 10)
-    assert constant.correlation.tolist() == [0, 0] and constant.p_value == 1
+    assert match(np.zeros((2, 34)), a[:2]).correlation.tolist() == [0, 0]
+
+
+def test_p_of_a_match_by_hand():
+    """Two of four pairs of the one null are as alike, one of three of the other."""
+    assert p_value(0.5, [np.array([0.1, 0.5, 0.6, 0.2]), np.array([0.4, 0.9, 0.1])]) == 3 / 5
+    assert p_value(0.95, [np.array([0.1, 0.5, 0.6, 0.2])]) == 1 / 5
 
 
 def routed_by_residue(router_scale: float = 1.0):
@@ -609,7 +644,7 @@ def test_soft_moe_in_a_suite(dataset, tmp_path):
     assert {n.labels["layer"] for n in same} == {"0", "1"}
     for layer in "01":
         assert value(same, "matched_correlation", layer=layer).value == pytest.approx(1, abs=1e-3)
-        assert value(same, "matched_p", layer=layer).value < 0.01
+        assert value(same, "matched_p", layer=layer).value < 0.02
 
 
 def test_expert_choice_tells_how_many_experts_a_residue_has(dataset, tmp_path):

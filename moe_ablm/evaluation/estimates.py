@@ -6,8 +6,8 @@ often for every model and metric, so that comparisons are paired.
 Between kinds of model both antibodies and training seeds vary. Two or three seeds of a kind are too
 few to be drawn with replacement - with two, a nominal 95 % interval covers the truth about 70 times
 in 100 - so the error of a mean of seeds is drawn from Student's t with the standard deviation
-between seeds, pooled over the kinds (Davison & Hinkley 1997, section 3.8 on hierarchical data;
-Satterthwaite's degrees of freedom with equal variances).
+between seeds of each kind (Davison & Hinkley 1997, section 3.8 on hierarchical data; Welch 1947,
+with Satterthwaite's degrees of freedom: kinds differ in how much their seeds vary).
 """
 
 import functools
@@ -255,10 +255,12 @@ class Estimate:
 
     Attributes:
       value: mean over seeds.
-      low, high: ends of the 95 % interval.
+      low, high: ends of the 95 % interval; with one seed of a kind it is of these models alone.
       units: how many the models have in common.
       seeds: fewest of a kind that went into it.
-      seed_sd: standard deviation between seeds, pooled over all kinds; NaN with one seed of each.
+      seed_sd: standard deviation between seeds of the kind; NaN with one.
+      reference_sd: the same of the kind that is subtracted; NaN where none is.
+      p: two-sided, of the value being 0; NaN with one seed of a kind.
     """
 
     value: float
@@ -267,10 +269,13 @@ class Estimate:
     units: int
     seeds: int
     seed_sd: float
+    reference_sd: float = math.nan
+    p: float = math.nan
 
     def turned(self) -> "Estimate":
         """The difference the other way round."""
-        return replace(self, value=-self.value, low=-self.high, high=-self.low)
+        turned = replace(self, value=-self.value, low=-self.high, high=-self.low)
+        return replace(turned, seed_sd=self.reference_sd, reference_sd=self.seed_sd)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,16 +292,9 @@ class Kinds:
     drawn: Mapping[str, np.ndarray]
     units: int
 
-    @property
-    def degrees(self) -> int:
-        """Degrees of freedom of the standard deviation between seeds."""
-        return sum(len(v) - 1 for v in self.values.values())
-
-    @property
-    def seed_sd(self) -> float:
-        """Between seeds of a kind, pooled."""
-        squares = sum(float(((v - v.mean()) ** 2).sum()) for v in self.values.values())
-        return math.sqrt(squares / self.degrees) if self.degrees else math.nan
+    def seed_sd(self, kind: str) -> float:
+        """Between seeds of a kind."""
+        return float(self.values[kind].std(ddof=1)) if len(self.values[kind]) > 1 else math.nan
 
     def mean(self, kind: str) -> Estimate:
         """Of a kind."""
@@ -309,13 +307,77 @@ class Kinds:
     def _estimate(self, signs: Mapping[str, int]) -> Estimate:
         value = sum(sign * float(self.values[kind].mean()) for kind, sign in signs.items())
         drawn = np.sum([sign * self.drawn[kind] for kind, sign in signs.items()], axis=0)
-        error = self.seed_sd * math.sqrt(sum(1 / len(self.values[kind]) for kind in signs))
-        ends = blurred(drawn, error, self.degrees) if error > 0 else interval(drawn)
-        seeds = min(len(self.values[kind]) for kind in signs)
-        return Estimate(value, *ends, self.units, seeds, self.seed_sd)
+        seeds = [len(self.values[kind]) for kind in signs]
+        sds = [self.seed_sd(kind) for kind in signs]
+        error, degrees = welch(sds, seeds)
+        ends = blurred(drawn, error, degrees) if error > 0 else interval(drawn)
+        p = blurred_p(drawn, error, degrees) if min(seeds) > 1 else math.nan
+        reference_sd = sds[1] if len(sds) > 1 else math.nan
+        return Estimate(value, *ends, self.units, min(seeds), sds[0], reference_sd, p)
 
 
-def blurred(drawn: np.ndarray, error: float, degrees: int) -> tuple[float, float]:
+def welch(sds: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Standard error of a sum of means of `counts` values with standard deviations `sds`.
+
+    Returns:
+      The error and its degrees of freedom (Satterthwaite 1946); NaN and 0 where a count is 1.
+    """
+    parts = np.square(np.asarray(sds, float)) / np.asarray(counts)
+    total = float(parts.sum())
+    if not total > 0:
+        return total, 0.0
+    return math.sqrt(total), float(total**2 / (parts**2 / (np.asarray(counts) - 1)).sum())
+
+
+def over_seeds(values: Sequence[float], widths: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one number a seed, and its 95 % interval: Student's t over the seeds.
+
+    What the antibodies are, which all seeds share, is no part of what seeds differ by: its error is
+    added, as squares are.
+
+    Args:
+      values: of each seed.
+      widths: of each seed's interval over antibodies.
+
+    Returns:
+      Mean, low, high; without ends where there is one seed.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = math.hypot(special.stdtrit(n - 1, (1 + LEVEL) / 2) * error, float(np.mean(widths)) / 2)
+    return mean, mean - half, mean + half
+
+
+def blurred_p(drawn: np.ndarray, error: float, degrees: float) -> float:
+    """Two-sided p of 0 among bootstrap values, to each of which error x Student's t is added.
+
+    The number of draws bounds it from below, as they cannot tell what is rarer.
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return math.nan
+    if error > 0:
+        below = float(special.stdtr(degrees, -drawn / error).mean())
+        above = float(special.stdtr(degrees, drawn / error).mean())
+    else:
+        below, above = float((drawn <= 0).mean()), float((drawn >= 0).mean())
+    return min(max(2 * min(below, above), 1 / (len(drawn) + 1)), 1.0)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """P-values adjusted for their number by Holm (1979); NaN stays and does not count."""
+    values = np.asarray(p, float)
+    known = np.flatnonzero(np.isfinite(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    adjusted = np.full(values.shape, math.nan)
+    steps = np.arange(len(order), 0, -1) * values[order]
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def blurred(drawn: np.ndarray, error: float, degrees: float) -> tuple[float, float]:
     """Percentile interval of bootstrap values, to each of which error x Student's t is added."""
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):

@@ -7,10 +7,12 @@ residue, chain and residue, or the position. Flagged are excesses with a false d
 below 5 % (Benjamini & Hochberg 1995) over all layers, experts and classes. Intervals leave out
 groups of clones in turn (jackknife). cdrh3_excess is the excess of the expert that takes most of
 CDRH3 beyond expectation, chosen among all layers on one half of the clones and measured on the
-other; mutual information is in bits and corrected for its bias.
+other. Routers that know no region have such experts, too: beyond_null_excess is what is above that
+of random smooth routers by position, of this router with the positions of other antibodies, and of
+the untrained encoder. Mutual information is in bits and corrected for its bias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +20,11 @@ import numpy as np
 from moe_ablm.data.regions import region_names
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.estimates import Number, Sample
+from moe_ablm.evaluation.experts import position_only
 from moe_ablm.evaluation.experts.assignments import Assignments, assigned, routed
+from moe_ablm.evaluation.experts.beyond import PositionOnly, References, beyond_numbers
 from moe_ablm.evaluation.experts.findings import (
+    CDRH3,
     FALSE_DISCOVERIES,
     Finding,
     cell_numbers,
@@ -29,9 +34,11 @@ from moe_ablm.evaluation.experts.findings import (
     specialist_numbers,
 )
 from moe_ablm.evaluation.experts.matching import PROFILE
+from moe_ablm.evaluation.experts.shuffled import shuffle
 from moe_ablm.evaluation.experts.slots import TABLES as SLOT_TABLES
 from moe_ablm.evaluation.experts.slots import Slots
 from moe_ablm.evaluation.experts.specialisation import jackknife, quotient
+from moe_ablm.evaluation.experts.specialists import specialists
 from moe_ablm.evaluation.experts.traits import (
     ALIGNED,
     CHAIN_AND_RESIDUE,
@@ -39,13 +46,15 @@ from moe_ablm.evaluation.experts.traits import (
     Contrast,
     contrasts,
 )
+from moe_ablm.evaluation.nulls import POSITION, ROUTED, SHUFFLED, generator, untrained
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.subject import Subject, require_regions
-from moe_ablm.inference.route import Weights
+from moe_ablm.inference.route import Choices, Weights
 from moe_ablm.model.families import Router
 
 TITLE = "Expert specialisation"
 SHOWN = (("region", CHAIN_AND_RESIDUE), ("residue", ALIGNED))  # contrasts that are drawn
+SCALE = 10  # residues: of the null kind of model that knows position only
 FEW = 2
 MOST = 100_000  # numbers of layers, experts and classes, above which some are left out
 
@@ -61,6 +70,16 @@ TABLES = (
     Table(
         "CDRH3's expert, of all layers",
         ("cdrh3_excess", "cdrh3_share", "cdrh3_relative", "cdrh3_over_others"), ("matched",),
+    ),
+    Table(
+        "CDRH3's expert beyond routers that know no region, matched on chain and residue",
+        ("null_excess", "beyond_null_excess", "null_over_others", "beyond_null_over_others"),
+        ("null",), where=(("region", CDRH3), ("matched", CHAIN_AND_RESIDUE)),
+    ),
+    Table(
+        "Each region's expert: log2 excess beyond routers that know no region, matched on chain "
+        "and residue",
+        ("beyond_null_excess",), ("null",), "region", (("matched", CHAIN_AND_RESIDUE),),
     ),
     Table(
         "Each region's expert: log2 excess, matched on chain and residue",
@@ -94,11 +113,18 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     compared = contrasts(antibodies)
     layers, experts = spec.moe_layers, router.experts
     sums = Assignments.empty(antibodies, compared, len(layers), experts)
-    slots = Slots(antibodies, layers, experts) if router.slots_of_expert else None
-    for index, routing in routed(subject.engine, antibodies):
-        sums.add(index, *assigned(routing, experts))
+    regional = [c for c in compared if c.regional]
+    references = References(antibodies, regional, sums.group, (len(layers), experts))
+    slots = None
+    if router.slots_of_expert and subject.null not in ROUTED:
+        slots = Slots(antibodies, layers, experts)
+    for index, routing, plan, gates in routed_as(subject, antibodies, router):
+        sums.add(index, plan, gates)
+        references.add_shuffled(index, plan)
         if slots and isinstance(routing, Weights):
             slots.add(index, routing)
+    for index, routing in routed(untrained(subject.engine), antibodies):
+        references.add_untrained(index, assigned(routing, experts)[0])
     found = findings(compared, sums.tables, layers)
     numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
     cells, cell_notes = bounded([n for finding in found for n in cell_numbers(finding)])
@@ -106,8 +132,23 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     for finding in found:
         numbers += information_numbers(finding)
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
+    choices = float(sums.load.sum() / len(layers) / sum(a.antibody.residues for a in antibodies))
+    rng = subject.generator(f"{POSITION} {router.name}")
+    shape = router, len(layers), choices
+    positional = PositionOnly(antibodies, compared, sums.group, shape, rng)
+    numbers += positional.correlations()
     if len(sums.gates) == 1:
         notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
+    else:
+        regions = (f for f in found if f.contrast.regional)
+        for i, finding in enumerate(regions):
+            own = specialists(finding.halves, finding.contrast)
+            theirs = references.specialists(i), positional.specialists[i]
+            numbers += beyond_numbers(finding.contrast, own, *theirs)
+    notes.append(
+        f"shuffled: {references.unmoved():.0%} of the chains keep their routing, as no other clone "
+        "has a chain of their length"
+    )
     samples = load_samples(antibodies, sums, layers, router)
     return Outcome(
         samples + (slots.samples() if slots else []),
@@ -117,6 +158,32 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         + ([slots.picture()] if slots else []),
         notes + cell_notes + remarks(found),
     )
+
+
+def routed_as(
+    subject: Subject, antibodies: Sequence[Annotated], router: Router
+) -> Iterator[tuple[int, Choices | Weights | None, np.ndarray, np.ndarray]]:
+    """(number, routing, assignments, gates) of each antibody: of the model or of its null kind."""
+    experts = router.experts
+    if subject.null not in ROUTED:
+        for index, routing in routed(subject.engine, antibodies):
+            yield index, routing, *assigned(routing, experts)
+        return
+    own = (assigned(routing, experts)[0] for _, routing in routed(subject.engine, antibodies))
+    if subject.null == SHUFFLED:
+        given = shuffle(antibodies, list(own))
+    else:
+        places = position_only.Places.of(antibodies)
+        choices = float(np.mean([plan.sum(-1).mean() for plan in own]))
+        rng, layers = (
+            generator(subject.engine, POSITION),
+            (len(subject.engine.model.spec.moe_layers),),
+        )
+        drawn = position_only.plans(router, places, SCALE, layers, choices, rng)
+        residues = np.cumsum([a.antibody.residues for a in antibodies])[:-1]
+        given = [np.moveaxis(drawn[:, p], 0, 1) for p in np.split(places.codes, residues)]
+    for index, plan in enumerate(given):
+        yield index, None, plan, plan
 
 
 def findings(

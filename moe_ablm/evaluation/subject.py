@@ -29,6 +29,7 @@ class Subject:
         from there.
       seed: of all draws.
       on_bad_row: whether malformed rows of files stop an evaluation or are left out with a note.
+      null: "" or the kind of null model that the engine's router stands for (`nulls.ROUTED`).
     """
 
     engine: Engine
@@ -37,6 +38,7 @@ class Subject:
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     seed: int = 0
     on_bad_row: Literal["fail", "skip"] = "fail"
+    null: str = ""
 
     def antibodies(
         self,

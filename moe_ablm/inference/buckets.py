@@ -4,6 +4,7 @@ The bucket of an antibody depends on its own length alone, routers see one antib
 nothing is random: a result does not depend on what else is computed.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,15 @@ class Engine:
         self._params = jax.device_put(model.params, replicated(self._mesh))
         self._compiled: dict[tuple, Callable] = {}
         keep_compilations()
+
+    def with_model(self, model: Model) -> "Engine":
+        """The same engine with other parameters of the same encoder; what is compiled is shared."""
+        if model.spec != self.model.spec:
+            raise ValueError("another encoder: make an engine of its own")
+        other = copy.copy(self)
+        other.model = model
+        other._params = jax.device_put(model.params, replicated(self._mesh))
+        return other
 
     def run(
         self, task: Task, rows: Sequence[np.ndarray], at: Sequence[int] | None = None

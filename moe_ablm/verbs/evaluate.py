@@ -21,6 +21,7 @@ FILES = {
 }
 
 MOST_SEEDS = 1 << 63
+ROUTING = "routing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop at a malformed row of a --data file (default), or leave it out with a note",
     )
     add("--seed", type=int, default=0, help="of all draws")
+    add(
+        "--null",
+        choices=("position-only", "shuffled", "untrained"),
+        help="evaluate a null model of the run's shape instead: a router by position alone, the "
+        "router with other antibodies' positions, or the encoder untrained",
+    )
     add("--precision", choices=tuple(PRECISIONS), default="float32", help="of the computation")
     add("--devices", type=int, default=1, metavar="N", help="share out the rows")
 
@@ -63,8 +70,9 @@ def run(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.seed < MOST_SEEDS:
         raise UserError(f"--seed {args.seed}: expected 0 or more, less than 2^63")
-    suite, files = read_suite(args.suite), named_files(args.data)
+    (suite, claims), files = read_suite(args.suite), named_files(args.data)
     from moe_ablm.data.dataset import Dataset
+    from moe_ablm.evaluation.nulls import ROUTED, UNTRAINED, untrained
     from moe_ablm.evaluation.reporting.results import same_command, write_results
     from moe_ablm.evaluation.subject import Subject
     from moe_ablm.evaluation.suite import run_suite, with_earlier
@@ -73,12 +81,32 @@ def run(args: argparse.Namespace) -> None:
 
     dataset = Dataset(args.input) if args.input else None
     engine = Engine(load_model(args.run), args.precision, args.devices)
-    about = same_command(args.out, engine, dataset, files, args.seed)
-    subject = Subject(engine, dataset, args.out / "work", files, args.seed, args.on_bad_row)
+    null = args.null or ""
+    if null == UNTRAINED:
+        engine = untrained(engine)
+    if null in ROUTED:
+        suite = _routed_only(suite, null)
+    about = same_command(args.out, engine, dataset, files, args.seed, claims, null)
+    work = args.out / "work"
+    subject = Subject(engine, dataset, work, files, args.seed, args.on_bad_row, null)
     found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
     found = with_earlier(found, args.out)
     for file in write_results(args.out, about, found, command_of(args)):
         print(file)
+
+
+def _routed_only(suite: Mapping[str, Any], null: str) -> dict[str, Any]:
+    """What a null of a router can be asked, as it has no predictions; says what it cannot.
+
+    Raises:
+      UserError: nothing is left.
+    """
+    for name in suite:
+        if name != ROUTING:
+            print(f"{name}: skipped: {null} is a null of a router, it has no predictions")
+    if ROUTING not in suite:
+        raise UserError(f"--null {null}: expected a suite with {ROUTING}, all that it is a null of")
+    return {ROUTING: suite[ROUTING]}
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
@@ -87,15 +115,17 @@ def command_of(args: argparse.Namespace) -> list[str]:
     line += ["--input", str(args.input)] if args.input else []
     line += [part for text in args.data for part in ("--data", text)]
     line += ["--on-bad-row", args.on_bad_row] if args.on_bad_row != "fail" else []
+    line += ["--null", args.null] if args.null else []
     return [*line, "--seed", str(args.seed), "--precision", args.precision]
 
 
-def read_suite(name: str) -> dict[str, Any]:
-    """Settings by the name of the evaluation, in the order of the suite.
+def read_suite(name: str) -> tuple[dict[str, Any], list[str]]:
+    """Settings by the name of the evaluation, in the order of the suite, and claims it declares.
 
     Raises:
-      UserError: no such evaluation, setting or file.
+      UserError: no such evaluation, setting, claim or file.
     """
+    from moe_ablm.evaluation.declared import CLAIMS
     from moe_ablm.evaluation.suite import EVALUATIONS, module_of
 
     if name.endswith(".py"):
@@ -103,7 +133,7 @@ def read_suite(name: str) -> dict[str, Any]:
     else:
         names = EVALUATIONS if name == "all" else name.split(",")
         chosen = {each.strip(): {} for each in names}
-    suite = {}
+    suite, claims = {}, _claims(chosen.pop(CLAIMS, []), f"--suite {name}: {CLAIMS}")
     for each, values in chosen.items():
         if each not in EVALUATIONS:
             raise UserError(
@@ -111,7 +141,22 @@ def read_suite(name: str) -> dict[str, Any]:
                 f"expected all, a config file, or some of {', '.join(EVALUATIONS)}"
             )
         suite[each] = _settings(module_of(each).Settings, values, f"--suite {name}: {each}")
-    return suite
+    return suite, claims
+
+
+def _claims(names: Any, where: str) -> list[str]:
+    """Claims that a suite declares, each once."""
+    from moe_ablm.evaluation.declared import RESTS_ON
+
+    if not isinstance(names, list):
+        raise UserError(f"{where}={names!r}: expected a list of some of {', '.join(RESTS_ON)}")
+    for name in names:
+        if name not in RESTS_ON:
+            raise UserError(
+                f"{where}: {name!r} is no claim{suggestion(str(name), RESTS_ON)}; expected some of "
+                f"{', '.join(RESTS_ON)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:

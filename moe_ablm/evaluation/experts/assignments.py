@@ -72,17 +72,30 @@ class Assignments:
         """Adds an antibody: float32 `assigned`, `gates` `[residues, M, E]`."""
         group = self.group[index]
         here = slice(self._first[index], self._first[index + 1])
-        for number, (contrast, table) in enumerate(zip(self._contrasts, self.tables, strict=True)):
-            cell = contrast.cell[here]
-            used = cell >= 0
-            np.add.at(table[group], cell[used], assigned[used])
-            if number == 0:
-                np.add.at(self.gates[group], contrast.label[cell[used]], gates[used])
+        add_cells(self.tables, self._contrasts, group, here, assigned)
+        contrast = self._contrasts[0]
+        cell = contrast.cell[here]
+        used = cell >= 0
+        np.add.at(self.gates[group], contrast.label[cell[used]], gates[used])
         self.load[index], self.weight[index] = assigned.sum(0), gates.sum(0)
         region = self._antibodies[index].region_index()
         for r in np.unique(region[region >= 0]):
             self.by_region[index, :, r] = assigned[region == r].sum((0, 2))
         self.alone[index] = (assigned.sum(-1) == 0).sum(0)
+
+
+def add_cells(
+    tables: Sequence[np.ndarray],
+    contrasts: Sequence[Contrast],
+    group: int,
+    here: slice,
+    assigned: np.ndarray,
+) -> None:
+    """Adds assignments `[n, M, E]` of the residues `here` of the cohort to a table a contrast."""
+    for contrast, table in zip(contrasts, tables, strict=True):
+        cell = contrast.cell[here]
+        used = cell >= 0
+        np.add.at(table[group], cell[used], assigned[used])
 
 
 def groups_of(units: Sequence[str], most: int) -> np.ndarray:

@@ -10,12 +10,18 @@ from matplotlib.figure import Figure
 
 from moe_ablm.evaluation.estimates import Number
 from moe_ablm.evaluation.experts import specialisation
-from moe_ablm.evaluation.experts.specialisation import Jackknifed, discoveries, jackknife
+from moe_ablm.evaluation.experts.specialisation import (
+    Jackknifed,
+    discoveries,
+    held_out_information,
+    jackknife,
+)
 from moe_ablm.evaluation.experts.specialists import Half, chosen, halves, specialists
 from moe_ablm.evaluation.experts.traits import FROM_START, Contrast
 
 FALSE_DISCOVERIES = 0.05
 CDRH3 = "CDRH3"
+GIVEN = 3  # of `specialisation.information`: the conditional one
 ANY = "any"  # layer of a specialist sought in all of them
 UNMATCHED = {"share": specialisation.composition, "enrichment": specialisation.enrichment}
 MATCHED = {"expected": specialisation.predicted, "excess": specialisation.excess}
@@ -32,6 +38,7 @@ class Finding:
       estimates: of each layer, `[X, E]`, by metric.
       adjusted: `[M, X, E]`, p-values of `excess`, adjusted for how many they are.
       information: of each layer, as `specialisation.information`, less its bias.
+      held_out: of each layer, as `specialisation.held_out_information`.
       halves: of each layer; none of a single group of clones.
     """
 
@@ -41,6 +48,7 @@ class Finding:
     estimates: Mapping[str, list[Jackknifed]]
     adjusted: np.ndarray
     information: list[Jackknifed]
+    held_out: list[Jackknifed]
     halves: list[tuple[Half, Half]]
 
     @classmethod
@@ -57,9 +65,10 @@ class Finding:
         estimates = {metric: each(statistic) for metric, statistic in wanted.items()}
         adjusted = discoveries(np.stack([e.p_value() for e in estimates["excess"]]))
         information = [e.corrected() for e in each(specialisation.information)]
+        held_out = [held_out_information(part, contrast) for part in parts]
         sought = contrast.trait == "region" and len(table) > 1
         two = [halves(part, contrast) for part in parts] if sought else []
-        return cls(contrast, layers, first, estimates, adjusted, information, two)
+        return cls(contrast, layers, first, estimates, adjusted, information, held_out, two)
 
 
 def cell_numbers(finding: Finding) -> list[Number]:
@@ -99,9 +108,13 @@ def estimate_numbers(
 
 
 def information_numbers(finding: Finding) -> list[Number]:
-    """Information by layer, in bits, and as a share of the entropy of experts."""
+    """Information by layer, in bits, and as a share of the entropy of experts.
+
+    The interval of the conditional one begins where information that was held out begins, as a
+    correction leaves too much where cells are few: near 0 it is a bound from above.
+    """
     c, n = finding.contrast, int(finding.contrast.residues.sum())
-    wanted = [("conditional_information", 3, {"trait": c.trait, "matched": c.matched})]
+    wanted = [("conditional_information", GIVEN, {"trait": c.trait, "matched": c.matched})]
     if finding.first:
         wanted.append(("information", 1, {"trait": c.trait}))
     if c.matched == FROM_START:
@@ -109,8 +122,10 @@ def information_numbers(finding: Finding) -> list[Number]:
     if finding.first and c.trait == "region":
         wanted.append(("expert_entropy", 0, {}))
     numbers = []
-    for layer, estimate in zip(finding.layers, finding.information, strict=True):
+    each = zip(finding.layers, finding.information, finding.held_out, strict=True)
+    for layer, estimate, held_out in each:
         low, high = estimate.interval()
+        low[GIVEN] = np.minimum(low[GIVEN], np.fmin(held_out.interval()[0], held_out.value))
         for metric, i, labels in wanted:
             about = {"layer": str(layer)} | labels
             for j, (name, unit) in enumerate(((metric, "bits"), (f"{metric}_share", "share"))):

@@ -90,7 +90,7 @@ def specialists(
             found[metric].append(Replicates(*(np.stack(p, -1) for p in zip(*parts, strict=True))))
         relative = found["excess"][-1].map(lambda value: value / most)
         found["relative"].append(relative)
-        found["over_others"].append(relative.map(_over_others))
+        found["over_others"].append(relative.map(over_others))
     if not np.isfinite(most).all():
         del found["relative"], found["over_others"]
     return {name: _mean(*both) for name, both in found.items()}
@@ -102,7 +102,8 @@ def _choice(direction: Sequence[Half], label: int) -> tuple[int, int]:
     return int(layer), int(expert)
 
 
-def _over_others(values: np.ndarray) -> np.ndarray:
+def over_others(values: np.ndarray) -> np.ndarray:
+    """Each class's value less the mean of all others', `[..., X]`."""
     others = values.sum(-1, keepdims=True) - values
     return values - others / (values.shape[-1] - 1)
 

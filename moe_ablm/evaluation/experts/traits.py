@@ -60,6 +60,14 @@ class Contrast:
     stratum: np.ndarray
     residues: np.ndarray
 
+    @property
+    def regional(self) -> bool:
+        """Whether it is of regions by something that position does not decide.
+
+        At the same distance from the N-terminus routers by position exceed nothing anyway.
+        """
+        return self.trait == "region" and self.matched != FROM_START
+
     def overlap(self) -> np.ndarray:
         """`[classes]`: how much of the average residue's stratum is of other classes.
 

@@ -1,18 +1,27 @@
-"""What holds of three claims of the studies, by these models and data."""
+"""What holds of three claims of the studies, by these models and data.
+
+A verdict needs two seeds or more of a kind: what one training run shows another one may not. And it
+needs that the claim was named before the evaluations ran (`evaluation.declared`). How often the
+rules say "holds" where there is nothing: benchmarks/error_rates.py.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from moe_ablm.data.regions import CHAINS
-from moe_ablm.evaluation.estimates import Number
+from moe_ablm.evaluation.declared import CLAIMS, EXPERTS, PAIRING, SPECIALISATION
+from moe_ablm.evaluation.estimates import Number, over_seeds
+from moe_ablm.evaluation.nulls import NULLS
 from moe_ablm.evaluation.reporting.compare import Comparison
 from moe_ablm.evaluation.reporting.report import interval_written
 from moe_ablm.evaluation.reporting.results import Evaluated
 from moe_ablm.model.families import FAMILIES
 
 HOLDS, NOT, OPEN, NONE = "holds", "does not hold", "these data cannot tell", "not evaluated"
+ALONE, EXPLORATORY = "one seed cannot tell", "exploratory"
+BESIDE = ""  # of numbers that decide nothing
 # effects below these are none: 5 % more than expected, and a fifth of a percent of perplexity
 SMALLEST_EXCESS, SMALLEST_LOSS = math.log2(1.05), 0.002
 # results.json names router families; runs of a family that is not known here stay undecided
@@ -22,6 +31,7 @@ DENSE = "none"
 MATCHED = ("chain and residue", "residue", "distance from N-terminus")
 # active parameters and tokens that differ by more are not called equal
 EQUAL = 0.05
+LEAST_SEEDS = 2  # of a kind, for a verdict
 PARTNERS = {
     "random": "a random heavy chain",
     "reverted": "its own heavy chain reverted to germline",
@@ -31,12 +41,16 @@ PARTNERS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the models of a kind say of a claim; `decides`: it counts for the claim's verdict."""
+    """What the models of a kind say of a claim; without a verdict it stands beside."""
 
     kind: str
     verdict: str
     sentence: str
-    decides: bool = True
+
+    @property
+    def decides(self) -> bool:
+        """Whether it counts for the claim's verdict."""
+        return self.verdict != BESIDE
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,14 @@ class Claim:
     """A claim and what became of it.
 
     Attributes:
+      name: by which a suite declares it.
       text: what is claimed, and by whom.
       test: what was measured, and when it holds.
       findings: of each kind of model.
       notes: sentences beside.
     """
 
+    name: str
     text: str
     test: str
     findings: Sequence[Evidence]
@@ -68,12 +84,30 @@ class Claim:
 
 
 def claims_of(comparison: Comparison) -> list[Claim]:
-    """The three claims."""
-    return [specialisation(comparison), pairing(comparison), experts_against_dense(comparison)]
+    """The three claims; those that were not declared have no verdict but that they are not."""
+    made = [specialisation(comparison), pairing(comparison), experts_against_dense(comparison)]
+    return [_as_declared(claim, comparison.runs) for claim in made]
 
 
-def verdict_of(low: float, high: float, smallest: float) -> str:
-    """Of an effect that is claimed to be above 0, with its interval."""
+def _as_declared(claim: Claim, runs: Sequence[Evaluated]) -> Claim:
+    without = [r for r in runs if claim.name not in r.content.get(CLAIMS, ())]
+    if not without:
+        return claim
+    findings = [
+        replace(f, verdict=f.verdict if f.verdict in (BESIDE, NONE) else EXPLORATORY)
+        for f in claim.findings
+    ]
+    note = (
+        f"Exploratory: the suite of {without[0].directory} did not name the claim {claim.name!r} "
+        "before it ran, so that there is no verdict."
+    )
+    return replace(claim, findings=findings, notes=[*claim.notes, note])
+
+
+def verdict_of(low: float, high: float, smallest: float, seeds: int) -> str:
+    """Of an effect that is claimed to be above 0, with its interval over seeds."""
+    if seeds < LEAST_SEEDS:
+        return ALONE
     if not (math.isfinite(low) and math.isfinite(high)):
         return OPEN
     if high < smallest:  # also where it is above 0: too small to count
@@ -81,16 +115,12 @@ def verdict_of(low: float, high: float, smallest: float) -> str:
     return HOLDS if low > 0 else OPEN
 
 
-def both(one: str, other: str) -> str:
-    """Of a claim that needs two things."""
-    if NOT in (one, other):
-        return NOT
-    return HOLDS if one == other == HOLDS else OPEN
-
-
-def together(verdicts: Sequence[str]) -> str:
-    """Of several runs: only where they agree."""
-    return verdicts[0] if len(set(verdicts)) == 1 else OPEN
+def all_of(verdicts: Sequence[str]) -> str:
+    """Of a claim that needs several things: each test at its level keeps that of the claim."""
+    for verdict in (ALONE, NOT):
+        if verdict in verdicts:
+            return verdict
+    return HOLDS if {*verdicts} == {HOLDS} else OPEN
 
 
 def specialisation(comparison: Comparison) -> Claim:
@@ -99,51 +129,90 @@ def specialisation(comparison: Comparison) -> Claim:
     for kind, runs in comparison.kinds.items():
         router = runs[0].model["router"]
         if router in TOKEN_CHOICE:
-            findings += [_more_than_others(kind, runs), *_excesses(kind, runs)]
+            findings += [_beyond_nulls(kind, runs), *_excesses(kind, runs)]
         elif router != DENSE:
-            over, excess = _more_than_others(kind, runs), _excesses(kind, runs)
-            notes.append(f"For comparison {kind} ({router}): {over.sentence}.")
-            notes += [f"{kind}: {finding.sentence}." for finding in excess[:1]]
+            found = [_beyond_nulls(kind, runs), *_excesses(kind, runs)[:1]]
+            notes += [f"For comparison {kind} ({router}): {f.sentence}." for f in found]
     none = Evidence("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
     return Claim(
+        SPECIALISATION,
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
         "The expert that takes most of CDRH3 beyond expectation is chosen on one half of the "
         "clones. On the other: the excess is log2 of how much more of CDRH3 it takes than if its "
-        "routing knew only chain and residue. Routing by position alone gives every region such "
-        "an expert; so the excess is told relative to that of an expert of CDRH3 alone, less the "
-        "mean of the same for all other regions. It holds where both are above 0 in every run, "
-        f"and does not where the excess is below {SMALLEST_EXCESS:.2f} (5 % more) or CDRH3 below "
-        "the other regions in every run.",
+        "routing knew only chain and residue; and the same relative to that of an expert of CDRH3 "
+        "alone, less the mean for all other regions. Routing by position alone, and an encoder "
+        "that was never trained, have such experts, too. So both numbers are compared with those "
+        "of smooth random routers by position, of the same router with the positions of other "
+        "antibodies of equal length, and of the same encoder untrained. It holds where the mean "
+        f"over seeds (t interval, {LEAST_SEEDS} seeds or more) of both is above all three, and "
+        f"does not where one of them is below: the excess with less than {SMALLEST_EXCESS:.2f} (5 "
+        "% more) above, or relative to other regions none.",
         findings or [none],
         notes,
     )
 
 
-def _more_than_others(kind: str, runs: Sequence[Evaluated]) -> Evidence:
-    """Whether CDRH3 has an expert, and more of one than other regions."""
-    found = [
-        [_first(r.numbers("routing", f"cdrh3_{m}", matched=MATCHED[0])) for r in runs]
-        for m in ("excess", "over_others")
-    ]
-    if not all(number for numbers in found for number in numbers):
-        return Evidence(kind, NONE, why_not(runs, "routing"))
-    verdicts = [
-        both(verdict_of(e.low, e.high, SMALLEST_EXCESS), verdict_of(o.low, o.high, 0.0))
-        for e, o in zip(*found, strict=True)
-    ]
-    intervals = "; ".join(interval_written(vars(n)) for n in found[1])
-    sentence = f"more than the other regions' experts, relative: {intervals} ({_runs(runs)})"
-    return Evidence(kind, together(verdicts), sentence)
+# what is compared with each null: the least of it that counts, and its name
+BEYOND = {
+    "excess": (SMALLEST_EXCESS, "log2 excess"),
+    "over_others": (0.0, "relative to other regions' experts"),
+}
+
+
+def beyond_verdict(
+    values: Mapping[tuple[str, str], Sequence[float]], widths: Mapping[str, Sequence[float]]
+) -> str:
+    """Whether CDRH3 has an expert, and more of one than other regions, beyond all nulls.
+
+    Args:
+      values: of each seed, beyond each (metric of `BEYOND`, null).
+      widths: of each seed's interval over antibodies, by metric.
+    """
+    verdicts = []
+    for (metric, _), each in values.items():
+        _, low, high = over_seeds(each, widths[metric])
+        verdicts.append(verdict_of(low, high, BEYOND[metric][0], len(each)))
+    return all_of(verdicts)
+
+
+def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Evidence:
+    """Whether CDRH3 has an expert, and more of one than other regions, beyond all nulls."""
+    values: dict[tuple[str, str], list[float]] = {}
+    widths: dict[str, list[float]] = {}
+    for metric in BEYOND:
+        own = [_first(r.numbers("routing", f"cdrh3_{metric}", matched=MATCHED[0])) for r in runs]
+        widths[metric] = [n.high - n.low for n in own if n]
+        for null in NULLS:
+            labels = {"matched": MATCHED[0], "region": "CDRH3", "null": null}
+            found = [_first(r.numbers("routing", f"beyond_null_{metric}", **labels)) for r in runs]
+            if not (all(found) and all(own)):
+                return Evidence(kind, NONE, _why_no_nulls(runs, own))
+            values[metric, null] = [n.value for n in found if n]
+    parts = []
+    for metric, (_, words) in BEYOND.items():
+        told = []
+        for null in NULLS:
+            value, low, high = over_seeds(values[metric, null], widths[metric])
+            told.append(f"{null} {interval_written({'value': value, 'low': low, 'high': high})}")
+        parts.append(f"{words} beyond {', '.join(told)}")
+    return Evidence(kind, beyond_verdict(values, widths), f"{'; '.join(parts)} ({_runs(runs)})")
+
+
+def _why_no_nulls(runs: Sequence[Evaluated], own: Sequence[Number | None]) -> str:
+    if all(own):
+        return "routing: evaluated without routers that know no region: evaluate again"
+    return why_not(runs, "routing")
 
 
 def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Evidence]:
-    """Excesses of CDRH3's expert by what they are matched on."""
+    """Excesses of CDRH3's expert by what they are matched on, of each run."""
     findings = []
     for matched in MATCHED:
         numbers = [_first(r.numbers("routing", "cdrh3_excess", matched=matched)) for r in runs]
-        if any(numbers):
-            what = f"log2 excess over the same {matched}"
-            findings.append(_of_runs(kind, runs, numbers, "routing", SMALLEST_EXCESS, what, False))
+        if all(numbers):
+            intervals = "; ".join(interval_written(vars(n)) for n in numbers if n)
+            sentence = f"log2 excess over the same {matched}, each run: {intervals}"
+            findings.append(Evidence(kind, BESIDE, sentence))
     return findings
 
 
@@ -155,56 +224,40 @@ def pairing(comparison: Comparison) -> Claim:
             notes.append(f"{kind} was trained on single chains: left out.")
             continue
         for partner, words in PARTNERS.items():
-            numbers, heavy = ([_gain(r, chain, partner) for r in runs] for chain in CHAINS[::-1])
+            light, heavy = (
+                comparison.value("mutations", "gain", kind, masked=chain, partner=partner)
+                for chain in CHAINS[::-1]
+            )
             decides = partner == "random"
-            what = f"nats gained over {words}"
-            if decides or any(numbers):
-                findings.append(
-                    _of_runs(kind, runs, numbers, "mutations", SMALLEST_LOSS, what, decides)
-                )
-            if decides and all(heavy):
-                of = _of_runs(kind, runs, heavy, "mutations", SMALLEST_LOSS, "", False)
+            if light is None:
+                if decides:
+                    findings.append(Evidence(kind, NONE, why_not(runs, "mutations")))
+                continue
+            verdict = verdict_of(light.low, light.high, SMALLEST_LOSS, light.seeds)
+            sentence = f"nats gained over {words}: {interval_written(vars(light))} ({_runs(runs)})"
+            findings.append(Evidence(kind, verdict if decides else BESIDE, sentence))
+            if decides and heavy is not None:
                 notes.append(
-                    f"Heavy chains with a random light chain instead, {kind}{of.sentence}."
+                    f"Heavy chains with a random light chain instead, {kind}: "
+                    f"{interval_written(vars(heavy))}."
                 )
     none = Evidence("", NONE, "no model that was trained on pairs among these")
     return Claim(
+        PAIRING,
         "Native pairing helps light chains (Burbach & Briney 2024).",
         "All mutated residues of the light chain masked: cross-entropy with another heavy chain "
         "less that with the native one, so that above 0 is a gain. A random heavy chain decides, "
         "as it differs from the native one in nothing but the pairing; against its germline the "
-        "native chain also tells how mutated the antibody is. It holds where in every run the "
-        f"interval is above 0 and reaches {SMALLEST_LOSS} nats, and does not where it is below "
-        "that in every run.",
+        "native chain also tells how mutated the antibody is. It holds where the interval of the "
+        f"mean over seeds ({LEAST_SEEDS} or more), over antibodies and seeds, is above 0 and "
+        f"reaches {SMALLEST_LOSS} nats, and does not where it is below that.",
         findings or [none],
         notes,
     )
 
 
-def _gain(run: Evaluated, masked: str, partner: str) -> Number | None:
-    return _first(run.numbers("mutations", "gain", masked=masked, partner=partner))
-
-
 def _first(numbers: Sequence[Number]) -> Number | None:
     return numbers[0] if numbers else None
-
-
-def _of_runs(
-    kind: str,
-    runs: Sequence[Evaluated],
-    numbers: Sequence[Number | None],
-    evaluation: str,
-    smallest: float,
-    what: str,
-    decides: bool,
-) -> Evidence:
-    """Of an effect within models: the same in every run."""
-    known = [n for n in numbers if n is not None]
-    if len(known) < len(numbers):
-        return Evidence(kind, NONE, why_not(runs, evaluation), decides)
-    verdict = together([verdict_of(n.low, n.high, smallest) for n in known])
-    intervals = "; ".join(interval_written(vars(n)) for n in known)
-    return Evidence(kind, verdict, f"{what}: {intervals} ({_runs(runs)})", decides)
 
 
 def _runs(runs: Sequence[Evaluated]) -> str:
@@ -229,11 +282,12 @@ def experts_against_dense(comparison: Comparison) -> Claim:
     ]
     why = "no dense model among these" if dense is None else "no model with experts among these"
     return Claim(
+        EXPERTS,
         "MoE beats dense at equal active parameters (BALM-MoE, ICLR 2026 workshop).",
         "Loss on masked residues of held-out pairs, dense less MoE, so that above 0 is a gain; the "
-        "interval is over antibodies, the same ones for all models, and over seeds. The loss on "
-        f"all residues decides: it holds where the interval is above 0 and reaches {SMALLEST_LOSS} "
-        "nats, and does not where it is below that.",
+        "interval is over antibodies, the same ones for all models, and over seeds of each kind "
+        f"({LEAST_SEEDS} or more). The loss on all residues decides: it holds where the interval "
+        f"is above 0 and reaches {SMALLEST_LOSS} nats, and does not where it is below that.",
         findings or [Evidence("", NONE, why)],
     )
 
@@ -244,13 +298,21 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evid
     found = comparison.difference("perplexity", "loss", dense, kind, **labels)
     if found is None:
         runs = [*comparison.kinds[kind], *comparison.kinds[dense]]
-        return Evidence(kind, NONE, f"{region} residues: {why_not(runs, 'perplexity')}", decides)
-    seeds = f"{found.seeds} seeds each, sd between seeds {found.seed_sd:.4f}"
-    if math.isnan(found.seed_sd):
-        seeds = "one run each: what another seed would change is not in the interval"
+        why = f"{region} residues: {why_not(runs, 'perplexity')}"
+        return Evidence(kind, NONE if decides else BESIDE, why)
+    counts, sds = (
+        (len(comparison.kinds[k]) for k in (dense, kind)),
+        (found.seed_sd, found.reference_sd),
+    )
+    seeds = ", ".join(
+        f"{name} {count} seeds, sd {sd:.4f}" if count > 1 else f"{name} one run"
+        for name, count, sd in zip((dense, kind), counts, sds, strict=True)
+    )
+    if found.seeds < LEAST_SEEDS:
+        seeds += ": what another seed would change is not in the interval"
     where = "all residues" if decides else region
     sentence = f"nats gained on {where}: {interval_written(vars(found))} ({seeds})"
-    verdict = verdict_of(found.low, found.high, SMALLEST_LOSS)
+    verdict = verdict_of(found.low, found.high, SMALLEST_LOSS, found.seeds)
     pairs = list(product(*(comparison.kinds[k] for k in (kind, dense))))
     for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
         unequal = [(a.model[name], b.model[name]) for a, b in pairs]
@@ -259,7 +321,7 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evid
             ours, theirs = map(_size_written, unequal[0])
             sentence += f", but {what} are not equal: {ours}, of {dense} {theirs}"
             verdict = NONE
-    return Evidence(kind, verdict, sentence, decides)
+    return Evidence(kind, verdict if decides else BESIDE, sentence)
 
 
 def equal(a: int | None, b: int | None) -> bool:

@@ -2,12 +2,13 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from moe_ablm.evaluation.estimates import Estimate, Number, Sample, kinds_of
+from moe_ablm.evaluation.estimates import Estimate, Number, Sample, holm, kinds_of
 from moe_ablm.evaluation.experts.matching import stability as seed_agreement
 from moe_ablm.evaluation.reporting.results import Evaluated, key
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
@@ -24,6 +25,7 @@ class Compared:
       kind: of model.
       reference: the kind that is subtracted; "": the value of `kind` itself.
       estimate: mean over seeds with its interval.
+      adjusted: p of a difference, for how many differences its evaluation has (Holm).
     """
 
     evaluation: str
@@ -33,6 +35,7 @@ class Compared:
     kind: str
     reference: str
     estimate: Estimate
+    adjusted: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Comparison:
     def kinds(self) -> dict[str, list[Evaluated]]:
         """Seeds of each kind, the reference first."""
         return by_kind(self.runs)
+
+    def value(self, evaluation: str, metric: str, kind: str, **labels: str) -> Estimate | None:
+        """A metric of `kind`; None where it is not known of all its seeds."""
+        return self.difference(evaluation, metric, kind, "", **labels)
 
     def difference(
         self, evaluation: str, metric: str, kind: str, reference: str, **labels: str
@@ -118,7 +125,8 @@ def _compared(evaluation: str, kinds: Mapping[str, Sequence[Evaluated]]) -> list
             if all(each in t for t in members)
         }
         results += _estimates(evaluation, have)
-    return results
+    adjusted = holm([r.estimate.p if r.reference else math.nan for r in results])
+    return [replace(r, adjusted=float(p)) for r, p in zip(results, adjusted, strict=True)]
 
 
 def _estimates(evaluation: str, samples: Mapping[str, Sequence[Sample]]) -> list[Compared]:
@@ -170,7 +178,9 @@ def flat(result: Compared) -> dict[str, Any]:
     kept = as_json(
         Number(result.metric, result.estimate.value, {}, result.estimate.low, result.estimate.high)
     )
-    sd = as_json(Number("", result.estimate.seed_sd))["value"]
+    estimate = result.estimate
+    rest = {"seed_sd": estimate.seed_sd, "reference_seed_sd": estimate.reference_sd}
+    rest |= {"p": estimate.p, "p_holm": result.adjusted}
     return {
         "evaluation": result.evaluation,
         "metric": result.metric,
@@ -180,7 +190,7 @@ def flat(result: Compared) -> dict[str, Any]:
         "unit": result.unit,
         "n": result.estimate.units,
         "seeds": result.estimate.seeds,
-        "seed_sd": sd,
+        **{name: as_json(Number("", value))["value"] for name, value in rest.items()},
     }
 
 

@@ -33,14 +33,18 @@ from moe_ablm.page import cells_html, image_html, lines_html, write_page
 ACROSS = "kinds"
 STABILITY = (
     "Experts of two runs are matched one to one by what they take; the correlation of matched "
-    "experts' profiles is told beside what the best matching gives by chance."
+    "experts' profiles is told beside that of unrelated routers that know position only, on the "
+    "same antibodies (of the length scale where they are most alike); p is the share of such pairs "
+    "that are as alike. Evaluations of before have no such routers, and no p."
 )
 READING = (
     "Brackets hold 95 % intervals. A difference is a kind of model less another, each the mean of "
     "its seeds. Its interval is made of two levels: antibodies (clonal clusters) are drawn again, "
-    "the same ones for every model; and the error of the mean of so few seeds is that of Student's "
-    "t with the standard deviation between seeds of a kind, pooled over the kinds. With one seed "
-    "of every kind that part is missing, and an interval is of these models alone."
+    "the same ones for every model; the error of the means of so few seeds is that of Student's "
+    "t with the standard deviation between seeds of each kind (Welch). Where a kind has one seed "
+    "that part is missing: an interval is of these models alone, and there is neither p nor "
+    "verdict. Intervals are not adjusted for how many there are; p is, by Holm, for all "
+    "differences of an evaluation: below 0.05, the chance of any false one among them is 5 %."
 )
 TAGS = {HOLDS: "yes", NOT: "no"}
 
@@ -98,6 +102,8 @@ def claim_html(claim: Claim) -> str:
 
 
 def _tag(verdict: str) -> str:
+    if not verdict:
+        return ""
     return f'<span class="tag {TAGS.get(verdict, "open")}">{escape(verdict)}</span>'
 
 
@@ -156,19 +162,26 @@ def _everything(comparison: Comparison) -> list[str]:
 def _table(title: str, lines: Sequence[tuple[Compared, dict[str, str]]], first: str) -> str:
     """Differences with labels of their own; a column two kinds, and how much seeds vary."""
     lines = [(result, labels) for result, labels in lines if result.reference]
-    numbers = [
-        Number("", e.value, labels | {ACROSS: f"{r.kind} less {r.reference}"}, e.low, e.high)
-        for r, labels in lines
-        for e in [r.estimate]
-    ]
-    numbers += [
-        Number("", r.estimate.seed_sd, labels | {ACROSS: "sd between seeds"}) for r, labels in lines
-    ]
     kept = [
         as_json(replace(number, n=r.estimate.units, unit=r.unit))
-        for number, (r, _) in zip(numbers, [*lines, *lines], strict=True)
+        for r, labels in lines
+        for number in _cells(r, labels)
     ]
     return numbers_table(kept, asdict(Table(title, ("",), (first,), ACROSS)))
+
+
+def _cells(result: Compared, labels: Mapping[str, str]) -> list[Number]:
+    """A difference, its adjusted p, and how much seeds of both kinds vary."""
+    pair, e = f"{result.kind} less {result.reference}", result.estimate
+    beside = {
+        f"p (Holm), {pair}": result.adjusted,
+        f"sd between seeds, {result.reference}": e.reference_sd,
+        f"sd between seeds, {result.kind}": e.seed_sd,
+    }
+    return [
+        Number("", e.value, {**labels, ACROSS: pair}, e.low, e.high),
+        *(Number("", value, {**labels, ACROSS: column}) for column, value in beside.items()),
+    ]
 
 
 def _forest(comparison: Comparison, out: Path) -> list[str]:

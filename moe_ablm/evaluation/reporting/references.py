@@ -6,6 +6,8 @@ against them.
 
 from dataclasses import dataclass
 
+from moe_ablm.evaluation.nulls import POSITION, SHUFFLED, UNTRAINED
+
 # Burbach & Briney 2024, Patterns 5, 100967, https://doi.org/10.1016/j.patter.2024.100967
 PAIRING = "Burbach & Briney 2024"
 # brineylab/AbLMs-scaling-laws, models trained on all of its pairs; frozen base, 5 folds
@@ -92,7 +94,19 @@ HEADLINES = {
         Headline(
             "cdrh3_excess",
             (("matched", "chain and residue"),),
-            "what CDRH3's expert takes of it beyond the same residues of the chain",
+            "log2 of what CDRH3's expert takes of it over the same residues of the chain",
+        ),
+        *(
+            Headline(
+                "beyond_null_excess",
+                (("region", "CDRH3"), ("matched", "chain and residue"), ("null", null)),
+                f"... beyond {words}",
+            )
+            for null, words in (
+                (POSITION, "smooth random routers by position"),
+                (SHUFFLED, "this router with the positions of other antibodies"),
+                (UNTRAINED, "this encoder untrained"),
+            )
         ),
     ),
     "pairing": (

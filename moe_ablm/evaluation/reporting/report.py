@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moe_ablm.evaluation.declared import CLAIMS
 from moe_ablm.evaluation.reporting.references import HEADLINES, Headline
 from moe_ablm.evaluation.suite import SKIPPED, module_of
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
@@ -70,12 +71,14 @@ def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     return {
         "Model": model["source"],
         "Router": model["router"],
+        "Null": model.get("null", ""),
         "Parameters": parameters_written(model),
         "Trained on": ", ".join(filter(None, (tokens, model["regime"]))),
         "Weights": f"sha256 {model['sha256'][:16]}",
         "Dataset": f"{dataset['path']}, sha256 {dataset['sha256'][:16]}" if dataset else "none",
         "Files": ", ".join(files),
         "Seed of all draws": str(content["seed"]),
+        "Claims declared before": ", ".join(content.get(CLAIMS, [])),
         "Precision": content["precision"],
         "Versions": ", ".join(f"{k} {v}" for k, v in content["versions"].items()),
     }

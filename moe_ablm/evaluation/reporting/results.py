@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.errors import UserError
+from moe_ablm.evaluation.declared import CLAIMS, declared
 from moe_ablm.evaluation.estimates import Number, Sample, ratio, scaled
 from moe_ablm.evaluation.reporting.report import write_report
 from moe_ablm.evaluation.suite import DONE, SCHEMA, read_samples
@@ -32,14 +33,19 @@ def same_command(
     dataset: Dataset | None,
     files: Mapping[str, tuple[Path, ...]],
     seed: int,
+    claims: Sequence[str] = (),
+    null: str = "",
 ) -> dict[str, Any]:
     """What is evaluated on what; kept in `out`, which may hold results of the same only.
+
+    `claims` are those that the suite names (`evaluation.declared`), `null` the kind of null model
+    that stands for the model.
 
     Raises:
       UserError: `out` holds results of another model or of other data, or cannot be written.
     """
     model = engine.model
-    about = {
+    about: dict[str, Any] = {
         "schema": SCHEMA,
         "model": {
             "source": model.source,
@@ -49,6 +55,7 @@ def same_command(
             "params_total": flops.params_total(model.spec),
             "params_active": flops.params_active(model.spec),
             "tokens_seen": model.facts.get("data", {}).get("tokens_seen"),
+            **({"null": null} if null else {}),
         },
         "dataset": dataset and {"path": str(dataset.path), "sha256": dataset.identity},
         "files": {name: [file_identity(p) for p in paths] for name, paths in sorted(files.items())},
@@ -57,13 +64,14 @@ def same_command(
     }
     file = out / IDENTITY
     before = _read(file)
+    about[CLAIMS] = declared(claims, before, out)
     if not before and any(p.is_file() for p in (out / "results.json", *out.glob("*/result.json"))):
         raise UserError(
             f"--out {out} holds results, but no {IDENTITY} that says of what: choose a new name or "
             "remove it"
         )
     if before and _deciding(before) != _deciding(about):
-        parts = [k for k in about if before.get(k) != about[k]]
+        parts = [k for k in about if k != CLAIMS and before.get(k) != about[k]]
         raise UserError(
             f"--out {out} holds an evaluation of another {' and '.join(parts)}: choose a new name "
             "or remove it"
@@ -79,7 +87,8 @@ def same_command(
 def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
     """Without names of places: a run and a dataset may move."""
     content = json.loads(json.dumps(about))
-    content["model"] = content["model"]["sha256"]
+    content.pop(CLAIMS, None)
+    content["model"] = [content["model"]["sha256"], content["model"].get("null", "")]
     content["dataset"] = content["dataset"] and content["dataset"]["sha256"]
     return content
 
