@@ -13,11 +13,14 @@ from moe_ablm.data.intake import SplitRule
 from moe_ablm.data.prepare import prepare, require_new
 from moe_ablm.data.readers import Source
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
+from moe_ablm.verbs.writing import out_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--out", type=out_directory, required=True, metavar="DIR", help="directory to make"
+    )
     parser.add_argument("--recluster", action="store_true", help="replace a `cluster` column")
     parser.add_argument(
         "--identity",
