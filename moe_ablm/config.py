@@ -214,6 +214,9 @@ class Config:
 
 
 MOST_LAYERS = 1 << 12  # more than were ever trained, fewer than take minutes to trace
+MOST = 2**32 - 1  # of whole numbers: what seeds have room for
+MOST_STEPS = 2**31 - 1  # as jax counts updates
+MOST_SIMULATED = 10**8  # pairs, some 50 GB
 MOST_THREADS = 1024  # of the loader: more than a machine has cores
 DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
 
@@ -400,6 +403,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: expected a finite number")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise UserError(f"{where}={value!r}: expected at most {MOST:,}")
     for each in kinds:
         if each is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
@@ -442,8 +447,11 @@ def _check(c: Config) -> None:
     _choice("compute.precision", c.compute.precision, ("auto", *PRECISIONS))
     if c.compute.remat is not None:
         _choice("compute.remat", c.compute.remat, REMAT)
-    _require(c.compute.loader_threads <= MOST_THREADS, "compute.loader_threads",
-             c.compute.loader_threads, f"at most {MOST_THREADS}")  # fmt: skip
+    for name, most in (("compute.loader_threads", MOST_THREADS), ("train.steps", MOST_STEPS),
+                       ("data.simulated_pairs", MOST_SIMULATED)):  # fmt: skip
+        section, key = name.split(".")
+        value = getattr(getattr(c, section), key)
+        _require(value <= most, name, value, f"at most {most:,}")
     _require(0 <= c.seed < 2**32, "seed", c.seed, "0 to 2^32 - 1")
     _require(0 < c.data.mask_rate < 1, "data.mask_rate", c.data.mask_rate, "between 0 and 1")
     for name in ("data.length", "data.simulated_pairs", "train.steps", "train.batch",
