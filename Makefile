@@ -2,12 +2,16 @@
 # make bench BALM=PATH: with a checkout of github.com/brineylab/BALM, compares with that, too.
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	"moe_ablm needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." \
+	% tuple(sys.version_info[:2]))'
 
 .PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench
 
 quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
 	$(BIN)/python -m moe_ablm report --run runs/quickstart
+	@echo "next: . .venv/bin/activate && python -m moe_ablm --help   (README.md, from step 2 on)"
 
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
@@ -36,7 +40,8 @@ bench: .venv/.hf
 	test -z "$(BALM)" || $(BIN)/python benchmarks/balm_moe.py --balm "$(BALM)"
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	@$(NEW_ENOUGH)
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.run: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
@@ -54,6 +59,7 @@ $(BIN)/python:
 
 # the compilers of TPUs (libtpu) and of NVIDIA's GPUs (CUDA plug-in, cuDNN, ptxas); 4 GB
 .venv-aot/.done: setup.py
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --editable '.[test,aot]'
 	touch $@

@@ -28,11 +28,13 @@ from rich.table import Table
 from launch.cell import config_of
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
+from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import SIZES, EncoderSpec
 from moe_ablm.program import batch_rows, execution_on
-from moe_ablm.training.memory import Needed, abstract_mesh, needed
+from moe_ablm.training.memory import Needed, abstract_mesh, least, needed
 
 GIB = 1 << 30
+MOST_PARTS = 4096  # micro-batches that are thought of
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
 # remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
@@ -256,6 +258,14 @@ def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -
     Raises:
       UserError: the batch or the devices cannot be split, or nothing fits.
     """
+    spec = config.model.spec()
+    floor = least(spec, where.devices, 0, config.data.length)
+    if floor > where.usable:  # of so many layers not even the shapes would be known in time
+        raise UserError(
+            f"it does not fit {where.name}: {params_total(spec):,} parameters with gradients and "
+            f"moments are at least {floor / GIB:,.1f} GiB a device, of {where.usable / GIB:.1f} "
+            "that can be used: use more devices or a smaller model"
+        )
     found = plan(config, where, given)
     if found.fits:
         return found
@@ -270,7 +280,7 @@ def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -
 def _more_accumulation(config: Config, where: Hardware, given: Collection[str]) -> str:
     """The fewest micro-batches with which a run fits, which only its user may choose."""
     rows = batch_rows(config) // where.devices
-    for n in range(config.train.accumulate + 1, rows + 1):
+    for n in range(config.train.accumulate + 1, min(rows, MOST_PARTS) + 1):
         if rows % n == 0 and config.train.batch % n == 0:
             train = replace(config.train, accumulate=n)
             if plan(replace(config, train=train), where, given).fits:

@@ -1,16 +1,19 @@
 """The verbs beside training: `python -m moe_ablm VERB --help`.
 
-Exit codes: 0 done, 2 the input is wrong (one line on stderr), 1 anything else.
+Exit codes: 0 done, 2 the input or the machine is wrong (one line on stderr), 130 Ctrl-C, 1 anything
+else.
 """
 
 import argparse
 import importlib
 import logging
-import os
+import math
 import sys
 
 from moe_ablm.allocator import restart_with_huge_pages
-from moe_ablm.errors import UserError
+from moe_ablm.endings import Parser, end
+from moe_ablm.errors import ArgumentError
+from moe_ablm.preemption import Interrupts
 
 # each in the module of moe_ablm.verbs of its name, imported only for that verb
 VERBS = {
@@ -32,19 +35,42 @@ VERBS = {
     "compare": "evaluations of several models and seeds: differences, and what holds",
     "fit": "a table of runs -> a scaling law",
 }
+TRAIN = "train"  # has a command line of its own, with the keys of a config
 # modules of several verbs
 SHARED = {
     **dict.fromkeys(("embed", "score", "infill", "scan", "route", "attention"), "asking"),
     **dict.fromkeys(("import", "export", "upcycle"), "weights"),
 }
+# what is kept of an interrupted command
+RESUMED = ("asking", "evaluate")
 
 
 def main(argv: list[str]) -> int:
     """Runs a verb; returns the exit code."""
+    if argv[1:2] == [TRAIN]:
+        from moe_ablm import train
+
+        return train.main([f"{argv[0]} {TRAIN}", *argv[2:]])
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    parser = argparse.ArgumentParser(prog="python -m moe_ablm", description=__doc__.split("\n")[0])
+    with Interrupts() as interrupts:
+        return end(lambda: _carry_out(argv, interrupts))
+
+
+def _carry_out(argv: list[str], interrupts: Interrupts) -> int | None:
+    arguments = parser_of(argv[1] if len(argv) > 1 else None).parse_args(argv[1:])
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ArgumentError(name, value, "expected a number")
+    if SHARED.get(arguments.verb, arguments.verb) in RESUMED and getattr(arguments, "out", None):
+        interrupts.after = "the same command goes on after what is done"
+    return arguments.carry_out(arguments)
+
+
+def parser_of(named: str | None) -> argparse.ArgumentParser:
+    """The parser of all verbs; flags has only the one that is named."""
+    parser = Parser(prog="python -m moe_ablm", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    named = argv[1] if len(argv) > 1 else None
+    verbs.add_parser(TRAIN, help="a model; python -m moe_ablm.train --help")
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
         if name == named:
@@ -55,20 +81,10 @@ def main(argv: list[str]) -> int:
                 add_arguments, run = module.add_arguments, module.run
             add_arguments(verb)
             verb.set_defaults(carry_out=run)
-    arguments = parser.parse_args(argv[1:])
-    try:
-        return arguments.carry_out(arguments) or 0
-    except UserError as error:
-        print(f"moe_ablm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 1
-    except BrokenPipeError:  # whoever read stdout, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return parser
 
 
 if __name__ == "__main__":
-    if any(SHARED.get(verb, verb) in ("asking", "evaluate") for verb in sys.argv[1:2]):
+    if any(SHARED.get(verb, verb) in ("asking", "evaluate", TRAIN) for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     sys.exit(main(sys.argv))

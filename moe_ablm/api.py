@@ -1,36 +1,55 @@
 """The verbs in Python: `model = api.load("runs/8m")`, then `api.score(model, [(heavy, light)])`.
 
-Antibodies are pairs (heavy, light), of which one may be "", or single chains as strings. Lower case
-becomes upper case; what is no amino acid, or too long for the model, raises `UserError`. All
-results are held in memory: for files of any size there are the verbs.
+Antibodies are pairs `(heavy, light)`, of which one may be "", or single chains as strings: one of
+them, or a list. Tables are taken as well: data frames of pandas or polars, pyarrow tables, dicts of
+columns, lists of dicts, with columns named as in files (heavy and light, sequence_aa_heavy ...).
+Lower case becomes upper case; what is no amino acid, or too long for the model, raises
+`UserError`. All results are held in memory: for files of any size there are the verbs.
+
+    from moe_ablm import api
+    model = api.load("runs/quickstart")
+    api.score(model, pandas.read_csv("pairs.csv"))["perplexity"]
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import numpy as np
+from moe_ablm.errors import ArgumentError, UserError
 
-from moe_ablm.data.antibody import Antibody
-from moe_ablm.errors import UserError
-from moe_ablm.inference import attention as attentions
-from moe_ablm.inference import embed as embeddings
-from moe_ablm.inference import infill as infilling
-from moe_ablm.inference import route as routing
-from moe_ablm.inference import scan as scans
-from moe_ablm.inference import score as scores
-from moe_ablm.inference.antibodies import LETTERS, given
-from moe_ablm.inference.buckets import Engine
-from moe_ablm.interop.load import load_model
+if TYPE_CHECKING:  # jax, and numpy, when there is something to compute
+    import numpy as np
 
-Antibodies = Sequence[str | tuple[str, str] | Antibody]
+    from moe_ablm.data.antibody import Antibody
+    from moe_ablm.inference.buckets import Engine
+
+__all__ = ["UserError", "attention", "embed", "infill", "load", "route", "scan", "score"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _in_python(function: Callable[P, R]) -> Callable[P, R]:
+    """Errors about an argument in the words of a caller, not in those of the command line."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except ArgumentError as error:
+            raise UserError(error.in_python) from None
+
+    return call
+
+
+@_in_python
 def load(
     run: Path | str,
     precision: str = "float32",
     devices: int = 1,
     batch_tokens: int | None = None,
-) -> Engine:
+) -> "Engine":
     """A model of a trained run, or of what `import` or `upcycle` wrote.
 
     Args:
@@ -41,22 +60,33 @@ def load(
 
     Raises:
       UserError: there is no model, or it is damaged.
+
+    Example:
+      model = load("runs/quickstart", precision="bfloat16_operands")
     """
-    return Engine(load_model(run), precision, devices, batch_tokens)
+    from moe_ablm.inference.buckets import Engine
+    from moe_ablm.interop.load import load_model
+
+    return Engine(load_model(run, "run"), precision, devices, batch_tokens)
 
 
-def _given(model: Engine, antibodies: Antibodies, letters: str = LETTERS) -> list[Antibody]:
-    return given(antibodies, model.model.layout, model.model.length, letters)
+def _given(model: "Engine", antibodies: Any, letters: str | None = None) -> list["Antibody"]:
+    from moe_ablm.inference.antibodies import LETTERS, given
+    from moe_ablm.inference.frames import items_of
+
+    items = items_of(antibodies)
+    return given(items, model.model.layout, model.model.length, letters or LETTERS)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UserError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        raise ArgumentError(name, value, f"expected one of {', '.join(known)}")
 
 
+@_in_python
 def embed(
-    model: Engine, antibodies: Antibodies, level: str = "antibody", layer: int = -1
-) -> np.ndarray | list[np.ndarray]:
+    model: "Engine", antibodies: Any, level: str = "antibody", layer: int = -1
+) -> "np.ndarray | list[np.ndarray]":
     """Hidden states of a layer (0: token embedding, -1: last), special tokens left out.
 
     Args:
@@ -67,7 +97,14 @@ def embed(
 
     Returns:
       float32 `[antibodies, D]`; else a list of `[chains, D]` or `[residues, D]`, heavy chain first.
+
+    Example:
+      embed(model, [("EVQLVES...", "DIQMTQS...")]).shape == (1, model.model.spec.d_model)
     """
+    import numpy as np
+
+    from moe_ablm.inference import embed as embeddings
+
     _one_of("level", level, embeddings.LEVELS)
     embedded = embeddings.embed(model, _given(model, antibodies), level, layer)
     if level != "antibody":
@@ -75,13 +112,14 @@ def embed(
     return np.concatenate([np.zeros((0, model.model.spec.d_model), np.float32), *embedded])
 
 
+@_in_python
 def score(
-    model: Engine,
-    antibodies: Antibodies,
+    model: "Engine",
+    antibodies: Any,
     level: str = "antibody",
     one_pass: bool = False,
     by_region: bool = False,
-) -> dict[str, np.ndarray] | list[np.ndarray]:
+) -> "dict[str, np.ndarray] | list[np.ndarray]":
     """Pseudo-log-likelihoods in nats, masking every residue in turn (see `inference.score`).
 
     Args:
@@ -94,7 +132,14 @@ def score(
     Returns:
       Columns `[antibodies]`: residues, pll, perplexity, the same for each chain, and by region; or
       a list of log-likelihoods `[residues]`. NaN where there is none.
+
+    Example:
+      score(model, {"heavy": ["EVQLVES..."], "light": ["DIQMTQS..."]})["perplexity"]
     """
+    import numpy as np
+
+    from moe_ablm.inference import score as scores
+
     _one_of("level", level, scores.LEVELS)
     found = _given(model, antibodies)
     likelihoods = scores.score(model, found, one_pass)
@@ -105,9 +150,10 @@ def score(
     return {name: np.array(values) for name, values in columns.items()}
 
 
+@_in_python
 def infill(
-    model: Engine,
-    antibodies: Antibodies,
+    model: "Engine",
+    antibodies: Any,
     samples: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
@@ -126,8 +172,14 @@ def infill(
     Returns:
       For each completion heavy, light, sample, log_probability and `filled`: place (index among
       all residues, heavy chain first), residue, probability and candidates.
+
+    Example:
+      infill(model, ("EVQLV___SGGG...", ""), samples=10, temperature=0.8, seed=1)[0]["heavy"]
     """
-    sampling = infilling.Sampling(samples, temperature, seed, top)
+    from moe_ablm.inference import infill as infilling
+    from moe_ablm.inference.sampling import Sampling
+
+    sampling = Sampling(samples, temperature, seed, top)
     return [
         {
             "heavy": c.antibody.heavy,
@@ -140,9 +192,8 @@ def infill(
     ]
 
 
-def scan(
-    model: Engine, antibodies: Antibodies, method: str = "masked-marginal"
-) -> list[np.ndarray]:
+@_in_python
+def scan(model: "Engine", antibodies: Any, method: str = "masked-marginal") -> "list[np.ndarray]":
     """Log-odds of every amino acid against the wild type, float32 `[residues, 20]` each.
 
     In the order of `data.tokenizer.AMINO_ACIDS`; NaN where the wild type is none of the 20.
@@ -151,29 +202,48 @@ def scan(
       model: of `load`.
       antibodies: see above.
       method: "masked-marginal", "wild-type-marginal" or "mutant-marginal" (ESM-1v's).
+
+    Example:
+      scan(model, "EVQLVES...", "wild-type-marginal")[0].argmax(axis=1)
     """
+    from moe_ablm.inference import scan as scans
+
     _one_of("method", method, scans.METHODS)
     return scans.scan(model, _given(model, antibodies), method)
 
 
-def route(model: Engine, antibodies: Antibodies) -> list[dict[str, np.ndarray]]:
+@_in_python
+def route(model: "Engine", antibodies: Any) -> "list[dict[str, np.ndarray]]":
     """Which experts compute for each residue, in the M layers that have experts.
 
     Returns:
       For each antibody `layers [M]`, and `experts` (E for none) and `gates`, `[residues, M, K]`;
       of soft-MoE `dispatch` and `combine`, `[residues, M, E, S]`.
+
+    Example:
+      route(model, "EVQLVES...")[0]["experts"][:, 0, 0]
     """
+    import numpy as np
+
+    from moe_ablm.inference import route as routing
+
     layers = np.array(model.model.spec.moe_layers)
     found = routing.route(model, _given(model, antibodies))
     return [{"layers": layers, **routed._asdict()} for routed in found]
 
 
-def attention(model: Engine, antibodies: Antibodies, layer: int = -1) -> list[dict]:
+@_in_python
+def attention(model: "Engine", antibodies: Any, layer: int = -1) -> list[dict]:
     """Attention between the chains of pairs in a layer (0: the first, -1: the last).
 
     Returns:
       For each antibody `heavy_to_light [H, heavy residues, light residues]` and `light_to_heavy`,
       queries before keys.
+
+    Example:
+      attention(model, (heavy, light))[0]["heavy_to_light"].mean(axis=0)
     """
+    from moe_ablm.inference import attention as attentions
+
     found = attentions.attention(model, _given(model, antibodies), layer)
     return [weights._asdict() for weights in found]

@@ -1,8 +1,5 @@
 """The trainer's command line: flags, and one line for each error."""
 
-import errno
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +9,6 @@ from ml_collections import config_flags
 from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
-
-
-def again() -> str:
-    """The command line of this process, to be typed again."""
-    return "python -m moe_ablm.train " + " ".join(map(shlex.quote, sys.argv[1:]))
 
 
 def parse(argv: list[str]) -> tuple[Config, Path]:
@@ -57,15 +49,6 @@ def _read(argv: list[str], values: flags.FlagValues) -> Config | None:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
     return config
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an exception, or one behind it, says that there is no space left on the device."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _one_line(error: Exception) -> str:

@@ -4,7 +4,6 @@ All validation of what a user can set lives here. Keys are documented in configs
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from moe_ablm.data.dataset import FRACTIONS
 from moe_ablm.data.masking import MASKS, parse_policy
 from moe_ablm.data.mixture import BATCHINGS, REGIMES, parse_regime
 from moe_ablm.data.tokenizer import LAYOUTS
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.families import FAMILIES, Router, TokenChoice
 from moe_ablm.model.spec import ACTIVATIONS, PRECISIONS, REMAT, SIZES, EncoderSpec
 from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
@@ -214,6 +213,11 @@ class Config:
     compute: ComputeConfig
 
 
+MOST_LAYERS = 1 << 12  # more than were ever trained, fewer than take minutes to trace
+MOST = 2**32 - 1  # of whole numbers: what seeds have room for
+MOST_STEPS = 2**31 - 1  # as jax counts updates
+MOST_SIMULATED = 10**8  # pairs, some 50 GB
+MOST_THREADS = 1024  # of the loader: more than a machine has cores
 DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
 
 
@@ -368,12 +372,6 @@ def parse_argument(
     return values
 
 
-def suggestion(name: str, known) -> str:
-    """ " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _build(cls: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping) and not hasattr(tree, "items"):
         raise UserError(f"{where}: found {tree!r}, expected a section with keys")
@@ -405,6 +403,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: expected a finite number")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise UserError(f"{where}={value!r}: expected at most {MOST:,}")
     for each in kinds:
         if each is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
@@ -447,6 +447,11 @@ def _check(c: Config) -> None:
     _choice("compute.precision", c.compute.precision, ("auto", *PRECISIONS))
     if c.compute.remat is not None:
         _choice("compute.remat", c.compute.remat, REMAT)
+    for name, most in (("compute.loader_threads", MOST_THREADS), ("train.steps", MOST_STEPS),
+                       ("data.simulated_pairs", MOST_SIMULATED)):  # fmt: skip
+        section, key = name.split(".")
+        value = getattr(getattr(c, section), key)
+        _require(value <= most, name, value, f"at most {most:,}")
     _require(0 <= c.seed < 2**32, "seed", c.seed, "0 to 2^32 - 1")
     _require(0 < c.data.mask_rate < 1, "data.mask_rate", c.data.mask_rate, "between 0 and 1")
     for name in ("data.length", "data.simulated_pairs", "train.steps", "train.batch",
@@ -457,15 +462,12 @@ def _check(c: Config) -> None:
         value = getattr(getattr(c, section), key)
         _require(value > 0, name, value, "a positive number")
     _require(c.mesh.data > 0 or c.mesh.data == -1, "mesh.data", c.mesh.data, "-1 or positive")
-    _require(c.train.lr > 0, "train.lr", c.train.lr, "a positive number")
+    _check_optimizer(c.train)
     _require(0 <= c.train.ema < 1, "train.ema", c.train.ema, "0 (off) to below 1")
-    _require(0 <= c.train.warmup <= c.train.steps, "train.warmup", c.train.warmup,
-             f"0 to train.steps ({c.train.steps})")  # fmt: skip
     _require(0 < c.train.decay_share <= 1, "train.decay_share", c.train.decay_share, "in (0, 1]")
     _check_wsd(c.train)
     _check_profile(c.log.profile, c.train.steps)
     _require(c.train.patience >= 0, "train.patience", c.train.patience, "0 (off) or more")
-    _require(c.train.clip >= 0, "train.clip", c.train.clip, "0 (off) or more")
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,
              f"a divisor of train.batch ({c.train.batch})")  # fmt: skip
     _check_model(c.model)
@@ -484,6 +486,18 @@ def _check_profile(profile: str | None, steps: int) -> None:
     holds = found is not None and int(found[1]) <= int(found[2]) <= steps
     _require(holds, "log.profile", profile, "FROM:TO, the first and the last update to trace, such "
              f"as 20:24, out of 1 to train.steps ({steps})")  # fmt: skip
+
+
+def _check_optimizer(t: TrainConfig) -> None:
+    """Values at which AdamW is another algorithm, or none, without a word."""
+    _require(t.lr > 0, "train.lr", t.lr, "a positive number")
+    for name in ("beta1", "beta2"):
+        _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "0 to below 1")
+    _require(t.eps > 0, "train.eps", t.eps, "a positive number")
+    for name in ("weight_decay", "clip"):
+        _require(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "0 (off) or more")
+    _require(0 <= t.warmup <= t.steps, "train.warmup", t.warmup,
+             f"0 to train.steps ({t.steps}): lower it, or raise train.steps")  # fmt: skip
 
 
 def _check_wsd(t: TrainConfig) -> None:
@@ -533,6 +547,7 @@ def _check_model(m: ModelConfig) -> None:
     spec = m.spec()
     for name in ("layers", "d_model", "ffn", "heads"):
         _require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
+    _require(spec.layers <= MOST_LAYERS, "model.layers", spec.layers, f"1 to {MOST_LAYERS:,}")
     if spec.d_model % spec.heads:
         raise UserError(
             f"config.model.heads={spec.heads} does not divide model.d_model={spec.d_model}"

@@ -1,4 +1,8 @@
-"""The one exception for input that the user can mend."""
+"""The one exception for input that the user can mend, and near misses."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -6,3 +10,21 @@ class UserError(Exception):
 
     The command line prints it on stderr and exits with code 2.
     """
+
+
+class ArgumentError(UserError):
+    """A value that an argument cannot have: a flag of a command, or an argument in Python.
+
+    Attributes:
+      in_python: the same line for a caller of `moe_ablm.api`.
+    """
+
+    def __init__(self, name: str, value: Any, expected: str):
+        super().__init__(f"--{name.replace('_', '-')} {value}: {expected}")
+        self.in_python = f"{name}={value!r}: {expected}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -6,10 +6,13 @@ The ground floor: every room may use it.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from moe_ablm.errors import UserError
 
 
 @contextmanager
@@ -27,6 +30,38 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def all_or_none(out: Path) -> Iterator[Path]:
+    """A directory to write files in, which move to `out` if the block ends without an error.
+
+    Files of other names in `out` stay; after an error everything is as it was before.
+
+    Raises:
+      UserError: there is no place to write.
+    """
+    made = [place for place in (out, *out.parents) if not place.exists()]
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"{out} cannot be written: {reason}; name another place") from error
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            target = out / path.relative_to(temporary)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for place in made:
+            with suppress(OSError):  # it is not empty: what was wanted is there
+                place.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,14 +1,110 @@
-"""Stop signals, and the return of a stopped run to SLURM's queue."""
+"""Ctrl-C, stop signals, and the return of a stopped run to SLURM's queue."""
 
+import contextlib
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_ablm.endings import INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS = 60  # for the controller to answer
+GRACE = 3.0  # seconds that a command has after Ctrl-C to tidy up
+
+
+def again() -> str:
+    """The command line of this process, to be typed again."""
+    found = shutil.which("python")
+    # `make quickstart` uses an environment that need not be active
+    here = found is not None and Path(found).parent == Path(sys.executable).parent
+    python = "python" if here else sys.executable
+    given = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]  # python -m moe_ablm train
+    return shlex.join([python, "-m", "moe_ablm.train", *given])
+
+
+class Interrupts:
+    """What Ctrl-C does while a command runs, from before its imports on.
+
+    A thread answers at once: Python's own handlers wait for the main thread, which may be inside a
+    compiler for minutes, and an exception that they raise may end in a callback of a library that
+    swallows it. Where nothing has to be saved, KeyboardInterrupt is raised, and what is not over
+    after `GRACE` is ended from outside; under `stop_flag` the command saves, and a second Ctrl-C
+    ends it without. Files are written whole or not at all, whichever way it ends.
+
+    Use as a context manager around the command, in the main thread.
+
+    Attributes:
+      after: what the user can do next, told with the answer.
+      heard: how many times Ctrl-C was pressed.
+    """
+
+    current: "Interrupts | None" = None  # of this process
+
+    def __init__(self, name: str = "moe_ablm", after: str = "give the same command again"):
+        self.after, self.heard, self.saves = after, 0, False
+        self._name = name
+
+    def __enter__(self) -> "Interrupts":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before = signal.signal(signal.SIGINT, _raise), signal.set_wakeup_fd(self._write)
+        Interrupts.current = self
+        sys.unraisablehook = _without_interrupts
+        threading.Thread(target=self._answer, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        Interrupts.current = None
+        sys.unraisablehook = sys.__unraisablehook__
+        signal.set_wakeup_fd(self._before[1])
+        signal.signal(signal.SIGINT, self._before[0])
+        os.close(self._write)
+
+    def _answer(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] != signal.SIGINT:
+                continue
+            self.heard += 1
+            if self.heard > 1:
+                saved = "; what was saved before is kept" if self.saves else ""
+                self._tell(f"ended at once{saved}: {self.after}")
+                os._exit(INTERRUPTED)
+            if self.saves:
+                self._tell("heard Ctrl-C, saving; again: end without saving")
+            else:
+                self._tell(f"interrupted: {self.after}")
+                threading.Thread(target=_end_late, daemon=True).start()
+        os.close(self._read)
+
+    def _tell(self, text: str) -> None:
+        start = "\n" if os.isatty(2) else ""  # behind the terminal's own ^C
+        with contextlib.suppress(OSError):
+            os.write(2, f"{start}{self._name}: {text}\n".encode())
+
+
+def _raise(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _without_interrupts(told: Any) -> None:
+    """Callbacks that cannot raise print what they would have: of Ctrl-C the answer is enough."""
+    if not isinstance(told.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(told)
+
+
+def _end_late() -> None:
+    time.sleep(GRACE)
+    os._exit(INTERRUPTED)
 
 
 @contextmanager
@@ -18,13 +114,17 @@ def stop_flag() -> Iterator[list]:
 
     def receive(number, _):
         received.append(signal.Signals(number).name)
-        if number == signal.SIGINT:  # Ctrl-C again does not wait
+        if number == signal.SIGINT and not Interrupts.current:  # Ctrl-C again does not wait
             signal.signal(number, signal.default_int_handler)
 
     handlers = {s: signal.signal(s, receive) for s in STOP_SIGNALS}
+    if Interrupts.current:
+        Interrupts.current.saves = True
     try:
         yield received
     finally:
+        if Interrupts.current:
+            Interrupts.current.saves = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -1,7 +1,8 @@
-"""`results.jsonl` of a run, and versions of packages."""
+"""`results.jsonl` of a run, and the versions of what computed it."""
 
 import importlib.metadata
 import json
+import subprocess
 from pathlib import Path
 
 from moe_ablm.files import write_atomically
@@ -35,3 +36,20 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, "-dirty" where files differ from it.
+
+    None where there is no checkout, or no git.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40",
+               "--exclude=*"]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,6 +1,7 @@
 """What a run remembers of itself, and the summary it leaves in `run.json`."""
 
 import os
+import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,10 +14,12 @@ from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
 from moe_ablm.program import FLAGS, HARDWARE
-from moe_ablm.results import versions
-from moe_ablm.training.device import Peak, peak_memory
+from moe_ablm.results import commit, versions
+from moe_ablm.training.device import Peak, peak_memory, processor
 from moe_ablm.training.state import TrainState, params_sha256
 
+# what decides numbers: the same seed ends elsewhere with others
+PACKAGES = ("moe_ablm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
 
 
@@ -120,7 +123,9 @@ def execution_summary(
         "matmul_peak": peak.flops,
         "matmul_peak_source": peak.source,
         "compile_seconds": compile_seconds,
-        "versions": versions("moe_ablm", "jax", "jaxlib", "flax"),
+        "processor": processor(),
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
+        "commit": commit(),
     }
 
 

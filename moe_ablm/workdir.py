@@ -70,6 +70,7 @@ def _lock(stack: ExitStack, workdir: Path) -> None:
 def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
     file = workdir / "config.json"
     if not file.exists():
+        _check_own(workdir)
         return
     try:
         content = json.loads(file.read_text())
@@ -86,6 +87,19 @@ def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
         raise UserError(
             f"--workdir {workdir} holds a different run ({'; '.join(differing)}): "
             "use another --workdir"
+        )
+
+
+def _check_own(workdir: Path) -> None:
+    """Refuses to mix a new run with what somebody else put there; hidden files are locks."""
+    if not workdir.is_dir():
+        return
+    foreign = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
+    if foreign:
+        raise UserError(
+            f"--workdir {workdir} is no run (it has no config.json), but holds "
+            f"{', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}: name a new or an empty "
+            "directory"
         )
 
 

@@ -6,6 +6,7 @@ it each. Reads a JSON list `[module, argument, ...]` a line, answers `[code, std
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -13,6 +14,7 @@ import traceback
 import moe_ablm.__main__
 import moe_ablm.train
 
+SECONDS = 300
 MAINS = {"moe_ablm": moe_ablm.__main__.main, "moe_ablm.train": moe_ablm.train.main}
 
 
@@ -23,6 +25,7 @@ def run(module: str, arguments: list[str]) -> list:
         if child == 0:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            signal.alarm(SECONDS)  # a command that hangs has failed
             sys.argv = [module, *arguments]
             code = 1
             try:

@@ -1,6 +1,7 @@
 """The verbs in Python and on the command line, on a model in a directory."""
 
 import csv
+import importlib.metadata
 import json
 import subprocess
 from subprocess import PIPE
@@ -75,6 +76,11 @@ def test_shapes_of_answers():
         (lambda: api.scan(engine(), PAIRS, "masked"), "method='masked'"),
         (lambda: api.score(engine(), [("E_", "")]), "'_' at residue 2"),
         (lambda: api.route(engine(), PAIRS), "a dense model"),
+        (lambda: api.embed(engine(), PAIRS, layer=99), "^layer=99: expected 0 "),
+        (lambda: api.attention(engine(), PAIRS[:1], layer=9), "^layer=9: expected 0 to 1"),
+        (lambda: api.load("nowhere"), "^run nowhere is not there"),
+        (lambda: api.embed(engine(), "X"), "too short: the heavy chain is 'X'"),
+        (lambda: api.score(engine(), [("EVQ", "D")]), "too short: the light chain is 'D'"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(call, words):
@@ -169,6 +175,26 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
     assert [json.loads(r) for r in out.open()] == [json.loads(r) for r in whole.open()]
 
 
+def test_infill_says_when_there_is_nothing_to_fill(runs, run_quickly):
+    result = run_quickly("moe_ablm", "infill", "--run", runs / "dense", "--heavy", "EVQ")
+    assert result.returncode == 0 and "1 antibodies have nothing to fill in" in result.stderr
+
+
+def test_the_api_is_imported_and_described_without_jax():
+    code = (
+        "import sys, moe_ablm, moe_ablm.api as api; print(moe_ablm.__version__, *api.__all__);"
+        "assert not {'jax', 'pyarrow'} & set(sys.modules)"
+    )
+    argv, options = command("x")
+    done = subprocess.run([argv[0], "-c", code], capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert found[0] == importlib.metadata.version("moe_ablm")
+    for name in set(found[1:]) - {"UserError"}:
+        assert "Example:" in getattr(api, name).__doc__
+    assert repr(engine()).endswith("parameters, float32)")
+
+
 def test_a_reader_of_the_terminal_may_leave(runs):
     argv, options = command("moe_ablm", "scan", "--run", runs / "dense", "--heavy", "EVQ" * 9)
     with subprocess.Popen(argv, stdout=PIPE, stderr=PIPE, **options) as process:
@@ -189,6 +215,9 @@ WRONG = {
     "dense": (["route", "--heavy", "EVQ"], ("a dense model",)),
     "no file": (["embed", "--input", "{tmp}/pair.csv"], ("no such file", "pairs.csv")),
     "temperature": (["infill", "--heavy", "EV_", "--temperature", "0"], ("--temperature 0",)),
+    "more devices than cores": (["embed", "--heavy", "EVQ", "--devices", "9999"], ("found (cpu)",)),
+    "one letter": (["score", "--heavy", "E"], ("too short: the heavy chain is 'E'",)),
+    "not a number": (["infill", "--heavy", "EV_", "--temperature", "nan"], ("--temperature nan",)),
     "none left": (
         ["attention", "--input", "{alone}", "--on-bad-row", "skip"],
         ("no antibody is left", "1 rejected: one chain only", "row 1 (line 2)"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import xla_flags
 from flax import nnx
 from test_optimizer import spec as optimizer_spec
 
+from moe_ablm.errors import UserError
 from moe_ablm.model.families import TopK
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.parallel.mesh import make_mesh
@@ -72,6 +74,46 @@ def test_the_best_one_is_kept_after_a_restart(tmp_path, state):
 def test_no_checkpoint_is_none(tmp_path, mesh, optimizer):
     target = states.abstract_state(SPEC, optimizer, ema=False, mesh=mesh)
     assert Checkpoints(tmp_path / "c", keep=1).restore(target) is None
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, state, mesh, optimizer):
+    """An I/O error, as of a disk or a network: a link to memory where nothing can be read."""
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("needs Linux: /proc/self/mem")
+    target = states.abstract_state(SPEC, optimizer, ema=True, mesh=mesh)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, state, {"step": step}, None)
+    checkpoints.wait()
+    files = [p for p in (tmp_path / "c" / "2" / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    for file in (largest, tmp_path / "c" / "2" / "record" / "metadata"):
+        file.rename(tmp_path / "kept")
+        file.symlink_to(unreadable)
+        with jax.set_mesh(mesh), pytest.raises(UserError, match=r"2: .*cannot be read .*Input/out"):
+            checkpoints.restore(target)
+        assert names(tmp_path / "c") == [1, 2] and not (tmp_path / "damaged").exists()
+        file.unlink()
+        (tmp_path / "kept").rename(file)
+    with jax.set_mesh(mesh):
+        assert checkpoints.restore(target).record == {"step": 2}
+    checkpoints.close()
+
+
+def test_nothing_begins_anew_beside_what_was_set_aside(tmp_path, state, mesh, optimizer):
+    target = states.abstract_state(SPEC, optimizer, ema=True, mesh=mesh)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(1, state, {}, None)
+    checkpoints.wait()
+    (tmp_path / "c" / "1" / "record" / "metadata").write_text("{}")  # no checksums
+    for _ in range(2):  # at once, and when the same command is given again
+        with jax.set_mesh(mesh), pytest.raises(UserError, match=r"set aside as damaged \(1\)"):
+            checkpoints.restore(target)
+        assert (tmp_path / "damaged" / "1").is_dir()
+    shutil.rmtree(tmp_path / "damaged")
+    assert checkpoints.restore(target) is None
+    checkpoints.close()
 
 
 def test_checksums_notice_any_change(state):

@@ -46,6 +46,10 @@ WRONG = {
         ["--config.model.moe.router=expert_choice", "--config.model.moe.widths=(8,8,8,16)"],
         ("widths", "'expert_choice'"),
     ),
+    "layers": (["--config.model.layers=100000"], ("model.layers=100000", "4,096")),
+    "width": (["--config.model.d_model=1000000"], ("at least", "GB a device", "parameters")),
+    "rows": (["--config.train.batch=1000000000"], ("at least", "1,000,000,000 rows")),
+    "beta": (["--config.train.beta1=2.0"], ("train.beta1=2.0", "below 1")),
     "no dataset": (["--config.data.path=nowhere"], ("nowhere", "moe_ablm prepare")),
     "too short": (["--config.data.length=64"], ("data.length=64", "fits")),
     "stray argument": (["steps=5"], ("steps=5",)),
@@ -163,6 +167,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
         assert run_command("moe_ablm.train", *flags).returncode == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_backend_that_is_not_here_damages_nothing(tmp_path):
+    workdir = tmp_path / "w"
+    flags = [*tiny_flags(train__steps=2, train__warmup=1), f"--workdir={workdir}"]
+    step = workdir / "checkpoints" / "2"
+    (step / "state").mkdir(parents=True)
+    result = run_command("moe_ablm.train", *flags, JAX_PLATFORMS="cuda")
+    refused(result, "backend", "cuda", "JAX_PLATFORMS=cpu")
+    assert step.is_dir() and [p.name for p in workdir.iterdir()] == ["checkpoints"]
 
 
 def test_two_trainers_on_one_work_directory(tmp_path, run_quickly):

@@ -14,7 +14,7 @@ from conftest import tiny_config
 from flax import nnx
 from moe_blocks import jit
 
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.model import attention
 from moe_ablm.model.attention import Dropped, attend
 from moe_ablm.model.dropout import drop, kept_weights, mix, token_counters
@@ -250,8 +250,8 @@ def test_gradients_numerically_in_float64(name, backend, monkeypatch):
 def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch):
     changes = {f"model__{name}": rate for name, rate in RATES.items()}
     config = tiny_config(**changes, model__moe__router="none", data__batching="packed")
-    whole = train.run(config, tmp_path / "whole")
-    save = train.Trainer._save
+    whole = trainer.run(config, tmp_path / "whole")
+    save = trainer.Trainer._save
 
     def save_and_signal(self, state):
         save(self, state)
@@ -259,7 +259,7 @@ def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_save", save_and_signal)
-        assert train.run(config, tmp_path / "halves")["status"] == "stopped"
-    resumed = train.run(config, tmp_path / "halves")
+        patch.setattr(trainer.Trainer, "_save", save_and_signal)
+        assert trainer.run(config, tmp_path / "halves")["status"] == "stopped"
+    resumed = trainer.run(config, tmp_path / "halves")
     assert resumed["params_sha256"] == whole["params_sha256"]

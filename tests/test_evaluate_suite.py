@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 def evaluate(main, monkeypatch, data):
     """The verb, with a stand-in for the encoder: `run` names a router, `stop_after` rows it fails.
 
-    A failure is as Ctrl-C: exit code 1.
+    A failure is as Ctrl-C: exit code 130.
     """
 
     def run(out, *flags, run="dense", dataset=PAIRS, stop_after=None):
@@ -67,7 +67,7 @@ def test_a_suite_that_was_broken_off_goes_on_and_ends_the_same(evaluate, tmp_pat
     whole = evaluate(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
     broken = evaluate(tmp_path / "broken", *flags, stop_after=100)
-    assert broken.returncode == 1
+    assert broken.returncode == 130
     assert (tmp_path / "broken" / "perplexity" / "result.json").exists()
     assert not (tmp_path / "broken" / "results.json").exists()
     kept = (tmp_path / "broken" / "perplexity" / "result.json").read_text()

@@ -7,8 +7,9 @@ from tiny_models import engine
 from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, FIRST_AMINO_ACID, LAYOUTS, MASK
 from moe_ablm.inference.antibodies import given
-from moe_ablm.inference.infill import INFILLED, Sampling, infill, table
+from moe_ablm.inference.infill import INFILLED, infill, table
 from moe_ablm.inference.logits import EveryPosition
+from moe_ablm.inference.sampling import Sampling
 
 ESM = LAYOUTS["esm"]
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -108,6 +109,40 @@ def test_what_is_needed_at_the_peak():
     assert many.total == pytest.approx(memory.SPARE * (many.state + many.activations))
     several = memory.needed(TINY, execution, mesh, (1000, 8), accumulate=2)
     assert several.total - many.total == pytest.approx(memory.SPARE * many.gradients)
+
+
+SPECS = {
+    "dense": rung("8m", "none"),
+    "wide": rung("350m", "none"),
+    "top2": rung("35m", "top2", model__moe__experts=16),
+    "soft": rung("8m", "soft"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_the_least_is_no_more_than_what_is_needed(name, remat):
+    """By arithmetic alone, and not far below: three quarters of the state, or some activations."""
+    spec, execution = SPECS[name].model.spec(), Execution("bfloat16", "bfloat16", remat=remat)
+    for rows in (1, 16, 512):
+        found = memory.needed(spec, execution, memory.abstract_mesh(1, 1, 1), (rows, 128))
+        held = found.state + max(found.gradients, found.activations)
+        assert 0.01 * held < memory.least(spec, 1, rows, 128) <= held
+
+
+def test_sizes_that_cannot_be_are_refused_at_once():
+    for change, words in (
+        ({"model__layers": 4000, "model__d_model": 20_000}, "parameters with gradients"),
+        ({"model__d_model": 1_000_000}, "parameters with gradients"),
+        ({"model__moe__router": "topk", "model__moe__experts": 60_000}, "parameters with"),
+        ({"train__batch": 10**9}, "a smaller batch"),
+    ):
+        began = time.process_time()
+        with pytest.raises(UserError, match=words):
+            fitting_plan(rung("8m", "none", **change), hardware("h100x8"))
+        assert time.process_time() - began < 20
+    with pytest.raises(UserError, match="experts=100000000: expected 1 to 65,536"):
+        rung("8m", "top2", model__moe__experts=10**8)
 
 
 # plans

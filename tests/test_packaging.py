@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 
 import pytest
 import setuptools
@@ -45,7 +46,26 @@ def test_files_that_the_documentation_names_exist():
     top = "moe_ablm|configs|launch|sweeps|benchmarks|docs|tests"
     missing = {}
     for page in (*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")):
-        named = re.findall(rf"`((?:{top})/[\w./-]+\.(?:py|md|json|html))`", page.read_text())
+        text = page.read_text()
+        named = re.findall(rf"`((?:{top})/[\w./-]+\.(?:py|md|json|html))`", text)
+        named += re.findall(rf"\]\(((?:{top})/[\w./-]+)\)", text) if page.parent == REPO else []
         if gone := sorted(name for name in set(named) if not (REPO / name).exists()):
             missing[page.name] = gone
     assert not missing
+
+
+OLD = """#!/bin/sh
+test "$1" = -c || { mkdir .venv; exit 1; }
+exec python3 -c "import sys; sys.version_info = (3, 10, 1, 'final', 0); exec(sys.argv[1])" "$2"
+"""
+
+
+def test_an_old_python_is_told_and_leaves_no_environment(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(OLD)
+    python.chmod(0o755)
+    make = ["make", "-s", "-C", tmp_path, "-f", REPO / "Makefile", ".venv/bin/python"]
+    done = subprocess.run([*make, f"PYTHON={python}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer" in done.stderr and "is 3.10" in done.stderr
+    assert not (tmp_path / ".venv").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import command, run_command, tiny_config, tiny_flags
 
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.results import read_results
 
 CHANGES = {"train__steps": 24, "eval__every": 8, "checkpoint__every": 3}
@@ -46,7 +46,7 @@ def being_written(workdir: Path, step: int) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return train.run(tiny_config(**CHANGES), tmp_path_factory.mktemp("undisturbed") / "w")
+    return trainer.run(tiny_config(**CHANGES), tmp_path_factory.mktemp("undisturbed") / "w")
 
 
 def test_killed_again_and_again(undisturbed, tmp_path):
@@ -69,7 +69,7 @@ def test_killed_again_and_again(undisturbed, tmp_path):
 def interrupted(undisturbed, tmp_path):
     """A copy of the finished run as if it had stopped at step 21: newest checkpoints 21 and 18."""
     source = tmp_path / "source"
-    train.run(tiny_config(**CHANGES), source)
+    trainer.run(tiny_config(**CHANGES), source)
     workdir = tmp_path / "w"
     shutil.copytree(source, workdir)
     (workdir / "run.json").unlink()
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 ):
     steps = sorted(int(p.name) for p in (interrupted / "checkpoints").iterdir() if p.name.isdigit())
     damage(interrupted / "checkpoints" / str(steps[-1]))
-    summary = train.run(tiny_config(**CHANGES), interrupted)
+    summary = trainer.run(tiny_config(**CHANGES), interrupted)
     assert f"checkpoint {steps[-1]} is damaged" in caplog.text
     assert (interrupted / "damaged" / str(steps[-1])).is_dir()
     assert summary["params_sha256"] == undisturbed["params_sha256"]
@@ -115,5 +115,5 @@ def test_sigterm_exits_with_0_and_says_how_to_resume(undisturbed, tmp_path):
     assert "the same command resumes it" in out
     assert f"--workdir={workdir}" in out
     assert json.loads((workdir / "run.json").read_text())["status"] == "stopped"
-    summary = train.run(tiny_config(**CHANGES), workdir)
+    summary = trainer.run(tiny_config(**CHANGES), workdir)
     assert summary["params_sha256"] == undisturbed["params_sha256"]

@@ -19,7 +19,7 @@ from conftest import tiny_config, tiny_flags
 from launch import slurm
 from launch.cell import REPOSITORY, Cell
 from moe_ablm import config as configs
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.feed import Feed
 from moe_ablm.results import read_results
 
@@ -58,7 +58,7 @@ def cluster(request, tmp_path_factory):
 
 def make_cell(folder: Path, name: str, **changes) -> Cell:
     config = tiny_config(**changes)
-    identity = Feed(config, *train.open_datasets(config)).identity
+    identity = Feed(config, *trainer.open_datasets(config)).identity
     workdir = folder / name
     argv = ("-m", "moe_ablm.train", *tiny_flags(**changes), f"--workdir={workdir}")
     return Cell(name, argv, workdir, configs.fingerprint(config, identity), 1.0, 1.0)
@@ -136,7 +136,7 @@ def test_an_array_of_four_cells_finishes(tmp_path):
 
 
 def test_a_preempted_cell_is_queued_again_and_ends_the_same(tmp_path):
-    undisturbed = train.run(tiny_config(**LONG), tmp_path / "undisturbed")
+    undisturbed = trainer.run(tiny_config(**LONG), tmp_path / "undisturbed")
     one = make_cell(tmp_path / "out", "one", **LONG)
     job = submit([one], partition="low")
     wait(lambda: steps(one) >= 20, "step 20", one)

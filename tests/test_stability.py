@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from moe_ablm import train
+from moe_ablm import command_line, train, trainer
 from moe_ablm.config import MoEConfig
 from moe_ablm.model.families import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.model.moe import RouterWeights, router_logits
@@ -317,12 +317,12 @@ FORCED = {
 def impatient(monkeypatch):
     """Runs are given up after 20 updates of collapse instead of 200."""
     watch = functools.partial(StabilityWatch, thresholds=Thresholds(stop_after=20))
-    monkeypatch.setattr(train, "StabilityWatch", watch)
+    monkeypatch.setattr(trainer, "StabilityWatch", watch)
 
 
 def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, monkeypatch):
     config = tiny_config(**FORCED, train__stop_on_collapse=True)
-    found = train.run(config, tmp_path / "w")
+    found = trainer.run(config, tmp_path / "w")
     assert found["status"] == "collapsed"
     assert found["stability"]["verdict"] == "collapse"
     assert found["stability"]["events"][0]["what"] == "load_entropy"
@@ -330,11 +330,11 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
     assert (tmp_path / "w" / "checkpoints" / str(found["step"])).is_dir()
     assert json.loads((tmp_path / "w" / "run.json").read_text()) == found
     # the same command says the same and trains no further
-    again = train.run(config, tmp_path / "w")
+    again = trainer.run(config, tmp_path / "w")
     of_the_process = {"tokens_per_second": 0, "peak_memory": 0, "execution": None}
     assert again | of_the_process == found | of_the_process
     # interrupted, and with other checkpoints, it ends at the same step
-    read, step = train.Trainer._read_pending, []
+    read, step = trainer.Trainer._read_pending, []
 
     def read_and_stop(self):
         step.append(self.step)
@@ -342,17 +342,17 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
             signal.raise_signal(signal.SIGTERM)
         read(self)
 
-    monkeypatch.setattr(train.Trainer, "_read_pending", read_and_stop)
+    monkeypatch.setattr(trainer.Trainer, "_read_pending", read_and_stop)
     config = tiny_config(**FORCED | {"checkpoint__every": 7}, train__stop_on_collapse=True)
-    assert train.run(config, tmp_path / "v")["status"] == "stopped"
-    monkeypatch.setattr(train.Trainer, "_read_pending", read)
-    resumed = train.run(config, tmp_path / "v")
+    assert trainer.run(config, tmp_path / "v")["status"] == "stopped"
+    monkeypatch.setattr(trainer.Trainer, "_read_pending", read)
+    resumed = trainer.run(config, tmp_path / "v")
     assert resumed["params_sha256"] == found["params_sha256"]
     assert resumed["stability"] == found["stability"]
 
 
 def test_collapse_does_not_stop_a_run_unasked(tmp_path, impatient):
-    found = train.run(tiny_config(**FORCED), tmp_path / "w")
+    found = trainer.run(tiny_config(**FORCED), tmp_path / "w")
     assert (found["status"], found["step"]) == ("complete", 90)
     assert found["stability"]["verdict"] == "collapse"
 
@@ -363,8 +363,8 @@ def test_the_command_line_ends_a_collapsed_run_with_1_and_one_line(tmp_path, cap
         "status": "collapsed", "step": 250,
         "stability": {"verdict": "collapse", "events": [event], "worst": {}},
     }  # fmt: skip
-    monkeypatch.setattr(train, "parse", lambda argv: (None, tmp_path))
-    monkeypatch.setattr(train, "run", lambda *_: summary)
+    monkeypatch.setattr(command_line, "parse", lambda argv: (None, tmp_path))
+    monkeypatch.setattr(trainer, "run", lambda *_: summary)
     assert train.main(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "layer 1: load_entropy 0.36 from step 50" in line and "step 250" in line

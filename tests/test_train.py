@@ -1,15 +1,18 @@
 """The trainer in one process: what a run leaves on disk, and when it stops."""
 
 import json
+import os
+import platform
 import signal
+import subprocess
 
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import REPO, tiny_config
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.results import read_results
@@ -20,7 +23,7 @@ from moe_ablm.verbs import report
 def finished(tmp_path_factory):
     """Work directory and `run.json` of one complete tiny run."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    return workdir, train.run(tiny_config(), workdir)
+    return workdir, trainer.run(tiny_config(), workdir)
 
 
 def test_run_json_holds_what_scaling_needs(finished):
@@ -87,8 +90,16 @@ def test_run_json_says_what_computed_it_and_how(finished):
     assert (found["remat"], found["hardware_name"]) == ("none", None)
     assert found["matmul_peak"] > 0 and found["matmul_peak_source"] == "measured"
     assert found["compile_seconds"] > 0
-    assert {"jax", "jaxlib", "flax"} <= set(found["versions"])
+    assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= set(found["versions"])
     assert found["versions"]["jax"] == jax.__version__
+    assert found["versions"]["python"] == platform.python_version()
+    assert str(os.cpu_count()) in found["processor"]
+    asked = ["git", "-C", str(REPO), "rev-parse", "HEAD"]
+    head = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if head.returncode:  # an unpacked archive
+        assert found["commit"] is None
+    else:
+        assert found["commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_results_and_events_tell_the_same(finished):
@@ -135,7 +146,7 @@ def test_routed_counts_are_those_of_the_residues(finished):
 
 def test_a_complete_run_says_so(finished, capsys):
     workdir, summary = finished
-    again = train.run(tiny_config(), workdir)
+    again = trainer.run(tiny_config(), workdir)
     assert "is complete: 12 steps" in capsys.readouterr().out
     assert again["params_sha256"] == summary["params_sha256"]
 
@@ -158,7 +169,7 @@ def test_a_run_json_that_is_damaged_is_made_again(finished, tmp_path):
     copy = tmp_path / "copy"
     __import__("shutil").copytree(workdir, copy)
     (copy / "run.json").write_text('{"status": "comp')
-    again = train.run(tiny_config(), copy)
+    again = trainer.run(tiny_config(), copy)
     assert again["params_sha256"] == summary["params_sha256"]
     assert again["valid_loss_final"] == summary["valid_loss_final"]
     assert len(read_results(copy / "results.jsonl")) == len(read_results(workdir / "results.jsonl"))
@@ -168,42 +179,42 @@ def test_a_different_run_is_refused_and_its_keys_shown(finished):
     workdir, _ = finished
     before = sorted(p.name for p in workdir.iterdir())
     with pytest.raises(UserError, match=r"train\.lr: 0\.003 there, 0\.001 now") as error:
-        train.run(tiny_config(train__lr=1e-3), workdir)
+        trainer.run(tiny_config(train__lr=1e-3), workdir)
     assert "seed" not in str(error.value)
     assert sorted(p.name for p in workdir.iterdir()) == before
 
 
 def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     _, summary = finished
-    again = train.run(tiny_config(checkpoint__every=100, log__every=5), tmp_path / "again")
+    again = trainer.run(tiny_config(checkpoint__every=100, log__every=5), tmp_path / "again")
     assert again["params_sha256"] == summary["params_sha256"]
     assert again["fingerprint"] == summary["fingerprint"]
-    other = train.run(tiny_config(seed=1, train__steps=3), tmp_path / "other")
+    other = trainer.run(tiny_config(seed=1, train__steps=3), tmp_path / "other")
     assert other["params_sha256"] != summary["params_sha256"]
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(finished, tmp_path):
     # without router losses, which are means over micro-batches
     changes = {"model__moe__router": "none", "train__steps": 3, "compute__precision": "float32"}
-    whole = train.run(tiny_config(**changes), tmp_path / "whole")
-    parts = train.run(tiny_config(**changes, train__accumulate=4), tmp_path / "parts")
+    whole = trainer.run(tiny_config(**changes), tmp_path / "whole")
+    parts = trainer.run(tiny_config(**changes, train__accumulate=4), tmp_path / "parts")
     assert parts["valid_loss_final"] == pytest.approx(whole["valid_loss_final"], abs=1e-5)
 
 
 def test_a_signal_saves_and_the_next_run_resumes(finished, tmp_path, monkeypatch, capsys):
     _, summary = finished
-    evaluate = train.validation_sums
+    evaluate = trainer.validation_sums
 
     def evaluate_and_signal(*args):
         signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args)
 
-    monkeypatch.setattr(train, "validation_sums", evaluate_and_signal)
-    stopped = train.run(tiny_config(), tmp_path / "w")
+    monkeypatch.setattr(trainer, "validation_sums", evaluate_and_signal)
+    stopped = trainer.run(tiny_config(), tmp_path / "w")
     assert (stopped["status"], stopped["step"]) == ("stopped", 6)
     assert "saved at step 6; the same command resumes it" in capsys.readouterr().out
     monkeypatch.undo()
-    resumed = train.run(tiny_config(), tmp_path / "w")
+    resumed = trainer.run(tiny_config(), tmp_path / "w")
     assert resumed["params_sha256"] == summary["params_sha256"]
     assert resumed["tokens_seen"] == summary["tokens_seen"]
 
@@ -211,8 +222,8 @@ def test_a_signal_saves_and_the_next_run_resumes(finished, tmp_path, monkeypatch
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
     # an infinite learning rate from step 5 on: warm-up ends in 1e38 * step
     config = tiny_config(train__lr=3e38, train__clip=0.0, train__warmup=12, train__steps=12)
-    with pytest.raises(train.Diverged, match=r"step \d+: \w+ is (nan|inf|-inf)") as error:
-        train.run(config, tmp_path / "w")
+    with pytest.raises(trainer.Diverged, match=r"step \d+: \w+ is (nan|inf|-inf)") as error:
+        trainer.run(config, tmp_path / "w")
     content = json.loads((tmp_path / "w" / "run.json").read_text())
     assert content["status"] == "diverged"
     assert content["error"] in str(error.value)
@@ -221,7 +232,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_patience_ends_a_run_early(tmp_path):
     config = tiny_config(train__lr=1e-30, train__patience=2, eval__every=1, train__steps=9)
-    summary = train.run(config, tmp_path / "w")
+    summary = trainer.run(config, tmp_path / "w")
     # the first evaluation is the best; the two after it do not improve on it
     assert (summary["status"], summary["step"], summary["valid_step_best"]) == ("complete", 3, 1)
 
@@ -232,7 +243,7 @@ def test_the_launchers_name_of_the_hardware_and_the_precision_are_recorded(tmp_p
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     changes = {"compute__precision": "bfloat16", "compute__remat": "matmuls"}
     config = tiny_config(train__steps=1, train__warmup=0, **changes)
-    found = train.run(config, tmp_path / "w")["execution"]
+    found = trainer.run(config, tmp_path / "w")["execution"]
     assert (found["hardware_name"], found["flags"]) == ("h100x8", "--a=1")
     assert (found["precision"], found["remat"]) == ("bfloat16", "matmuls")
     assert (found["activations"], found["operands"]) == ("bfloat16", "bfloat16")
@@ -240,7 +251,7 @@ def test_the_launchers_name_of_the_hardware_and_the_precision_are_recorded(tmp_p
 
 def test_ema_is_evaluated_in_place_of_the_parameters(tmp_path, finished):
     _, summary = finished
-    averaged = train.run(tiny_config(train__ema=0.999), tmp_path / "w")
+    averaged = trainer.run(tiny_config(train__ema=0.999), tmp_path / "w")
     assert averaged["params_sha256"] == summary["params_sha256"]
     assert averaged["valid_loss_final"] > summary["valid_loss_final"] + 0.05
 
@@ -249,8 +260,8 @@ def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path, monkeypatch):
     class EightDevices:
         size = 8
 
-    monkeypatch.setattr(train, "make_mesh", lambda *_: EightDevices())
+    monkeypatch.setattr(trainer, "make_mesh", lambda *_: EightDevices())
     with pytest.raises(UserError, match=r"batch=12 .* over 8 devices: use a multiple of 8"):
-        train.run(tiny_config(train__batch=12), tmp_path / "w")
+        trainer.run(tiny_config(train__batch=12), tmp_path / "w")
     assert not (tmp_path / "w").exists()
     assert jax.device_count() == 1

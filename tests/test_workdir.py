@@ -48,6 +48,16 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
+def test_a_directory_of_somebody_else_is_no_work_directory(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with (
+        pytest.raises(UserError, match="is no run .* holds thesis.tex: name a new"),
+        work_directory(tmp_path, tiny_config(), "d"),
+    ):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 @pytest.mark.parametrize(
     ("content", "kept"),
     [

@@ -6,10 +6,12 @@ domain of the chain that it is said to be is rejected with a reason, never guess
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
@@ -159,7 +161,8 @@ def start_annotation(
     starts = range(0, max(batch.num_rows, 1), ROWS_A_TASK)
     tasks = [batch.slice(start, ROWS_A_TASK) for start in starts]
     run = map if workers == 1 or len(tasks) == 1 else _pool(workers).map
-    parts = run(_annotate_rows, tasks, [reannotate] * len(tasks))
+    with _without_ctrl_c():
+        parts = run(_annotate_rows, tasks, [reannotate] * len(tasks))
 
     def finish() -> tuple[pa.RecordBatch, np.ndarray]:
         done, reasons = zip(*parts, strict=True)
@@ -173,6 +176,19 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: a fork would copy the locks of pyarrow's (and, in a test, jax's) threads
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that begin meanwhile never hear of Ctrl-C: it is for the one who began them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with_parent() -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,13 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         for kind in ("partial", "scratch"):
             for stale in out.parent.glob(f".{out.name}.{kind}-*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.scratch-", dir=out.parent))
         try:
-            yield directory
+            directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.scratch-", dir=out.parent))
+            try:
+                yield directory
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 
@@ -67,8 +69,8 @@ def _locked(lock: Path, out: Path) -> Iterator[None]:
             # The owner before us may have removed the file after we opened it.
             if lock.exists() and os.fstat(f.fileno()).st_ino == lock.stat().st_ino:
                 f.truncate(0)
-                f.write(f"{os.getpid()}\n")
-                f.flush()
+                with suppress(OSError):  # on a full disk it is locked without a name
+                    os.write(f.fileno(), f"{os.getpid()}\n".encode())
                 yield
                 return
 

@@ -58,7 +58,7 @@ def read(
             first.sort(key=lambda found: found[0])
         for ordered in (first, rows):
             for _, antibody in ordered:
-                reason = _too_long(antibody, layout, longest) or refuse(antibody)
+                reason = _unfit(antibody, layout, longest) or refuse(antibody)
                 if reason:
                     kind = reason.split(":")[0]
                     source.report.bad_row(antibody.where, kind, f"{antibody.name}: {reason}")
@@ -73,7 +73,10 @@ def _rows(source: Source) -> Iterator[tuple[int, Antibody]]:
         yield from zip(batch[ROW].to_pylist(), _antibodies(batch), strict=True)
 
 
-def _too_long(antibody: Antibody, layout: Layout, longest: int) -> str | None:
+def _unfit(antibody: Antibody, layout: Layout, longest: int) -> str | None:
+    for chain, letters in antibody.chains():
+        if sum(letter not in AMBIGUOUS for letter in letters) < 2:
+            return f"too short: the {chain} chain is {letters!r}, expected amino acids"
     tokens = tokens_of(antibody, layout)
     if tokens <= longest:
         return None
@@ -150,8 +153,8 @@ def given(
                 f"antibodies: {where}: {reason}: give a heavy chain, a light one or both"
             )
     for antibody in antibodies:
-        if too_long := _too_long(antibody, layout, longest):
-            raise UserError(f"antibodies: {antibody.where}: {too_long}")
+        if reason := _unfit(antibody, layout, longest):
+            raise UserError(f"antibodies: {antibody.where}: {reason}")
     return antibodies
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
-from moe_ablm.errors import UserError
+from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.inference.buckets import Batch, Engine, Task
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe
@@ -63,9 +63,8 @@ def attention_layer(layer: int, layers: int) -> int:
       UserError: there is no such layer.
     """
     if not -layers <= layer < layers:
-        raise UserError(
-            f"--layer {layer}: expected 0 to {layers - 1}, or -1 (the last layer) to {-layers}"
-        )
+        expected = f"expected 0 to {layers - 1}, or -1 (the last layer) to {-layers}"
+        raise ArgumentError("layer", layer, expected)
     return layer % layers
 
 

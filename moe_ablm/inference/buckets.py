@@ -19,9 +19,10 @@ from jax.sharding import AxisType, Mesh
 
 from moe_ablm.cache import keep_compilations
 from moe_ablm.data.tokenizer import PAD
-from moe_ablm.errors import UserError
+from moe_ablm.errors import ArgumentError
 from moe_ablm.interop.load import Model
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES, batch_sharding, replicated
 
@@ -72,9 +73,10 @@ class Engine:
           UserError: more devices than there are, or an unknown precision.
         """
         if precision not in PRECISIONS:
-            raise UserError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+            expected = f"expected one of {', '.join(PRECISIONS)}"
+            raise ArgumentError("precision", precision, expected)
         if batch_tokens is not None and batch_tokens < 1:
-            raise UserError(f"--batch-tokens {batch_tokens}: expected at least 1")
+            raise ArgumentError("batch_tokens", batch_tokens, "expected at least 1")
         self.model, self.precision = model, precision
         self._mesh = _mesh(devices)
         self._tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 65_536)
@@ -95,6 +97,10 @@ class Engine:
         other.model = model
         other._params = jax.device_put(model.params, replicated(self._mesh))
         return other
+
+    def __repr__(self) -> str:
+        count = params_total(self.model.spec)
+        return f"Engine({self.model.source}: {count:,} parameters, {self.precision})"
 
     def run(
         self, task: Task, rows: Sequence[np.ndarray], at: Sequence[int] | None = None
@@ -178,9 +184,7 @@ def _unpacked(members: np.ndarray, out: Any) -> Iterator[tuple[int, Any]]:
 def _mesh(devices: int) -> Mesh:
     available = jax.devices()
     if not 1 <= devices <= len(available):
-        raise UserError(
-            f"--devices {devices}: expected 1 to {len(available)}, the devices found "
-            f"({jax.default_backend()})"
-        )
+        found = f"the devices found ({jax.default_backend()})"
+        raise ArgumentError("devices", devices, f"expected 1 to {len(available)}, {found}")
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=available[:devices])

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
-from moe_ablm.errors import UserError
+from moe_ablm.errors import ArgumentError
 from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.output import vectors
@@ -35,10 +35,8 @@ def layer_number(layer: int, layers: int) -> int:
       UserError: there is no such layer.
     """
     if not -layers - 1 <= layer <= layers:
-        raise UserError(
-            f"--layer {layer}: expected 0 (token embeddings) to {layers}, or -1 (the last layer) "
-            f"to {-layers - 1}"
-        )
+        expected = f"0 (token embeddings) to {layers}, or -1 (the last layer) to {-layers - 1}"
+        raise ArgumentError("layer", layer, f"expected {expected}")
     return layer % (layers + 1)
 
 

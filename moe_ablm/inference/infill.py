@@ -12,6 +12,7 @@ from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_
 from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
+from moe_ablm.inference.sampling import Sampling
 
 INFILLED = LETTERS + MASKED  # letters that `infill` reads
 LEVELS = ("antibody", "residue")
@@ -52,23 +53,6 @@ class Completion:
     def log_probability(self) -> float:
         """Of the residues filled in, in nats: the sum along the order of filling."""
         return float(sum(np.log(f.probability) for f in self.filled))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How residues are chosen.
-
-    Attributes:
-      samples: completions of each antibody, drawn by probability; 0: one, always the most probable.
-      temperature: above 1 more varied, below 1 closer to the most probable.
-      seed: seed of the draws, which depend on it, the sequence and the number of the sample alone.
-      top: candidates to report.
-    """
-
-    samples: int = 0
-    temperature: float = 1.0
-    seed: int = 0
-    top: int = 5
 
 
 def infill(

@@ -68,10 +68,13 @@ class Output:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
         try:
             self._check_same()
+            write_atomically(self._parts / "command.json", json.dumps(self._command))
         except UserError:
             self._lock.close()
             raise
-        write_atomically(self._parts / "command.json", json.dumps(self._command))
+        except OSError as error:
+            self.__exit__()
+            raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
         self.done = self._found()[-1][1] if self._found() else 0
         return self
 

@@ -59,7 +59,7 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
     """
     spec = engine.model.spec
     if not spec.moe_layers:
-        raise UserError(f"--run {engine.model.source}: a dense model; only experts are routed to")
+        raise UserError(f"{engine.model.source}: a dense model; only experts are routed to")
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     routings: list = [None] * len(rows)
     for index, routing in engine.run(Routing(), [row.tokens for row in rows]):

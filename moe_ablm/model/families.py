@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 GROUPS = ("sequence", "batch")
+MOST_EXPERTS = 1 << 16  # 256 times those of any layer published; their widths are listed
 PADS = ("logits", "probabilities", "aux")  # BALM-MoE's partial policies
 
 
@@ -70,8 +71,8 @@ class Router:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, what is expected of its value) for every value that is out of range."""
-        if self.experts < 1:
-            yield "experts", "a positive number"
+        if not 1 <= self.experts <= MOST_EXPERTS:
+            yield "experts", f"1 to {MOST_EXPERTS:,}"
         for key in ("shared", "first_dense", "load_balance", "z_loss", "entropy_loss"):
             if getattr(self, key) < 0:
                 yield key, "0 or more"

@@ -4,9 +4,11 @@ A checkpoint holds the training state and a small JSON record with a checksum of
 that a file altered on disk is noticed at restore and the one before it is taken.
 """
 
+import errno
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +35,9 @@ METRIC = "valid_loss"
 # are a list in the order of the arrays
 LAYOUT = 3
 SPARE = 1 << 20  # bytes a checkpoint may need beside its arrays: metadata, indices
+# of a file that is not there, or not of its kind: it was removed or cut off, not out of reach
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_READ = 1 << 24  # bytes at a time
 
 
 class Restored(NamedTuple):
@@ -144,27 +149,34 @@ class Checkpoints:
             )
 
     def restore(self, target: TrainState) -> Restored | None:
-        """The newest checkpoint that is whole, or None where there is none at all.
+        """The newest checkpoint that is whole, or None where there was none at all.
 
-        Damaged ones are moved to `damaged/` beside the checkpoints, with a warning.
+        Damaged ones are moved to `damaged/` beside the checkpoints, with a warning. One that cannot
+        be read (permissions, I/O, memory, no backend) is no damaged one and stays where it is.
 
         Args:
           target: shapes and shardings to restore to (`state.abstract_state`).
 
         Raises:
-          UserError: there are checkpoints, but all of them are damaged.
+          UserError: one cannot be read; or all of them are damaged, now or at an earlier start.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self.restore_step(step, target)
             except Exception as error:  # orbax raises many kinds for a damaged file
-                reason = str(error).strip().splitlines()
-                self._set_aside(step, reason[0] if reason else type(error).__name__)
-        if steps:
+                path = self.directory / str(step)
+                if obstacle := _obstacle(error, path):
+                    raise UserError(
+                        f"{path}: the checkpoint cannot be read ({obstacle}): nothing was changed; "
+                        "mend that, then run the same command again"
+                    ) from error
+                self._set_aside(step, _first_line(error))
+        damaged = sorted(p.name for p in self._damaged.glob("*"))
+        if damaged:  # never begins anew unasked
             raise UserError(
-                f"{self.directory}: none of its {len(steps)} checkpoints can be restored (moved to "
-                f"{self._damaged}): start again with another --workdir"
+                f"{self.directory} holds no checkpoint that can be restored, and {self._damaged} "
+                f"those set aside as damaged ({', '.join(damaged[:9])}): move one back to try it "
+                f"again, remove {self._damaged} to begin anew, or use another --workdir"
             )
         return None
 
@@ -189,7 +201,7 @@ class Checkpoints:
         return self.directory.parent / "damaged"
 
     def _set_aside(self, step: int, reason: str) -> None:
-        log.warning("checkpoint %d is damaged, trying the one before it: %s", step, reason[:300])
+        log.warning("checkpoint %d is damaged, trying the one before it: %s", step, reason)
         self._damaged.mkdir(exist_ok=True)
         target = self._damaged / str(step)
         number = 0
@@ -229,9 +241,49 @@ def read_records(directory: Path) -> dict[int, dict]:
 def _record(checkpoint: Path) -> dict:
     try:
         record = json.loads((checkpoint / "record" / "metadata").read_text())
-    except (OSError, ValueError):
+    except ValueError:
+        return {}
+    except OSError as error:
+        if error.errno not in _MISSING:
+            raise
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _obstacle(error: BaseException, checkpoint: Path) -> str:
+    """What keeps a checkpoint from being read, empty where it is damaged.
+
+    Damage is what a checksum or the format says of files that can be read from end to end.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or (
+            isinstance(cause, OSError) and cause.errno not in (None, *_MISSING)
+        ):
+            return str(getattr(cause, "strerror", None) or "out of memory")
+        if isinstance(cause, (jax.errors.JaxRuntimeError, RuntimeError)):
+            return _first_line(cause)  # of a device or its memory, or that there is none
+        numbers = re.findall(r"OS error (\d+)", str(cause))  # tensorstore's errors are ValueErrors
+        if any(int(number) not in _MISSING for number in numbers):
+            return _first_line(cause)
+        cause = cause.__cause__ or cause.__context__
+    try:
+        _read_all(checkpoint)
+    except OSError as unread:
+        return f"{unread.filename}: {unread.strerror}"
+    return ""
+
+
+def _read_all(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if not path.is_dir():
+            with path.open("rb") as file:
+                while file.read(_READ):
+                    pass
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx.State:
@@ -243,15 +295,18 @@ def read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx.
       averaged: take the average of the weights, which is what the run evaluated.
 
     Raises:
-      UserError: it is not that of such an encoder, or damaged.
+      UserError: it is not that of such an encoder, damaged, or cannot be read.
     """
     try:
         return _read_parameters(checkpoint, shapes, averaged)
     except Exception as error:  # orbax raises many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if obstacle := _obstacle(error, checkpoint):
+            raise UserError(
+                f"{checkpoint}: the checkpoint cannot be read ({obstacle[:200]})"
+            ) from error
         raise UserError(
-            f"{checkpoint}: the checkpoint is damaged ({reason[:200]}): move it away to use "
-            "another one of the run"
+            f"{checkpoint}: the checkpoint is damaged ({_first_line(error)[:200]}): move it away "
+            "to use another one of the run"
         ) from error
 
 

@@ -1,8 +1,12 @@
 """What this device can do: peak FLOP/s, the yardstick of model FLOPs utilisation, and memory."""
 
+import contextlib
+import os
+import platform
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -47,6 +51,21 @@ def matmul_peak(operands: str, rounds: int = 5) -> float:
 def device_memory() -> int | None:
     """Bytes that this process may allocate on a device; None where unknown (CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def memory_limit() -> int:
+    """Bytes of a device: what may be allocated, or of a CPU all memory of the machine."""
+    shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device_memory() or shared // jax.local_device_count()
+
+
+def processor() -> str:
+    """Name of this machine's CPU, which decides how bfloat16 is computed, and its cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def peak_memory() -> int:

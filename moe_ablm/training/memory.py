@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES
 from moe_ablm.training.optimizer import make_optimizer
@@ -121,6 +122,23 @@ def fitting_remat(
     if needed(spec, execution, mesh, rows).total <= memory:
         return execution
     return replace(execution, remat="full")
+
+
+def least(spec: EncoderSpec, devices: int, rows: int, length: int) -> float:
+    """Bytes that a device needs at least, whatever is recomputed; arithmetic alone, so that it can
+    be asked of sizes that could not even be traced.
+
+    Parameters, gradients and both moments in float32, spread over all devices; of every layer its
+    input, in bfloat16.
+
+    Args:
+      spec: of the encoder.
+      devices: that the state may be spread over.
+      rows: of a micro-batch on one device.
+      length: tokens of a row.
+    """
+    state = 4 * 4 * params_total(spec) / devices
+    return max(state, 2.0 * rows * length * spec.d_model * spec.layers)
 
 
 class Activations(NamedTuple):

@@ -19,6 +19,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
+from moe_ablm.verbs.writing import add_overwrite, out_file
 
 COLUMNS = (
     *("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa"),
@@ -33,16 +34,17 @@ OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     add_report_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=out_file(".parquet"), required=True, metavar="FILE.parquet")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.suffix != ".parquet":
-        raise UserError(f"--out {args.out}: expected a name that ends in .parquet")
-    if args.out.is_dir():
-        raise UserError(f"--out {args.out} is a directory: name a file in it")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"--out {args.out} is there already: choose another name, or --overwrite")
     require_report(args.report)
     sources = sources_of(args)
+    if any(args.out.exists() and args.out.samefile(path) for s in sources for path in s.paths):
+        raise UserError(f"--out {args.out} is an input: choose another name")
     for source in sources:
         if source.is_protein:
             raise UserError(f"--input {source.report.source}: general proteins, no antibody chains")

@@ -22,12 +22,16 @@ from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import bar
 from moe_ablm.verbs.reading import add_format_arguments, reading_of
+from moe_ablm.verbs.writing import out_directory, out_file
 
 if TYPE_CHECKING:  # jax only when there is something to compute
     import pyarrow as pa
 
     from moe_ablm.data.antibody import Antibody
     from moe_ablm.inference.buckets import Engine
+
+
+SUFFIXES = (".csv", ".parquet", ".jsonl", ".npz")  # of `inference.output.WRITERS`
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=out_file(*SUFFIXES),
         metavar="FILE",
         help=".csv, .parquet, .jsonl or .npz; the same command again goes on where it stopped "
         "(default: CSV on the terminal)",
@@ -100,7 +104,8 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     import jax
 
     if args.devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", args.devices)  # where there is no accelerator
+        # where there is no accelerator; more devices than cores would compute one after the other
+        jax.config.update("jax_num_cpu_devices", min(args.devices, os.cpu_count() or 1))
     from moe_ablm.inference.buckets import Engine
     from moe_ablm.interop.load import load_model
 
@@ -314,30 +319,30 @@ def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
 
 def infill(args: argparse.Namespace) -> None:
     """Writes completed antibodies, or the residues filled in."""
-    if args.samples < 0:
-        raise UserError(f"--samples {args.samples}: expected 0 (the most probable) or more")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: expected more than 0")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: expected 0 or more")
-    if not 1 <= args.top <= 20:
-        raise UserError(f"--top {args.top}: expected 1 to 20 amino acids")
-    from moe_ablm.inference.infill import INFILLED, Sampling, table
+    from moe_ablm.inference.sampling import Sampling
 
     sampling = Sampling(args.samples, args.temperature, args.seed, args.top)
+    from moe_ablm.inference.infill import INFILLED, table
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
         masks = (antibody.heavy + antibody.light).count(MASKED)
         samples = max(args.samples, 1)
         return samples * max(masks, 1), samples * (masks * 1024 + 1024)
 
-    question = Question(
-        {"level": args.level, **vars(sampling)},
-        lambda engine, antibodies: table(engine, antibodies, args.level, sampling),
-        cost,
-        INFILLED,
-    )
-    ask(args, question)
+    whole = 0
+
+    def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
+        nonlocal whole
+        whole += sum(MASKED not in antibody.heavy + antibody.light for antibody in antibodies)
+        return table(engine, antibodies, args.level, sampling)
+
+    ask(args, Question({"level": args.level, **vars(sampling)}, answer, cost, INFILLED))
+    if whole:
+        print(
+            f"moe_ablm: {whole:,} antibodies have nothing to fill in: mask residues by _, * or "
+            "<mask>",
+            file=sys.stderr,
+        )
 
 
 def add_scan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -350,7 +355,7 @@ def add_scan_arguments(parser: argparse.ArgumentParser) -> None:
         help="a pass a residue, one pass in all, or 19 passes a residue",
     )
     parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="a heat map of every antibody, as PNG"
+        "--figures", type=out_directory, metavar="DIR", help="a heat map of every antibody, as PNG"
     )
 
 

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from moe_ablm.config import suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, suggestion
+from moe_ablm.files import all_or_none
+from moe_ablm.verbs.writing import out_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a directory of `evaluate`; repeatable; the same name again: another seed of a kind",
     )
     add("--reference", metavar="NAME", help="the kind that others are compared with (the first)")
-    add("--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, ...")
+    add(
+        "--out",
+        type=out_directory,
+        required=True,
+        metavar="DIR",
+        help="results.json, report.html, ...",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
         settings; nothing is written.
     """
     named = [_named(text) for text in args.input]
+    places = [directory.resolve() for _, directory in named]
+    for (name, directory), place in zip(named, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"--input {name}={directory}: this evaluation is given twice")
     names = list(dict.fromkeys(name for name, _ in named))
     if args.reference is not None and args.reference not in names:
         raise UserError(
@@ -49,15 +60,12 @@ def run(args: argparse.Namespace) -> None:
     require_same_basis(runs)
     comparison = compare(runs)
     claims = claims_of(comparison)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        files = write_comparison(args.out, comparison, claims, command_of(args))
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    with all_or_none(args.out) as directory:
+        files = write_comparison(directory, comparison, claims, command_of(args))
     for claim in claims:
         print(f"{claim.text} {claim.verdict}")
     for file in files:
-        print(file)
+        print(args.out / file.name)
 
 
 def _named(text: str) -> tuple[str, Path]:

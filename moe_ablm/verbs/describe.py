@@ -11,8 +11,8 @@ from rich.table import Table
 from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
-from moe_ablm.errors import UserError
-from moe_ablm.files import replacing
+from moe_ablm.files import all_or_none
+from moe_ablm.verbs.writing import out_directory
 
 _GENES_SHOWN = 25
 
@@ -20,7 +20,10 @@ _GENES_SHOWN = 25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="a dataset")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the PNG go (default: INPUT/figures)"
+        "--out",
+        type=out_directory,
+        metavar="DIR",
+        help="where the PNG go (default: INPUT/figures)",
     )
 
 
@@ -120,21 +123,15 @@ def _seen(summary: Summary) -> Table:
 
 def draw(summary: Summary, out: Path) -> list[Path]:
     """Draws CDRH3 length by split, V gene usage and V identity by chain as PNG files into `out`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name a directory with --out") from error
     figures = {
         "cdrh3_length": _draw_lengths(summary),
         "v_usage": _draw_genes(summary),
         "v_identity": _draw_identity(summary),
     }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"{name}.png")
-        with replacing(paths[-1]) as partial:
-            figure.savefig(partial, dpi=150, bbox_inches="tight")
-    return paths
+    with all_or_none(out) as directory:
+        for name, figure in figures.items():
+            figure.savefig(directory / f"{name}.png", dpi=150, bbox_inches="tight")
+    return [out / f"{name}.png" for name in figures]
 
 
 def _draw_lengths(summary: Summary) -> Figure:

@@ -1,17 +1,19 @@
 """`python -m moe_ablm evaluate`: all evaluations of the studies, in one report."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_ablm.config import suggestion
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.verbs.writing import out_directory
 
 FILES = {
     "specificity": "antibodies with a label (CSV or parquet: h_sequence, l_sequence, label)",
@@ -44,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="another input; repeatable",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, ...")
+    add(
+        "--out",
+        type=out_directory,
+        required=True,
+        metavar="DIR",
+        help="results.json, report.html, ...",
+    )
     add(
         "--on-bad-row",
         choices=("fail", "skip"),
@@ -71,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < MOST_SEEDS:
         raise UserError(f"--seed {args.seed}: expected 0 or more, less than 2^63")
     (suite, claims), files = read_suite(args.suite), named_files(args.data)
+    if not args.input and not files:
+        raise UserError("nothing to evaluate on: give --input DIR (a dataset), or --data NAME=FILE")
     from moe_ablm.data.dataset import Dataset
     from moe_ablm.evaluation.nulls import ROUTED, UNTRAINED, untrained
     from moe_ablm.evaluation.reporting.results import same_command, write_results
@@ -86,13 +96,38 @@ def run(args: argparse.Namespace) -> None:
         engine = untrained(engine)
     if null in ROUTED:
         suite = _routed_only(suite, null)
-    about = same_command(args.out, engine, dataset, files, args.seed, claims, null)
     work = args.out / "work"
-    subject = Subject(engine, dataset, work, files, args.seed, args.on_bad_row, null)
-    found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
+    with _nothing_left_of_a_refusal(args.out):
+        about = same_command(args.out, engine, dataset, files, args.seed, claims, null)
+        subject = Subject(engine, dataset, work, files, args.seed, args.on_bad_row, null)
+        found = run_suite(subject, suite, args.out, lambda line: print(line, flush=True))
     found = with_earlier(found, args.out)
     for file in write_results(args.out, about, found, command_of(args)):
         print(file)
+    for line in skipped_lines(found):
+        print(line)
+
+
+@contextlib.contextmanager
+def _nothing_left_of_a_refusal(out: Path) -> Iterator[None]:
+    """Removes the directory that this command made, unless it holds what an evaluation found."""
+    made = not out.exists()
+    try:
+        yield
+    except UserError:
+        if made and not any(out.glob("*/result.json")):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def skipped_lines(found: Mapping[str, dict]) -> list[str]:
+    """What was not done, and why, to be said last; a reason that several share only once."""
+    names: dict[str, list[str]] = {}
+    for name, kept in found.items():
+        if kept["status"] == "skipped":
+            names.setdefault(kept["reason"], []).append(name)
+    told = [f"  {', '.join(each)}: {reason}" for reason, each in names.items()]
+    return ["not done (the same command does these alone, later):", *told] if told else []
 
 
 def _routed_only(suite: Mapping[str, Any], null: str) -> dict[str, Any]:

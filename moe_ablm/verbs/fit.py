@@ -2,14 +2,14 @@
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_json
+from moe_ablm.files import all_or_none, write_json
+from moe_ablm.verbs.writing import out_directory
 
 if TYPE_CHECKING:  # loaded when the verb runs
     from rich.console import Console
@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-inference-flops", type=float, help="of a token, forward; a third of training")
     add("--next-run", metavar="GRID", help="table of candidate cells to rank")
     add("--design", action="store_true", help="check a planned grid (no losses) and stop")
-    add("--out", required=True, metavar="DIR")
+    add(
+        "--out", type=out_directory, required=True, metavar="DIR", help="fit.json, report.html, ..."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
         console = Console(width=PIPE_WIDTH)
     laws = args.law or [COMPARE]
     _check_numbers(args)
-    out = Path(args.out)
-    _check_out(out)
     reading = Reading(
         columns=_pairs("--columns", [args.columns]),
         where=_pairs("--where", args.where),
@@ -111,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
-    if args.design:
-        _design(console, runs, laws, args, out)
-        return 0
-    return _fit(console, runs, laws, args, out, reading)
+    with all_or_none(args.out) as out:
+        if args.design:
+            _design(console, runs, laws, args, out)
+            return 0
+        return _fit(console, runs, laws, args, out, reading)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -129,17 +130,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {value}: expected a positive number")
-
-
-def _check_out(out: Path) -> None:
-    """Raises UserError where `out` cannot become a directory to write in."""
-    place = out
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--out {out}: {place} exists and is not a directory")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--out {out}: no permission to write in {place}")
 
 
 def _fit(
@@ -181,7 +171,7 @@ def _fit(
             )
         tables.append(comparison_table(scores))
         sentences.append(verdict(scores))
-        _write_json(out, "comparison.json", _scores_json(scores, sentences[0]))
+        write_json(out / "comparison.json", _scores_json(scores, sentences[0]))
     chosen = named[0] if named else scores[0].law if len(candidates) > 1 else candidates[0]
     study = STUDIES.get(args.published)
     if study and resolve(chosen) != study.law:
@@ -207,7 +197,9 @@ def _fit(
     paths = save_all(draw_all(analysis), out / "figures")
     figures = {p.stem: p for p in paths if p.suffix == ".svg"}
     write_report(out, analysis, figures, tables, sentences, study)
-    console.print(f"wrote {out}/fit.json, report.html and {len(paths)} figures", highlight=False)
+    console.print(
+        f"wrote {args.out}/fit.json, report.html and {len(paths)} figures", highlight=False
+    )
     return int(analysis.fit.status == "not_converged")
 
 
@@ -282,7 +274,7 @@ def _design(
         k: v if v < float("inf") else None for k, v in design.expected_errors.items()
     }
     values["condition"] = design.condition if design.condition < float("inf") else None
-    _write_json(out, "design.json", {"schema": "moe_ablm.design/1", **values})
+    write_json(out / "design.json", {"schema": "moe_ablm.design/1", **values})
 
 
 def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
@@ -305,11 +297,6 @@ def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
             for s in scores
         ],
     }
-
-
-def _write_json(out: Path, name: str, values: dict) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / name, values)
 
 
 def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:

@@ -14,12 +14,15 @@ from moe_ablm.data.prepare import prepare, require_new
 from moe_ablm.data.readers import Source
 from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
 from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
+from moe_ablm.verbs.writing import out_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     add_report_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--out", type=out_directory, required=True, metavar="DIR", help="directory to make"
+    )
     parser.add_argument("--recluster", action="store_true", help="replace a `cluster` column")
     parser.add_argument(
         "--identity",

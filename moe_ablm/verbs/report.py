@@ -11,14 +11,16 @@ from rich.console import Console
 
 from moe_ablm.data.regions import CHAINS, REGIONS
 from moe_ablm.errors import UserError
+from moe_ablm.files import all_or_none
 from moe_ablm.progress import region_table, stability_lines
 from moe_ablm.results import read_results
+from moe_ablm.verbs.writing import out_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--run", type=Path, required=True, help="work directory of a run")
-    parser.add_argument("--out", type=Path, help="where figures go (default: RUN/figures)")
+    parser.add_argument("--out", type=out_directory, help="where figures go (default: RUN/figures)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,11 +37,13 @@ def run(args: argparse.Namespace) -> None:
     Console().print(region_table(evaluations[-1]))
     print("\n".join(_stability(args.run / "run.json")))
     out = args.out or args.run / "figures"
-    out.mkdir(parents=True, exist_ok=True)
-    draw_loss(records, out / "loss.png")
+    routed = evaluations[-1].get("routed")
+    with all_or_none(out) as directory:
+        draw_loss(records, directory / "loss.png")
+        if routed:
+            draw_routing(routed, directory / "routing.png")
     print(f"loss curve: {out / 'loss.png'}")
-    if "routed" in evaluations[-1]:
-        draw_routing(evaluations[-1]["routed"], out / "routing.png")
+    if routed:
         print(f"expert by region: {out / 'routing.png'}")
 
 

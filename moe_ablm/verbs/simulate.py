@@ -20,6 +20,7 @@ from moe_ablm.data.simulate import BACKENDS, SimulationParams, pairing_informati
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from moe_ablm.progress import bar
+from moe_ablm.verbs.writing import add_overwrite, out_directory, out_file
 
 LICENCE = "simulated from OGRDB germline genes; no restriction"
 _WRITERS = {".parquet": pa.parquet.ParquetWriter, ".csv": pa.csv.CSVWriter}
@@ -30,10 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which repertoire (default 0)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_table_or_dataset,
         required=True,
-        help="FILE.parquet or FILE.csv for a table; any other name is a dataset directory",
+        help="FILE.parquet or FILE.csv for a table; a name without ending is a dataset directory",
     )
+    add_overwrite(parser)
     parser.add_argument(
         "--pairing-tilt",
         type=float,
@@ -48,7 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _table_or_dataset(text: str) -> Path:
+    tables = Path(text).suffix in _WRITERS
+    return out_file(*_WRITERS)(text) if tables else out_directory(text)
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.out.is_file() and not args.overwrite:
+        raise UserError(f"--out {args.out} is there already: choose another name, or --overwrite")
     if args.pairs < 1:
         raise UserError(f"--pairs {args.pairs}: expected at least 1")
     params = SimulationParams(pairing_tilt=args.pairing_tilt, backend=args.backend)
@@ -74,8 +83,6 @@ def write_table(batches: Iterable[pa.RecordBatch], out: Path) -> None:
 
     Raises UserError where the file cannot be written; nothing is left of it then.
     """
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory: name a file in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as partial, contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.model import flops
 from moe_ablm.model.families import TopK
+from moe_ablm.verbs.writing import out_directory
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="HF_DIR",
         help="directory with config.json and model.safetensors (or shards and index)")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="RUN", help="new directory to write")
+    add("--out", type=out_directory, required=True, metavar="RUN", help="new directory to write")
     add("--layout", choices=sorted(LAYOUTS),
         help="how a pair becomes a row (default: esm, <cls>H<cls><cls>L<eos>; of BALM balm, "
         "<cls>H<eos>L<eos>; of an export of ours its own)")  # fmt: skip
@@ -41,7 +42,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, required=True, help="work directory of a run, or an import")
     add("--format", choices=("hf", "balm"), required=True,
         help="hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="DIR", help="new directory to write")
+    add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
     add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
 
 
@@ -61,7 +62,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `upcycle`; those of the experts mean what they mean in configs/base.py."""
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DENSE", help="a dense run or import")
-    add("--out", type=Path, required=True, metavar="RUN", help="new directory to write")
+    add("--out", type=out_directory, required=True, metavar="RUN", help="new directory to write")
     add("--experts", type=int, default=8, help="experts a layer (default 8)")
     add("--k", type=int, default=2, help="experts a token, 2 or more (default 2)")
     add("--placement", default="alternate",

@@ -1,0 +1,94 @@
+"""Tables as Python has them - data frames, dicts of columns, lists of dicts - to antibodies."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moe_ablm.data.antibody import Antibody
+from moe_ablm.data.readers.columns import CHAIN_PAIRS
+from moe_ablm.errors import UserError
+
+IDS = ("sequence_id", "name", "id")
+SINGLE = ("sequence_aa", "sequence")  # columns of chains that are heavy or light
+NOTHING = ("NAType", "NaTType", "NoneType")  # of pandas; NaN is asked for itself
+
+
+def items_of(given: Any) -> list[Any]:
+    """What was given as a list of chains, pairs or `Antibody`.
+
+    Args:
+      given: one chain (a string), one pair (a tuple of two chains), one `Antibody`, several of
+        them, or a table: a data frame, a dict of columns, a dict of one antibody, or a list of
+        such dicts, with columns named as in files (heavy and light, sequence_aa_heavy ..., or
+        sequence), in any case.
+
+    Raises:
+      UserError: a table without a column of chains, or with a value that is no sequence.
+    """
+    if isinstance(given, (str, Antibody)) or _is_pair(given):
+        return [given]
+    if isinstance(given, Mapping):
+        if all(value is None or isinstance(value, str) for value in given.values()):
+            return _antibodies([given], list(given))
+        return _of_columns({str(name): list(values) for name, values in given.items()})
+    if hasattr(given, "column_names"):  # pyarrow
+        return _of_columns({name: given[name].to_pylist() for name in given.column_names})
+    if hasattr(given, "columns"):  # pandas, polars
+        return _of_columns({str(name): list(given[name]) for name in given.columns})
+    if not isinstance(given, Iterable):
+        raise UserError(f"antibodies: found {given!r}, expected chains, pairs or a table")
+    items = list(given)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return _antibodies(items, list(dict.fromkeys(name for item in items for name in item)))
+    return items
+
+
+def _is_pair(given: Any) -> bool:
+    """A tuple is one pair; two single chains are a list."""
+    return (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and all(chain is None or isinstance(chain, str) for chain in given)
+    )
+
+
+def _of_columns(columns: Mapping[str, list]) -> list[Any]:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"antibodies: columns of different lengths {lengths}")
+    rows = zip(*columns.values(), strict=True)
+    return _antibodies([dict(zip(columns, row, strict=True)) for row in rows], list(columns))
+
+
+def _antibodies(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
+    known = {name.lower(): name for name in names}
+    pair = next((p for p in CHAIN_PAIRS if known.keys() & set(p)), None)
+    single = next((known[name] for name in SINGLE if name in known), None)
+    if pair is None and single is None:
+        raise UserError(
+            f"antibodies: a table with columns {', '.join(names)}; expected "
+            f"{' or '.join(' and '.join(p) for p in CHAIN_PAIRS)}, or {SINGLE[-1]}"
+        )
+    if pair is None:
+        return [_text(row, single, number) for number, row in enumerate(rows, start=1)]
+    heavy, light = (known.get(name) for name in pair)
+    identifier = next((known[name] for name in IDS if name in known), None)
+    return [
+        Antibody(
+            _text(row, identifier, number, words=True),
+            _text(row, heavy, number),
+            _text(row, light, number),
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _text(row: Mapping[str, Any], column: str | None, number: int, words: bool = False) -> str:
+    """A value as letters, "" where there is none; an id may be a number."""
+    value = None if column is None else row.get(column)
+    if type(value).__name__ in NOTHING or value != value:  # NaN
+        return ""
+    if not isinstance(value, str) and not words:
+        raise UserError(
+            f"antibodies: row {number}, column {column}: found {value!r}, expected a sequence"
+        )
+    return str(value)

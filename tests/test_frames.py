@@ -1,0 +1,69 @@
+"""Tables of Python give the antibodies that pairs give, and what is no table is refused."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_models import engine
+
+from moe_ablm import api
+from moe_ablm.data.antibody import Antibody
+from moe_ablm.errors import UserError
+from moe_ablm.inference.frames import items_of
+
+PAIRS = [("EVQLVES", "DIQM"), ("EVQ", ""), ("", "DIQMT")]
+ROWS = [{"id": f"ab{n}", "Heavy": h or None, "Light": i or None} for n, (h, i) in enumerate(PAIRS)]
+NAMED = [Antibody(f"ab{n}", *pair) for n, pair in enumerate(PAIRS)]
+
+
+def tables():
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    yield "dict of columns", columns
+    yield "list of dicts", ROWS
+    yield "arrow", pa.table(columns)
+    yield "dict of arrays", {name: np.array(c, object) for name, c in columns.items()}
+
+
+@pytest.mark.parametrize(("kind", "table"), tables(), ids=lambda x: x if type(x) is str else "")
+def test_a_table_is_its_pairs_with_their_names(kind, table):
+    assert items_of(table) == NAMED
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_data_frames_are_scored_as_their_pairs(library):
+    frames = pytest.importorskip(library)
+    frame = frames.DataFrame(ROWS)
+    assert items_of(frame) == NAMED
+    expected = api.score(engine(), PAIRS, one_pass=True)["pll"]
+    np.testing.assert_array_equal(api.score(engine(), frame, one_pass=True)["pll"], expected)
+    assert len(items_of(frame["Heavy"])) == 3  # a series is a list
+
+
+def test_names_of_published_tables():
+    for heavy, light in (("sequence_aa_heavy", "sequence_aa_light"), ("h_sequence", "l_sequence")):
+        assert items_of({heavy: ["EVQ"], light: ["DIQ"]}) == [Antibody("", "EVQ", "DIQ")]
+    assert items_of({"heavy": ["EVQ"]}) == [Antibody("", "EVQ", "")]
+    assert items_of({"sequence": ["EVQ", "DIQ"]}) == ["EVQ", "DIQ"]
+    assert items_of({"heavy": "EVQ", "light": "DIQ"}) == [Antibody("", "EVQ", "DIQ")]
+
+
+def test_a_tuple_is_one_pair_and_a_list_is_several_chains():
+    assert items_of(("EVQ", "DIQ")) == [("EVQ", "DIQ")]
+    assert items_of(("EVQ", None)) == [("EVQ", None)]
+    assert items_of(["EVQ", "DIQ"]) == ["EVQ", "DIQ"]
+    assert items_of("EVQ") == ["EVQ"]
+    pair = api.embed(engine(), ("EVQLVES", "DIQM"))
+    np.testing.assert_array_equal(pair, api.embed(engine(), [("EVQLVES", "DIQM")]))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"VH": ["EVQ"], "VL": ["DIQ"]}, "columns VH, VL; expected sequence_aa_heavy and"),
+        ({"heavy": ["EVQ"], "light": ["DIQ", "DIQ"]}, "different lengths"),
+        ({"heavy": ["EVQ", 7], "light": ["DIQ", ""]}, "row 2, column heavy: found 7"),
+        (5, "found 5"),
+    ],
+)
+def test_what_is_no_table_is_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        items_of(given)

@@ -1,0 +1,141 @@
+"""Ctrl-C, pressed for real: an answer within a moment, a code, and nothing half-done."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import command, tiny_flags
+
+SECOND = 1.0 + 0.5  # beside what a busy machine takes to wake a thread
+
+
+def start(*arguments, code: str | None = None) -> subprocess.Popen:
+    argv, options = command(*arguments or ["x"])
+    argv = [sys.executable, "-c", code] if code else argv
+    # a group of its own, as a shell makes it: Ctrl-C goes to the workers, too
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
+    )
+
+
+def press(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def answer(process: subprocess.Popen) -> str:
+    """The next line on stderr, which must not be long in coming."""
+    began = time.monotonic()
+    line = process.stderr.readline()
+    assert time.monotonic() - began < SECOND
+    return line
+
+
+READY = "print('ready', flush=True)\n"
+IN_A_LIBRARY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"  # no bytecode
+SWALLOWED = (
+    "import gc, itertools\n"
+    "def callback(*_):\n"
+    "    try: exec('for _ in itertools.count(): pass')\n"
+    "    except KeyboardInterrupt: pass\n"
+    "while True: callback()"
+)
+HEAD = "from moe_ablm.preemption import Interrupts, stop_flag\n"
+
+
+@pytest.mark.parametrize("work", [IN_A_LIBRARY, SWALLOWED], ids=["in a library", "swallowed"])
+def test_a_main_thread_that_does_not_listen(work):
+    body = "with Interrupts(after='begin again'):\n"
+    inner = READY + work
+    body += "".join(f"    {line}\n" for line in inner.splitlines())
+    process = start(code=HEAD + body)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    press(process)
+    assert answer(process) == "moe_ablm: interrupted: begin again\n"
+    assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == ""
+
+
+def test_a_second_time_while_saving_ends_at_once():
+    body = (
+        "import time\nwith Interrupts(after='resume'), stop_flag() as heard:\n"
+        "    print('ready', flush=True)\n    while not heard: time.sleep(.01)\n"
+        "    print(heard, flush=True)\n    time.sleep(60)\n"
+    )
+    process = start(code=HEAD + body)
+    assert process.stdout.readline() == "ready\n"
+    press(process)
+    assert "heard Ctrl-C, saving" in answer(process)
+    assert process.stdout.readline() == "['SIGINT']\n"
+    press(process)
+    line = answer(process)
+    assert "ended at once; what was saved before is kept: resume" in line
+    assert process.wait(timeout=2) == 130 and process.stderr.read() == ""
+
+
+def test_a_scheduler_s_signal_is_no_ctrl_c():
+    body = (
+        "import time\nwith Interrupts() as interrupts, stop_flag() as heard:\n"
+        "    print('ready', flush=True)\n    while not heard: time.sleep(.01)\n"
+        "print(heard, interrupts.heard)\n"
+    )
+    process = start(code=HEAD + body)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (out, err, process.returncode) == ("['SIGTERM'] 0\n", "", 0)
+
+
+def test_the_trainer_before_it_trains(tmp_path):
+    """Among its imports; most of them are of jax."""
+    process = start("moe_ablm.train", *tiny_flags(), f"--workdir={tmp_path / 'w'}")
+    time.sleep(1.5)
+    press(process)
+    line = answer(process)
+    assert "interrupted: " in line and f"--workdir={tmp_path / 'w'}" in line
+    assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == ""
+
+
+def test_the_trainer_while_it_compiles(tmp_path):
+    process = start("moe_ablm.train", *tiny_flags(), f"--workdir={tmp_path / 'w'}")
+    assert "parameters" in (line := process.stdout.readline()), line
+    press(process)
+    assert "heard Ctrl-C, saving" in answer(process)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "", err  # `train && evaluate` does not go on
+    before, told = out.split("the same command resumes it:\n")
+    assert "saved at step 1;" in before
+    assert told.count("\n") == 1 and f"--workdir={tmp_path / 'w'}" in told
+
+
+def test_a_verb_leaves_nothing(tmp_path):
+    out = tmp_path / "s.csv"
+    process = start("moe_ablm", "simulate", "--pairs", 10**7, "--out", out)
+    end = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < end:
+        time.sleep(0.05)
+    press(process)
+    assert answer(process) == "moe_ablm: interrupted: give the same command again\n"
+    assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == "" and not list(tmp_path.iterdir())
+
+
+def test_workers_leave_ctrl_c_to_the_one_who_started_them(tmp_path, run_quickly):
+    pairs = tmp_path / "pairs.csv"
+    made = run_quickly("moe_ablm", "simulate", "--pairs", 20_000, "--out", pairs)
+    assert made.returncode == 0, made.stderr
+    arguments = ("--reannotate", "--workers", 2, "--input", pairs, "--out", tmp_path / "d")
+    process = start("moe_ablm", "prepare", *arguments)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".d.scratch-*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1)  # the workers start
+    press(process)
+    assert "interrupted" in answer(process)
+    assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == ""
+    assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d.scratch-*"))
