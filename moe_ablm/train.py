@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from moe_ablm import config as configs
+from moe_ablm import outcome
 from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.cache import keep_compilations
 from moe_ablm.command_line import again, is_full_disk, parse
@@ -105,6 +106,15 @@ def run(config: Config, workdir: Path) -> dict:
             if not is_out_of_memory(error):
                 raise
             raise UserError(trainer.run_out_of_memory(error)) from error
+
+
+def why_collapsed(summary: dict) -> str:
+    """The line for a run that `train.stop_on_collapse` ended."""
+    reason = stability_lines(summary["stability"])[-1].strip()
+    return (
+        f"stopped: collapse ({reason}); the checkpoint of step {summary['step']} is kept, and "
+        "train.stop_on_collapse=False does not stop"
+    )
 
 
 def open_datasets(config: Config) -> list[Dataset]:
@@ -398,6 +408,14 @@ class Trainer:
         self.checkpoints.close()
 
 
+def _status_of(error: Exception) -> str:
+    """Of the outcome of a run that raised."""
+    if isinstance(error, Diverged):
+        return outcome.DIVERGED
+    refused = isinstance(error, UserError) or is_full_disk(error)
+    return outcome.REFUSED if refused else outcome.FAILED
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     if {"-h", "--help"} & set(argv[1:]):
@@ -405,9 +423,13 @@ def main(argv: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        config, workdir = parse(argv)
-        multihost.start()
-        summary = run(config, workdir)
+        with outcome.told(_status_of) as told:
+            config, workdir = parse(argv)
+            multihost.start()
+            summary = run(config, workdir)
+            collapse = why_collapsed(summary) if summary["status"] == COLLAPSED else ""
+            if multihost.is_first():
+                told(summary["status"], summary["step"], collapse)
     except UserError as error:
         print(f"moe_ablm: {error}", file=sys.stderr)
         return 2
@@ -423,13 +445,8 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    if summary["status"] == COLLAPSED:
-        reason = stability_lines(summary["stability"])[-1].strip()
-        print(
-            f"moe_ablm: stopped: collapse ({reason}); the checkpoint of step {summary['step']} is "
-            "kept, and train.stop_on_collapse=False does not stop",
-            file=sys.stderr,
-        )
+    if collapse:
+        print(f"moe_ablm: {collapse}", file=sys.stderr)
         return 1
     if summary["status"] == "stopped" and multihost.is_first() and (line := requeue_job()):
         print(line)

@@ -46,7 +46,8 @@ HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 # rooms and modules that must work where no computing library is installed
 WITHOUT_JAX = ("data", "scaling", "model/families.py", "model/spec.py", "model/flops.py",
                "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py",
-               "files.py", "results.py", "page.py", "cache.py", "config.py")  # fmt: skip
+               "files.py", "results.py", "page.py", "cache.py", "config.py", "outcome.py",
+               "preemption.py")  # fmt: skip
 
 
 WITHOUT_HEAVY = f"""
@@ -170,9 +171,9 @@ OUTSIDE = {
                "model.families", "model.flops", "model.spec", "scaling.design", "scaling.runs",
                "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
-    # compile it for devices that are not here
-    "launch": {"errors", "files", "config", "command_line", "program", "model.spec",
-               "training.memory", "parallel.mesh"},
+    # compile it for devices that are not here; how it ended
+    "launch": {"errors", "files", "outcome", "preemption", "config", "command_line", "program",
+               "model.spec", "training.memory", "parallel.mesh"},
 }  # fmt: skip
 
 
