@@ -310,6 +310,10 @@ def sweep(tmp_path):
             ' "tokens_per_second": 500.0}\n{"kind": "tra'
         )
     (tmp_path / "logs").mkdir()
+    # of a version that left no outcome: what it printed decides nothing
+    cells["killed"].cell.log.write_text(
+        "$ python\nTraceback (most recent call last):\nmoe_ablm: x\n"
+    )
     cells["crashed"].cell.log.write_text("$ python\nOSError: [bold]no\x1b[31m disk\n")
     outcome_of(cells["crashed"].cell.outcome, cells["crashed"].cell.log, 1)
     cells["deleted"].cell.log.write_text("$ python\nstep 12/12 loss 1\n")
