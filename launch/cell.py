@@ -7,7 +7,8 @@ A launcher is a module of `launch/` with
 
 It gets the cells that are not finished, and need not ask whether one is: the command of a finished
 cell does nothing. Commands run in the root of the repository. What a cell prints, both streams,
-is appended to `Cell.log`, where `python -m sweeps.status` looks for the reason of a failure.
+is appended to `Cell.log`. How it ended is in `Cell.outcome` (`moe_ablm/outcome.py`): the launcher
+removes it, names it in the environment and writes it for a process that was killed (`ended.py`).
 """
 
 import contextlib
@@ -51,6 +52,11 @@ class Cell:
     def log(self) -> Path:
         """Where the output of all attempts goes."""
         return self.workdir.parent / LOGS / f"{self.name}.log"
+
+    @property
+    def outcome(self) -> Path:
+        """What the newest attempt says of its end."""
+        return self.log.with_name(f"{self.name}.outcome.json")
 
 
 def config_of(argv: Sequence[str]) -> Config:

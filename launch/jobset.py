@@ -19,11 +19,12 @@ import yaml
 
 from launch import assign
 from launch.cell import LOGS, Cell
+from launch.ended import ATTEMPT, FINAL
 from launch.jobset_check import API, LABEL, check
 from launch.meshes import Hardware, hardware
 from launch.settings import Setting, add_options, given, resolve
-from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
+from moe_ablm.outcome import VARIABLE
 
 PORT = 8476  # of the coordinator
 GRACE = 120  # seconds between TERM and the end
@@ -51,16 +52,17 @@ ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
 }
 XPK_DEVICES = {"a100": "a100-80gb-8", "h100": "h100-80gb-8", "h200": "h200-141gb-8"}
-STOPPED = 42  # exit code that asks for a restart; one of those that xpk restarts by itself
-FINAL = 3  # exit code of a run that would end the same way again
-# The process of a container, with the log and the work directory before the trainer's arguments.
+# The process of a container, with the log and the outcome before the trainer's arguments.
 # The first process of a container is sent TERM, alone, and ignores it unless it has a trap.
-# The trainer ends with 0 when it was stopped; here that is not the end.
+# The trainer ends with 0 when it was stopped: `launch.ended` makes that a failure.
+# Each pod removes the outcome: no run ends well before all have met, and one of before is stale.
 COMMAND = f"""\
-log=$1 workdir=$2
+log=$1
+export {VARIABLE}="$2"
 shift 2
 mkdir -p "${{log%/*}}"
-printf '{ATTEMPT}%s\\n' "pod $(uname -n): $workdir" >>"$log"
+rm -f "${VARIABLE}"
+printf '{ATTEMPT}%s\\n' "pod $(uname -n)" >>"$log"
 pipe=$(mktemp -u)
 mkfifo "$pipe"
 tee -a "$log" <"$pipe" &
@@ -73,12 +75,7 @@ code=$?
 while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
 rm -f "$pipe"
 sleep 1 # for tee; it is not waited for, since a process that is left over may hold the pipe
-status=$(grep -o '"status": "[a-z]*"' "$workdir/run.json" 2>/dev/null)
-case "$code$status" in
-0*stopped*) exit {STOPPED} ;;
-1*diverged* | 1*collapsed*) exit {FINAL} ;;
-esac
-exit "$code"
+exec python3 -m launch.ended "${VARIABLE}" "$log" "$code"
 """
 
 
@@ -236,7 +233,7 @@ def _xpk_script(cell: Cell) -> Path:
 
 def _arguments(cell: Cell) -> tuple[str, ...]:
     """Of `COMMAND`."""
-    return str(cell.log), str(cell.workdir), *cell.argv
+    return str(cell.log), str(cell.outcome), *cell.argv
 
 
 def _hardware(settings: dict[str, str | None]) -> Hardware:

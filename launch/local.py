@@ -16,24 +16,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch import assign
 from launch.cell import REPOSITORY, Cell
+from launch.ended import ATTEMPT, outcome_of
 from launch.meshes import hardware
 from launch.settings import add_options, resolve
-from launch.state import (
-    ATTEMPT,
-    COMPLETE,
-    FAILED,
-    INTERRUPTED,
-    error_of,
-    is_running,
-    last_attempt,
-    one_line,
-    state_of,
-)
+from launch.state import COMPLETE, FAILED, INTERRUPTED, is_running, state_of
 from moe_ablm.errors import UserError
+from moe_ablm.outcome import VARIABLE, one_line
 
 MEMORY_OF_A_JOB = 2 << 30  # bytes that a small training process may need, for the default of --jobs
 POLL = 0.2  # seconds
@@ -161,11 +152,11 @@ class _Launch:
             return
         if code and is_running(job.cell):  # another process was quicker to take the directory
             job.process = None
+            job.cell.outcome.unlink(missing_ok=True)  # the other one's is to come
             return
         del self.jobs[slot]
         stopped = bool(self.stop) and code == -signal.SIGTERM  # before it could save anything
-        if code and not stopped:
-            note_exit(job.cell, code)
+        end = outcome_of(job.cell.outcome, job.cell.log, code) if code and not stopped else None
         state = state_of(job.cell)
         name, reason = state.name, state.note
         if name == COMPLETE:  # even if this process failed: another one was quicker
@@ -173,8 +164,8 @@ class _Launch:
             reason = f"loss {state.loss:.4f}, {self.seconds[-1]:,.0f} s"
         elif stopped:
             name, reason = INTERRUPTED, "ended before its first update"
-        elif code and name != FAILED:
-            name, reason = FAILED, error_of(last_attempt(job.cell)[0])
+        elif end and end.failed and name != FAILED:  # as where no space was left for its outcome
+            name, reason = FAILED, end.message
         self._end(job.cell, name, reason)
 
     def _end(self, cell: Cell, state: str, reason: str) -> None:
@@ -205,6 +196,7 @@ class _Launch:
 def start(cell: Cell, cores: tuple[int, ...]) -> subprocess.Popen:
     """Starts a cell in a session of its own, its output appended to its log."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
+    cell.outcome.unlink(missing_ok=True)
     # cells of one shape compile the same program: the first one does it for all
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(cell.log.parent.with_name(".compiled")),
@@ -216,7 +208,7 @@ def start(cell: Cell, cores: tuple[int, ...]) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, *cell.argv],
             cwd=REPOSITORY,
-            env=cache | assign.merged(cell.environment),
+            env=cache | assign.merged(cell.environment) | {VARIABLE: str(cell.outcome)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -227,16 +219,6 @@ def start(cell: Cell, cores: tuple[int, ...]) -> subprocess.Popen:
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(process.pid, cores)
     return process
-
-
-def note_exit(cell: Cell, code: int) -> None:
-    """Writes into the log how a process ended that left no message, for `sweeps.status`."""
-    output = last_attempt(cell)[0]
-    if not error_of(output):
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        last = one_line(output.splitlines()[-1]) if output.strip() else "no output"
-        with Path(cell.log).open("a") as log:
-            log.write(f"\nlaunch: {how}; last line: {last}\n")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A job that is preempted, or whose time runs out, gets USR1 120 s before; the trainer then saves,
 queues the job again and resumes there. Where the trainer runs in a container, which has no
-`scontrol`, the script queues it again instead.
+`scontrol`, `launch.ended` queues it again instead.
 
 Logs of the cells are where `sweeps.status` looks; SLURM's own words, scripts and lists of what was
 submitted are beside them: `logs/slurm-*`.
@@ -22,11 +22,12 @@ from shlex import quote
 
 from launch import assign
 from launch.cell import LOGS, REPOSITORY, Cell
+from launch.ended import ATTEMPT
 from launch.meshes import hardware
 from launch.settings import Setting, add_options, given, resolve
-from launch.state import ATTEMPT
 from moe_ablm.errors import UserError
 from moe_ablm.files import locked
+from moe_ablm.outcome import VARIABLE
 
 GRACE = 120  # seconds between USR1 and the end
 LARGEST_ARRAY = 1000  # tasks; SLURM's default MaxArraySize is 1001
@@ -60,11 +61,6 @@ SETTINGS = {
 _EXPORTED = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|XDG_\w+|GLIBC_TUNABLES|MODULEPATH"
     r"|(JAX|XLA|NCCL|CUDA|NVIDIA|OMP|MOE_ABLM)_\w+"
-)
-# why a cell failed: the newest line of this attempt that says so, else its last one
-_TOLD = (
-    '/^[$] /{said=last=any=""; next} /^moe_ablm: /{said=$0} NF{any=$0}'
-    " NF && !/^(srun|slurmstepd)/{last=$0} END{print said ? said : last ? last : any}"
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
@@ -193,14 +189,13 @@ def script(cells: list[Cell], settings: dict[str, str | None]) -> str:
             # cells of one shape compile the same program: the first one does it for all
             f"export JAX_COMPILATION_CACHE_DIR={quote(str(_logs(cells).with_name('.compiled')))}",
             'exec >>"$log" 2>&1',
+            f'rm -f "${VARIABLE}"',
             f"printf '{ATTEMPT}%s\\n' \"SLURM job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $workdir\"",
             *_step(cells, settings),
             "code=$?",
-            *(_requeue() if settings["container"] else ()),
-            'if [ "$code" -ne 0 ]; then',
-            f"  told=$(tail -n 1000 \"$log\" | awk '{_TOLD}')",
-            '  printf \'\\nlaunch: exit code %s; %s\\n\' "$code" "${told:-no output}"',
-            "fi",
+            # outside of a container: there is no scontrol inside
+            f'{quote(sys.executable)} -m launch.ended "${VARIABLE}" "$log" "$code"'
+            + (" --requeue" if settings["container"] else ""),
             'exit "$code"',
             "",
         ]
@@ -237,6 +232,7 @@ def _case(index: int, cell: Cell) -> str:
     arguments = " ".join(map(quote, cell.argv))
     return (
         f"{index})\n  log={quote(str(cell.log))}\n  workdir={quote(str(cell.workdir))}\n"
+        f"  export {VARIABLE}={quote(str(cell.outcome))}\n"
         f"  set -- {arguments}\n"
         + "".join(f"  {line}\n" for line in assign.exports(cell.environment))
         + "  ;;"
@@ -268,17 +264,6 @@ def _step(cells: list[Cell], s: dict[str, str | None]) -> list[str]:
         f"{' '.join(map(quote, options))} \\",
         *([f"  {' '.join(map(quote, inside))} \\"] if inside else []),
         f'  bash -c \'trap "" USR1; exec "$@"\' bash {python} "$@"',
-    ]
-
-
-def _requeue() -> list[str]:
-    # not by $SLURM_JOB_ID: one task has the id of the array, which stands for all of its tasks
-    return [
-        'task="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
-        'if [ "$code" -eq 0 ] && grep -q \'"status": "stopped"\' "$workdir/run.json" &&',
-        '  scontrol show job --oneliner "$task" | grep -q " JobState=RUNNING "; then',
-        '  scontrol requeue "$task"',
-        "fi",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What became of a cell, from the files of its run and its log alone."""
+"""What became of a cell, from the files of its run alone."""
 
 import json
 import math
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cell import Cell
+from launch.ended import tail
+from moe_ablm import outcome
 from moe_ablm.files import locked
+from moe_ablm.outcome import one_line
 
 COMPLETE, RUNNING, INTERRUPTED = "complete", "running", "interrupted"
 FAILED, DAMAGED, WAITING = "failed", "damaged", "waiting"
 STATES = (COMPLETE, RUNNING, INTERRUPTED, FAILED, DAMAGED, WAITING)
-ATTEMPT = "$ "  # begins the line of a log with the command of a new attempt
-SAVED = "saved at step "  # what the trainer prints when a signal stopped it
-TAIL = 1 << 18  # bytes at the end of a file that are enough to know how things stand
 STARTING = 60.0  # seconds for which a log without a lock counts as a process that starts
 
 
@@ -85,13 +85,12 @@ def _ended(summary: dict, cell: Cell) -> State:
     status, step = summary["status"], finite(summary.get("step"))
     step = None if step is None else int(step)
     loss = finite(summary.get("valid_loss_final"))
-    if status == "stopped":
+    if status == outcome.STOPPED:
         # a later attempt may have failed before it took the directory over
-        attempt = last_attempt(cell)[0]
-        if SAVED not in attempt and (error := error_of(attempt)):
-            return State(FAILED, step, loss, note=error)
+        if (end := outcome.read(cell.outcome)) and end.failed:
+            return State(FAILED, step, loss, note=end.message)
         return State(INTERRUPTED, step, loss, note="stopped by a signal, saved")
-    if status != "complete":
+    if status != outcome.COMPLETE:
         note = one_line(f"{status}: {summary.get('error', 'see stability in run.json')}")
         return State(FAILED, step, loss, note=note, final=True)
     if loss is None:
@@ -101,18 +100,19 @@ def _ended(summary: dict, cell: Cell) -> State:
 
 
 def _not_ended(cell: Cell, progress: dict) -> State:
-    attempt, age = last_attempt(cell)
-    error = error_of(attempt)
     progress = progress | {"seconds_left": None}
-    if error:
-        return State(FAILED, **progress, note=error)
-    if attempt and age < STARTING and not progress["step"]:
+    if (end := outcome.read(cell.outcome)) and end.failed:
+        return State(FAILED, **progress, note=end.message)
+    try:
+        age = time.time() - cell.log.stat().st_mtime
+    except OSError:
+        age = math.inf
+    if end is None and age < STARTING and not progress["step"]:
         return State(RUNNING, note="starting")
     if (cell.workdir / "config.json").exists():
-        return State(INTERRUPTED, **progress, note="ended without a word: killed?")
-    if attempt:
-        return State(WAITING, note="was begun, but its work directory is gone or was never made")
-    return State(WAITING)
+        return State(INTERRUPTED, **progress, note="ended without a word (killed?); see its log")
+    gone = "was begun, but its work directory is gone or was never made"
+    return State(WAITING, note=gone if age < math.inf else "")
 
 
 def is_running(cell: Cell) -> bool:
@@ -126,42 +126,10 @@ def is_running(cell: Cell) -> bool:
         return False
 
 
-def last_attempt(cell: Cell) -> tuple[str, float]:
-    """What the newest attempt printed (its end), and the age of the log in seconds."""
-    try:
-        text = _tail(cell.log)
-        age = time.time() - cell.log.stat().st_mtime
-    except OSError:
-        return "", math.inf
-    return f"\n{text}".rpartition(f"\n{ATTEMPT}")[2], age
-
-
-def error_of(output: str) -> str:
-    """The last line of a process that failed; empty if it printed no error."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    if not lines:
-        return ""
-    last = lines[-1]
-    ours = last.startswith(("moe_ablm: ", "launch: "))
-    return one_line(last) if ours or "Traceback (most recent call last)" in output else ""
-
-
-def one_line(text: str) -> str:
-    """Text without line ends and other control characters, at most 300 characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def _tail(file: Path) -> str:
-    with file.open("rb") as f:
-        f.seek(max(0, f.seek(0, 2) - TAIL))
-        return f.read().decode(errors="replace")
-
-
 def _tail_records(file: Path) -> list[dict]:
     """The whole lines at the end of a `results.jsonl`; damaged ones are left out."""
     try:
-        lines = _tail(file).split("\n")[:-1]
+        lines = tail(file).split("\n")[:-1]
     except OSError:
         return []
     records = []

@@ -1,4 +1,4 @@
-"""The one exception for input that the user can mend, and near misses."""
+"""The exception for input that the user can mend, that of a diverged run, and near misses."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,6 +22,10 @@ class ArgumentError(UserError):
     def __init__(self, name: str, value: Any, expected: str):
         super().__init__(f"--{name.replace('_', '-')} {value}: {expected}")
         self.in_python = f"{name}={value!r}: {expected}"
+
+
+class Diverged(Exception):
+    """A metric of a run is no longer finite."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

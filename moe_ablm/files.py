@@ -20,9 +20,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` if the block ends without an error.
 
     A reader sees the old content or the new, never a part; after an error nothing is left. The
-    suffix is that of `path`: some writers choose the format by it.
+    suffix is that of `path`: some writers choose the format by it. Processes of two machines, or of
+    two containers, may have one number.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    process = f"{os.uname().nodename}.{os.getpid()}"
+    temporary = path.with_name(f".{path.stem}.{process}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:

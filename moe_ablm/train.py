@@ -11,9 +11,10 @@ is wrong; 1 anything else (also a run that diverged, or collapsed under train.st
 import logging
 import sys
 
+from moe_ablm import outcome
 from moe_ablm.allocator import restart_with_huge_pages
-from moe_ablm.endings import INTERRUPTED, end, is_full_disk
-from moe_ablm.errors import UserError
+from moe_ablm.endings import INTERRUPTED, end, is_full_disk, obstacle
+from moe_ablm.errors import Diverged, UserError
 from moe_ablm.preemption import Interrupts, again, requeue_job
 
 
@@ -27,36 +28,56 @@ def main(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], interrupts: Interrupts) -> int:
-    # here, since they take seconds: what is wrong is said, and Ctrl-C obeyed, before
-    from moe_ablm.command_line import parse
-
-    config, workdir = parse(argv)
-    from moe_ablm import trainer
-    from moe_ablm.parallel import multihost
-
-    multihost.start()
     try:
-        summary = trainer.run(config, workdir)
-    except trainer.Diverged as error:
+        summary, collapse = _trained(argv)
+    except Diverged as error:
         print(f"moe_ablm: stopped: {error}", file=sys.stderr)
         return 1
-    except Exception as error:
-        if not is_full_disk(error):
-            raise
-        raise UserError(
-            "no space left for the work directory: free some, then run the same command again; it "
-            "resumes from the last whole checkpoint"
-        ) from error
-    if summary["status"] == trainer.COLLAPSED:
-        print(f"moe_ablm: {trainer.why_collapsed(summary)}", file=sys.stderr)
+    if collapse:
+        print(f"moe_ablm: {collapse}", file=sys.stderr)
         return 1
-    if summary["status"] != "stopped":
+    if summary["status"] != outcome.STOPPED:
         return 0
     if interrupts.heard:  # `train && evaluate` must not go on
         return INTERRUPTED
+    from moe_ablm.parallel import multihost
+
     if multihost.is_first() and (line := requeue_job()):
         print(line)
     return 0
+
+
+def _trained(argv: list[str]) -> tuple[dict, str]:
+    """The content of `run.json`, and a line on the collapse that ended the run, if one did."""
+    with outcome.told(_status_of) as told:
+        # here, since they take seconds: what is wrong is said, and Ctrl-C obeyed, before
+        from moe_ablm.command_line import parse
+
+        config, workdir = parse(argv)
+        from moe_ablm import trainer
+        from moe_ablm.parallel import multihost
+
+        multihost.start()
+        try:
+            summary = trainer.run(config, workdir)
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            raise UserError(
+                "no space left for the work directory: free some, then run the same command again; "
+                "it resumes from the last whole checkpoint"
+            ) from error
+        collapse = trainer.why_collapsed(summary) if summary["status"] == outcome.COLLAPSED else ""
+        if multihost.is_first():
+            told(summary["status"], summary["step"], collapse)
+        return summary, collapse
+
+
+def _status_of(error: Exception) -> str:
+    """Of the outcome of a run that raised."""
+    if isinstance(error, Diverged):
+        return outcome.DIVERGED
+    return outcome.FAILED if obstacle(error) is None else outcome.REFUSED
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
-from moe_ablm.errors import UserError
+from moe_ablm.errors import Diverged, UserError
 from moe_ablm.feed import Feed
 from moe_ablm.files import write_atomically
 from moe_ablm.interop.load import Model, load_model
@@ -51,10 +51,6 @@ from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, StepMetrics, make_eval_step
 from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
-
-
-class Diverged(Exception):
-    """A metric is no longer finite."""
 
 
 def run(config: Config, workdir: Path) -> dict:

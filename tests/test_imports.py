@@ -47,7 +47,7 @@ HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 WITHOUT_JAX = ("data", "scaling", "model/families.py", "model/spec.py", "model/flops.py",
                "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py",
                "files.py", "endings.py", "preemption.py", "results.py", "page.py", "cache.py",
-               "config.py")  # fmt: skip
+               "config.py", "outcome.py")  # fmt: skip
 
 
 WITHOUT_HEAVY = f"""
@@ -173,8 +173,8 @@ OUTSIDE = {
                "model.families", "model.flops", "model.spec", "scaling.design", "scaling.runs",
                "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
-    # compile it for devices that are not here
-    "launch": {"errors", "files", "config", "command_line", "program", "model.flops",
+    # compile it for devices that are not here; how it ended
+    "launch": {"errors", "files", "outcome", "preemption", "config", "command_line", "program", "model.flops",
                "model.spec", "training.memory", "parallel.mesh"},
 }  # fmt: skip
 

@@ -2,17 +2,23 @@
 
 import argparse
 import copy
+import json
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import REPO
 
-from launch import jobset, settings
+from launch import ended, jobset, settings
 from launch.cell import Cell
 from moe_ablm.errors import UserError
+from moe_ablm.outcome import Outcome, leave, read
 from moe_ablm.parallel import multihost
 
 HOSTILE = ("a b", "'", "$(HOME)", "$$(HOME)", "$HOME", "`id`", "a\nb", "{{x}}", "- y: z", "")
@@ -91,11 +97,12 @@ TELL = 'for a in "$@"; do printf "%s\\0" "$a"; done'
 
 
 def start_container(words: list[str], folder: Path, python: str = TELL, **env) -> subprocess.Popen:
-    """The container's process, with a script in place of `python3`."""
+    """The container's process, with a script in place of the trainer."""
     tell = folder / "python3"
-    tell.write_text(f"#!/bin/sh\n{python}\n")
+    real = shlex.quote(sys.executable)
+    tell.write_text(f'#!/bin/sh\n[ "$2" = launch.ended ] && exec {real} "$@"\n{python}\n')
     tell.chmod(0o755)
-    env["PATH"] = f"{folder}:/usr/bin:/bin"
+    env |= {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(REPO)}
     pipe = subprocess.PIPE
     return subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -121,33 +128,55 @@ def test_arguments_reach_the_trainer_unchanged(tmp_path):
     assert one.log.read_text().partition("\n")[2].split("\0")[:-1] == list(HOSTILE)
 
 
+def leaving(status: str) -> str:
+    """A shell command that leaves an outcome."""
+    content = json.dumps({"status": status, "exit_code": 0, "message": "", "step": 3})
+    return f"echo '{content}' >\"$MOE_ABLM_OUTCOME\""
+
+
 @pytest.mark.parametrize(
-    ("status", "code", "expected"),
+    ("python", "expected"),
     [
-        ("complete", 0, 0),
-        ("stopped", 0, jobset.STOPPED),
-        ("diverged", 1, jobset.FINAL),
-        ("collapsed", 1, jobset.FINAL),
-        ("stopped", 2, 2),  # left there by the attempt before
-        ("complete", 134, 134),
+        (f"{leaving('complete')}; exit 0", 0),
+        (f"{leaving('stopped')}; exit 0", ended.AGAIN),
+        (f"{leaving('diverged')}; exit 1", ended.FINAL),
+        (f"{leaving('collapsed')}; exit 1", ended.FINAL),
+        (f"{leaving('refused')}; exit 2", 2),
+        (f"{leaving('complete')}; exit 134", 134),
+        ("exit 0", 0),  # of a pod that is not the first
     ],
 )
-def test_what_a_run_said_decides_whether_it_restarts(status, code, expected, tmp_path):
-    workdir = cell(folder=tmp_path).workdir
-    workdir.mkdir()
-    (workdir / "run.json").write_text(f'{{\n "status": "{status}"\n}}')
-    assert run_cell(tmp_path, python=f"exit {code}")[0] == expected
+def test_what_a_run_said_decides_whether_it_restarts(python, expected, tmp_path):
+    assert run_cell(tmp_path, python=python)[0] == expected
+
+
+def test_what_an_attempt_before_said_decides_nothing(tmp_path):
+    for status in ("diverged", "stopped"):
+        leave(cell(folder=tmp_path).outcome, Outcome(status, 1), replace=True)
+        assert run_cell(tmp_path, python="echo the dog; exit 1")[0] == 1
+        found = read(cell(folder=tmp_path).outcome)
+        assert found == Outcome("failed", 1, "exit code 1; last line: the dog")
+
+
+def test_a_container_without_python_fails(tmp_path):
+    made = jobset.manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
+    for name in ("mkdir", "rm", "uname", "mktemp", "mkfifo", "tee", "sleep"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    words = [shutil.which("sh"), *words_of(made)[1:]]
+    done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, check=False)
+    assert done.returncode not in (0, ended.AGAIN, ended.FINAL)
 
 
 def test_who_is_restarted():
     spec = jobset.manifest(cell(), resolved())["spec"]
     assert spec["failurePolicy"]["maxRestarts"] > 0
     (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [jobset.FINAL]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [ended.FINAL]
 
 
-SAVE = """
-trap 'echo "{ \\"status\\": \\"stopped\\" }" >"$FOLDER/run.json"; exit 0' TERM
+SAVE = f"""
+save() {{ {leaving("stopped")}; exit 0; }}
+trap save TERM
 touch "$FOLDER/ready"
 while :; do sleep 0.1; done
 """
@@ -164,7 +193,7 @@ def test_the_first_process_of_a_container_hands_on_term(tmp_path):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(timeout=60) == jobset.STOPPED
+    assert process.wait(timeout=60) == ended.AGAIN
     process.communicate()
 
 

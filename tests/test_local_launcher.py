@@ -16,10 +16,12 @@ from launch.cell import REPOSITORY, Cell
 from launch.state import COMPLETE, FAILED, INTERRUPTED, state_of
 from moe_ablm.errors import UserError
 
-# what each script can do; a run is its work directory with a lock that is held, then run.json
+# what each script can do; a run is its work directory with a lock that is held, then run.json and
+# its outcome
 PRELUDE = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
+from moe_ablm.outcome import told
 workdir = Path(sys.argv[1])
 workdir.mkdir(parents=True, exist_ok=True)
 (workdir / "argv.json").write_text(json.dumps(sys.argv[2:]))
@@ -29,6 +31,11 @@ fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 def finish(status="complete", loss=1.5):
     content = {"fingerprint": workdir.name, "status": status, "step": 3, "valid_loss_final": loss}
     (workdir / "run.json").write_text(json.dumps(content))
+    with told(str) as end:
+        end(status, 3)
+def fail(error, status="failed"):
+    with told(lambda _: status):
+        raise error
 """
 
 
@@ -84,7 +91,7 @@ def test_cores_are_shared_out_evenly(monkeypatch):
 
 def test_a_failure_is_told_with_its_last_line_and_the_rest_goes_on(tmp_path, capsys):
     cells = [
-        make_cell(tmp_path, "a", "raise ValueError('the dog ate it')"),
+        make_cell(tmp_path, "a", "fail(ValueError('the dog ate it'))"),
         make_cell(tmp_path, "b", "print('moe_ablm: wrong key', file=sys.stderr); sys.exit(2)"),
         make_cell(tmp_path, "c", "print('fine so far', flush=True); os.kill(os.getpid(), 9)"),
         make_cell(tmp_path, "d"),
@@ -92,8 +99,8 @@ def test_a_failure_is_told_with_its_last_line_and_the_rest_goes_on(tmp_path, cap
     assert run(cells) == 1
     told = capsys.readouterr()
     assert "failed: a: ValueError: the dog ate it" in told.err
-    assert "failed: b: moe_ablm: wrong key" in told.err
-    assert "failed: c: launch: killed by SIGKILL; last line: fine so far" in told.err
+    assert "failed: b: exit code 2; last line: moe_ablm: wrong key" in told.err
+    assert "failed: c: killed by SIGKILL; last line: fine so far" in told.err
     assert "failed: d" not in told.err
     assert [state_of(c).name for c in cells] == [FAILED, FAILED, FAILED, COMPLETE]
     assert "the dog ate it" in state_of(cells[0]).note
@@ -121,12 +128,21 @@ def test_what_another_process_completed_is_complete(tmp_path, capsys):
 
 
 def test_a_stopped_run_whose_next_attempt_fails_is_failed(tmp_path):
-    one = make_cell(tmp_path, "a", "finish('stopped'); print('saved at step 3'); sys.exit(1)")
+    one = make_cell(tmp_path, "a", "finish('stopped'); print('Traceback'); sys.exit(1)")
     run([one])
-    assert state_of(one).name == INTERRUPTED
-    broken = make_cell(tmp_path, "a", "print('moe_ablm: no data', flush=True); sys.exit(2)")
+    assert state_of(one).name == INTERRUPTED  # by its own word, whatever it printed
+    broken = make_cell(tmp_path, "a", "fail(ValueError('no data'), 'refused')")
     assert run([broken]) == 1
-    assert state_of(broken).name == FAILED and "no data" in state_of(broken).note
+    assert state_of(broken).name == FAILED and state_of(broken).note == "no data"
+    run([one])  # nothing is left of it when the next attempt begins
+    assert state_of(one).name == INTERRUPTED
+
+
+def test_where_no_outcome_can_be_written_the_reason_is_told_all_the_same(tmp_path, capsys):
+    """As on a full disk."""
+    body = "os.mkdir(os.environ['MOE_ABLM_OUTCOME']); print('no space', flush=True); sys.exit(1)"
+    assert run([make_cell(tmp_path, "a", body)]) == 1
+    assert "failed: a: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -212,4 +228,4 @@ def test_a_stop_before_a_cell_can_save_is_no_failure(tmp_path):
     driver.send_signal(signal.SIGINT)
     driver.communicate(timeout=60)
     assert driver.returncode == 0
-    assert "launch:" not in (tmp_path / "logs" / "a.log").read_text()
+    assert not make_cell(tmp_path, "a").outcome.exists()

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import command, tiny_config, tiny_flags
 
-from moe_ablm import train
+from moe_ablm import outcome, train
 from moe_ablm.errors import UserError
+from moe_ablm.outcome import Outcome
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.results import read_results
@@ -138,7 +139,8 @@ def run_json(workdir: Path) -> dict:
 def together(tmp_path_factory):
     """Work directory of an undisturbed run of two processes, and what they printed."""
     workdir = tmp_path_factory.mktemp("together") / "w"
-    return workdir, finish(start_two(workdir))
+    named = str(workdir.with_name("outcome.json"))
+    return workdir, finish(start_two(workdir, MOE_ABLM_OUTCOME=named))
 
 
 def test_two_processes_learn_what_one_does(together, tmp_path):
@@ -162,6 +164,7 @@ def test_one_of_them_writes(together):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert "validation loss" in first
     assert second == ""
+    assert outcome.read(workdir.with_name("outcome.json")) == Outcome("complete", 0, "", 24)
 
 
 @pytest.mark.slow
@@ -184,12 +187,16 @@ def test_a_signal_to_one_stops_both_and_nothing_is_lost(together, tmp_path):
     assert run_json(workdir)["params_sha256"] == run_json(together[0])["params_sha256"]
 
 
-def test_bad_input_ends_both(together):
+def test_bad_input_ends_both(together, tmp_path):
     """Found by the first alone: the second would wait for it."""
-    processes = start_two(together[0], "--config.train.lr=0.5")
+    named = tmp_path / "outcome.json"
+    processes = start_two(together[0], "--config.train.lr=0.5", MOE_ABLM_OUTCOME=str(named))
     told = [p.communicate(timeout=PATIENCE)[1] for p in processes]
     assert [p.returncode for p in processes] == [2, 2], told
-    assert all("holds a different run (train.lr: 0.003 there, 0.5 now)" in text for text in told)
+    words = "holds a different run (train.lr: 0.003 there, 0.5 now)"
+    assert all(words in text for text in told)
+    found = outcome.read(named)
+    assert found.status == "refused" and words in found.message
 
 
 HALT = """

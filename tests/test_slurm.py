@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from conftest import tiny_config, tiny_flags
 
 from launch import slurm
 from launch.cell import REPOSITORY, Cell
+from launch.state import FAILED, state_of
 from moe_ablm import config as configs
-from moe_ablm import trainer
+from moe_ablm import outcome, trainer
 from moe_ablm.feed import Feed
 from moe_ablm.results import read_results
 
@@ -124,6 +126,7 @@ def test_an_array_of_four_cells_finishes(tmp_path):
     wait(lambda: ended(job), "the array", cells[0])
     assert {j["JobState"] for j in jobs(job)} == {"COMPLETED"}
     assert [status(c) for c in cells] == ["complete"] * 4
+    assert [outcome.read(c.outcome).status for c in cells] == ["complete"] * 4
     hashes = {json.loads((c.workdir / "run.json").read_text())["params_sha256"] for c in cells}
     assert len(hashes) == 4
     assert cells[0].log.read_text().startswith("$ SLURM job")
@@ -178,12 +181,28 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for job, each in zip(submitted, cells, strict=True):
         wait(lambda job=job: ended(job), "the job", each)
         assert status(each) == "complete", each.log.read_text()[-3000:]
+        assert outcome.read(each.outcome) == outcome.Outcome("complete", 0, "", 12)
     assert "2 device(s)" in cells[1].log.read_text()
     one, two = (
         [r["loss"] for r in read_results(c.workdir / "results.jsonl") if r["kind"] == "train"]
         for c in cells
     )
     np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_a_cell_that_fails_says_why(tmp_path):
+    """By its own word, or by that of the script where the process was killed."""
+    good = make_cell(tmp_path / "refused", "refused", **SHORT)
+    refused = replace(good, argv=(*good.argv, "--config.train.stpes=3"))
+    kill = "import os; print('the dog', flush=True); os.kill(os.getpid(), 9)"
+    killed = Cell("killed", ("-c", kill), tmp_path / "killed" / "killed", "k" * 16, 1.0, 1.0)
+    for each in (refused, killed):
+        job = submit([each])
+        wait(lambda job=job: ended(job), "the job", each)
+        assert {j["JobState"] for j in jobs(job)} == {"FAILED"}
+    found = state_of(refused)
+    assert found.name == FAILED and "stpes" in found.note
+    assert state_of(killed).note == "exit code 137; last line: the dog"
 
 
 def test_a_cancelled_cell_stays_cancelled_and_can_be_resumed(tmp_path):

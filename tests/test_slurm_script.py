@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import pytest
 from launch import settings, slurm
 from launch.cell import Cell
 from launch.state import FAILED, state_of
+from moe_ablm import outcome
 from moe_ablm.errors import UserError
+from moe_ablm.outcome import Outcome, leave
 
 TELL = "import json, sys; print(json.dumps(sys.argv[1:]))"
 HOSTILE = ["a b", "'", '"', "$(touch injected)", "`touch injected`", "; touch injected #", "a\nb",
@@ -61,7 +65,9 @@ def bin_folder(tmp_path, monkeypatch) -> Path:
     program(folder, "squeue", 'cat "$(dirname "$0")/queue.txt" 2>/dev/null; exit 0')
     program(folder, "apptainer", 'while [[ "$1" != *.sif ]]; do shift; done; shift; exec "$@"')
     program(
-        folder, "scontrol", 'echo "$*" >> "$(dirname "$0")/scontrol.txt"; echo " JobState=RUNNING "'
+        folder,
+        "scontrol",
+        'echo "$*" >> "$(dirname "$0")/scontrol.txt"; echo " JobState=RUNNING BatchFlag=1 "',
     )
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
@@ -144,42 +150,59 @@ def test_scripts_pass_shellcheck(given, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+LEAVE = """
+import sys
+from moe_ablm.outcome import told
+with told(lambda error: "refused") as end:
+    if sys.argv[1] == "raise":
+        raise ValueError("no such file")
+    end(sys.argv[1], 5)
+"""
+
+
 def test_a_failure_is_told_where_the_sweep_looks(tmp_path, bin_folder):
-    fail = "import sys; print('moe_ablm: no such file', file=sys.stderr); sys.exit(2)"
-    failing = cell(tmp_path, "a", ("-c", fail))
-    done = run(slurm.script([failing], resolved()), 0, tmp_path)
-    assert done.returncode == 2
+    failing = cell(tmp_path, "a", ("-c", LEAVE, "raise"))
+    assert run(slurm.script([failing], resolved()), 0, tmp_path).returncode == 1
     found = state_of(failing)
-    assert found.name == FAILED
-    assert found.note == "launch: exit code 2; moe_ablm: no such file"
+    assert (found.name, found.note) == (FAILED, "no such file")
+    assert not list(tmp_path.rglob("*.partial*"))
 
 
 def test_a_failure_without_a_word_of_the_trainer_is_told_by_its_last_line(tmp_path, bin_folder):
-    """Not by what an earlier attempt said, nor by what srun adds."""
+    """Not by the word of an earlier attempt, nor by what srun adds."""
     text = "srun: error: n: task 0: Exited with exit code 1"
     fail = f"import sys; print('ValueError: dog', file=sys.stderr); print({text!r}); sys.exit(1)"
     failing = cell(tmp_path, "a", ("-c", fail))
     failing.log.parent.mkdir()
-    failing.log.write_text("$ SLURM job 6 on n: a\nmoe_ablm: before\n")
+    failing.log.write_text("$ SLURM job 6 on n: a\nof before\n")
+    leave(failing.outcome, Outcome("stopped", 0, "", 3))
     assert run(slurm.script([failing], resolved()), 0, tmp_path).returncode == 1
-    assert state_of(failing).note == "launch: exit code 1; ValueError: dog"
+    assert state_of(failing).note == "exit code 1; last line: ValueError: dog"
     silent = cell(tmp_path, "b", ("-c", "import sys; sys.exit(1)"))
     assert run(slurm.script([silent], resolved()), 0, tmp_path).returncode == 1
-    assert state_of(silent).note == "launch: exit code 1; no output"
+    assert state_of(silent).note == "exit code 1; last line: no output"
+
+
+def test_where_python_itself_is_broken_the_exit_code_stays(tmp_path, bin_folder, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    one = cell(tmp_path, "a")
+    leave(one.outcome, Outcome("failed", 1, "of before"))
+    assert run(slurm.script([one], resolved()), 0, tmp_path).returncode == 127
+    assert state_of(one).note != "of before"
+    assert "/nowhere/python" in one.log.read_text()
 
 
 @pytest.mark.parametrize(("status", "asked"), [("stopped", True), ("complete", False)])
 def test_a_container_is_queued_again_from_outside(status, asked, tmp_path, bin_folder):
-    program(bin_folder, "python3", 'shift 2; exec true "$@"')
-    one = cell(tmp_path, "a")
-    one.workdir.mkdir()
-    (one.workdir / "run.json").write_text(json.dumps({"status": status}, indent=1))
+    program(bin_folder, "python3", f'exec {shlex.quote(sys.executable)} "$@"')
+    one = cell(tmp_path, "a", ("-c", LEAVE, status))
     done = run(slurm.script([one], resolved(container="/i/x.sif")), 0, tmp_path)
     assert done.returncode == 0, done.stderr
     told = bin_folder / "scontrol.txt"
     lines = told.read_text().splitlines() if told.exists() else []
     # "7" alone would queue every task of the array again
     assert lines == (["show job --oneliner 7_0", "requeue 7_0"] if asked else [])
+    assert outcome.read(one.outcome) == Outcome(status, 0, "", 5)
 
 
 def test_a_container_sees_what_it_is_given(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from conftest import TINY, command, run_command
 
 from launch.cell import REPOSITORY, config_of
+from launch.ended import outcome_of
 from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, state_of
 from moe_ablm import config as configs
 from moe_ablm.data.dataset import Dataset
@@ -309,9 +310,12 @@ def sweep(tmp_path):
             ' "tokens_per_second": 500.0}\n{"kind": "tra'
         )
     (tmp_path / "logs").mkdir()
-    cells["crashed"].cell.log.write_text(
-        "$ python\nTraceback (most recent call last):\n  File\nOSError: [bold]no\x1b[31m disk\n"
+    # of a version that left no outcome: what it printed decides nothing
+    cells["killed"].cell.log.write_text(
+        "$ python\nTraceback (most recent call last):\nmoe_ablm: x\n"
     )
+    cells["crashed"].cell.log.write_text("$ python\nOSError: [bold]no\x1b[31m disk\n")
+    outcome_of(cells["crashed"].cell.outcome, cells["crashed"].cell.log, 1)
     cells["deleted"].cell.log.write_text("$ python\nstep 12/12 loss 1\n")
     age = cells["deleted"].cell.log
     import os

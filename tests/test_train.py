@@ -13,7 +13,7 @@ from conftest import REPO, tiny_config
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from moe_ablm import trainer
-from moe_ablm.errors import UserError
+from moe_ablm.errors import Diverged, UserError
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.results import read_results
 from moe_ablm.verbs import report
@@ -222,7 +222,7 @@ def test_a_signal_saves_and_the_next_run_resumes(finished, tmp_path, monkeypatch
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
     # an infinite learning rate from step 5 on: warm-up ends in 1e38 * step
     config = tiny_config(train__lr=3e38, train__clip=0.0, train__warmup=12, train__steps=12)
-    with pytest.raises(trainer.Diverged, match=r"step \d+: \w+ is (nan|inf|-inf)") as error:
+    with pytest.raises(Diverged, match=r"step \d+: \w+ is (nan|inf|-inf)") as error:
         trainer.run(config, tmp_path / "w")
     content = json.loads((tmp_path / "w" / "run.json").read_text())
     assert content["status"] == "diverged"
