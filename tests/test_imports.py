@@ -174,8 +174,8 @@ OUTSIDE = {
                "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
     # compile it for devices that are not here; how it ended
-    "launch": {"errors", "files", "outcome", "preemption", "config", "command_line", "program", "model.flops",
-               "model.spec", "training.memory", "parallel.mesh"},
+    "launch": {"errors", "files", "outcome", "preemption", "config", "command_line", "program",
+               "model.flops", "model.spec", "training.memory", "parallel.mesh"},
 }  # fmt: skip
 
 
