@@ -11,6 +11,7 @@ from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
+from moe_ablm.scaling.solver import _without
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 TRUTH = {
@@ -67,6 +68,15 @@ def simulate(name, sd=0.0, seed=0, table=None):
     loss = law.predict(values, inputs)
     loss = loss * np.exp(sd * np.random.default_rng(seed).standard_normal(loss.size))
     return Runs(table | {"loss": loss}, tuple(f"row {i + 2}" for i in range(loss.size)))
+
+
+def test_held_parameters_that_runs_cannot_tell_apart_do_not_stop_the_others():
+    """Of two inverse Hessians the first has two held parameters that are one: a singular block."""
+    inverse = np.array([[[2.0, 1, 1], [1, 1, 1], [1, 1, 1]], [[2, 1, 0], [1, 1, 0], [0, 0, 4]]])
+    found = _without(inverse, np.array([[False, True, True]] * 2))
+    expected = [a - b @ np.linalg.pinv(m[1:, 1:]) @ b for m in inverse for a, b in [(2, m[0, 1:])]]
+    np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-6)
+    assert not found[:, 1:].any() and not found[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("name", sorted(TRUTH))

@@ -261,7 +261,12 @@ def _without(inverse: np.ndarray, held: np.ndarray) -> np.ndarray:
     # fixed parameters have no row of their own
     empty = ~held | (np.einsum("bkk->bk", block) <= 0.0)
     block = block + np.eye(held.shape[1]) * empty[:, None, :]
-    taken = np.swapaxes(across, 1, 2) @ np.linalg.solve(block, across)
+    try:
+        solved = np.linalg.solve(block, across)
+    except np.linalg.LinAlgError:  # of some runs: held parameters that they cannot tell apart
+        slight = 1e-9 * np.einsum("bkk->bk", block)[:, None, :] * np.eye(held.shape[1])
+        solved = np.linalg.solve(block + slight, across)
+    taken = np.swapaxes(across, 1, 2) @ solved
     others = ~held[:, :, None] & ~held[:, None, :]
     return np.where(others, inverse, 0.0) - taken
 
