@@ -11,6 +11,7 @@ from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
+from moe_ablm.scaling.solver import _conditional
 from moe_ablm.scaling.uncertainty import bootstrap, critical_root, profiles, resample
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -68,6 +69,19 @@ def simulate(name, sd=0.0, seed=0, table=None):
     loss = law.predict(values, inputs)
     loss = loss * np.exp(sd * np.random.default_rng(seed).standard_normal(loss.size))
     return Runs(table | {"loss": loss}, tuple(f"row {i + 2}" for i in range(loss.size)))
+
+
+def test_held_parameters_that_runs_cannot_tell_apart_do_not_stop_the_others():
+    """Of two inverse Hessians the first has two held parameters that are one: a singular block."""
+    inverse = np.array([[[2.0, 1, 1], [1, 1, 1], [1, 1, 1]], [[2, 1, 0], [1, 1, 0], [0, 0, 4]]])
+    newton, at = np.array([[1.0, 2, 2], [1, 2, 3]]), np.array([[0.0, 0.5, 0.5], [0, 0.5, 1]])
+    found = _conditional(newton, inverse, np.array([[False, True, True]] * 2), at)
+    expected = [
+        n[0] + m[0, 1:] @ np.linalg.pinv(m[1:, 1:]) @ (a - n)[1:]
+        for m, n, a in zip(inverse, newton, at, strict=True)
+    ]
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found[:, 1:], at[:, 1:])
 
 
 @pytest.mark.parametrize("name", sorted(TRUTH))
