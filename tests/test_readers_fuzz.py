@@ -148,7 +148,6 @@ def test_public_tables_are_read_as_they_are(tmp_path, name):
     )
 
 
-# ten thousand in `make test` would be minutes
 @pytest.mark.parametrize(
     ("seed", "count"),
     [(0, 100), *(pytest.param(seed, 10_000, marks=pytest.mark.slow) for seed in range(1, 11))],
@@ -165,8 +164,10 @@ def test_mutated_public_tables_lose_nothing(tmp_path, seed, count):
             told += 1
             continue
         report = found[1]
-        lines = [line for line in text.split("\n")[:-1] if line.strip()]
-        assert report.read == len(lines) - (report.format != "lines"), text
+        lines = text.split("\n")[:-1]
+        rows = [sum(map(bool, kind)) for kind in (lines, map(str.strip, lines))]
+        # in a table of one column a line of spaces is a blank cell, or no row
+        assert report.read + (report.format != "lines") in rows, text
         if number % 10 == 0:
             assert isinstance(outcome(path, "fail"), str) or not malformed(report), text
     assert told < count / 2
