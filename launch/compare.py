@@ -14,6 +14,7 @@ import jax
 
 from launch.compile import GB, compile_step
 from launch.meshes import ROUTERS, hardware, rung
+from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 
 TOLERANCE = 0.15
@@ -39,7 +40,7 @@ def line(name: str, size: str, router: str) -> tuple[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

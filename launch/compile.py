@@ -25,6 +25,7 @@ from launch import hlo, topology
 from launch.meshes import NAMES, Hardware, Plan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config import Config
+from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.parallel.mesh import make_mesh
@@ -171,7 +172,7 @@ def table(c: Compiled) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

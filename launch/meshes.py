@@ -27,6 +27,7 @@ from rich.table import Table
 
 from launch.cell import config_of
 from moe_ablm.config import Config
+from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import SIZES, EncoderSpec
@@ -368,7 +369,7 @@ def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 if what was asked for does not exist or does not fit."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch.meshes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

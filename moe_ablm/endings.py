@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         (file or sys.stderr).write(message)  # argparse does not say when that fails
 
     def _name(self) -> str:
-        return self.prog.removeprefix("python -m ").split()[0]
+        return self.prog.removeprefix("python ").removeprefix("-m ").split()[0]
 
     def _flags(self) -> Iterator[str]:
         for action in self._actions:

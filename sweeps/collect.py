@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from launch.state import COMPLETE, State, finite, read_summary, state_of
+from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from sweeps.planned import Planned, read_plan
@@ -156,7 +157,7 @@ def _counted_once(rows: Sequence[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 1 where a cell failed or is damaged, or 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.collect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,17 +166,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     parser.add_argument("--loss", choices=LOSSES, help="which loss is the column `loss`")
     options = parser.parse_args(argv)
-    try:
+
+    def carry_out() -> int:
         states, notes = collect(options.dir, options.out, options.loss)
-    except UserError as error:
-        print(f"sweeps: {error}", file=sys.stderr)
-        return 2
-    count = Counter(state.name for state in states)
-    counts = ", ".join(f"{n} {name}" for name, n in count.items())
-    print(f"{options.out}: {len(states)} cells ({counts})")
-    for note in notes:
-        print(note)
-    return int(bool(count["failed"] + count["damaged"]))
+        count = Counter(state.name for state in states)
+        counts = ", ".join(f"{n} {name}" for name, n in count.items())
+        print(f"{options.out}: {len(states)} cells ({counts})")
+        for note in notes:
+            print(note)
+        return int(bool(count["failed"] + count["damaged"]))
+
+    return end(carry_out, "sweeps")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.dataset import SPLITS, Dataset, DatasetWriter
+from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 
 KEPT = ("licence", "split_rule", "clusters", "cluster_rule", "nearest_train_cdrh3", "sources")
@@ -42,7 +43,7 @@ def write_subset(source: Dataset, pairs: int, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.nested_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,15 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 512, 8192])
     options = parser.parse_args(argv)
-    try:
+
+    def carry_out() -> None:
         source = Dataset(options.input)
         for pairs in options.pairs:
             write_subset(source, pairs, options.out / str(pairs))
             print(f"{options.out / str(pairs)}: {pairs:,} training antibodies")
-    except UserError as error:
-        print(f"sweeps: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return end(carry_out, "sweeps")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.state import COMPLETE, FAILED, STATES, State, state_of
+from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from sweeps.cost import wide_console
 from sweeps.planned import Planned, read_plan
@@ -55,7 +56,7 @@ def _duration(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 1 where a cell failed or is damaged, or 2 for wrong input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.status",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
+from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from sweeps.cost import DEVICES, Rate, print_cells
 from sweeps.grid import Point, Recipe
@@ -61,11 +62,7 @@ class Study:
 
 def main(study: Study, argv: list[str] | None = None) -> int:
     """Runs a study; returns the exit code (0 done, 2 the input is wrong, 1 a cell failed)."""
-    try:
-        return _run(study, argv)
-    except UserError as error:
-        print(f"sweeps: {error}", file=sys.stderr)
-        return 2
+    return end(lambda: _run(study, argv), "sweeps")
 
 
 def _run(study: Study, argv: list[str] | None) -> int:
@@ -102,7 +99,7 @@ def _options(study: Study, argv: list[str] | None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--launcher", choices=LAUNCHERS, default="local")
     module = importlib.import_module(f"launch.{first.parse_known_args(argv)[0].launcher}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python sweeps/{study.name}.py",
         description=study.about,
         formatter_class=argparse.RawDescriptionHelpFormatter,

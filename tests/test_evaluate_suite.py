@@ -107,9 +107,22 @@ def test_a_smaller_suite_keeps_what_earlier_ones_found(evaluate, tmp_path):
     assert 'id="positions"' in (tmp_path / "report.html").read_text()
 
 
-def test_without_a_dataset_everything_is_skipped(evaluate, tmp_path):
+def test_without_anything_to_evaluate_on_nothing_is_done(evaluate, tmp_path):
     done = evaluate(tmp_path / "o", "--suite=perplexity,positions", dataset=None)
-    assert done.returncode == 0 and done.stdout.count("no dataset was given") == 2
+    refused(done, "give --input DIR", "--data NAME=FILE")
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_several_could_not_do_stands_together_at_the_end(evaluate, tmp_path):
+    variants = tmp_path / "variants.csv"
+    variants.write_text("mutant,DMS_score\n")
+    flags = ("--suite=perplexity,positions,routing", f"--data=fitness={variants}")
+    done = evaluate(tmp_path / "o", *flags, dataset=None)
+    assert done.returncode == 0, done.stderr
+    *_, said, first, second = done.stdout.splitlines()
+    assert said.startswith("not done")
+    assert first.split(": ")[0].strip() == "perplexity, positions" and "no dataset" in first
+    assert second.split(": ")[0].strip() == "routing" and "dense model" in second
 
 
 @pytest.mark.parametrize(

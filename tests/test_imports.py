@@ -169,13 +169,13 @@ def test_nothing_but_the_command_line_stands_on_verbs():
 
 OUTSIDE = {
     # settings, and from config alone what a cell is and what it costs
-    "sweeps": {"config", "errors", "files", "results", "feed", "data.dataset", "data.simulated",
-               "model.families", "model.flops", "model.spec", "scaling.design", "scaling.runs",
-               "training.peaks"},
+    "sweeps": {"config", "endings", "errors", "files", "results", "feed", "data.dataset",
+               "data.simulated", "model.families", "model.flops", "model.spec", "scaling.design",
+               "scaling.runs", "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
     # compile it for devices that are not here; how it ended
-    "launch": {"errors", "files", "outcome", "preemption", "config", "command_line", "program",
-               "model.flops", "model.spec", "training.memory", "parallel.mesh"},
+    "launch": {"endings", "errors", "files", "outcome", "preemption", "config", "command_line",
+               "program", "model.flops", "model.spec", "training.memory", "parallel.mesh"},
 }  # fmt: skip
 
 
