@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.identify import Scores, degrees_of_freedom, meaningless, scores
-from moe_ablm.scaling.laws import Derived
+from moe_ablm.scaling.identify import UNMOVED, Scores, degrees_of_freedom, meaningless, scores
+from moe_ablm.scaling.laws import Derived, WithGradient, with_gradient
 from moe_ablm.scaling.result import Interval, SmoothFit
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, WithGradient, minimise
+from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, minimise
 
 FEWEST_DRAWS = 20  # of an interval
 MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
 REFITTED = 30  # iterations from each start; the best one then goes on to the end
+ROUND, MORE = 100, 8  # iterations until the Hessian is made anew, and how often
 ROUNDS = 16
 ITERATIONS = 60  # of the minimiser in a round; a well-behaved profile needs some ten
 ENDLESS = 1e5  # standard errors; a profile that needs a longer pull never closes
@@ -103,15 +104,30 @@ def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
 
 
 def refit(fit: SmoothFit, problem: Problem, size: int) -> Minimum:
-    """The minimum of each row of a batch of `size` problems, the best of the fit's starts."""
+    """The minimum of each row of a batch of `size` problems, the best of the fit's starts.
+
+    What has not converged goes on from a new Hessian: the valley of a badly known direction bends.
+    """
     if len(fit.starts) == 1:
-        return minimise(problem, np.repeat(fit.theta[None], size, axis=0))
+        return _go_on(problem, minimise(problem, np.repeat(fit.theta[None], size, axis=0)))
     theta, value = np.empty((size, fit.theta.size)), np.full(size, np.inf)
     for start in fit.starts:
         ends = minimise(problem, np.repeat(start[None], size, axis=0), REFITTED)
         better = ends.value < value
         theta[better], value[better] = ends.theta[better], ends.value[better]
-    return minimise(problem, theta, 200)
+    return _go_on(problem, minimise(problem, theta, ROUND))
+
+
+def _go_on(problem: Problem, ends: Minimum) -> Minimum:
+    parts = {f.name: getattr(ends, f.name).copy() for f in fields(ends)}
+    for _ in range(MORE):
+        rows = np.flatnonzero(~parts["converged"])
+        if rows.size == 0:
+            break
+        again = minimise(problem.rows(rows), parts["theta"][rows], ROUND)
+        for f in fields(again):
+            parts[f.name][rows] = getattr(again, f.name)
+    return Minimum(**parts)
 
 
 def quantities(fit: SmoothFit) -> list[Derived]:
@@ -146,7 +162,11 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[Interval, ...]]:
     """Percentile intervals and standard errors of coefficients and derived quantities."""
     out: dict[str, tuple[Interval, ...]] = {}
+    positive = {p.name for p in fit.law.parameters if p.log}
+    unmoved = {n for n, v in {**fit.verdicts, **fit.derived_verdicts}.items() if UNMOVED in v}
     for q in quantities(fit):
+        if q.name in unmoved:  # where it ends is where it began
+            continue
         with np.errstate(all="ignore"):
             values = q.report(q.function(boot.usable))
         values = values[np.isfinite(values)]
@@ -162,7 +182,12 @@ def bootstrap_intervals(
             if shares.get(q.name, 0.0) > 0.5 * (1 - level):  # the bound's end, not the data's
                 note += f"; {shares[q.name]:.1%} at the {side} bound: open on that side"
                 ends[end], spread = None, None
-        out[q.name] = (Interval("bootstrap", level, ends[0], ends[1], spread, note),)
+        spread_log = float(np.log(values).std(ddof=1)) if spread and values.min() > 0 else None
+        if q.name not in positive:
+            spread_log = None
+        out[q.name] = (
+            Interval("bootstrap", level, ends[0], ends[1], spread, note, se_log=spread_log),
+        )
     return out
 
 
@@ -188,22 +213,6 @@ class Profile:
         )
         note = "" if None not in (low, high) else "the profile never closes on the open side"
         return Interval("profile", level, low, high, None, note)
-
-
-def with_gradient(function: Callable[[np.ndarray], np.ndarray]) -> WithGradient:
-    """A quantity and its gradient, by central differences."""
-
-    def both(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        step = 1e-5
-        gradient = np.empty_like(theta)
-        for k in range(theta.shape[1]):
-            up, down = theta.copy(), theta.copy()
-            up[:, k] += step
-            down[:, k] -= step
-            gradient[:, k] = (function(up) - function(down)) / (2 * step)
-        return function(theta), gradient
-
-    return both
 
 
 def likelihood_scale(sandwich: Scores, by_theta: np.ndarray) -> float:
