@@ -78,11 +78,20 @@ def test_resampling_draws_whole_runs_and_keeps_replicated_cells():
     weights, scheme = resample(np.arange(10), 200, seed=0)
     assert scheme == "runs" and np.all(weights.sum(axis=1) == 10)
     assert weights.max() > 1 and (weights == 0).any()
-    cells = np.repeat(np.arange(5), 3)
+    cells = np.repeat(np.arange(5), 12)
     weights, scheme = resample(cells, 200, seed=0)
     assert scheme == "runs within cells"
     for cell in range(5):
-        assert np.all(weights[:, cells == cell].sum(axis=1) == 3)
+        assert np.all(weights[:, cells == cell].sum(axis=1) == 12)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 12])
+def test_the_mean_of_resampled_runs_varies_as_the_mean_of_runs(copies):
+    """The textbook variance of a mean of 60 values, whatever cells they are in."""
+    values = np.random.default_rng(0).standard_normal(60)
+    weights, _ = resample(np.repeat(np.arange(60 // copies), copies), 4000, seed=0)
+    spread = (weights @ values / 60).std()
+    assert spread == pytest.approx(values.std() / np.sqrt(60), rel=0.12)
 
 
 def linear_runs(seed=0):

@@ -79,6 +79,7 @@ class Scores:
     inverse_hessian: np.ndarray  # (J' diag(E psi') J + prior)^-1
     covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian, n / (n - K)
     scale: float  # E psi^2 / E psi', if all runs were equally noisy
+    floor: float  # of the scale of a likelihood ratio: that, or 0 for checkpoints of runs
 
 
 def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) -> Scores:
@@ -106,7 +107,9 @@ def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) 
     scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
     # The prior is information too: it adds its share to the variance of the score.
     meat = meat + problem.prior_scale * scale * prior
-    return Scores(inverse, inverse @ meat @ inverse, scale)
+    # What differs within runs only is known better than independent rows would tell.
+    floor = scale if problem.clusters is None else 0.0
+    return Scores(inverse, inverse @ meat @ inverse, scale, floor)
 
 
 def _meat(score: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:

@@ -14,6 +14,7 @@ from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, minimise
 
 FEWEST_DRAWS = 20  # of an interval
+FEWEST_IN_CELL = 10  # runs of each cell where draws are made within cells
 MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
 REFITTED = 30  # iterations from each start; the best one then goes on to the end
 ROUND, MORE = 100, 8  # iterations until the Hessian is made anew, and how often
@@ -61,16 +62,16 @@ def _alike(run: np.ndarray, cells: np.ndarray) -> np.ndarray:
 def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, str]:
     """How often each run is drawn, `[draws, runs]`, and the scheme in words.
 
-    Whole runs are drawn with replacement. Where every cell has replicates, runs are drawn within
-    their cell, so that each draw keeps the design. Otherwise they are drawn from all runs: a cell
-    of one run would never change.
+    Whole runs are drawn with replacement. Where every cell has many, runs are drawn within their
+    cell, so that each draw keeps the design. Otherwise they are drawn from all runs: a cell of one
+    run would never change, and draws within cells of m have a variance of (m - 1) / m.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0]))
     runs = cells.size
     counts = np.bincount(cells)
     out = np.zeros((draws, runs))
     rows = np.arange(draws)[:, None]
-    if counts.min() < 2:
+    if counts.min() < FEWEST_IN_CELL:
         np.add.at(out, (rows, rng.integers(0, runs, (draws, runs))), 1.0)
         return out, "runs"
     for cell, count in enumerate(counts):
@@ -225,7 +226,7 @@ def likelihood_scale(sandwich: Scores, by_theta: np.ndarray) -> float:
     curvature = float(by_theta @ sandwich.inverse_hessian @ by_theta)
     if not curvature > 0.0:  # a direction in the null space of the design
         return sandwich.scale
-    return max(float(by_theta @ sandwich.covariance @ by_theta) / curvature, sandwich.scale)
+    return max(float(by_theta @ sandwich.covariance @ by_theta) / curvature, sandwich.floor)
 
 
 def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None) -> list[Profile]:
