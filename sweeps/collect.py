@@ -1,4 +1,4 @@
-"""One parquet file of a sweep: a row a cell, whatever became of it.
+"""One parquet or CSV file of a sweep: a row a cell, whatever became of it.
 
     python -m sweeps.collect DIR --out runs.parquet
     python -m moe_ablm fit --input runs.parquet --law joint --out fit/
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from launch.state import COMPLETE, State, finite, read_summary, state_of
@@ -32,6 +33,7 @@ CHAIN_LOSSES = tuple(
     f"{chain}{part}" for chain in ("heavy", "light") for part in ("", "_seen", "_unseen", "_novel")
 )
 LOSSES = ("novel", "all", *CHAIN_LOSSES)
+WRITERS = {".parquet": pq.write_table, ".csv": csv.write_csv}
 
 
 def row(p: Planned, state: State) -> dict[str, object]:
@@ -97,6 +99,9 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Stat
     Raises:
       UserError: the folder holds no readable plan, or `out` cannot be written.
     """
+    suffix = out.suffix.lower()
+    if suffix not in WRITERS:
+        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     _, cells = read_plan(folder)
     states = [state_of(p.cell, p.steps) for p in cells]
     rows = [row(p, s) for p, s in zip(cells, states, strict=True)]
@@ -116,10 +121,11 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Stat
         each |= {"loss": each[f"loss_{loss}"], "loss_metric": loss}
     names = dict.fromkeys(name for each in rows for name in each)
     table = pa.table({name: [each.get(name) for each in rows] for name in names})
+    write = WRITERS[suffix]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
-            pq.write_table(table, temporary)
+            write(table, temporary)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return states, notes
@@ -163,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dir", type=Path, help="the --out of a sweep")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet|FILE.csv")
     parser.add_argument("--loss", choices=LOSSES, help="which loss is the column `loss`")
     options = parser.parse_args(argv)
 

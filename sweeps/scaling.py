@@ -164,6 +164,7 @@ study = Study(
     recipe=recipe,
     add_arguments=add_arguments,
     repairs=repairs,
+    data=lambda options: LADDERS[options.ladder].data,
 )
 
 if __name__ == "__main__":

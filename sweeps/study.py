@@ -20,12 +20,28 @@ from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned, write_plan
 
 LAUNCHERS = ("local", "slurm", "jobset", "print")
+DATA = "data/pairs"  # --data of most studies
 SIMULATED = "simulated"  # --data of the embedded dataset
 
 
 def data_path(text: str) -> str | None:
     """`--data` as a value of `data.path`: absolute, or None for the embedded dataset."""
     return None if text == SIMULATED else str(Path(text).resolve())
+
+
+def without_data(options: argparse.Namespace, default: str) -> argparse.Namespace:
+    """The options, planning on the embedded dataset where a dry run finds none at the default.
+
+    A clone has no data yet; the table of cells, their parameters and FLOPs need none of it.
+    """
+    if options.dry_run and options.data is None and not Path(default).exists():
+        print(
+            f"{default} is not there: a dry run on the embedded dataset; parameters, tokens and "
+            "FLOPs are about right, epochs, unique tokens and the design check are of its "
+            "antibodies (--data names yours)"
+        )
+        return argparse.Namespace(**{**vars(options), "data": SIMULATED})
+    return options
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +61,7 @@ class Study:
       repairs: the planned grid -> points by name, which `--add=NAME` appends and the design check
         weighs; none: the study is not for a scaling law.
       report: printed when the launcher is through: (cells, states) -> text.
+      data: options -> the dataset where --data is not given.
       device, mfu, seeds: defaults of the options.
     """
 
@@ -58,6 +75,7 @@ class Study:
     device: str = "h100"
     mfu: float = 0.3
     seeds: int = 2
+    data: Callable[[argparse.Namespace], str] = lambda _: DATA
 
 
 def main(study: Study, argv: list[str] | None = None) -> int:
@@ -67,6 +85,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
 
 def _run(study: Study, argv: list[str] | None) -> int:
     options, launcher, extra = _options(study, argv)
+    options = without_data(options, study.data(options))
     cells, offered = _plan(study, options, extra)
     states = [state_of(p.cell) for p in cells]
     done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)

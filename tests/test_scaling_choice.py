@@ -18,7 +18,14 @@ from moe_ablm.scaling.design import (
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.selection import aicc, compare, negative_log_likelihood, verdict
+from moe_ablm.scaling.selection import (
+    Question,
+    aicc,
+    analyse,
+    compare,
+    negative_log_likelihood,
+    verdict,
+)
 from moe_ablm.scaling.uncertainty import bootstrap, quantities
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -340,3 +347,33 @@ def test_the_frontier_is_the_minimum_at_the_flops_of_the_runs():
     assert made.derived["N_opt"] == pytest.approx(sizes[best], rel=1e-3)
     assert made.derived["D_opt"] == pytest.approx(tokens[best], rel=1e-3)
     assert any("those of the runs" in note for note in made.notes)
+
+
+def test_a_law_that_is_not_identified_is_not_called_supported():
+    """Equal tokens: chinchilla has the best AICc and three coefficients that are anything."""
+    n = np.geomspace(1e7, 1e9, 12)
+    columns = {"params": n, "tokens": np.full(12, 5e9)}
+    loss = SMOOTH["chinchilla"]().predict(DENSE, columns)
+    loss *= np.exp(1e-3 * np.random.default_rng(0).standard_normal(12))
+    runs = Runs(columns | {"loss": loss}, tuple(map(str, range(12))))
+    sentence = verdict(compare(runs, ["chinchilla"]))
+    assert "No law is supported" in sentence and "not_identifiable" in sentence
+    assert "beta" in sentence and "The data support" not in sentence
+
+
+def test_a_misfit_far_beyond_delta_is_told_with_what_hangs_on_it():
+    """Replicates agree to 1e-4 and the law misses by 1e-2."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e11, 5)))
+    n, d = np.tile(n, 2), np.tile(d, 2)
+    loss = SMOOTH["chinchilla"]().predict(DENSE, {"params": n, "tokens": d})
+    loss = loss * (1 + 0.01 * np.sin(3 * np.log(n)))
+    loss = loss * np.exp(1e-4 * np.random.default_rng(0).standard_normal(n.size))
+    columns = {"params": n, "tokens": d, "loss": loss}
+    runs = Runs(columns, tuple(map(str, range(n.size))))
+    made = analyse(runs, Question("chinchilla", draws=20)).fit
+    assert made.huber_delta < 2e-4
+    (note,) = (n for n in made.notes if "times delta" in n)
+    least_squares = fit_law(runs, huber_delta=np.inf).coefficients["alpha"]
+    assert f"alpha {made.coefficients['alpha']:.3g} -> {least_squares:.3g}" in note
+    calm = analyse(simulate(), Question("data_constrained_b2", huber_delta=2e-3, draws=20)).fit
+    assert not any("times delta" in note for note in calm.notes)

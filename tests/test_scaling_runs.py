@@ -367,3 +367,11 @@ def test_learning_rates_and_batches_are_no_seeds(tmp_path):
 def test_a_rate_that_goes_with_the_size_drops_nothing(tmp_path):
     text = "params,tokens,lr,weight_decay,loss\n8e6,1e9,1e-3,0,3\n9e6,1e9,1e-4,0,2.9\n"
     assert len(read_runs([write(tmp_path / "r.csv", text)])) == 2
+
+
+def test_equal_rows_may_be_replicates(tmp_path):
+    text = GOOD + "8e6,1e9,1e9,3.1\n"
+    path = write(tmp_path / "r.csv", text)
+    assert len(read_runs([path])) == 3
+    kept = read_runs([path], Reading(keep_duplicates=True))
+    assert len(kept) == 4 and not kept.dropped

@@ -78,11 +78,20 @@ def test_resampling_draws_whole_runs_and_keeps_replicated_cells():
     weights, scheme = resample(np.arange(10), 200, seed=0)
     assert scheme == "runs" and np.all(weights.sum(axis=1) == 10)
     assert weights.max() > 1 and (weights == 0).any()
-    cells = np.repeat(np.arange(5), 3)
+    cells = np.repeat(np.arange(5), 12)
     weights, scheme = resample(cells, 200, seed=0)
     assert scheme == "runs within cells"
     for cell in range(5):
-        assert np.all(weights[:, cells == cell].sum(axis=1) == 3)
+        assert np.all(weights[:, cells == cell].sum(axis=1) == 12)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 12])
+def test_the_mean_of_resampled_runs_varies_as_the_mean_of_runs(copies):
+    """The textbook variance of a mean of 60 values, whatever cells they are in."""
+    values = np.random.default_rng(0).standard_normal(60)
+    weights, _ = resample(np.repeat(np.arange(60 // copies), copies), 4000, seed=0)
+    spread = (weights @ values / 60).std()
+    assert spread == pytest.approx(values.std() / np.sqrt(60), rel=0.12)
 
 
 def linear_runs(seed=0):
@@ -372,3 +381,28 @@ def test_seed_noise_of_checkpoints_has_the_freedom_of_their_runs():
     runs = Runs(columns | {"run": run}, tuple(map(str, range(run.size))))
     assert pure_error(runs)[1] == 10
     assert pure_error(Runs(columns, runs.source))[1] == 80
+
+
+def test_what_is_derived_from_an_unidentified_coefficient_says_so():
+    """One number of tokens: beta, B and E are anything, and so is the best size."""
+    n = np.geomspace(5e7, 5e8, 7)
+    rng = np.random.default_rng(0)
+    columns = {"params": n, "tokens": np.full(7, 4.4e9)}
+    loss = Chinchilla().predict(TRUTH, columns) * np.exp(1e-3 * rng.standard_normal(7))
+    runs = Runs(columns | {"loss": loss}, tuple(map(str, range(7))))
+    made = analyse(runs, Question("chinchilla", target={"flops": FLOPS}, draws=60)).fit
+    for name in ("exponent_ratio", "N_opt", "D_opt"):
+        assert made.derived_verdicts[name].startswith("not identified"), name
+    for name in ("beta", "B", "N_opt"):  # an interval of draws would be that of their starts
+        assert "bootstrap" not in {i.method for i in made.intervals.get(name, ())}, name
+    good = analyse(simulate(), Question("chinchilla", target={"flops": FLOPS}, draws=60)).fit
+    assert set(good.derived_verdicts.values()) == {"identified"}
+
+
+def test_a_positive_coefficient_has_the_error_of_its_log():
+    made = fit_law(simulate(sd=5e-3))
+    boot = bootstrap(made, 200, 0)
+    found = bootstrap_intervals(made, boot)
+    natural = made.law.shift(boot.theta, made.centre)[:, 2]
+    assert found["B"][0].se_log == pytest.approx(natural.std(ddof=1))
+    assert found["alpha"][0].se_log is None

@@ -1,5 +1,6 @@
 """Grids, plans, costs, the design check, and what status and collect say of damaged sweeps."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -376,6 +377,30 @@ def test_collect_writes_a_row_for_each_and_fit_reads_it(sweep, capsys):
     runs = read_runs([out])
     assert len(runs) == 1 and len(runs.dropped) == len(cells) - 1
     assert runs["total_params"][0] == cells["complete"].params_total
+
+
+def test_collect_writes_what_its_name_says(sweep, capsys):
+    folder, cells = sweep
+    assert collect.main([str(folder), "--out", str(folder / "runs.csv")]) == 1
+    lines = (folder / "runs.csv").read_text().splitlines()
+    assert lines[0].startswith('"cell",') and len(lines) == len(cells) + 1
+    assert len(read_runs([folder / "runs.csv"])) == 1
+    assert collect.main([str(folder), "--out", str(folder / "runs.xlsx")]) == 2
+    assert "ends in .parquet or .csv" in capsys.readouterr().err
+    assert not (folder / "runs.xlsx").exists()
+
+
+def test_a_dry_run_needs_no_data(tmp_path, monkeypatch, capsys):
+    """As the README has it, in a clone without data/."""
+    argv = [SMALL[1], "--ladder=paper", "--seeds=1", "--routers=dense", "--dry-run"]
+    absent = tmp_path / "absent"
+    ladder = dataclasses.replace(scaling.LADDERS["paper"], data=str(absent))
+    monkeypatch.setitem(scaling.LADDERS, "paper", ladder)
+    assert main(scaling.study, [*argv, f"--out={tmp_path / 'x'}"]) == 0
+    out = capsys.readouterr().out
+    assert "is not there: a dry run on the embedded dataset" in out
+    assert "15 cells" in out and "650m" in out
+    assert main(scaling.study, [*argv[:-1], f"--out={tmp_path / 'x'}"]) == 2
 
 
 @pytest.mark.parametrize(

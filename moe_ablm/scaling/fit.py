@@ -9,9 +9,9 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.compute import Cost
-from moe_ablm.scaling.identify import at_bounds, covariance, judge
+from moe_ablm.scaling.identify import UNMOVED, at_bounds, covariance, judge, judge_derived
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
-from moe_ablm.scaling.laws import Parameter, SmoothLaw
+from moe_ablm.scaling.laws import Parameter, SmoothLaw, with_gradient
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.readers import mixed_units
 from moe_ablm.scaling.result import SmoothFit
@@ -264,6 +264,7 @@ def describe(
     coefficients |= {name: float(value) for name, value in fixed.items()}
     bounds = at_bounds(problem, theta)
     condition, verdicts = judge(problem, theta, len(runs))
+    verdicts |= _moved_by_units(setup, theta, verdicts)
     identifiable = {n: text == "identified" for n, text in verdicts.items() if n not in fixed}
     exact = len(runs) == int(problem.free.sum())
     notes = list(runs.notes)
@@ -293,6 +294,12 @@ def describe(
         delta_source=delta_source,
         standard_errors=_errors(setup, theta, exact),
         derived=derived,
+        derived_verdicts={
+            q.name: judge_derived(
+                problem, theta, with_gradient(q.function)(best.theta)[1][0], q.log
+            )
+            for q in quantities
+        },
         target=target.copy(),
         notes=tuple(notes),
         data_unit=runs.data_unit,
@@ -303,6 +310,25 @@ def describe(
         index=setup.index,
         runs=runs,
     )
+
+
+def _moved_by_units(setup: Setup, theta: np.ndarray, verdicts: Mapping[str, str]) -> dict[str, str]:
+    """Verdicts on coefficients that are known at the centre and not in natural units.
+
+    B in natural units is its term at one token: with an unidentified beta it may be anything.
+    """
+    out = {}
+    for k, p in enumerate(setup.law.parameters):
+        if p.linear and verdicts[p.name] == "identified":
+
+            def natural(t: np.ndarray, k: int = k) -> np.ndarray:
+                return setup.law.shift(t, setup.centre)[:, k]
+
+            slope = with_gradient(natural)(theta[None])[1][0]
+            verdict = judge_derived(setup.problem, theta, slope, False)
+            if UNMOVED in verdict:
+                out[p.name] = verdict
+    return out
 
 
 def _target_notes(

@@ -9,6 +9,7 @@ from moe_ablm.scaling.laws import Parameter
 from moe_ablm.scaling.solver import Problem
 
 SINGULAR = 1e-6  # singular value of the scaled Jacobian, over the largest, that counts as zero
+UNMOVED = "the design does not move the loss with it"
 LOADING = 0.1  # share of a parameter in a null direction that makes it part of it
 
 
@@ -78,6 +79,7 @@ class Scores:
     inverse_hessian: np.ndarray  # (J' diag(E psi') J + prior)^-1
     covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian, n / (n - K)
     scale: float  # E psi^2 / E psi', if all runs were equally noisy
+    floor: float  # of the scale of a likelihood ratio: that, or 0 for checkpoints of runs
 
 
 def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) -> Scores:
@@ -105,7 +107,9 @@ def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) 
     scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
     # The prior is information too: it adds its share to the variance of the score.
     meat = meat + problem.prior_scale * scale * prior
-    return Scores(inverse, inverse @ meat @ inverse, scale)
+    # What differs within runs only is known better than independent rows would tell.
+    floor = scale if problem.clusters is None else 0.0
+    return Scores(inverse, inverse @ meat @ inverse, scale, floor)
 
 
 def _meat(score: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
@@ -152,8 +156,14 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
     verdicts = {name: "fixed" for k, name in enumerate(names) if not problem.free[k]}
     bounded = set(at_bounds(problem, theta))
     idle = meaningless(problem, theta)
-    # What is at its bound stays there, and what has no meaning moves nothing.
-    kept = np.array([names[k] not in bounded and names[k] not in idle for k in free])
+    # What is at its bound stays there, and what has no meaning moves nothing. A coefficient of
+    # zero counts all the same: another may take its place without a change of the loss.
+    kept = np.array(
+        [
+            (names[k] not in bounded or law.parameters[k].linear) and names[k] not in idle
+            for k in free
+        ]
+    )
     null = np.zeros(free.size, bool)
     condition, null[kept] = null_space(jacobian[:, kept]) if kept.any() else (1.0, null[kept])
     errors = None
@@ -163,11 +173,11 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
         name = names[k]
         if name in idle:
             verdicts[name] = f"no meaning: {idle[name]} is 0"
+        elif null[j]:
+            verdicts[name] = f"not identified: {UNMOVED}"
         elif name in bounded:
             side = "lower" if theta[k] < 0.5 * (problem.low[k] + problem.high[k]) else "upper"
             verdicts[name] = f"at its {side} bound"
-        elif null[j]:
-            verdicts[name] = "not identified: the design does not move the loss with it"
         else:
             error = 0.0 if errors is None else errors[k]
             # prior is the noise over the prior's sd, so this is the error in prior sds
@@ -194,6 +204,42 @@ def null_space(jacobian: np.ndarray) -> tuple[float, np.ndarray]:
     smallest = singular.min()
     condition = float(singular.max() / smallest) if smallest > 0 else math.inf
     return condition, null | dead
+
+
+def judge_derived(problem: Problem, theta: np.ndarray, slope: np.ndarray, log: bool) -> str:
+    """A verdict in words on a quantity with gradient `slope [K]` by the internal parameters.
+
+    It stands on a coefficient at its bound where that moves it; it is not identified where it
+    moves along a direction in which the loss does not, or where its error is too large.
+    """
+    law, free = problem.law, problem.free
+    bounded = at_bound(problem, theta)
+    if not np.isfinite(slope).all():
+        return "not identified: it has no derivative here"
+    stands = [n for n, b, s in zip(law.names, bounded, slope, strict=True) if b and abs(s) > 1e-6]
+    if stands:
+        return f"not identified: it stands on {', '.join(stands)}, at a bound"
+    idle = np.isin(law.names, list(meaningless(problem, theta)))
+    used = [n for n, b, s in zip(law.names, idle, slope, strict=True) if b and abs(s) > 1e-6]
+    if used:
+        return f"not identified: it stands on {', '.join(used)}, without meaning here"
+    kept = free & (~bounded | np.array([p.linear for p in law.parameters])) & ~idle
+    jacobian = law.jacobian(theta[None], problem.x)[0][:, kept]
+    prior = np.sqrt(problem.prior_scale * np.diag(prior_precision(problem))[kept])
+    rows = np.concatenate([jacobian, np.diag(prior)])
+    norms = np.maximum(np.linalg.norm(rows, axis=0), 1e-10 * max(np.abs(rows).max(), 1e-300))
+    _, singular, vectors = np.linalg.svd(np.linalg.qr(rows / norms, mode="r"))
+    seen = np.zeros(norms.size)
+    seen[: singular.size] = singular
+    scaled = slope[kept] / norms
+    lost = np.linalg.norm((vectors @ scaled)[seen <= SINGULAR * seen.max(initial=0.0)])
+    if lost > LOADING * max(float(np.linalg.norm(scaled)), 1e-300):
+        return f"not identified: {UNMOVED}"
+    error = math.sqrt(max(float(slope @ covariance(problem, theta) @ slope), 0.0))
+    if log and 1.96 * error > math.log(10.0):
+        factor = math.exp(min(1.96 * error, 40.0))
+        return f"not identified: known only to a factor of {factor:.3g} either way"
+    return "identified"
 
 
 def by_error(parameter: Parameter, value: float, error: float, prior_share: float = 0.0) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
 
+# theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
+WithGradient = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 # A derivative of a term by one parameter: its index and a scalar, `[n]` or `[B, n]`.
 Derivative = tuple[int, float | np.ndarray]
 # The log of a term, `[B, n]`, and its derivatives.
@@ -74,6 +76,22 @@ class Derived:
 
     def report(self, value: np.ndarray | float) -> np.ndarray:
         return np.exp(value) if self.log else np.asarray(value) * self.unit
+
+
+def with_gradient(function: Callable[[np.ndarray], np.ndarray]) -> WithGradient:
+    """A quantity and its gradient, by central differences."""
+
+    def both(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        step = 1e-5
+        gradient = np.empty_like(theta)
+        for k in range(theta.shape[1]):
+            up, down = theta.copy(), theta.copy()
+            up[:, k] += step
+            down[:, k] -= step
+            gradient[:, k] = (function(up) - function(down)) / (2 * step)
+        return function(theta), gradient
+
+    return both
 
 
 class Law:

@@ -15,7 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import RcKeyType
 
 from moe_ablm.files import replacing
+from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import make_inputs
+from moe_ablm.scaling.laws import SmoothLaw
 from moe_ablm.scaling.parabola_fit import ParabolaFit, band
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
@@ -194,7 +196,7 @@ def isoflop(analysis: Analysis) -> Figure:
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
     flops = runs.flops()
-    cost = analysis.fit.law.cost
+    cost = _cost(analysis)
     budgets = np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
     colors = colormaps["viridis"](np.linspace(0, 0.88, GROUPS))
     sizes = _sizes(runs)
@@ -225,9 +227,9 @@ def frontier(analysis: Analysis) -> Figure:
     axes.clabel(contours, fontsize=6, fmt="%.3g")
     axes.plot(runs["params"], runs["tokens"], "k.", ms=3, label="runs")
     fine = np.geomspace(sizes[0], sizes[-1], 1500)
-    cost = analysis.fit.law.cost
-    ends = cost.flops(sizes[[0, -1]], tokens[[0, -1]])
-    budgets = np.geomspace(*ends, 80)
+    cost = _cost(analysis)
+    least, most = cost.flops(sizes[[0, -1]], tokens[[0, -1]])
+    budgets = np.geomspace(least, most, 80)
     along, budget = np.meshgrid(fine, budgets)
     paid = np.exp(cost.log_tokens(budget, np.log(along)))
     best = np.argmin(_surface(analysis, along, paid), axis=1)
@@ -242,6 +244,11 @@ def frontier(analysis: Analysis) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D", title=title)
     axes.legend(fontsize=7)
     return figure
+
+
+def _cost(analysis: Analysis) -> Cost:
+    law = analysis.fit.law
+    return law.cost if isinstance(law, SmoothLaw) else Cost()
 
 
 def _surface(analysis: Analysis, n: np.ndarray, d: np.ndarray) -> np.ndarray:

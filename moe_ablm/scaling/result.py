@@ -30,6 +30,7 @@ class Interval:
     se: float | None = None
     note: str = ""
     open: bool = False  # too many draws have no value; the ends are those of the others
+    se_log: float | None = None  # of the log, for a positive coefficient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class Fit:
     standard_errors: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[Interval, ...]] = field(default_factory=dict)
     derived: Mapping[str, float] = field(default_factory=dict)
+    derived_verdicts: Mapping[str, str] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     notes: tuple[str, ...] = ()
     draws: int = 0  # of the bootstrap
@@ -98,6 +100,7 @@ class Fit:
                 for name, items in self.intervals.items()
             },
             "derived": _plain(self.derived),
+            "derived_verdicts": dict(self.derived_verdicts),
             "target": _plain(self.target),
             "draws": self.draws,
             "draws_lost": self.draws_lost,
@@ -170,6 +173,7 @@ def load(path: Path | str) -> Fit:
                 for name, items in saved["intervals"].items()
             },
             derived=_floats(saved["derived"]),
+            derived_verdicts=saved.get("derived_verdicts", {}),
             target=saved["target"],
             notes=tuple(saved["notes"]),
             draws=saved.get("draws", 0),

@@ -167,6 +167,7 @@ class Reading:
     drop_bad_rows: bool = False
     drop_largest_losses: int = 0
     tokens_per_pair: float | None = None
+    keep_duplicates: bool = False  # equal rows are replicates with equal (rounded) losses
     curves: bool = False  # keep every step of a run, for the envelope
     need_loss: bool = True  # False for a planned grid
 
@@ -196,7 +197,7 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
         rows = _where(sheet, reading.where or {}, notes)
         table += _parse(rows, names, sheet, reading, dropped, notes)
     table = table if reading.curves else _last_step(table, dropped, notes)
-    table = _without_duplicates(table, dropped)
+    table = table if reading.keep_duplicates else _without_duplicates(table, dropped)
     if not table:
         reasons = f"; first reason: {dropped[0][0]}: {dropped[0][1]}" if dropped else ""
         reasons = reasons or (": every row was left out by --where" if reading.where else "")

@@ -27,6 +27,7 @@ from moe_ablm.scaling.uncertainty import (
 )
 
 FOLDS = 10
+FAR_FROM_DELTA = 5.0  # misfit over delta beyond which the choice of delta is told
 MOST_LOST = 0.05  # share of draws that may be lost where an interval is given
 HELD_OUT = 0.15  # share of cells, the largest by compute, that is predicted from the rest
 CLEAR = 10.0  # AICc difference beyond which a law has essentially no support (Burnham, Anderson)
@@ -200,8 +201,12 @@ def verdict(scores: Sequence[Score]) -> str:
             undecided = gap < 2.0 or (gap < CLEAR and difference.mean() < 2.0 * error)
         (same if undecided else worse).append(text + ")")
     sentence = f"The data support {best.law}"
-    if best.fit.status != "converged":
-        sentence += f" (whose fit is {best.fit.status})"
+    if best.fit.status not in ("converged", "at_bound"):
+        vague = [n for n, v in best.fit.verdicts.items() if v.startswith("not identified")]
+        named = f": {', '.join(vague[:4])}{' ...' if len(vague) > 4 else ''}" if vague else ""
+        sentence = (
+            f"No law is supported: {best.law} has the best AICc and is {best.fit.status}{named}"
+        )
     if same:
         sentence += f", and cannot tell it from {', '.join(same)}"
     if worse:
@@ -277,15 +282,38 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     for p in walked:
         name = p.quantity.name
         intervals[name] = (*drawn.get(name, ()), p.interval(question.level))
-    made = replace(with_open_profiles(made, walked), intervals=intervals)
-    return Analysis(made, boot, walked, lack_of_fit(made), delta_sensitivity(made))
+    deltas = delta_sensitivity(made)
+    notes = (*made.notes, *delta_notes(made, deltas))
+    made = replace(with_open_profiles(made, walked), intervals=intervals, notes=notes)
+    return Analysis(made, boot, walked, lack_of_fit(made), deltas)
+
+
+def delta_notes(
+    fit: SmoothFit, deltas: Sequence[tuple[float, Mapping[str, float], float]]
+) -> list[str]:
+    """A note where the law misses by far more than delta, and how much then hangs on delta."""
+    misfit = 1.4826 * float(np.median(np.abs(fit.residuals())))
+    if not misfit > FAR_FROM_DELTA * fit.huber_delta:
+        return []
+    names = [p.name for p in fit.law.parameters if not p.log and p.name in fit.identifiable]
+    ends = (fit.coefficients, deltas[-1][1])
+    moved = [f"{n} {ends[0][n]:.3g} -> {ends[1][n]:.3g}" for n in names]
+    return [
+        f"the law misses by {misfit / fit.huber_delta:.0f} times delta, so that this fit is nearly "
+        f"one of least absolute deviations; from there to least squares: {', '.join(moved)}"
+    ]
 
 
 def with_open_profiles(fit: SmoothFit, walked: Sequence[Profile]) -> SmoothFit:
     """The fit, with "not identified" for coefficients whose profile never closes."""
     verdicts, identifiable = dict(fit.verdicts), dict(fit.identifiable)
+    derived = dict(fit.derived_verdicts)
     for p in walked:
         name = p.quantity.name
+        if derived.get(name) == "identified" and None in (p.low, p.high):
+            derived[name] = (
+                f"not identified: its profile never closes {'above' if p.high is None else 'below'}"
+            )
         if identifiable.get(name) and None in (p.low, p.high):
             side = "above" if p.high is None else "below"
             verdicts[name] = f"not identified: its profile never closes {side}"
@@ -293,4 +321,10 @@ def with_open_profiles(fit: SmoothFit, walked: Sequence[Profile]) -> SmoothFit:
     status = fit.status
     if status == "converged" and not all(identifiable.values()):
         status = "not_identifiable"
-    return replace(fit, verdicts=verdicts, identifiable=identifiable, status=status)
+    return replace(
+        fit,
+        verdicts=verdicts,
+        derived_verdicts=derived,
+        identifiable=identifiable,
+        status=status,
+    )

@@ -7,14 +7,13 @@ tolerances stops early, the fault of several published fits.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_ablm.scaling.inputs import Inputs
-from moe_ablm.scaling.laws import SmoothLaw, log_sum
+from moe_ablm.scaling.laws import SmoothLaw, WithGradient, log_sum
 
 CHUNK = 256  # rows of the batch per chunk: keeps [chunk, n] arrays in cache
 LARGEST_ARRAY = 2**22  # most entries of a [chunk, n] array: chunks shrink where runs are many
@@ -24,10 +23,6 @@ DAMPING = 1e-7  # of the largest curvature, added to every one
 RIDGE = 1e-13  # of a diagonal, against rounding
 LONGEST = 1.0  # a log or an exponent never usefully moves by more at once
 EXACT = 1e-19  # an objective below n times this (residuals of some 4e-10) is an exact fit
-
-
-# theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
-WithGradient = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def interval_text(item: Interval) -> str:
 def rows_of(fit: Fit) -> list[tuple[str, float, str]]:
     """Coefficients, then derived quantities: name, value, verdict."""
     rows = [(n, v, fit.verdicts.get(n, "")) for n, v in fit.coefficients.items()]
-    return rows + [(n, v, "derived") for n, v in fit.derived.items()]
+    return rows + [(n, v, fit.derived_verdicts.get(n, "derived")) for n, v in fit.derived.items()]
 
 
 def methods_of(fit: Fit) -> list[str]:
@@ -78,6 +78,8 @@ def coefficient_table(fit: Fit, study: Study | None = None) -> Table:
             text = "" if item is None else interval_text(item)
             if item is not None and item.se is not None:
                 text += f" ({number(item.se)})"
+            if item is not None and item.se_log is not None:
+                text += f" (ln: {number(item.se_log)})"
             cells.append(text)
         add_row(table, *cells, verdict)
     return table

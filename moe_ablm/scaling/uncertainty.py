@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.identify import Scores, degrees_of_freedom, meaningless, scores
-from moe_ablm.scaling.laws import Derived
+from moe_ablm.scaling.identify import UNMOVED, Scores, degrees_of_freedom, meaningless, scores
+from moe_ablm.scaling.laws import Derived, WithGradient, with_gradient
 from moe_ablm.scaling.result import Interval, SmoothFit
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, WithGradient, minimise
+from moe_ablm.scaling.solver import Minimum, Problem, Tilt, Units, minimise
 
 FEWEST_DRAWS = 20  # of an interval
+FEWEST_IN_CELL = 10  # runs of each cell where draws are made within cells
 MOST_WEIGHTS = 10**8  # draws times runs; more weights than these take gigabytes
 REFITTED = 30  # iterations from each start; the best one then goes on to the end
+ROUND, MORE = 100, 8  # iterations until the Hessian is made anew, and how often
 ROUNDS = 16
 ITERATIONS = 60  # of the minimiser in a round; a well-behaved profile needs some ten
 ENDLESS = 1e5  # standard errors; a profile that needs a longer pull never closes
@@ -60,16 +62,16 @@ def _alike(run: np.ndarray, cells: np.ndarray) -> np.ndarray:
 def resample(cells: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, str]:
     """How often each run is drawn, `[draws, runs]`, and the scheme in words.
 
-    Whole runs are drawn with replacement. Where every cell has replicates, runs are drawn within
-    their cell, so that each draw keeps the design. Otherwise they are drawn from all runs: a cell
-    of one run would never change.
+    Whole runs are drawn with replacement. Where every cell has many, runs are drawn within their
+    cell, so that each draw keeps the design. Otherwise they are drawn from all runs: a cell of one
+    run would never change, and draws within cells of m have a variance of (m - 1) / m.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0]))
     runs = cells.size
     counts = np.bincount(cells)
     out = np.zeros((draws, runs))
     rows = np.arange(draws)[:, None]
-    if counts.min() < 2:
+    if counts.min() < FEWEST_IN_CELL:
         np.add.at(out, (rows, rng.integers(0, runs, (draws, runs))), 1.0)
         return out, "runs"
     for cell, count in enumerate(counts):
@@ -103,15 +105,30 @@ def bootstrap(fit: SmoothFit, draws: int = 4000, seed: int = 0) -> Bootstrap:
 
 
 def refit(fit: SmoothFit, problem: Problem, size: int) -> Minimum:
-    """The minimum of each row of a batch of `size` problems, the best of the fit's starts."""
+    """The minimum of each row of a batch of `size` problems, the best of the fit's starts.
+
+    What has not converged goes on from a new Hessian: the valley of a badly known direction bends.
+    """
     if len(fit.starts) == 1:
-        return minimise(problem, np.repeat(fit.theta[None], size, axis=0))
+        return _go_on(problem, minimise(problem, np.repeat(fit.theta[None], size, axis=0)))
     theta, value = np.empty((size, fit.theta.size)), np.full(size, np.inf)
     for start in fit.starts:
         ends = minimise(problem, np.repeat(start[None], size, axis=0), REFITTED)
         better = ends.value < value
         theta[better], value[better] = ends.theta[better], ends.value[better]
-    return minimise(problem, theta, 200)
+    return _go_on(problem, minimise(problem, theta, ROUND))
+
+
+def _go_on(problem: Problem, ends: Minimum) -> Minimum:
+    parts = {f.name: getattr(ends, f.name).copy() for f in fields(ends)}
+    for _ in range(MORE):
+        rows = np.flatnonzero(~parts["converged"])
+        if rows.size == 0:
+            break
+        again = minimise(problem.rows(rows), parts["theta"][rows], ROUND)
+        for f in fields(again):
+            parts[f.name][rows] = getattr(again, f.name)
+    return Minimum(**parts)
 
 
 def quantities(fit: SmoothFit) -> list[Derived]:
@@ -146,7 +163,11 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[Interval, ...]]:
     """Percentile intervals and standard errors of coefficients and derived quantities."""
     out: dict[str, tuple[Interval, ...]] = {}
+    positive = {p.name for p in fit.law.parameters if p.log}
+    unmoved = {n for n, v in {**fit.verdicts, **fit.derived_verdicts}.items() if UNMOVED in v}
     for q in quantities(fit):
+        if q.name in unmoved:  # where it ends is where it began
+            continue
         with np.errstate(all="ignore"):
             values = q.report(q.function(boot.usable))
         values = values[np.isfinite(values)]
@@ -162,7 +183,12 @@ def bootstrap_intervals(
             if shares.get(q.name, 0.0) > 0.5 * (1 - level):  # the bound's end, not the data's
                 note += f"; {shares[q.name]:.1%} at the {side} bound: open on that side"
                 ends[end], spread = None, None
-        out[q.name] = (Interval("bootstrap", level, ends[0], ends[1], spread, note),)
+        spread_log = float(np.log(values).std(ddof=1)) if spread and values.min() > 0 else None
+        if q.name not in positive:
+            spread_log = None
+        out[q.name] = (
+            Interval("bootstrap", level, ends[0], ends[1], spread, note, se_log=spread_log),
+        )
     return out
 
 
@@ -190,22 +216,6 @@ class Profile:
         return Interval("profile", level, low, high, None, note)
 
 
-def with_gradient(function: Callable[[np.ndarray], np.ndarray]) -> WithGradient:
-    """A quantity and its gradient, by central differences."""
-
-    def both(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        step = 1e-5
-        gradient = np.empty_like(theta)
-        for k in range(theta.shape[1]):
-            up, down = theta.copy(), theta.copy()
-            up[:, k] += step
-            down[:, k] -= step
-            gradient[:, k] = (function(up) - function(down)) / (2 * step)
-        return function(theta), gradient
-
-    return both
-
-
 def likelihood_scale(sandwich: Scores, by_theta: np.ndarray) -> float:
     """Scale s for which 2 (increase of the objective) / s is about chi-square(1).
 
@@ -216,7 +226,7 @@ def likelihood_scale(sandwich: Scores, by_theta: np.ndarray) -> float:
     curvature = float(by_theta @ sandwich.inverse_hessian @ by_theta)
     if not curvature > 0.0:  # a direction in the null space of the design
         return sandwich.scale
-    return max(float(by_theta @ sandwich.covariance @ by_theta) / curvature, sandwich.scale)
+    return max(float(by_theta @ sandwich.covariance @ by_theta) / curvature, sandwich.floor)
 
 
 def profiles(fit: SmoothFit, level: float = 0.95, names: list[str] | None = None) -> list[Profile]:

@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inputs at which derived quantities are wanted, as flops=1e21 or params=650e6",
     )
     add("--drop-bad-rows", action="store_true", help="drop unusable rows instead of stopping")
+    add(
+        "--keep-duplicates",
+        action="store_true",
+        help="equal rows are replicates whose rounded losses agree, not copies",
+    )
     add("--drop-largest-losses", type=int, default=0, metavar="N", help="leave out N outliers")
     add("--tokens-per-pair", type=float, help="turns unique_pairs into unique_tokens")
     add("--published", choices=sorted(STUDIES), help="print a study's numbers beside ours")
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         drop_bad_rows=args.drop_bad_rows,
         drop_largest_losses=args.drop_largest_losses,
         tokens_per_pair=args.tokens_per_pair,
+        keep_duplicates=args.keep_duplicates,
         curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
         need_loss=not args.design,
     )
