@@ -16,7 +16,7 @@ from moe_ablm.evaluation.subject import Subject
 from moe_ablm.evaluation.supervised import baselines, folds
 from moe_ablm.evaluation.supervised.folds import drawn, read_labelled
 
-QUICK = Settings(epochs=10, batch=32, lr=2e-2)
+QUICK = Settings(repeats=1, epochs=10, batch=32, lr=2e-2)
 MOTIF = "WHWHW"
 
 
@@ -116,17 +116,21 @@ def test_the_order_of_the_file_has_no_part(antigens, tmp_path, outcome):
 def test_all_weights_can_be_trained(tmp_path, monkeypatch):
     """Beside the frozen encoder; what `full` does is tested with the heads."""
     pytest.importorskip("sklearn")
-    rng, asked = np.random.default_rng(1), []
+    rng, asked, drawn = np.random.default_rng(1), [], []
 
     def guessed(engine, inputs, classes, folds, training):
         asked.append((training.full, inputs.states is None, training.encoder_lr))
+        drawn.append((training.seed, folds.tolist()))
         return np.eye(2)[classes] if training.full else np.full((len(classes), 2), 0.5)
 
     monkeypatch.setattr(classification, "cross_validated", guessed)
     path = write(tmp_path / "two.csv", [row(rng, label) for label in ("HD", "CoV") * 15])
-    settings = Settings(folds=2, encoder_lr=1e-5, full=True)
+    settings = Settings(folds=2, repeats=3, encoder_lr=1e-5, full=True)
     found = by_name(classification.evaluate(subject(path), settings))
-    assert asked == [(False, False, 1e-5), (True, True, 1e-5)]
+    assert asked == [(False, False, 1e-5)] * 3 + [(True, True, 1e-5)] * 3
+    # each repeat has a seed and folds of its own, the same ones for both predictors
+    assert drawn[:3] == drawn[3:] and [seed for seed, _ in drawn[:3]] == [0, 1, 2]
+    assert len({str(folds) for _, folds in drawn}) == 3
     assert found["AUC", "HD-CoV", TUNED].value == 1 > found["AUC", "HD-CoV", FROZEN].value
 
 

@@ -71,7 +71,7 @@ def baseline_auc(case: Case):
     classes, found = baseline_of(case)
     units = np.tile(case.groups[case.kept], 2).astype(str)
     folds = np.tile(case.folds[case.kept], 2)
-    numbers = score_numbers(classes, {"b": found}, "b", units, folds, {})
+    numbers = score_numbers(classes, {"b": found[None]}, "b", units, folds[None], {})
     return next(n for n in numbers if n.metric == "AUC")
 
 
@@ -147,7 +147,7 @@ def subject(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcome(subject):
     pytest.importorskip("sklearn")
-    return pairing.evaluate(subject, Settings(folds=2, epochs=2))
+    return pairing.evaluate(subject, Settings(folds=2, repeats=2, epochs=2))
 
 
 def test_all_numbers_are_there(outcome):
@@ -211,6 +211,6 @@ def test_what_cannot_be_done_is_said(tmp_path, subject):
     ]
     write_dataset(tmp_path / "plain", records, TEST)
     plain = Subject(engine(), Dataset(tmp_path / "plain"), tmp_path)
-    outcome = pairing.evaluate(plain, Settings(folds=2, epochs=1))
+    outcome = pairing.evaluate(plain, Settings(folds=2, repeats=1, epochs=1))
     assert any("not matched" in note for note in outcome.notes)
     assert {s.labels["negatives"] for s in outcome.samples} == {RANDOM}

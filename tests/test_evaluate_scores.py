@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_ablm.evaluation.cohort import NO_CHAIN, Annotated, Chain
-from moe_ablm.evaluation.estimates import DRAWS
+from moe_ablm.evaluation.estimates import DRAWS, Sample, interval, repeated_interval
 from moe_ablm.evaluation.scores import METRICS, accuracy_sample, score_numbers, scores
 from moe_ablm.evaluation.supervised.folds import clonal_folds, clones, joined, numbered, out_of_fold
 
@@ -75,7 +75,9 @@ def test_intervals_are_over_units_and_gains_are_paired():
     worse = np.where(np.arange(200)[:, None] % 4 == 0, found[:, ::-1], found)
     units = [f"u{i // 2}" for i in range(200)]
     folds = np.arange(200) % 5
-    numbers = score_numbers(truth, {"a": found, "b": worse}, "b", units, folds, {"task": "t"})
+    numbers = score_numbers(
+        truth, {"a": found[None], "b": worse[None]}, "b", units, folds[None], {"task": "t"}
+    )
     named = {(n.metric, n.labels["predictor"]): n for n in numbers}
     for metric in METRICS:
         gain = named[f"{metric} over baseline", "a"]
@@ -86,7 +88,9 @@ def test_intervals_are_over_units_and_gains_are_paired():
         assert named[f"{metric}, sd of folds", "a"].value == pytest.approx(np.std(of_folds, ddof=1))
         assert (f"{metric} over baseline", "b") not in named
     auc = named["AUC", "a"]
-    one_by_one = score_numbers(truth, {"a": found}, "a", [str(i) for i in range(200)], folds, {})
+    one_by_one = score_numbers(
+        truth, {"a": found[None]}, "a", [str(i) for i in range(200)], folds[None], {}
+    )
     alone = next(n for n in one_by_one if n.metric == "AUC")
     assert auc.low < auc.value < auc.high and (auc.low, auc.high) != (alone.low, alone.high)
     # paired: the two share their errors, so that the gain is surer than a difference of strangers
@@ -98,10 +102,51 @@ def test_intervals_are_over_units_and_gains_are_paired():
 def test_the_accuracy_is_that_of_its_sample():
     truth, found = predictions(3, 100, 5, False)
     units = [f"u{i // 3}" for i in range(100)]
-    number = accuracy_sample(truth, found, units, {"task": "t"}).number(DRAWS)
+    number = accuracy_sample(truth, found[None], units, {"task": "t"}).number(DRAWS)
     assert number.value == pytest.approx(scores(truth, found)["accuracy"][0])
-    gains = score_numbers(truth, {"a": found, "b": found}, "b", units, np.arange(100) % 2, {})
+    both, halves = {"a": found[None], "b": found[None]}, (np.arange(100) % 2)[None]
+    gains = score_numbers(truth, both, "b", units, halves, {})
     assert {n.value for n in gains if "over baseline" in n.metric} == {0.0}
+
+
+def test_scores_are_means_over_repeats_and_their_spread_widens_the_interval():
+    truth, found = predictions(2, 120, 6, False)
+    rng = np.random.default_rng(1)
+    # one repeat is much worse: half of its predictions are of others
+    worse = np.where(np.arange(120)[:, None] % 2 == 0, found[rng.permutation(120)], found)
+    units, folds = [f"u{i}" for i in range(120)], np.tile(np.arange(120) % 3, (3, 1))
+    three = np.stack([found, worse, found])
+    numbers = score_numbers(truth, {"a": three}, "a", units, folds, {})
+    alone = score_numbers(truth, {"a": found[None]}, "a", units, folds[:1], {})
+    named, single = ({n.metric: n for n in each} for each in (numbers, alone))
+    values = [scores(truth, p)["AUC"][0] for p in three]
+    assert named["AUC"].value == pytest.approx(np.mean(values))
+    width = named["AUC"].high - named["AUC"].low
+    t = 2 * 4.303 * np.std(values, ddof=1) / math.sqrt(3)
+    assert width > t and width > 2 * (single["AUC"].high - single["AUC"].low)
+    number = accuracy_sample(truth, three, units, {}).number(DRAWS)
+    hits = [scores(truth, p)["accuracy"][0] for p in three]
+    assert number.value == pytest.approx(np.mean(hits))
+    assert number.high - number.low > 2 * 4.303 * np.std(hits, ddof=1) / math.sqrt(3)
+    once = accuracy_sample(truth, found[None], units, {}).number(DRAWS)
+    plain = Sample("accuracy", units, found.argmax(1) == truth, np.ones(120)).number(DRAWS)
+    assert (once.low, once.high) == (plain.low, plain.high)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_intervals_hold_the_mean_over_head_seeds_and_folds(spread):
+    """Antibodies and three repeats drawn anew; one repeat alone holds it far less often."""
+    rng, held, one = np.random.default_rng(2), 0, 0
+    for _ in range(300):
+        antibodies = 0.5 * rng.standard_normal(80)
+        repeats = antibodies + spread * rng.standard_normal((3, 1))
+        counts = rng.multinomial(80, np.full(80, 1 / 80), size=300)
+        low, high = repeated_interval(counts @ repeats.mean(0) / 80, repeats.mean(1).tolist())
+        held += low <= 0 <= high
+        low, high = interval(counts @ repeats[0] / 80)
+        one += low <= 0 <= high
+    assert held / 300 >= 0.92
+    assert one / 300 < 0.75 or spread == 0
 
 
 def annotated(v_gene: str, cdr3: str, light: str = "DIQ") -> Annotated:

@@ -42,13 +42,15 @@ CLASSES = ("CoV", "Flu", "HD")
 
 @dataclass(frozen=True)
 class Settings:
-    """Antibodies of a class at most, folds, and how heads are trained.
+    """Antibodies of a class at most, folds, repeats, and how heads are trained.
 
+    Each of the `repeats` has other folds and another seed of the head.
     `full` trains the encoder, too (slow); `lr` is that of the head, `encoder_lr` of the encoder.
     """
 
     most: int = 1000
     folds: int = 5
+    repeats: int = 3
     epochs: int = 30
     batch: int = 32
     lr: float = 3e-3
@@ -138,12 +140,22 @@ class Bench:
         classes = np.repeat(np.arange(len(members)), size)
         groups = self._clones[rows]
         rng = self._subject.generator(f"classification {name}")
-        folds = clonal_folds(groups, classes, settings.folds, rng)
+        folds = np.stack(
+            [clonal_folds(groups, classes, settings.folds, rng) for _ in range(settings.repeats)]
+        )
         known = [baselines.features(self._antibodies[i]) for i in rows]
         predicted = {}
         for predictor, inputs in self._inputs.items():
-            predicted[predictor] = self._out_of_fold(inputs.take(rows), classes, folds, predictor)
-        predicted[baselines.BASELINE] = baselines.predictions(known, classes, folds)
+            taken = inputs.take(rows)
+            predicted[predictor] = np.stack(
+                [
+                    self._out_of_fold(taken, classes, of, predictor, repeat)
+                    for repeat, of in enumerate(folds)
+                ]
+            )
+        predicted[baselines.BASELINE] = np.stack(
+            [baselines.predictions(known, classes, of) for of in folds]
+        )
         units, about = [f"clone {g}" for g in groups], {"task": name}
         samples = [
             accuracy_sample(classes, found, units, about | {"predictor": predictor})
@@ -152,16 +164,22 @@ class Bench:
         numbers = score_numbers(classes, predicted, baselines.BASELINE, units, folds, about)
         note = (
             f"task {name}: {size:,} antibodies of each class, {len(set(units)):,} clones, folds of "
-            f"{', '.join(map(str, np.bincount(folds)))}"
+            f"{', '.join(map(str, np.bincount(folds[0])))}; {settings.repeats} repeats with other "
+            "folds and seeds of the head, which intervals include"
         )
         return samples, numbers, [note]
 
     def _out_of_fold(
-        self, inputs: HeadInputs, classes: np.ndarray, folds: np.ndarray, predictor: str
+        self,
+        inputs: HeadInputs,
+        classes: np.ndarray,
+        folds: np.ndarray,
+        predictor: str,
+        repeat: int,
     ) -> np.ndarray:
         settings, full = self._settings, predictor == TUNED
         training = Training(
             settings.epochs, settings.batch, settings.lr, settings.encoder_lr, full=full,
-            seed=self._subject.seed,
+            seed=self._subject.seed + repeat,
         )  # fmt: skip
         return cross_validated(self._subject.engine, inputs, classes, folds, training)

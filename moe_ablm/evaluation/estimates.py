@@ -59,6 +59,8 @@ class Sample:
         appears twice are added up.
       total, weight: float64 `[n]`.
       scale: "identity", or "exp" of the mean, as for perplexity.
+      repeats: the value in each repeat of a random procedure of which it is the mean (head seeds
+        and folds of a classifier), whose error is a part of the interval's.
     """
 
     metric: str
@@ -68,12 +70,13 @@ class Sample:
     labels: Mapping[str, str] = field(default_factory=dict)
     scale: str = "identity"
     unit: str = ""
+    repeats: tuple[float, ...] = ()
 
     def number(self, draws: int = DRAWS) -> Number:
         """Value and interval."""
         table = merged(self.units, self.total, self.weight)
         value = scaled(ratio(table.total.sum(), table.weight.sum()), self.scale)
-        low, high = interval(scaled(redrawn(table, draws), self.scale))
+        low, high = repeated_interval(scaled(redrawn(table, draws), self.scale), self.repeats)
         observations = int(round(float(table.weight.sum())))
         return Number(self.metric, float(value), self.labels, low, high, observations, self.unit)
 
@@ -166,6 +169,19 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def repeated_interval(drawn: np.ndarray, repeats: Sequence[float]) -> tuple[float, float]:
+    """Percentile interval of bootstrap values of a mean of repeats, with the error of that mean.
+
+    Args:
+      drawn: `[draws]`.
+      repeats: the value in each repeat; with one or none that part is missing.
+    """
+    if len(repeats) < 2:
+        return interval(drawn)
+    error, degrees = welch([float(np.std(repeats, ddof=1))], [len(repeats)])
+    return blurred(drawn, error, degrees) if error > 0 else interval(drawn)
 
 
 def derived(

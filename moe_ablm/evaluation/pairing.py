@@ -42,13 +42,16 @@ HEAD = "frozen encoder, head"
 
 @dataclass(frozen=True)
 class Settings:
-    """Pairs drawn from the test split, folds, and how the head is trained.
+    """Pairs drawn from the test split, folds, repeats, and how the head is trained.
 
+    Each of the `repeats` has another seed of the head; folds, within which light chains are dealt,
+    are one draw.
     `same_gene` adds negatives that keep the V gene of the light chain, too.
     """
 
     antibodies: int = 2000
     folds: int = 5
+    repeats: int = 3
     epochs: int = 30
     batch: int = 32
     lr: float = 3e-3
@@ -201,16 +204,30 @@ def recognition(
     classes, baseline = baseline_of(case)
     head = Head("classification", 2)
     inputs = inputs_of(subject.engine, [a.antibody for a in both], head, False)
-    training = Training(settings.epochs, settings.batch, settings.lr, seed=subject.seed)
-    found = cross_validated(subject.engine, inputs, classes, folds, training)
-    predicted = {HEAD: found, baselines.PAIRED_BASELINE: baseline}
+    found = [
+        cross_validated(subject.engine, inputs, classes, folds, training)
+        for repeat in range(settings.repeats)
+        for training in [
+            Training(settings.epochs, settings.batch, settings.lr, seed=subject.seed + repeat)
+        ]
+    ]
+    # the baseline has no seed: the same in every repeat
+    predicted = {
+        HEAD: np.stack(found),
+        baselines.PAIRED_BASELINE: np.stack([baseline] * len(found)),
+    }
     units = [f"group {g}" for g in groups]
     samples = [
         accuracy_sample(classes, each, units, case.labels | {"predictor": name})
         for name, each in predicted.items()
     ]
     numbers = score_numbers(
-        classes, predicted, baselines.PAIRED_BASELINE, units, folds, case.labels
+        classes,
+        predicted,
+        baselines.PAIRED_BASELINE,
+        units,
+        np.stack([folds] * len(found)),
+        case.labels,
     )
     return samples, numbers
 

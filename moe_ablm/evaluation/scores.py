@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.evaluation.estimates import Number, Sample, interval, resampled
+from moe_ablm.evaluation.estimates import Number, Sample, repeated_interval, resampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +133,17 @@ def score_numbers(
 ) -> list[Number]:
     """Scores of predictions, those of folds, and what is gained over the baseline.
 
+    Scores are means over repeats of the cross-validation. Their intervals have two levels: units
+    are drawn again, the same ones for all repeats, and the mean of so few repeats has the error of
+    Student's t with the standard deviation between them.
+
     Args:
       truth: classes `[n]`.
-      predicted: probabilities `[n, C]` by the name of the predictor.
+      predicted: probabilities by the name of the predictor, `[T, n, C]` of T repeats, which differ
+        in seeds of heads and in folds.
       baseline: name of the predictor that the others are compared with.
       units: what is drawn again, `[n]`.
-      folds: the fold in which each observation was held out, `[n]`.
+      folds: the fold in which each observation was held out, `[T, n]`.
       labels: of all numbers; "predictor" is added.
 
     Returns:
@@ -146,35 +151,52 @@ def score_numbers(
       "METRIC, sd of folds", and for all but the baseline "METRIC over baseline" (paired draws).
     """
     index, counts = resampled(units)
-    value, drawn, numbers = {}, {}, []
-    for name, probabilities in predicted.items():
-        value[name] = {k: float(v[0]) for k, v in scores(truth, probabilities).items()}
+    value: dict[str, dict[str, np.ndarray]] = {}  # `[T]`
+    drawn: dict[str, dict[str, np.ndarray]] = {}  # `[draws]`
+    for name, repeats in predicted.items():
+        each = [scores(truth, p) for p in repeats]
+        value[name] = {k: np.array([found[k][0] for found in each]) for k in METRICS}
         parts = [
-            scores(truth, probabilities, counts[i : i + _AT_ONCE][:, index])
+            [scores(truth, p, counts[i : i + _AT_ONCE][:, index]) for p in repeats]
             for i in range(0, len(counts), _AT_ONCE)
         ]
-        drawn[name] = {k: np.concatenate([p[k] for p in parts] or [np.zeros(0)]) for k in METRICS}
-    for name, probabilities in predicted.items():
+        drawn[name] = {
+            k: np.concatenate([np.mean([p[k] for p in part], 0) for part in parts] or [np.zeros(0)])
+            for k in METRICS
+        }
+    numbers = []
+    for name, repeats in predicted.items():
         about = {**labels, "predictor": name}
         held = [
-            scores(truth[folds == f], probabilities[folds == f]) for f in np.unique(folds).tolist()
+            [scores(truth[of == f], p[of == f]) for f in np.unique(of).tolist()]
+            for p, of in zip(repeats, folds, strict=True)
         ]
         for metric in METRICS:
             if metric != "accuracy":
-                ends = interval(drawn[name][metric])
-                numbers.append(Number(metric, value[name][metric], about, *ends, len(truth)))
-            spread = float(np.std([found[metric][0] for found in held], ddof=1))
-            numbers.append(Number(f"{metric}, sd of folds", spread, about, n=len(held)))
+                numbers.append(
+                    _number(metric, value[name][metric], drawn[name][metric], about, units)
+                )
+            spread = [np.std([f[metric][0] for f in each], ddof=1) for each in held]
+            sd = float(np.mean(spread))
+            numbers.append(Number(f"{metric}, sd of folds", sd, about, n=len(held[0])))
             if name != baseline:
-                gain = value[name][metric] - value[baseline][metric]
-                ends = interval(drawn[name][metric] - drawn[baseline][metric])
-                numbers.append(Number(f"{metric} over baseline", gain, about, *ends, len(truth)))
+                gain, of_draws = (x[name][metric] - x[baseline][metric] for x in (value, drawn))
+                numbers.append(_number(f"{metric} over baseline", gain, of_draws, about, units))
     return numbers
+
+
+def _number(
+    metric: str, repeats: np.ndarray, drawn: np.ndarray, labels: Mapping[str, str], units
+) -> Number:
+    ends = repeated_interval(drawn, repeats.tolist())
+    return Number(metric, float(repeats.mean()), labels, *ends, len(units))
 
 
 def accuracy_sample(
     truth: np.ndarray, probabilities: np.ndarray, units: Sequence[str], labels: Mapping[str, str]
 ) -> Sample:
-    """Accuracy with every antibody's part."""
-    hits = (probabilities.argmax(1) == truth).astype(float)
-    return Sample("accuracy", units, hits, np.ones(len(hits)), labels, unit="share")
+    """Accuracy with every antibody's part, the mean over repeats; probabilities `[T, n, C]`."""
+    hits = (probabilities.argmax(-1) == truth).astype(float)
+    repeats = tuple(hits.mean(1).tolist())
+    ones = np.ones(len(truth))
+    return Sample("accuracy", units, hits.mean(0), ones, labels, unit="share", repeats=repeats)

@@ -172,6 +172,7 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
                 "labels": dict(sample.labels),
                 "scale": sample.scale,
                 "unit": sample.unit,
+                "repeats": list(sample.repeats),
             }
         )
         columns["sample"].append(np.full(len(sample.units), number, np.int32))
@@ -203,7 +204,9 @@ def read_samples(path: Path) -> list[Sample]:
         total, weight = table["total"].to_numpy(), table["weight"].to_numpy()
         return [
             Sample(
-                h["metric"], units[at], total[at], weight[at], h["labels"], h["scale"], h["unit"]
+                *(h["metric"], units[at], total[at], weight[at]),
+                *(h["labels"], h["scale"], h["unit"]),
+                tuple(h.get("repeats", ())),  # files of before have none
             )
             for number, h in enumerate(heads)
             for at in [np.flatnonzero(which == number)]
