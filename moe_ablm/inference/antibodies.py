@@ -153,8 +153,8 @@ def given(
                 f"antibodies: {where}: {reason}: give a heavy chain, a light one or both"
             )
     for antibody in antibodies:
-        if reason := _unfit(antibody, layout, longest):
-            raise UserError(f"antibodies: {antibody.where}: {reason}")
+        if unfit := _unfit(antibody, layout, longest):
+            raise UserError(f"antibodies: {antibody.where}: {unfit}")
     return antibodies
 
 
