@@ -16,13 +16,13 @@ from moe_ablm.data.simulated import simulated_dataset
 PROGRAM = """
 import json, signal, sys
 import jax
-from moe_ablm import train
+from moe_ablm import train, trainer
 
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split("/")[-1]))
 if sys.argv[1] == "stop":
-    evaluate = train.validation_sums
-    train.validation_sums = lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args)
+    evaluate = trainer.validation_sums
+    trainer.validation_sums = lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args)
 code = train.main(["train", *sys.argv[2:]])
 print(json.dumps([events.count("cache_misses"), events.count("cache_hits")]))
 sys.exit(code)

@@ -76,7 +76,7 @@ def test_every_key_of_a_section_is_known_and_required():
         ({"train__eps": -1.0}, "train.eps=-1.0: expected a positive number"),
         ({"train__eps": 0.0}, "train.eps=0.0: expected a positive number"),
         ({"train__weight_decay": -1.0}, "train.weight_decay=-1.0: expected 0 .off. or more"),
-        ({"compute__loader_threads": 10**6}, "loader_threads=1000000: expected at most 1024"),
+        ({"compute__loader_threads": 10**6}, "loader_threads=1000000: expected at most 1,024"),
         ({"model__layers": 100_000}, "model.layers=100000: expected 1 to 4,096"),
         ({"mesh__data": 0}, "mesh.data=0"),
         ({"model__size": "8mm"}, "'8mm' .did you mean '8m'"),

@@ -12,7 +12,7 @@ from random_models import random_params, same
 
 from configs import esm_finetune
 from moe_ablm import config as configs
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.interop.card import model_card
@@ -43,7 +43,7 @@ def tuned(start, tmp_path_factory):
     """A run of four updates from `start` with its first layer frozen."""
     workdir = tmp_path_factory.mktemp("tuned") / "w"
     config = tiny_config(train__init=str(start[1]), train__freeze=1, **FEW)
-    return train.run(config, workdir), workdir, config
+    return trainer.run(config, workdir), workdir, config
 
 
 def test_a_run_starts_from_the_given_weights_and_keeps_frozen_layers(start, tuned):
@@ -81,13 +81,13 @@ def test_the_start_is_part_of_the_runs_identity_by_its_content(start, tuned, tmp
     summary, workdir, config = tuned
     moved = shutil.copytree(start[1], tmp_path / "moved")
     elsewhere = dataclasses.replace(config.train, init=str(moved))
-    again = train.run(dataclasses.replace(config, train=elsewhere), workdir)
+    again = trainer.run(dataclasses.replace(config, train=elsewhere), workdir)
     assert again["fingerprint"] == summary["fingerprint"]
     other = Model(config.model.spec(), random_params(config.model.spec(), 1), LAYOUTS["esm"], 9, "")
     save_model(other, tmp_path / "other")
     different = dataclasses.replace(config.train, init=str(tmp_path / "other"))
     with pytest.raises(UserError, match="holds a different run .dataset"):
-        train.run(dataclasses.replace(config, train=different), workdir)
+        trainer.run(dataclasses.replace(config, train=different), workdir)
 
 
 def test_keys_of_later_versions_leave_the_identity_of_older_runs_alone():

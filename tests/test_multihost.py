@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import command, tiny_config, tiny_flags
 
-from moe_ablm import outcome, train
+from moe_ablm import outcome, trainer
 from moe_ablm.errors import UserError
 from moe_ablm.outcome import Outcome
 from moe_ablm.parallel import multihost
@@ -145,7 +145,7 @@ def together(tmp_path_factory):
 
 def test_two_processes_learn_what_one_does(together, tmp_path):
     workdir, _ = together
-    alone = train.run(tiny_config(**CHANGES), tmp_path / "w")
+    alone = trainer.run(tiny_config(**CHANGES), tmp_path / "w")
     found = run_json(workdir)
     for key in ("fingerprint", "status", "step", "tokens_seen", "params_total"):
         assert found[key] == alone[key]

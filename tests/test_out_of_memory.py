@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import tiny_config
 
-from moe_ablm import out_of_memory, train
+from moe_ablm import command_line, out_of_memory, train, trainer
 from moe_ablm.model.spec import Execution
 from moe_ablm.training.memory import Needed
 
@@ -18,21 +18,21 @@ NEEDED = Needed(state=int(1.2e9), summed=0, gradients=int(0.6e9), activations=in
 
 def train_main(config, workdir, monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and stderr of the training command."""
-    monkeypatch.setattr(train, "parse", lambda _: (config, workdir))
+    monkeypatch.setattr(command_line, "parse", lambda _: (config, workdir))
     code = train.main(["train"])
     return code, capsys.readouterr().err
 
 
 def failing(monkeypatch, name: str, call: int) -> None:
     """Lets a method of the trainer raise XLA's error when it is called so often."""
-    method, calls = getattr(train.Trainer, name), iter(range(1, 1000))
+    method, calls = getattr(trainer.Trainer, name), iter(range(1, 1000))
 
     def fail(self, *args):
         if next(calls) == call:
             raise ERROR
         return method(self, *args)
 
-    monkeypatch.setattr(train.Trainer, name, fail)
+    monkeypatch.setattr(trainer.Trainer, name, fail)
 
 
 @pytest.mark.parametrize(
@@ -59,17 +59,17 @@ def test_one_line_says_what_to_set_and_the_run_goes_on(
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [str(s) for s in saved]
     code, told = train_main(config, workdir, monkeypatch, capsys)
     assert (code, told) == (0, "")
-    undisturbed = train.run(config, tmp_path / "undisturbed")
-    assert train.run(config, workdir)["params_sha256"] == undisturbed["params_sha256"]
+    undisturbed = trainer.run(config, tmp_path / "undisturbed")
+    assert trainer.run(config, workdir)["params_sha256"] == undisturbed["params_sha256"]
 
 
 def test_other_errors_of_xla_are_not_hidden(tmp_path, monkeypatch):
     def fail(self, *_):
         raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
 
-    monkeypatch.setattr(train.Trainer, "_update", fail)
+    monkeypatch.setattr(trainer.Trainer, "_update", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such kernel"):
-        train.run(tiny_config(), tmp_path / "w")
+        trainer.run(tiny_config(), tmp_path / "w")
 
 
 def test_what_xla_itself_raises_is_recognised():

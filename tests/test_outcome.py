@@ -6,7 +6,7 @@ import signal
 import pytest
 from conftest import tiny_flags
 
-from moe_ablm import outcome, train
+from moe_ablm import outcome, train, trainer
 from moe_ablm.errors import UserError
 from moe_ablm.outcome import Outcome
 
@@ -106,16 +106,16 @@ def test_the_trainer_refuses(file, tmp_path, capsys):
 
 
 def test_the_trainer_stops_goes_on_and_completes(file, tmp_path, monkeypatch):
-    evaluate = train.validation_sums
+    evaluate = trainer.validation_sums
 
     def evaluate_and_signal(*args):
         signal.raise_signal(signal.SIGUSR1)
         return evaluate(*args)
 
-    monkeypatch.setattr(train, "validation_sums", evaluate_and_signal)
+    monkeypatch.setattr(trainer, "validation_sums", evaluate_and_signal)
     assert command(tmp_path / "w") == 0
     assert outcome.read(file) == Outcome("stopped", 0, "", 6)
-    monkeypatch.setattr(train, "validation_sums", evaluate)
+    monkeypatch.setattr(trainer, "validation_sums", evaluate)
     file.unlink()
     assert command(tmp_path / "w") == 0
     assert outcome.read(file) == Outcome("complete", 0, "", 12)

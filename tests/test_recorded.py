@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from moe_ablm import config as configs
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.interop.load import load_model
 from moe_ablm.results import read_results
 
@@ -73,7 +73,7 @@ def test_a_config_of_then_loads_and_has_its_fingerprint(recorded, name):
 def compiled_quickly(monkeypatch):
     """The machine code of these small steps is not worth a compiler's time."""
     options = {"xla_backend_optimization_level": 0}
-    monkeypatch.setattr(train.jax, "jit", partial(jax.jit, compiler_options=options))
+    monkeypatch.setattr(trainer.jax, "jit", partial(jax.jit, compiler_options=options))
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -97,7 +97,7 @@ def test_a_recorded_run_goes_on_as_it_did(recorded, name, capsys, compiled_quick
     expected, then = losses(workdir), json.loads((workdir / "run.json").read_text())
     (workdir / "run.json").rename(workdir / "run.then.json")  # so that it is no finished run
     try:
-        found = train.run(configs.from_mapping(stored(workdir)["config"]), workdir)
+        found = trainer.run(configs.from_mapping(stored(workdir)["config"]), workdir)
     finally:
         (workdir / "run.then.json").rename(workdir / "run.json")
     assert "resuming at step 4" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from small_datasets import random_records, write_dataset
 from test_flops import matmul_flops
 
 from moe_ablm import config as configs
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.evaluation.routing import Settings, evaluate
@@ -139,7 +139,7 @@ def test_stability_and_memory():
 def trained(tmp_path_factory):
     """A run of twelve steps, ended at the sixth and gone on with."""
     workdir = tmp_path_factory.mktemp("family") / "w"
-    saved = train.Trainer._save
+    saved = trainer.Trainer._save
 
     def save_and_signal(self, state):
         saved(self, state)
@@ -147,9 +147,9 @@ def trained(tmp_path_factory):
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "_save", save_and_signal)
-        assert train.run(config(), workdir)["status"] == "stopped"
-    return workdir, train.run(config(), workdir)
+        patch.setattr(trainer.Trainer, "_save", save_and_signal)
+        assert trainer.run(config(), workdir)["status"] == "stopped"
+    return workdir, trainer.run(config(), workdir)
 
 
 def test_it_trains_and_is_loaded(trained, tmp_path):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_config
 
-from moe_ablm import train
+from moe_ablm import trainer
 from moe_ablm.__main__ import main
 from moe_ablm.data.dataset import SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS, region_names
@@ -67,7 +67,7 @@ def test_a_source_is_prepared_and_trained_on(source, tmp_path, request):
 
     # the same shapes and schedule for all sources: the step is compiled once
     changes = {"train__steps": 2, "train__warmup": 0, "eval__every": 2, "checkpoint__every": 2}
-    summary = train.run(tiny_config(data__path=str(path), **changes), tmp_path / "run")
+    summary = trainer.run(tiny_config(data__path=str(path), **changes), tmp_path / "run")
 
     records = read_results(tmp_path / "run" / "results.jsonl")
     steps = [r for r in records if r["kind"] == "train"]
