@@ -1,5 +1,7 @@
 """Equal chains, different ones counted once, and those seen in training: sets of strings."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from small_datasets import Record, random_records, write_dataset
@@ -29,7 +31,8 @@ def hashed(letters: list[str]) -> list[int]:
 
 def test_hashes_are_equal_where_sequences_are():
     rng = np.random.default_rng(0)
-    letters = ["".join(rng.choice(list("AC"), rng.integers(0, 7))) for _ in range(40_000)]
+    words = ["".join(letters) for n in range(7) for letters in product("AC", repeat=n)]
+    letters = [words[i] for i in rng.integers(0, 127, 40_000)]
     values = hashed(letters)
     assert len(set(letters)) == 127 == len(set(zip(letters, values, strict=True)))
     assert len(set(values)) == 127
