@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_ablm.__main__ import main
-from moe_ablm.scaling import load
+from moe_ablm.scaling import load, read_runs
 from moe_ablm.scaling.laws_dense import Chinchilla, DataConstrainedB2
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -211,3 +211,15 @@ def test_dropped_rows_of_one_kind_are_one_line(dense_csv, tmp_path, capsys):
     assert fit(*twice, "--out", tmp_path / "o") == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("dropped")]
     assert len(lines) == 1 and "24 more" in lines[0] and "duplicate" in lines[0]
+
+
+def test_a_fit_says_from_what_and_how_it_was_made(dense_csv, tmp_path):
+    base = ["--input", dense_csv, "--law", "chinchilla", "--bootstrap", 20, "--seed", 3]
+    assert fit(*base, "--out", tmp_path / "a") == 0
+    made = json.loads((tmp_path / "a" / "fit.json").read_text())
+    told = made["provenance"]
+    assert told["seed"] == 3 and told["draws"] == made["draws"] == 20 and made["draws_lost"] == 0
+    assert told["flags"]["law"] == ["chinchilla"] and told["flags"]["input"] == [dense_csv]
+    runs = read_runs([dense_csv])
+    assert told["rows_sha256"] == runs.digest() == load(tmp_path / "a").provenance["rows_sha256"]
+    assert runs.digest() != runs.take(np.arange(24)).digest()

@@ -11,6 +11,7 @@ from moe_ablm.scaling.approaches import approaches, disagreement
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import IsoFlop, Quadratic, line
+from moe_ablm.scaling.plots import draw_all
 from moe_ablm.scaling.result import Interval
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
@@ -247,3 +248,21 @@ def test_approaches_stand_beside_each_other_and_their_disagreement_is_said():
     assert disagreement(made) == ""
     shifted = [made[0], replace(made[1], intervals={"N_opt": Interval("x", 0.95, 1.0, 2.0)})]
     assert "disagree on N_opt" in disagreement(shifted)
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_every_parabola_is_drawn_however_many(count):
+    runs, best = wide_grid(budgets=tuple(3e18 * 2.5 ** np.arange(count)))
+    analysis = analyse(runs, Question("isoflop", draws=20))
+    (axes,) = draw_all(analysis)["loss_against_params"].axes
+    curves = [x for x in axes.lines if len(x.get_xdata()) == 120]
+    assert len(curves) == count
+    minima = [x.get_xdata()[0] for x in axes.lines if len(x.get_xdata()) == 2]
+    np.testing.assert_allclose(sorted(minima), sorted(best.values()), rtol=0.1)
+
+
+def test_isoflop_curves_of_a_surface_are_at_the_budgets_of_the_runs():
+    runs, _ = wide_grid(sd=1e-3)
+    (axes,) = draw_all(analyse(runs, Question("chinchilla", draws=20)))["isoflop"].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["3.0e+18", "3.0e+19", "6.0e+19", "3.0e+20"]

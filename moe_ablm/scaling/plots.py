@@ -19,13 +19,16 @@ from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
 from moe_ablm.scaling.parabola_fit import ParabolaFit, band
+from moe_ablm.scaling.parabolas import IsoFlop
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Analysis
 
 # Loss, and both ends of its band where there is one, `[m]` each.
 Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+MARKERS = "os^Dv<>P"
 GROUPS = 6  # most curves in one panel
+SIZES_OF_A_BUDGET = 3  # that make it an isoFLOP budget
 MOST_VECTORS = 5000  # most points of a vector line in an SVG; longer lines are rasterised
 STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
@@ -69,11 +72,11 @@ def save_all(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     return out
 
 
-def data_groups(runs: Runs, role: str) -> list[tuple[str, np.ndarray, float]]:
-    """Runs by data size: label, members, middle value; quantile bins where sizes are many."""
+def data_groups(runs: Runs, role: str, most: float = 6) -> list[tuple[str, np.ndarray, float]]:
+    """Runs by data size: label, members, middle value; quantile bins of more than `most` sizes."""
     values = runs[role]
     sizes = np.unique(values)
-    if sizes.size <= GROUPS:
+    if sizes.size <= most:
         return [(f"{v:.4g}", values == v, float(v)) for v in sizes]
     edges = np.quantile(values, np.linspace(0, 1, GROUPS + 1))
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, GROUPS - 1)
@@ -143,10 +146,14 @@ def loss_against_params(analysis: Analysis) -> Figure:
         runs = Runs({**runs.columns, role: made.law.groups(runs)}, runs.source)
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
-    groups = data_groups(runs, role)
+    # a parabola is that of its own size or budget: nothing to bin
+    groups = data_groups(runs, role, np.inf if isinstance(made, ParabolaFit) else GROUPS)
+    markers = _markers(runs)
     colors = colormaps["viridis"](np.linspace(0, 0.88, len(groups)))
     for (label, members, value), color in zip(groups, colors, strict=True):
-        axes.plot(runs["params"][members], runs["loss"][members], "o", ms=4, color=color)
+        for kind, marker in markers.items():
+            mine = members & (runs["router"] == kind) if "router" in runs else members
+            axes.plot(runs["params"][mine], runs["loss"][mine], marker, ms=4, color=color)
         if isinstance(made, ParabolaFit) and f"a[{value:.15g}]" not in made.coefficients:
             continue
         inputs = {**_middle(runs, members), role: np.asarray(value)}
@@ -158,10 +165,18 @@ def loss_against_params(analysis: Analysis) -> Figure:
         if best is not None:
             axes.axvline(best, color=color, lw=0.8, ls=":")
     _frame(axes, runs["loss"])
+    for kind, marker in markers.items() if len(markers) > 1 else ():
+        axes.plot([], [], marker, ms=4, color="0.4", label=kind)
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
     title = f"unique {made.data_unit}" if role == "unique_tokens" else role
     axes.legend(title=title, fontsize=7, title_fontsize=7)
     return figure
+
+
+def _markers(runs: Runs) -> dict[str, str]:
+    """A marker for each router."""
+    kinds = np.unique(runs["router"]).tolist() if "router" in runs else [""]
+    return {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(kinds)}
 
 
 def loss_against_experts(analysis: Analysis) -> Figure:
@@ -197,8 +212,8 @@ def isoflop(analysis: Analysis) -> Figure:
     axes = figure.add_subplot()
     flops = runs.flops()
     cost = _cost(analysis)
-    budgets = np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
-    colors = colormaps["viridis"](np.linspace(0, 0.88, GROUPS))
+    budgets = _budgets(runs)
+    colors = colormaps["viridis"](np.linspace(0, 0.88, len(budgets)))
     sizes = _sizes(runs)
     for budget, color in zip(budgets, colors, strict=True):
         loss = _surface(analysis, sizes, np.exp(cost.log_tokens(budget, np.log(sizes))))
@@ -244,6 +259,17 @@ def frontier(analysis: Analysis) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D", title=title)
     axes.legend(fontsize=7)
     return figure
+
+
+def _budgets(runs: Runs) -> np.ndarray:
+    """The compute budgets of the runs, where they have a few of several sizes; else a range."""
+    flops = runs.flops()
+    groups = IsoFlop().groups(runs)
+    sizes = {g: np.unique(runs["params"][groups == g]).size for g in np.unique(groups)}
+    given = np.array([g for g, count in sizes.items() if count >= SIZES_OF_A_BUDGET])
+    if given.size >= 2 and np.isin(groups, given).mean() > 0.8:
+        return given[np.linspace(0, given.size - 1, min(GROUPS, given.size)).round().astype(int)]
+    return np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
 
 
 def _cost(analysis: Analysis) -> Cost:

@@ -58,6 +58,7 @@ class Fit:
     derived_verdicts: Mapping[str, str] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     notes: tuple[str, ...] = ()
+    provenance: Mapping[str, object] = field(default_factory=dict)  # what made it, from what
     draws: int = 0  # of the bootstrap
     draws_lost: int = 0  # that did not converge, and count in no interval
     data_unit: str = "tokens"
@@ -102,6 +103,7 @@ class Fit:
             "derived": _plain(self.derived),
             "derived_verdicts": dict(self.derived_verdicts),
             "target": _plain(self.target),
+            "provenance": dict(self.provenance),
             "draws": self.draws,
             "draws_lost": self.draws_lost,
             "data_unit": self.data_unit,
@@ -176,6 +178,7 @@ def load(path: Path | str) -> Fit:
             derived_verdicts=saved.get("derived_verdicts", {}),
             target=saved["target"],
             notes=tuple(saved["notes"]),
+            provenance=saved.get("provenance", {}),
             draws=saved.get("draws", 0),
             draws_lost=saved.get("draws_lost", 0),
             data_unit=saved["data_unit"],

@@ -1,5 +1,6 @@
 """Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,14 @@ class Runs:
 
     def __getitem__(self, role: str) -> np.ndarray:
         return self.columns[role]
+
+    def digest(self) -> str:
+        """SHA-256 of the columns: two fits of the same rows have the same."""
+        made = hashlib.sha256()
+        for role in sorted(self.columns):
+            made.update(f"{role}\0".encode())
+            made.update("\0".join(map(str, self.columns[role].tolist())).encode())
+        return made.hexdigest()
 
     def take(self, index: np.ndarray) -> "Runs":
         """The runs at `index` (integers or a mask)."""

@@ -134,8 +134,9 @@ def _go_on(problem: Problem, ends: Minimum) -> Minimum:
 def quantities(fit: SmoothFit) -> list[Derived]:
     """Free coefficients that have a meaning, and derived quantities.
 
-    A linear coefficient is in a unit that makes its term as large as the loss, so that it may be
-    zero; the others are their internal values in natural units.
+    A linear coefficient that is zero, or whose term is a constant, is in a unit that makes its
+    term as large as the loss, so that it may be zero; the others are their internal values in
+    natural units: with its exponent a coefficient moves by orders of magnitude.
     """
     share = Units.at(fit.problem, fit.theta[None]).scale[0]
     # what the coefficient is in natural units where its term is as large as the loss
@@ -148,9 +149,11 @@ def quantities(fit: SmoothFit) -> list[Derived]:
         return lambda theta: np.exp(natural(k)(theta) - unit[k])
 
     idle = meaningless(fit.problem, fit.theta)
+    coupled = np.abs(unit + share) > 1e-9  # natural and centred units differ
+    zero = np.isin(fit.law.names, fit.at_bounds)
     out = [
         Derived(p.name, p.meaning, linear(k), unit=float(np.exp(unit[k])))
-        if p.linear
+        if p.linear and (zero[k] or not coupled[k])
         else Derived(p.name, p.meaning, natural(k), p.log)
         for k, p in enumerate(fit.law.parameters)
         if fit.problem.free[k] and p.name not in idle

@@ -199,7 +199,7 @@ def _fit(
         console.print(table)
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
-    analysis.fit.save(out)
+    replace(analysis.fit, provenance=_provenance(args, runs)).save(out)
     paths = save_all(draw_all(analysis), out / "figures")
     figures = {p.stem: p for p in paths if p.suffix == ".svg"}
     write_report(out, analysis, figures, tables, sentences, study)
@@ -207,6 +207,21 @@ def _fit(
         f"wrote {args.out}/fit.json, report.html and {len(paths)} figures", highlight=False
     )
     return int(analysis.fit.status == "not_converged")
+
+
+def _provenance(args: argparse.Namespace, runs: "Runs") -> dict[str, object]:
+    """Version, flags that were given, seed, draws and the hash of the rows."""
+    from moe_ablm.results import versions
+
+    skipped = ("verb", "carry_out", "out", "seed", "bootstrap")
+    flags = {k: v for k, v in vars(args).items() if k not in skipped and v not in (None, "", False)}
+    return {
+        "version": versions("moe_ablm").get("moe_ablm", "not installed"),
+        "flags": flags,
+        "seed": args.seed,
+        "draws": args.bootstrap,
+        "rows_sha256": runs.digest(),
+    }
 
 
 def _advice(
