@@ -87,9 +87,9 @@ def test_wrong_claims_are_refused(settings, words, evaluate, tmp_path):
 
 
 def test_null_kinds_are_kinds_of_their_own(evaluate, tmp_path):
-    suite = suite_file(tmp_path, PLAIN[:-1] + ", 'routing': {'antibodies': 6}}")
     found = {}
-    for null in ("", "untrained", "position-only"):
+    for null, more in (("", ""), ("untrained", ""), ("position-only", ", 'routing': {}")):
+        suite = suite_file(tmp_path, PLAIN[:-1] + more + "}")
         out, flags = tmp_path / f"o{null}", [f"--null={null}"] if null else []
         done = evaluate(out, f"--suite={suite}", *flags)
         assert done.returncode == 0, done.stderr

@@ -247,8 +247,8 @@ def test_one_seed_cannot_tell():
 def test_equal_models_rarely_hold(name):
     for seeds in error_rates.SEEDS:
         rng = np.random.default_rng(seeds)
-        held, covered = error_rates.false_equal(error_rates.SEED_SDS[name], seeds, 150, rng)
-        assert held <= bound(150), (seeds, held)
+        held, covered = error_rates.false_equal(error_rates.SEED_SDS[name], seeds, 80, rng)
+        assert held <= bound(80), (seeds, held)
         assert covered >= 0.9, (seeds, covered)
 
 
