@@ -78,6 +78,19 @@ def test_every_option_of_every_verb(call, inputs, tmp_path, run_quickly):  # noq
         refused(result)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("simulate", "--pairs", "1" * 30, "--out", "s.csv"), "--pairs 111111111111111111"),
+        (("upcycle", "--run", "r", "--out", "u", "--seed", "1" * 30), "--seed 11111111111"),
+    ],
+)
+def test_numbers_beyond_all_machines(flags, words, capsys):
+    assert main(["moe_ablm", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
 KEYS = list(configs.flatten(get_config().to_dict()))
 
 

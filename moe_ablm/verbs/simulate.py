@@ -23,6 +23,7 @@ from moe_ablm.progress import bar
 from moe_ablm.verbs.writing import add_overwrite, out_directory, out_file
 
 LICENCE = "simulated from OGRDB germline genes; no restriction"
+MOST_PAIRS = 10**9  # a week's work and some 500 GB
 _WRITERS = {".parquet": pa.parquet.ParquetWriter, ".csv": pa.csv.CSVWriter}
 
 
@@ -58,8 +59,8 @@ def _table_or_dataset(text: str) -> Path:
 def run(args: argparse.Namespace) -> None:
     if args.out.is_file() and not args.overwrite:
         raise UserError(f"--out {args.out} is there already: choose another name, or --overwrite")
-    if args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs}: expected at least 1")
+    if not 1 <= args.pairs <= MOST_PAIRS:
+        raise UserError(f"--pairs {args.pairs}: expected at least 1 and at most {MOST_PAIRS:,}")
     params = SimulationParams(pairing_tilt=args.pairing_tilt, backend=args.backend)
     batches = with_progress(simulate(args.pairs, args.seed, params), args.pairs)
     if args.out.suffix in _WRITERS:

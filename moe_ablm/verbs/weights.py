@@ -81,6 +81,8 @@ def upcycle(args: argparse.Namespace) -> None:
         if getattr(args, flag) < 0:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, flag)}: expected 0 or more")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed}: expected 0 to 2^32 - 1")
     moe = TopK(
         experts=args.experts, k=args.k, placement=args.placement, first_dense=args.first_dense
     )
