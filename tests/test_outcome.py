@@ -105,14 +105,9 @@ def test_the_trainer_refuses(file, tmp_path, capsys):
     assert "stpes" in found.message and found.message in capsys.readouterr().err
 
 
-<<<<<<< HEAD
-def test_the_trainer_stops_goes_on_and_completes(file, tmp_path, monkeypatch):
-    evaluate = trainer.validation_sums
-=======
 def test_the_trainer_stops(file, tmp_path, monkeypatch):
     """`tests/test_multihost.py` has one that completes."""
-    evaluate = train.validation_sums
->>>>>>> hf
+    evaluate = trainer.validation_sums
 
     def evaluate_and_signal(*args):
         signal.raise_signal(signal.SIGUSR1)
@@ -121,13 +116,6 @@ def test_the_trainer_stops(file, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "validation_sums", evaluate_and_signal)
     assert command(tmp_path / "w") == 0
     assert outcome.read(file) == Outcome("stopped", 0, "", 6)
-<<<<<<< HEAD
-    monkeypatch.setattr(trainer, "validation_sums", evaluate)
-    file.unlink()
-    assert command(tmp_path / "w") == 0
-    assert outcome.read(file) == Outcome("complete", 0, "", 12)
-=======
->>>>>>> hf
 
 
 def test_the_trainer_diverges(file, tmp_path, capsys):
