@@ -224,6 +224,8 @@ def judge_derived(problem: Problem, theta: np.ndarray, slope: np.ndarray, log: b
     if used:
         return f"not identified: it stands on {', '.join(used)}, without meaning here"
     kept = free & (~bounded | np.array([p.linear for p in law.parameters])) & ~idle
+    if not kept.any():  # of fixed coefficients only
+        return "identified"
     jacobian = law.jacobian(theta[None], problem.x)[0][:, kept]
     prior = np.sqrt(problem.prior_scale * np.diag(prior_precision(problem))[kept])
     rows = np.concatenate([jacobian, np.diag(prior)])
