@@ -17,7 +17,11 @@ WORDS = (
 )
 _LONGEST = max(map(len, WORDS)) + 4  # with spaces around
 # pa.array(list) would import pandas, a third of a second for every verb
-_WORDS = pa.scalar(list(WORDS), pa.list_(pa.string())).values
+_WORDS = pa.StringArray.from_buffers(
+    len(WORDS),
+    pa.py_buffer(np.cumsum([0, *map(len, WORDS)], dtype=np.int32)),
+    pa.py_buffer("".join(WORDS).encode()),
+)
 # Written into a sequence by a program that joined its pieces: capitals around tell it from a
 # sequence that is in lower case as a whole.
 INSIDE = re.compile("nan|NaN|none|None|null|Null")
