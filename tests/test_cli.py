@@ -122,7 +122,7 @@ def test_a_damaged_dataset(dataset, tmp_path, change, words, run_quickly):
 
 def test_prepare_names_the_columns_it_found(tmp_path, run_quickly):
     file, out = tmp_path / "a.csv", tmp_path / "d"
-    file.write_text("id,vh,vl\n1,EVQL,DIQM\n")
+    file.write_text("id,vh_a,vl_a\n1,EVQL,DIQM\n")
     result = run_quickly("moe_ablm", "prepare", "--input", file, "--out", out)
     refused(result, "a.csv", "vh", "sequence_aa_heavy")
     assert not out.exists()

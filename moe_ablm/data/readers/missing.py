@@ -16,7 +16,12 @@ WORDS = (
     *("unknown", "missing", "no sequence"),
 )
 _LONGEST = max(map(len, WORDS)) + 4  # with spaces around
-_WORDS = pa.array(WORDS)
+# pa.array(list) would import pandas, a third of a second for every verb
+_WORDS = pa.StringArray.from_buffers(
+    len(WORDS),
+    pa.py_buffer(np.cumsum([0, *map(len, WORDS)], dtype=np.int32)),
+    pa.py_buffer("".join(WORDS).encode()),
+)
 # Written into a sequence by a program that joined its pieces: capitals around tell it from a
 # sequence that is in lower case as a whole.
 INSIDE = re.compile("nan|NaN|none|None|null|Null")
