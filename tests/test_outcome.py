@@ -95,6 +95,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
 
 
 def command(workdir, **changes) -> int:
+    changes |= {"model__layers": 1, "model__moe__router": "none"}
     return train.main(["train", *tiny_flags(**changes), f"--workdir={workdir}"])
 
 
@@ -119,8 +120,7 @@ def test_the_trainer_stops(file, tmp_path, monkeypatch):
 
 
 def test_the_trainer_diverges(file, tmp_path, capsys):
-    changes = {"train__lr": 3e38, "train__clip": 0.0, "train__warmup": 12, "model__layers": 1,
-               "model__moe__router": "none"}  # fmt: skip
+    changes = {"train__lr": 3e38, "train__clip": 0.0, "train__warmup": 12}
     assert command(tmp_path / "w", **changes) == 1
     found = outcome.read(file)
     assert (found.status, found.exit_code) == ("diverged", 1)
