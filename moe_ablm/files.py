@@ -20,11 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it replaces `path` if the block ends without an error.
 
     A reader sees the old content or the new, never a part; after an error nothing is left. The
-    suffix is that of `path`: some writers choose the format by it. Processes of two machines, or of
-    two containers, may have one number.
+    suffix is that of `path`: some writers choose the format by it.
     """
-    process = f"{os.uname().nodename}.{os.getpid()}"
-    temporary = path.with_name(f".{path.stem}.{process}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_process()}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -44,7 +42,7 @@ def all_or_none(out: Path) -> Iterator[Path]:
       UserError: there is no place to write.
     """
     made = [place for place in (out, *out.parents) if not place.exists()]
-    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    temporary = out.parent / f".{out.name}.{_process()}.partial"
     try:
         try:
             temporary.mkdir(parents=True)
@@ -64,6 +62,11 @@ def all_or_none(out: Path) -> Iterator[Path]:
         for place in made:
             with suppress(OSError):  # it is not empty: what was wanted is there
                 place.rmdir()
+
+
+def _process() -> str:
+    """A name of this process; those of two machines, or containers, may have one number."""
+    return f"{os.uname().nodename}.{os.getpid()}"
 
 
 def write_atomically(path: Path, text: str) -> None:
