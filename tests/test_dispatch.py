@@ -49,12 +49,12 @@ def run_dropless(x, gates, weights):
     return dropless(x, Plan(jnp.asarray(EXPERTS), gates, None), weights, "gelu", Execution())
 
 
-@partial(jax.jit, static_argnames="capacity")
-def run_limited(x, gates, weights, capacity=3):
+@partial(jax.jit, static_argnames=("capacity", "backend"))
+def run_limited(x, gates, weights, capacity=3, backend="tpu"):
     chosen = jnp.where(jnp.asarray(PLACE) < capacity, EXPERTS, E)
     plan = Plan(chosen, gates, jnp.asarray(PLACE))
     experts = partial(expert_ffn, weights=weights, activation="gelu", execution=Execution())
-    return limited(x, plan, capacity, E, experts)
+    return limited(x, plan, capacity, E, experts, backend)
 
 
 @pytest.mark.parametrize("run", [run_dropless, run_limited])
@@ -69,6 +69,27 @@ def test_limited_leaves_out_who_finds_no_place():
     out = run_limited(jnp.asarray(X), jnp.asarray(GATES), WEIGHTS, capacity=2)
     np.testing.assert_allclose(out, by_hand(PLACE < 2), atol=1e-5)
     np.testing.assert_array_equal(out[1, 2], np.zeros(D))  # its only expert was full
+
+
+def test_scattered_sums_are_those_that_are_gathered():
+    """On CPU, where there are fewer rows than places of tokens; gradients, too."""
+    capacity, first = 1, PLACE == 0
+    assert E * len(X) * capacity < EXPERTS.size
+    weight = np.random.default_rng(1).standard_normal(X.shape).astype("f4")
+    arguments = jnp.asarray(X), jnp.asarray(GATES), WEIGHTS
+
+    def run(backend):
+        def loss(*a):
+            out = run_limited(*a, capacity=capacity, backend=backend)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arguments)
+
+    (found, out), (expected, gathered) = run("cpu"), run("tpu")
+    np.testing.assert_allclose(out, by_hand(first), atol=1e-5)
+    np.testing.assert_allclose(out, gathered, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_both_ways_have_the_same_gradients():

@@ -144,7 +144,7 @@ class Layer:
         if moe.travels(self.training, self.packed):
             assert isinstance(moe, Queued)
             places = moe.places(x.shape[1])
-            out = limited(x, plan, places, moe.experts, experts)
+            out = limited(x, plan, places, moe.experts, experts, self.execution.backend)
             return Done(out, assigned, sums, seen)
         if not moe.equal:
             plan = split_wide(plan, narrow_experts(spec.expert_widths, spec.chunk))
