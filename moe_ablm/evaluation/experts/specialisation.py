@@ -198,9 +198,12 @@ def held_out_information(table: np.ndarray, contrast: Contrast) -> Jackknifed:
     by (the Kullback-Leibler divergence of the truth from them), so that it errs downwards.
 
     Args:
-      table: `[groups, C, E]`.
+      table: `[groups, C, E]`; of one group there is no half to hold out, and all is NaN.
       contrast: of the cells.
     """
+    if len(table) < 2:
+        nothing = np.full(2, math.nan)
+        return Jackknifed(nothing, nothing, nothing, len(table))
     bounds = []
     for known, asked in ((table[::2], table[1::2]), (table[1::2], table[::2])):
         score = _scores(known.sum(0, dtype=np.float64), contrast)
