@@ -24,6 +24,7 @@ DELTA_SMALLEST = 1e-12  # below it the objective is rounding error
 MOST_FOR_STARTS = 4096  # most runs that starts are solved on; the fit uses all runs
 POLISHED = 32  # starts that are minimised, the best ones
 QUICK, FINISHED = 60, 3  # iterations of each of them, and how many then go on to the end
+RESTARTS = 10  # of a fit that has not converged
 OTHERS = 3  # ends of other starts that refits to resampled runs start from as well
 APART = 0.1  # share of an exponent's range by which they differ
 WORSE = 2.0  # and how many times the objective they may be
@@ -219,6 +220,10 @@ def solve(setup: Setup, start: Mapping[str, float] | None = None) -> tuple[Minim
     last = minimise(problem, ends.theta[np.argsort(ends.value, kind="stable")[:FINISHED]])
     lowest = int(np.argmin(last.value))
     best = minimise(problem, last.theta[lowest : lowest + 1])
+    for _ in range(RESTARTS):  # from a new Hessian: the valley of a badly known direction bends
+        if best.converged[0]:
+            break
+        best = minimise(problem, best.theta, QUICK)
     return best, distinct(setup, best, ends)
 
 

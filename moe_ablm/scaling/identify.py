@@ -10,6 +10,7 @@ from moe_ablm.scaling.solver import Problem
 
 SINGULAR = 1e-6  # singular value of the scaled Jacobian, over the largest, that counts as zero
 UNMOVED = "the design does not move the loss with it"
+STANDS_ON = "it stands on"
 LOADING = 0.1  # share of a parameter in a null direction that makes it part of it
 
 
@@ -218,11 +219,11 @@ def judge_derived(problem: Problem, theta: np.ndarray, slope: np.ndarray, log: b
         return "not identified: it has no derivative here"
     stands = [n for n, b, s in zip(law.names, bounded, slope, strict=True) if b and abs(s) > 1e-6]
     if stands:
-        return f"not identified: it stands on {', '.join(stands)}, at a bound"
+        return f"not identified: {STANDS_ON} {', '.join(stands)}, at a bound"
     idle = np.isin(law.names, list(meaningless(problem, theta)))
     used = [n for n, b, s in zip(law.names, idle, slope, strict=True) if b and abs(s) > 1e-6]
     if used:
-        return f"not identified: it stands on {', '.join(used)}, without meaning here"
+        return f"not identified: {STANDS_ON} {', '.join(used)}, without meaning here"
     kept = free & (~bounded | np.array([p.linear for p in law.parameters])) & ~idle
     if not kept.any():  # of fixed coefficients only
         return "identified"

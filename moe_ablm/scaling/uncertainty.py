@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.identify import UNMOVED, Scores, degrees_of_freedom, meaningless, scores
+from moe_ablm.scaling.identify import (
+    STANDS_ON,
+    UNMOVED,
+    Scores,
+    degrees_of_freedom,
+    meaningless,
+    scores,
+)
 from moe_ablm.scaling.laws import Derived, WithGradient, with_gradient
 from moe_ablm.scaling.result import Interval, SmoothFit
 from moe_ablm.scaling.runs import Runs
@@ -167,7 +174,8 @@ def bootstrap_intervals(
     """Percentile intervals and standard errors of coefficients and derived quantities."""
     out: dict[str, tuple[Interval, ...]] = {}
     positive = {p.name for p in fit.law.parameters if p.log}
-    unmoved = {n for n, v in {**fit.verdicts, **fit.derived_verdicts}.items() if UNMOVED in v}
+    said = {**fit.verdicts, **fit.derived_verdicts}
+    unmoved = {n for n, v in said.items() if UNMOVED in v or STANDS_ON in v}
     for q in quantities(fit):
         if q.name in unmoved:  # where it ends is where it began
             continue
