@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -87,12 +88,23 @@ def obstacle(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
         reason = f" ({text[:200]})" if text else ""
         return f"out of memory{reason}: a smaller batch, a smaller model or a larger machine"
-    if isinstance(error, RuntimeError) and "nable to initialize backend" in text:
-        return f"{text[:300]}: JAX_PLATFORMS=cpu, or the hardware's extra (README.md), helps"
+    if backend := _missing_backend(error, text):
+        return f"{backend}: JAX_PLATFORMS=cpu, or the hardware's extra (README.md), helps"
     number = _NUMBER.search(text)
     if number and type(error).__module__.partition(".")[0] in ("safetensors", "pyarrow"):
         return f"{os.strerror(int(number[1]))} ({text[:200]})"
     return None
+
+
+def _missing_backend(error: BaseException, text: str) -> str:
+    """What JAX says of hardware that it cannot use; "" if that is not the error."""
+    if isinstance(error, RuntimeError) and "nable to initialize backend" in text:
+        return text[:300]
+    # it asserts that it has found one where $JAX_PLATFORMS names what is not installed
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames and frames[-1].name == "backends":
+        return f"JAX has no backend for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+    return ""
 
 
 def is_full_disk(error: BaseException | None) -> bool:
