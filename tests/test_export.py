@@ -95,7 +95,7 @@ def test_the_verbs(tmp_path):
     [
         (["--format", "hf", "--run", "nowhere", "--out", "x"], "nowhere is not there"),
         (["--format", "hf", "--run", "{run}", "--out", "{run}"], "is there already"),
-        (["--format", "hf", "--run", "{run}", "--out", "{run}/model.json/x"], "cannot be written"),
+        (["--format", "hf", "--run", "{run}", "--out", "{run}/model.json/x"], "is not a directory"),
         (["--format", "onnx", "--run", "{run}", "--out", "x"], "invalid choice: 'onnx'"),
     ],
 )

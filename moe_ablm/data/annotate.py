@@ -175,7 +175,23 @@ def start_annotation(
 def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: a fork would copy the locks of pyarrow's (and, in a test, jax's) threads
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    with _silent_tracker():
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+@contextmanager
+def _silent_tracker() -> Iterator[None]:
+    """The process that tracks semaphores, begun meanwhile, does not warn that it removes them: that
+    it does where Ctrl-C ends a command before its pool."""
+    before = os.environ.get("PYTHONWARNINGS")
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = f"{before},{quiet}" if before else quiet
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 @contextmanager
