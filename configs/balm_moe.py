@@ -1,4 +1,4 @@
-"""BALM-MoE, the antibody language models of brineylab: pilots, pad ablation, final models.
+"""BALM-MoE, brineylab's antibody language models: pilots, padding ablation, final models.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
     python -m moe_ablm.train --workdir=runs/pilot \
@@ -12,32 +12,35 @@
     python -m moe_ablm.train --config=configs/balm_moe.py:model=older --workdir=runs/older
 
 Arguments:
-  model: pilot, pads (ablation of padding), final, dense_45m, dense_200m, dense_710m (its dense
-    twins), older (the 305 M model of July 2024).
+  model: pilot, pads (padding ablation), final, dense_45m, dense_200m, dense_710m (dense models to
+    compare with), older (the 305 M model of July 2024).
   router (pilot): topk, topp, expert_choice.
-  capacity (pilot): 1, 0.5, 0.25, in BALM's unit; experts are the wider the less they may take.
+  capacity (pilot): 1, 0.5, 0.25, in BALM's unit; experts are wider with a smaller capacity.
   shared (pilot): 0 or 1 of the 8 experts.
   pads (pads): none, probabilities, aux, probabilities+aux; the final model has the last.
 
-Facts from github.com/brineylab/MoE-paper (commit e20cc79) and BALM (36a8001; of the older model
-cf201d8, the last one before its run). BALM's units differ from those here, and are converted:
+The settings are from github.com/brineylab/MoE-paper (commit e20cc79) and BALM (36a8001; for the
+older model cf201d8, the last commit before its run). BALM's units differ and are converted:
   capacity: BALM's is a multiple of tokens / experts whatever k is, so it is k times ours.
-  experts: BALM counts the shared ones, here they come beside.
-  losses: BALM takes means over layers and counts a token's k choices each as 1; here shares of the
-    choices are summed over layers.
-  competition: each of BALM's 8 GPUs routes its 64 rows; here the 8 micro-batches of 64 rows do.
+  experts: BALM counts the shared experts; here they are additional.
+  losses: BALM takes means over layers and counts each of a token's k choices as 1; here shares of
+    the choices are summed over layers.
+  competition: in BALM the 64 rows of each of 8 GPUs compete; here the 64 rows of each of 8
+    micro-batches.
 
-What remains different:
+These differences remain:
   vocabulary: 33 tokens (ESM-2's) against 32, which is 2 d_model + 1 parameters: 1,281 of the final
     model's 714,167,073. The older model had 33.
-  top-p: BALM balances first choices only, here all choices count.
+  top-p: BALM's load-balance loss counts first choices only; here all choices count.
   z-loss: BALM counts padding.
-  places: BALM rounds down, here up; shared experts make it differ by one of thousands.
-  older: its experts have no biases, ours 230,400 (3 layers x 16 x (2 x 1920 + 960)) beside its
-    305,221,473; its activation is sigmoid(a) b, ours silu(a) b; its rotary embedding is applied
-    before the projections; the number of GPUs is not told, the batch is that of one.
-  data: BALM's unpaired sequences are a collection of their own. Here both come from `data.path`,
-    which takes several datasets. Its separator of paired chains is in its data, not in its code:
+  places: BALM rounds down, here they are rounded up; with shared experts that is one place in
+    thousands.
+  older: its experts have no biases, ours have 230,400 (3 layers x 16 x (2 x 1920 + 960)) in
+    addition to its 305,221,473 parameters. Its activation is sigmoid(a) b, ours silu(a) b. Its
+    rotary embedding is applied before the projections. The number of GPUs is not published; the
+    batch is that of one.
+  data: BALM's unpaired sequences are a separate collection. Here both come from `data.path`, which
+    takes several datasets. BALM's separator of paired chains is in its data, not in its code; it is
     assumed to be <eos>.
 """
 
@@ -54,7 +57,7 @@ SIZES = {
     "dense_710m": (27, 1280, 5120, 20),
     "older": (6, 960, 1920, 20),
 }
-# what each model takes; the first choice is the default
+# arguments of each model and their values; the first value is the default
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "pilot": {
         "router": ("topk", "topp", "expert_choice"),
@@ -107,7 +110,7 @@ def get_config(arg: str | None = None):
 
 
 def _schedule(c, long: bool) -> None:
-    """8 x 64 rows; pilots on single chains of 160 tokens, final models on a mixture of 256."""
+    """8 x 64 rows: single chains of 160 tokens for pilots, a mixture of 256 for final models."""
     c.data.layout = "balm"
     c.data.length = 256 if long else 160
     c.data.regime = "mixed:0.625" if long else "unpaired"
@@ -119,7 +122,7 @@ def _schedule(c, long: bool) -> None:
 
 
 def _experts(c, router: str = "topk", capacity: float = 1.0, shared: int = 0) -> None:
-    """8 experts, some of them shared, in every other layer; `capacity` in BALM's unit."""
+    """8 experts, of which `shared` are shared, in every other layer; `capacity` in BALM's unit."""
     moe, sparse = c.model.moe, c.model.layers // 2
     moe.router = router
     moe.experts = 8 - shared
@@ -138,7 +141,7 @@ def _experts(c, router: str = "topk", capacity: float = 1.0, shared: int = 0) ->
 
 
 def _older(c) -> None:
-    """Expert choice within a row: 15 experts take 128 of its 320 tokens each, a 16th takes all."""
+    """Expert choice within a row: 15 experts take 128 of its 320 tokens each; a 16th is shared."""
     c.data.length = 320
     c.train.steps = 500_000
     c.train.warmup = 30_000

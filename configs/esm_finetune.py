@@ -1,4 +1,4 @@
-"""ft-ESM: ESM-2 trained on with natively paired antibodies, `<cls><cls>` between the chains.
+"""ft-ESM: ESM-2 fine-tuned on natively paired antibodies, with `<cls><cls>` between the chains.
 
     python -m moe_ablm import --input esm2_t33_650M_UR50D --out runs/esm2_650m
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
@@ -7,21 +7,21 @@
         --workdir=runs/ft-esm-8m --config.train.freeze=3
 
 Arguments:
-  size: of the ESM-2 in `init`: 8m, 35m, 150m, 650m (default, the published one).
-  init: what `import` wrote (default runs/esm2_SIZE). Any run of the same encoder serves as well.
+  size: of the ESM-2 in `init`: 8m, 35m, 150m, 650m (default, the published size).
+  init: directory that `import` wrote (default runs/esm2_SIZE), or any run of the same encoder.
 
-Facts from github.com/brineylab/BALM-paper, ESM2_fine-tuning.ipynb (commit 9f23ef3): 1,202,269
-pairs, 150,000 updates of 8 x 32 rows padded to 320, peak 4e-4 after 30,000 updates, linear decay,
-float16; ten days on eight A100. Here precision is as `compute.precision` says, the fourth
-evaluation in a row without improvement ends the run, and antibodies longer than 320 tokens are left
-out instead of cut. On a small dataset take fewer updates (train.steps) and freeze layers
+The settings are from github.com/brineylab/BALM-paper, ESM2_fine-tuning.ipynb (commit 9f23ef3):
+1,202,269 pairs, 150,000 updates of 8 x 32 rows padded to 320, peak 4e-4 after 30,000 updates,
+linear decay, float16; ten days on eight A100. Here `compute.precision` sets the precision, the run
+ends at the fourth evaluation in a row without improvement, and antibodies longer than 320 tokens
+are left out instead of cut. On a small dataset use fewer updates (train.steps) and freeze layers
 (train.freeze).
 """
 
 from configs.base import get_config as base
 from moe_ablm.config import parse_argument
 
-SIZES = ("8m", "35m", "150m", "650m")  # that ESM-2 was published in and the ladder shares
+SIZES = ("8m", "35m", "150m", "650m")  # published sizes of ESM-2 that the ladder has
 
 
 def get_config(arg: str | None = None):
@@ -36,6 +36,6 @@ def get_config(arg: str | None = None):
     c.train.batch = 256
     c.train.warmup = 30_000
     c.train.lr = 4e-4
-    c.train.patience = 4  # the published run was ended when the evaluation loss rose
+    c.train.patience = 4  # the published run was stopped when the evaluation loss rose
     c.eval.every = c.checkpoint.every = 5_000
     return c

@@ -4,9 +4,10 @@
         --data specificity=specificity.csv.gz --data therapeutic=therapeutic_mabs.csv \
         --data proteins=gb1/splits.zip --out evaluation/top2
 
-Five minutes or so for an encoder of a million parameters on two cores. A suite of one's own is such
-a file; an evaluation without settings is an empty mapping. `claims` are named before anything runs:
-only these get a verdict from the verb compare. Names and settings: docs/evaluation.md.
+It takes about five minutes for an encoder of a million parameters on two cores. Write your own
+suite as such a file; an evaluation without settings is an empty mapping. `claims` are named before
+anything runs, and only these get a verdict from the verb compare. docs/evaluation.md has names and
+settings.
 """
 
 from ml_collections import ConfigDict

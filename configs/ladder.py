@@ -5,9 +5,15 @@
     python -m moe_ablm.train --config=configs/ladder.py:size=35m,data=half,router=top2,experts=8 \
         --workdir=runs/35m-half-top2
 
-Arguments: size (8m, 35m, 150m, 350m, 650m), data (quarter, half, full), router (none, topK with a
-number K), experts, dropout. Schedule, batch and dropout are those of the AbLM scaling study (500k
-steps of 128, 0.1); runs made before there was a dropout go on with dropout=0.
+Arguments:
+  size: 8m, 35m, 150m, 350m, 650m.
+  data: quarter, half, full.
+  router: none, or topK with a number K.
+  experts: number of experts.
+  dropout: rate of all dropouts.
+
+Schedule, batch and dropout are those of the AbLM scaling study (500k steps of 128, 0.1). Runs made
+before dropout existed resume with dropout=0.
 """
 
 from configs.base import get_config as base

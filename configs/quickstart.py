@@ -1,8 +1,8 @@
-"""The main job on embedded data: a small MoE encoder on simulated antibodies, minutes on two cores.
+"""A small MoE encoder on simulated antibodies: minutes on two cores, no data needed.
 
     make quickstart
 
-which is
+runs
 
     python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m moe_ablm report --run runs/quickstart

@@ -8,12 +8,12 @@
 Arguments:
   size: micro (0.06 to 1.3 M parameters, two cores): s48, s64, s96, s128, s160; mini (1 to 40 M, one
     GPU): m160, m224, m320, m448, m640. The number is d_model.
-  router: dense; top2, two of 8 experts; soft, 8 experts with 32 slots each, one for each place.
+  router: dense; top2, two of 8 experts; soft, 8 experts with 32 slots each, one slot per position.
   data: quarter, half, full.
 
-Experts are half as wide as the dense FFN: two of them spend its FLOPs; a slot spends half of them,
-and mixing tokens into slots and back as much again at a width of 192 (more below, less above).
-Learning rates fall with the root of d_model and are not tuned.
+Experts are half as wide as the dense FFN, so two of them spend its FLOPs. A slot spends half of
+them; mixing tokens into slots and back spends as much again at a width of 192 (more at smaller
+widths, less at larger ones). Learning rates fall with the root of d_model and are not tuned.
 """
 
 from configs.base import get_config as base

@@ -1,4 +1,4 @@
-"""Soft-MoE and expert choice in a protein encoder (openreview gq0R7xiPjg), neither with a loss.
+"""Soft-MoE and expert choice in a protein encoder (openreview gq0R7xiPjg), without router losses.
 
     python -m moe_ablm prepare --input uniref50.fasta --out data/proteins
     python -m moe_ablm.train --workdir=runs/soft \
@@ -8,16 +8,16 @@
 
 Arguments:
   router: soft, expert_choice.
-  placement: interleaved (every other layer holds experts), consecutive (the last half of the
-    layers, which are as many), every.
-  l2: 1 or 0, whether the router's inputs and weights have unit length; of soft only.
+  placement: interleaved (every other layer has experts), consecutive (the last half of the layers,
+    which is the same number), every.
+  l2: 1 or 0, whether the router's inputs and weights have unit length; soft only.
   size: 8m, 35m, 150m, 350m, 650m of the ESM-2 ladder.
 
-The abstract gives no sizes: width, depth, 8 experts, length and batch are choices made here. It
-does give about 39 billion tokens and equal compute: 150,000 steps of 512 rows of 512 tokens are
-39.3 billion places, and under both routers a place of a row costs the work of one expert, which is
-a dense FFN's (soft-MoE: 8 x 64 slots for 512 places). What soft-MoE's mixing costs comes on top:
-forward 21.9 MFLOPs a token at 8m interleaved, expert choice 18.9.
+The abstract gives no sizes, so width, depth, 8 experts, length and batch are choices made here. It
+gives about 39 billion tokens and equal compute. 150,000 steps of 512 rows of 512 tokens are 39.3
+billion positions. With both routers a position costs the work of one expert, which is that of a
+dense FFN (soft-MoE: 8 x 64 slots for 512 positions). Soft-MoE's mixing is added to this: its
+forward pass is 21.9 MFLOPs a token at 8m interleaved, that of expert choice 18.9.
 
 On antibodies: `--config.data.path=data/pairs --config.data.length=256 --config.model.moe.slots=32`.
 """

@@ -231,7 +231,7 @@ def no_index(path):
 FILES = {
     "no weights": (weights_away, "holds no weights: expected model.safetensors"),
     "pickle": (pickled, "pytorch_model.bin.*convert them.*save_pretrained"),
-    "cut": (cut, "no whole safetensors file"),
+    "cut": (cut, "not a complete safetensors file"),
     "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),
     "no JSON": (not_json, "no valid JSON"),
     "vocab.txt": (other_tokens, "vocab.txt: token 4 is 'A', expected 'L'"),

@@ -190,7 +190,7 @@ DAMAGED = {
     "vocabulary": (lambda path: changed(path, encoder={"layers": 2}), "model.vocabulary=None"),
     "layers": (other_layers, "does not fit model.json: layers/2"),
     "width": (other_width, "does not fit model.json: layers/0/ffn"),
-    "cut": (cut_short, "no whole safetensors file"),
+    "cut": (cut_short, "not a complete safetensors file"),
     "no arrays": (lambda path: (path / "params.safetensors").unlink(), "params.safetensors is not"),
 }
 

@@ -1,4 +1,4 @@
-"""Antibodies as users give them: files, or strings in Python."""
+"""Antibodies as users pass them: files, or strings in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,13 +14,13 @@ from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW, place_of
 from moe_ablm.data.tokenizer import AMINO_ACIDS, Layout
 from moe_ablm.errors import UserError
 
-AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but neither scored nor mutated
+AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but are neither scored nor mutated
 LETTERS = AMINO_ACIDS + AMBIGUOUS
-SORTED = 8192  # sources whose rows are joined keep the order of the file up to so many antibodies
+SORTED = 8192  # rows joined by cell are sorted into file order if there are fewer antibodies
 
 
 def labels(antibodies: Iterable[Antibody]) -> dict[str, list]:
-    """Columns that name every residue: `sequence_id`, `chain`, `position` (from 1), `residue`."""
+    """Columns that label every residue: `sequence_id`, `chain`, `position` (from 1), `residue`."""
     columns: dict[str, list] = {"sequence_id": [], "chain": [], "position": [], "residue": []}
     for antibody in antibodies:
         for chain, letters in antibody.chains():
@@ -39,23 +39,23 @@ def read(
 ) -> Iterator[Antibody]:
     """Streams the antibodies of sources, in the order of the files.
 
-    Chains that are joined by their cell come in an order of their own where there are more than
-    `SORTED` antibodies (`data.readers.cells`).
+    The exception are chains that are joined by their cell (`data.readers.cells`): from `SORTED`
+    antibodies on these come in another order.
 
     Args:
-      sources: opened with `letters`.
-      layout: the model's.
-      longest: tokens of the longest row that the model was trained for; longer rows are malformed.
-      refuse: another reason to refuse an antibody, or None.
+      sources: opened with the letters that the verb allows.
+      layout: the model's layout.
+      longest: tokens of the longest row that the model was trained for; longer rows are bad rows.
+      refuse: returns a reason to refuse an antibody, or None.
 
     Raises:
-      UserError: a malformed row, unless the source leaves such rows out.
+      UserError: a bad row, unless the source leaves such rows out.
     """
     for source in sources:
         rows = _rows(source)
         first = list(islice(rows, SORTED))
         if len(first) < SORTED:
-            first.sort(key=lambda found: found[0])
+            first.sort(key=lambda numbered: numbered[0])
         for ordered in (first, rows):
             for _, antibody in ordered:
                 reason = _unfit(antibody, layout, longest) or refuse(antibody)
@@ -124,13 +124,14 @@ def given(
 
     Args:
       items: one chain of a pair may be "" or None. Annotation decides whether a single string is a
-        light chain; one that is neither counts as heavy.
-      layout: the model's.
-      longest: most tokens of a row.
-      letters: allowed; lower case becomes upper case.
+        light chain; a string that it recognises as neither counts as heavy.
+      layout: the model's layout.
+      longest: largest number of tokens of a row.
+      letters: letters that are allowed; lower case becomes upper case.
 
     Raises:
-      UserError: no list of those, a letter that is not allowed, no residue, or too long.
+      UserError: an item is none of these, has a letter that is not allowed, has too few residues,
+        or is too long.
     """
     items = list(items) if not isinstance(items, str) else [items]
     pairs = [_pair(item, number) for number, item in enumerate(items, start=1)]
@@ -175,12 +176,12 @@ def windows(
     cost: Callable[[Antibody], tuple[int, int]],
     most: tuple[int, int] = (4096, 128 << 20),
 ) -> Iterator[list[Antibody]]:
-    """Groups antibodies so that the work and the memory of a group are bounded.
+    """Groups antibodies so that the work and the memory of each group are bounded.
 
     Args:
-      antibodies: any number.
-      cost: rows through the encoder, and bytes of the result, of an antibody.
-      most: rows and bytes of a group; a single antibody may exceed them.
+      antibodies: any number of them.
+      cost: returns the rows through the encoder and the bytes of the result of an antibody.
+      most: limits of the rows and bytes of a group; a single antibody may exceed them.
     """
     window: list[Antibody] = []
     total = np.zeros(2, np.int64)

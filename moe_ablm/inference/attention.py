@@ -17,7 +17,7 @@ from moe_ablm.model.encoder import Encoder, Observe
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """float32 `[B, H, L, L]`, queries before keys, of layer `layer`, counted from 0."""
+    """Attention weights of a layer, counted from 0: float32 `[B, H, queries, keys]`."""
 
     layer: int
 
@@ -27,7 +27,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class MeanAttentionWeights:
-    """float32 `[B, L, L]`: the mean over heads of `AttentionWeights`, or of all layers' (None)."""
+    """Mean over heads of the attention weights of a layer, or of all layers (None): `[B, L, L]`."""
 
     layer: int | None
 
@@ -44,11 +44,13 @@ def _weights(encoder: Encoder, batch: Batch) -> tuple[jax.Array, ...]:
 
 
 class CrossAttention(NamedTuple):
-    """Weights of one antibody; rows are part of a softmax over all tokens: sums below 1.
+    """Attention weights between the chains of one antibody.
+
+    The softmax is over all tokens of the row, so the weights of a residue sum to less than 1.
 
     Attributes:
       heavy_to_light: float32 `[H, heavy residues, light residues]`, queries before keys; without
-        `H` where it is the mean over heads.
+        `H` if it is a mean over heads.
       light_to_heavy: `[H, light residues, heavy residues]`.
     """
 
@@ -57,7 +59,7 @@ class CrossAttention(NamedTuple):
 
 
 def attention_layer(layer: int, layers: int) -> int:
-    """A layer counted from 0 or, if negative, from the last one, as an index.
+    """The index of a layer that is counted from 0 or, if negative, from the end.
 
     Raises:
       UserError: there is no such layer.
@@ -69,7 +71,7 @@ def attention_layer(layer: int, layers: int) -> int:
 
 
 def needs_both(antibody: Antibody) -> str | None:
-    """Why an antibody of one chain is refused; None for a pair."""
+    """The reason to refuse an antibody of one chain; None for a pair."""
     if len(antibody.chains()) == 2:
         return None
     return "one chain only: attention between chains needs a heavy and a light one"
@@ -78,7 +80,7 @@ def needs_both(antibody: Antibody) -> str | None:
 def attention(
     engine: Engine, antibodies: Sequence[Antibody], layer: int = -1
 ) -> list[CrossAttention]:
-    """Attention of a layer between the residues of the two chains of each antibody.
+    """Attention of a layer between the two chains of each antibody, in the order given.
 
     Raises:
       UserError: an antibody has one chain, or there is no such layer.
@@ -91,9 +93,14 @@ def attention(
 def mean_attention(
     engine: Engine, antibodies: Sequence[Antibody], layer: int | None = None
 ) -> Iterator[tuple[int, CrossAttention]]:
-    """(number of the antibody, mean over heads of a layer, or of all layers), in any order.
+    """Yields (index of the antibody, mean attention over heads) in any order.
 
-    Memory is bounded: the weights of an antibody are dropped before those of the next are made.
+    Memory is bounded: weights are computed batch by batch and not kept.
+
+    Args:
+      engine: the model.
+      antibodies: pairs.
+      layer: see `attention_layer`; None: the mean over all layers.
 
     Raises:
       UserError: an antibody has one chain, or there is no such layer.
@@ -117,14 +124,14 @@ def _between_chains(
 
 
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
-    """About how much memory the table of an antibody takes."""
+    """Estimate of the bytes of an antibody's table."""
     return 2 * len(antibody.heavy) * len(antibody.light) * (4 * engine.model.spec.heads + 64)
 
 
 def table(engine: Engine, antibodies: Sequence[Antibody], layer: int, heads: bool) -> pa.Table:
-    """A line for each pair of residues, in both directions.
+    """A table with a line for each pair of residues of different chains, in both directions.
 
-    `weight` is the mean over heads; `heads` adds the column `heads [H]`.
+    The column `weight` is the mean over heads. `heads` adds the column `heads [H]`.
     """
     parts = []
     for antibody, cross in zip(antibodies, attention(engine, antibodies, layer), strict=True):

@@ -1,7 +1,8 @@
-"""The model at work: rows of one bucket of lengths together, one compiled function a shape.
+"""Runs a model on rows of any lengths: rows of similar length share a batch of one padded length.
 
-The bucket of an antibody depends on its own length alone, routers see one antibody at a time, and
-nothing is random: a result does not depend on what else is computed.
+Each shape is compiled once. The padded length (bucket) of an antibody depends on its own length
+alone, routers treat each antibody by itself, and nothing is random. So a result does not depend on
+what else is computed.
 """
 
 import copy
@@ -26,28 +27,27 @@ from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES, batch_sharding, replicated
 
-MULTIPLE = 16  # of tokens: lengths of buckets
-BATCH_TOKENS = {"cpu": 2048}  # of a forward pass; elsewhere 65,536
-REPORTED_FROM = 1.0  # seconds of a compilation
+MULTIPLE = 16  # lengths of buckets are multiples of so many tokens
+BATCH_TOKENS = {"cpu": 2048}  # tokens of a forward pass; elsewhere 65,536
+REPORTED_FROM = 1.0  # compilations that take so many seconds are reported
 
 
 class Batch(NamedTuple):
-    """Input of a task: integers `tokens [B, L]`, bool `valid [B, L]`, `at [B]`."""
+    """Input of a task: integers `tokens [B, L]`, bool `valid [B, L]`, integers `at [B]`."""
 
     tokens: jax.Array
     valid: jax.Array
     at: jax.Array
 
 
-# a frozen dataclass (its fields decide what is compiled); each array it returns begins with B
+# a frozen dataclass, since compiled functions are kept by its value; it returns arrays `[B, ...]`
 Task = Callable[[Encoder, Batch], Any]
 
 
 def alone(spec: EncoderSpec) -> EncoderSpec:
-    """The encoder as it treats an antibody that is alone in its batch, without padding.
+    """The encoder for inference: the result of an antibody depends on that antibody alone.
 
-    Experts that choose among all tokens of a batch, and policies that route padding, would make a
-    result depend on neighbours.
+    See `Router.alone`.
     """
     return replace(spec, moe=spec.moe and spec.moe.alone())
 
@@ -67,10 +67,16 @@ class Engine:
         devices: int = 1,
         batch_tokens: int | None = None,
     ):
-        """Args: devices share the rows of a batch; batch_tokens, of all of them, padding included.
+        """Prepares a model for inference.
+
+        Args:
+          model: the model.
+          precision: a key of `model.spec.PRECISIONS`.
+          devices: number of devices that share the rows of a batch.
+          batch_tokens: tokens of a batch on all devices, padding included; None: by backend.
 
         Raises:
-          UserError: more devices than there are, or an unknown precision.
+          UserError: `devices` or `batch_tokens` is out of range, or the precision is unknown.
         """
         if precision not in PRECISIONS:
             expected = f"expected one of {', '.join(PRECISIONS)}"
@@ -90,7 +96,11 @@ class Engine:
         keep_compilations()
 
     def with_model(self, model: Model) -> "Engine":
-        """The same engine with other parameters of the same encoder; what is compiled is shared."""
+        """An engine for other parameters of the same encoder; it shares the compiled functions.
+
+        Raises:
+          ValueError: the model has another encoder.
+        """
         if model.spec != self.model.spec:
             raise ValueError("another encoder: make an engine of its own")
         other = copy.copy(self)
@@ -110,11 +120,11 @@ class Engine:
         Args:
           task: what to compute.
           rows: tokens, uint8 `[n]` each, of any lengths.
-          at: an index for each row, where the task needs one.
+          at: position in each row, if the task needs one.
 
         Yields:
-          (number of the row, its part of what the task returns as numpy arrays, padded to the
-          bucket's length); every row once, in an order of its own.
+          (index of the row, its part of the result as numpy arrays, padded to the bucket's length).
+          Every row comes once, in any order.
         """
         waiting: list[tuple[np.ndarray, Any]] = []
         for members, length, size in self._batches([len(row) for row in rows]):
@@ -125,15 +135,16 @@ class Engine:
                 tokens[i, : count[i]] = rows[member]
                 place[i] = 0 if at is None else at[member]
             waiting.append((members, self._call(task, tokens, count, place)))
-            if len(waiting) == 2:  # the device computes one batch while another is read
+            if len(waiting) == 2:  # the device computes one batch while results of another are read
                 yield from _unpacked(*waiting.pop(0))
         for batch in waiting:
             yield from _unpacked(*batch)
 
     def _batches(self, lengths: list[int]) -> Iterator[tuple[np.ndarray, int, int]]:
-        """(members, length, rows) of each batch: full ones, then the rest of the bucket.
+        """Yields (indices of the rows, padded length, number of rows) of each batch.
 
-        A bucket has two shapes at most: full batches, and one row a device for a few last ones.
+        A bucket has at most two shapes: full batches, and batches of one row per device for a small
+        remainder.
         """
         buckets = -(-np.array(lengths, np.int64) // MULTIPLE) * MULTIPLE
         devices = self._mesh.size

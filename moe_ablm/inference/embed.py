@@ -1,4 +1,4 @@
-"""Embeddings: hidden states of a layer, a residue, a chain or an antibody each."""
+"""Embeddings: hidden states of a layer, one for each residue, chain or antibody."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LEVELS = ("antibody", "chain", "residue")
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """float32 `[B, L, D]`: output of layer `layer`; 0 is the embedding, the last is normalised."""
+    """Output of a layer, float32 `[B, L, D]`; layer 0 is the embedding, the last is normalised."""
 
     layer: int
 
@@ -29,7 +29,7 @@ class HiddenStates:
 
 
 def layer_number(layer: int, layers: int) -> int:
-    """A layer counted from 0 (the embedding) or, if negative, from the last one.
+    """The index of a layer that is counted from 0 (the embedding) or, if negative, from the end.
 
     Raises:
       UserError: there is no such layer.
@@ -43,16 +43,19 @@ def layer_number(layer: int, layers: int) -> int:
 def embed(
     engine: Engine, antibodies: Sequence[Antibody], level: str = "residue", layer: int = -1
 ) -> list[np.ndarray]:
-    """Embeddings of each antibody; special tokens are context, but have no part in the result.
+    """Embeddings of each antibody; special tokens are context, but are left out of the result.
 
     Args:
       engine: the model.
-      antibodies: any number; their results are held in memory.
+      antibodies: any number of them; all results are held in memory.
       level: one of `LEVELS`.
       layer: see `layer_number`.
 
     Returns:
-      float32 `[residues, D]`, `[chains, D]` or `[1, D]` for each antibody, heavy chain first.
+      For each antibody float32 `[residues, D]`, `[chains, D]` or `[1, D]`, heavy chain first.
+
+    Raises:
+      UserError: there is no such layer.
     """
     task = HiddenStates(layer_number(layer, engine.model.spec.layers))
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
@@ -66,12 +69,12 @@ def embed(
 
 
 def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
-    """Mean vectors over residues, float32 `[1 or chains, D]`.
+    """Means over residues, float32 `[1 or chains, D]`.
 
     Args:
       states: `[residues, D]`.
-      antibody: the one that they belong to.
-      level: "antibody", or "chain" (heavy first; only chains that are there).
+      antibody: the antibody of the states.
+      level: "antibody", or "chain" (heavy first; missing chains are left out).
     """
     parts = [states]
     if level == "chain":
@@ -82,7 +85,7 @@ def means(states: np.ndarray, antibody: Antibody, level: str) -> np.ndarray:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str = "antibody", layer: int = -1
 ) -> pa.Table:
-    """`embedding [D]` of each antibody, chain or residue, with the names of what it belongs to."""
+    """A table of `embedding [D]` of each antibody, chain or residue, and columns that name it."""
     embeddings = np.concatenate(embed(engine, antibodies, level, layer))
     columns: dict = {"sequence_id": [a.name for a in antibodies]}
     if level == "residue":

@@ -1,4 +1,4 @@
-"""Tables as Python has them - data frames, dicts of columns, lists of dicts - to antibodies."""
+"""Converts tables in Python (data frames, dicts of columns, lists of dicts) to antibodies."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,21 +8,22 @@ from moe_ablm.data.readers.columns import CHAIN_PAIRS
 from moe_ablm.errors import UserError
 
 IDS = ("sequence_id", "name", "id")
-SINGLE = ("sequence_aa", "sequence")  # columns of chains that are heavy or light
-NOTHING = ("NAType", "NaTType", "NoneType")  # of pandas; NaN is asked for itself
+SINGLE = ("sequence_aa", "sequence")  # columns of single chains, heavy or light
+NOTHING = ("NAType", "NaTType", "NoneType")  # types of missing values; NaN is tested separately
 
 
 def items_of(given: Any) -> list[Any]:
-    """What was given as a list of chains, pairs or `Antibody`.
+    """A list of chains, pairs or `Antibody` from whatever a caller passes.
 
     Args:
       given: one chain (a string), one pair (a tuple of two chains), one `Antibody`, several of
-        them, or a table: a data frame, a dict of columns, a dict of one antibody, or a list of
-        such dicts, with columns named as in files (heavy and light, sequence_aa_heavy ..., or
-        sequence), in any case.
+        these, or a table: a data frame, a dict of columns, a dict of one antibody, or a list of
+        such dicts. Columns are named as in files (heavy and light, sequence_aa_heavy ..., or
+        sequence), in upper or lower case.
 
     Raises:
-      UserError: a table without a column of chains, or with a value that is no sequence.
+      UserError: `given` is none of these, or a table has no column of chains, columns of different
+        lengths, or a value that is not a sequence.
     """
     if isinstance(given, (str, Antibody)) or _is_pair(given):
         return [given]
@@ -43,7 +44,7 @@ def items_of(given: Any) -> list[Any]:
 
 
 def _is_pair(given: Any) -> bool:
-    """A tuple is one pair; two single chains are a list."""
+    """Whether this is a pair: a tuple of two chains. A list of two strings is two single chains."""
     return (
         isinstance(given, tuple)
         and len(given) == 2
@@ -83,7 +84,7 @@ def _antibodies(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
 
 
 def _text(row: Mapping[str, Any], column: str | None, number: int, words: bool = False) -> str:
-    """A value as letters, "" where there is none; an id may be a number."""
+    """A value as a string, "" if it is missing; `words` also allows numbers, as in ids."""
     value = None if column is None else row.get(column)
     if type(value).__name__ in NOTHING or value != value:  # NaN
         return ""

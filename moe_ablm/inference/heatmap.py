@@ -1,4 +1,4 @@
-"""A scan as a picture: amino acids by positions, a panel a chain."""
+"""A scan as a heat map: amino acids by positions, one panel per chain."""
 
 import hashlib
 import re
@@ -13,20 +13,20 @@ from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.files import replacing
 
 ORDER = "AVILMGPCSTNQDEHKRFWY"  # of rows, by chemistry: aliphatic, small, polar, charged, aromatic
-LONGEST_NAME = 80  # letters of a file's name
+LONGEST_NAME = 80  # letters of the antibody's name in a file name
 
 
 def figure_path(directory: Path, antibody: Antibody) -> Path:
-    """Its id and a hash of its chains; no id points out of the directory."""
+    """File name from the antibody's id and a hash of its chains; no id can leave the directory."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", antibody.name)[:LONGEST_NAME]
     digest = hashlib.sha256(f"{antibody.heavy}|{antibody.light}".encode()).hexdigest()
     return directory / f"{name}-{digest[:8]}.png"
 
 
 def draw_scan(antibody: Antibody, scores: np.ndarray, method: str, path: Path) -> None:
-    """Draws `scores [residues, 20]` (`scan.scan`); dots mark the wild type, grey unknown scores.
+    """Draws `scores [residues, 20]` of `scan.scan`; dots mark the wild type, grey missing scores.
 
-    The file appears when it is whole.
+    The file is written atomically.
     """
     chains = antibody.chains()
     limit = max(float(np.nanmax(np.abs(scores), initial=0.0)), 1e-6)

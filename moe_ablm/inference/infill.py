@@ -1,4 +1,4 @@
-"""Completion of masked residues: the most probable ones, or drawn by their probability."""
+"""Completion of masked residues, with the most probable residues or with draws."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Filled:
       place: index among the residues, heavy chain first.
       residue: the new residue.
       probability: its probability among the 20 amino acids, given all residues filled in before.
-      candidates: (residue, probability) of the most probable ones, best first.
+      candidates: (residue, probability) of the `Sampling.top` most probable ones, best first.
     """
 
     place: int
@@ -40,9 +40,9 @@ class Completion:
     """An antibody without masks, and the steps that filled it in.
 
     Attributes:
-      antibody: the completed one.
-      sample: its number, from 0, among the completions of the same antibody.
-      filled: in the order in which residues were filled in.
+      antibody: the completed antibody.
+      sample: number of the completion, from 0, among those of the same antibody.
+      filled: the residues, in the order in which they were filled in.
     """
 
     antibody: Antibody
@@ -51,17 +51,22 @@ class Completion:
 
     @property
     def log_probability(self) -> float:
-        """Of the residues filled in, in nats: the sum along the order of filling."""
+        """Sum of the log-probabilities of the residues filled in, in nats."""
         return float(sum(np.log(f.probability) for f in self.filled))
 
 
 def infill(
     engine: Engine, antibodies: Sequence[Antibody], sampling: Sampling | None = None
 ) -> list[Completion]:
-    """Fills in every `MASKED` residue, one at a time, the most certain one of an antibody first.
+    """Fills in all `MASKED` residues of each antibody one at a time, the most certain one first.
+
+    Args:
+      engine: the model.
+      antibodies: with masked residues.
+      sampling: how residues are chosen; None: the defaults of `Sampling`.
 
     Returns:
-      Completions of each antibody in order, `max(samples, 1)` of each.
+      `max(samples, 1)` completions of each antibody, in the order of the antibodies.
     """
     sampling = sampling or Sampling()
     done, rows, draws = [], [], []
@@ -103,7 +108,10 @@ def _fill_one(
     sampling: Sampling,
     draw: np.random.Generator | None,
 ) -> Filled:
-    """Chooses a place and its residue from `[masked, 20]`; `draw` None: the most probable."""
+    """Chooses a place and its residue from log-probabilities `[masked, 20]`.
+
+    `masked` has the places; `draw` None takes the most probable residue.
+    """
     logits = log_probabilities.astype(np.float64)
     probabilities = _softmax(logits)
     which = int(np.argmax(probabilities.max(1)))
@@ -135,7 +143,7 @@ def _completed(completion: Completion) -> Antibody:
 def table(
     engine: Engine, antibodies: Sequence[Antibody], level: str, sampling: Sampling
 ) -> pa.Table:
-    """Completed chains, or by residue the residues filled in with their candidates."""
+    """A table of the completed chains, or at level "residue" of the residues and candidates."""
     done = infill(engine, antibodies, sampling)
     if level == "antibody":
         return pa.table(

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: at every position, or at one position of each row for less work."""
+"""Log-probabilities of tokens at every position, or at one position of each row with less work."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from moe_ablm.model.encoder import Encoder
 
 @dataclass(frozen=True)
 class EveryPosition:
-    """float32 `[B, L, V]`: log-probabilities of all tokens at all positions."""
+    """Log-probabilities of all tokens at all positions, float32 `[B, L, V]`."""
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
         return jax.nn.log_softmax(encoder(batch.tokens, batch.valid).logits, axis=-1)
@@ -18,10 +18,10 @@ class EveryPosition:
 
 @dataclass(frozen=True)
 class OnePosition:
-    """float32 `[B, V]`: log-probabilities of all tokens at position `at` of each row.
+    """Log-probabilities of all tokens at position `at` of each row, float32 `[B, V]`.
 
-    The same as `EveryPosition` there. Of the last layer only what that position needs is computed,
-    of the head only that position.
+    The values are those of `EveryPosition`. Of the last layer and the head only what this position
+    needs is computed.
     """
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:

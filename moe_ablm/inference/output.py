@@ -1,6 +1,6 @@
-"""Results on disk: a table in the format that the name says, whole or not there, resumable.
+"""Results on disk: a table in the format of its suffix, written atomically and resumable.
 
-Parts are kept beside the file until all are there; the same command goes on after the last one.
+Parts are kept beside the file until all are complete. The same command continues after the last.
 """
 
 import json
@@ -32,18 +32,20 @@ def vectors(array: np.ndarray) -> pa.FixedSizeListArray:
 class Output:
     """The file of one command.
 
-    Use as a context manager. `finish` writes the file; without it the next `Output` resumes.
+    Use it as a context manager. `finish` writes the file. If it is not called, the next `Output`
+    of the same command resumes.
 
     Attributes:
-      done: antibodies whose results are kept already.
-      complete: the file is there, written by the same command.
+      done: number of antibodies whose results are already kept.
+      complete: whether the file exists and was written by the same command.
     """
 
     def __init__(self, out: Path, command: Mapping[str, Any]):
-        """Args: command, plain JSON: what decides the content of the file.
+        """Args: out, the file; command, plain JSON of everything that decides its content.
 
         Raises:
-          UserError: unknown suffix, results of another command, or no place to write.
+          UserError: the suffix is unknown, or the file exists or is a directory. On entering: it
+            is being written by another process or command, or cannot be written.
         """
         if out.suffix not in WRITERS:
             raise UserError(f"--out {out}: expected a name that ends in {', '.join(WRITERS)}")
@@ -86,10 +88,10 @@ class Output:
         self._lock.close()
 
     def add(self, table: pa.Table, antibodies: int) -> None:
-        """Keeps the results of the next `antibodies`.
+        """Keeps the results of the next `antibodies` antibodies.
 
         Raises:
-          UserError: the disk is full, or the place went away.
+          UserError: they cannot be written, for example because the disk is full.
         """
         end = self.done + antibodies
         try:
@@ -98,7 +100,7 @@ class Output:
         except OSError as error:
             raise UserError(
                 f"--out {self.out} cannot be written ({error.strerror or error}) after {self.done} "
-                "antibodies: mend that and run the same command again, it goes on from there"
+                "antibodies: fix that and run the same command again, it goes on from there"
             ) from error
         self.done = end
 
@@ -123,7 +125,7 @@ class Output:
         return lines
 
     def _found(self) -> list[tuple[int, int, Path]]:
-        """Whole parts that follow each other from the first antibody on."""
+        """Parts (first antibody, end, path) that follow each other without a gap from the first."""
         parts, end = [], 0
         for path in sorted(self._parts.glob("*.parquet")):
             match = _PART.fullmatch(path.name)
@@ -173,7 +175,7 @@ def _differing(before: Any, now: Mapping[str, Any]) -> str:
 
 
 def flat(table: pa.Table) -> pa.Table:
-    """A table without vectors: `name_0`, `name_1`, ... for the elements of the column `name`."""
+    """A table in which columns `name_0`, `name_1`, ... replace a column `name` of vectors."""
     columns = {}
     for field in table.schema:
         column = table[field.name].combine_chunks()
@@ -186,7 +188,7 @@ def flat(table: pa.Table) -> pa.Table:
 
 
 def write_csv(table: pa.Table, stream: Any, header: bool) -> None:
-    """Lines of a table, "" where a number is not known."""
+    """Writes the lines of a table as CSV, with "" for NaN."""
     table = flat(table)
     columns = [
         pa.array(column.to_numpy(), from_pandas=True)  # NaN becomes null, which is written as ""
@@ -224,7 +226,7 @@ def _to_parquet(paths: list[Path], out: Path) -> None:
 
 
 def _to_npz(paths: list[Path], out: Path) -> None:
-    """One array a column, written piece by piece: memory does not grow with the file."""
+    """Writes one array per column, piece by piece: memory does not grow with the file."""
     lines = sum(pq.read_metadata(path).num_rows for path in paths)
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for field in pq.read_schema(paths[0]):
@@ -254,7 +256,7 @@ def _write_array(
 
 
 def _values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """A column as an array, `[n]` or of vectors `[n, D]`; strings of a fixed width."""
+    """A column as an array `[n]`, or `[n, D]` for vectors; strings have a fixed width."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if pa.types.is_fixed_size_list(column.type):
@@ -274,6 +276,6 @@ WRITERS: dict[str, Callable[[list[Path], Path], None]] = {
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Name, size and time of change of an input: enough to see whether it changed."""
+    """Path, size and modification time of an input, to see whether it changed."""
     stat = path.stat()
     return {"name": str(path.resolve()), "bytes": stat.st_size, "changed": stat.st_mtime_ns}

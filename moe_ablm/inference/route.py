@@ -18,9 +18,11 @@ from moe_ablm.model.routing import SoftPlan
 
 
 class Choices(NamedTuple):
-    """Experts of tokens, best first: int32 `experts [..., M, K]`, E for none; `gates [..., M, K]`.
+    """Experts of tokens and their gates.
 
-    M counts the layers that hold experts; expert choice has K = E.
+    Attributes:
+      experts: int32 `[..., M, K]`, E where there is none; K is E in expert choice.
+      gates: `[..., M, K]`, 0 where there is none.
     """
 
     experts: np.ndarray
@@ -30,7 +32,8 @@ class Choices(NamedTuple):
 class Weights(NamedTuple):
     """Weights of soft-MoE: `dispatch` and `combine`, float32 `[..., M, E, S]`.
 
-    A slot is the mean of tokens by `dispatch`, a token's output the sum over slots by `combine`.
+    A slot is the mean of tokens weighted by `dispatch`; the output of a token is the sum of slot
+    outputs weighted by `combine`.
     """
 
     dispatch: np.ndarray
@@ -39,7 +42,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """The arrays of `Choices` or `Weights` by name, `[B, L, M, ...]`."""
+    """The arrays of `Choices` or `Weights`, by name: `[B, L, M, ...]`."""
 
     def __call__(self, encoder: Encoder, batch: Batch) -> dict[str, jax.Array]:
         routing = encoder(batch.tokens, batch.valid, observe=Observe(plans=True)).routing
@@ -69,7 +72,7 @@ def route(engine: Engine, antibodies: Sequence[Antibody]) -> list[Choices | Weig
 
 
 def bytes_of(engine: Engine, antibody: Antibody) -> int:
-    """About how much memory the table of an antibody takes."""
+    """Estimate of the bytes of an antibody's table."""
     moe = engine.model.spec.moe
     if moe is None:
         return 0
@@ -78,11 +81,11 @@ def bytes_of(engine: Engine, antibody: Antibody) -> int:
 
 
 def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
-    """A line for each residue, layer and expert.
+    """A table with a line for each residue, layer and expert.
 
-    Of token routers and expert choice only experts that compute for the residue, `expert` -1 where
-    none does; of soft-MoE all experts, with `dispatch [S]` and `combine [S]` of their slots and
-    `share`, the sum of the latter.
+    For token choice and expert choice it has only experts that compute for the residue, or `expert`
+    -1 if none does. For soft-MoE it has all experts, with `dispatch [S]` and `combine [S]` of their
+    slots and `share`, the sum of `combine`.
     """
     routings, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
     names = {name: np.array(values) for name, values in labels(antibodies).items()}

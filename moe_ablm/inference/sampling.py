@@ -1,4 +1,4 @@
-"""How residues are chosen that are filled in; no jax needed, so that wrong values end at once."""
+"""How `infill` chooses residues. This file needs no jax, so wrong values are refused at once."""
 
 import math
 import operator
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moe_ablm.errors import ArgumentError
 
-AMINO_ACIDS = 20  # candidates of a place
-MOST = 1 << 63  # of a seed
+AMINO_ACIDS = 20  # candidates for a place
+MOST = 1 << 63  # seeds are smaller
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Sampling:
     """How residues are chosen.
 
     Attributes:
-      samples: completions of each antibody, drawn by probability; 0: one, always the most probable.
-      temperature: above 1 more varied, below 1 closer to the most probable.
-      seed: seed of the draws, which depend on it, the sequence and the number of the sample alone.
-      top: candidates to report.
+      samples: drawn completions of each antibody; 0: one, with the most probable residues.
+      temperature: above 1 draws vary more, below 1 they are closer to the most probable residues.
+      seed: seed of the draws. A draw depends only on it, the sequence and the number of the sample.
+      top: number of candidates to report.
 
     Raises:
       ArgumentError: a value out of range.

@@ -24,13 +24,18 @@ def scan(
 ) -> list[np.ndarray]:
     """Log-odds of every amino acid against the wild type at every position.
 
-    The scoring rules of ESM-1v (Meier et al. 2021, section 3): log p(mutant) - log p(wild type) at
-    the position, given the sequence with it masked ("masked-marginal"), as it is
-    ("wild-type-marginal"), or with the mutation in it ("mutant-marginal", 19 passes a residue).
+    The scoring rules are those of ESM-1v (Meier et al. 2021, section 3): log p(mutant) - log p(wild
+    type) at the position, given the sequence with the position masked ("masked-marginal"),
+    unchanged ("wild-type-marginal"), or mutated ("mutant-marginal", 19 passes per residue).
+
+    Args:
+      engine: the model.
+      antibodies: any number of them.
+      method: one of `METHODS`.
 
     Returns:
       float32 `[residues, 20]` for each antibody, in the order of `AMINO_ACIDS`; 0 for the wild
-      type, NaN where that is none of the 20.
+      type, NaN where the wild type is none of the 20.
     """
     rows = [row_of(antibody, engine.model.layout) for antibody in antibodies]
     if method == "mutant-marginal":
@@ -66,17 +71,17 @@ def _mutant_marginals(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def passes(antibody: Antibody, method: str) -> int:
-    """Rows through the encoder for one antibody."""
+    """Number of rows that pass through the encoder for one antibody."""
     each = {"masked-marginal": 1, "wild-type-marginal": 0, "mutant-marginal": len(AMINO_ACIDS) - 1}
     return max(1, antibody.residues * each[method])
 
 
 def table(antibodies: Sequence[Antibody], scores: Sequence[np.ndarray]) -> pa.Table:
-    """A line a mutant: `residue` is the wild type, `score` the log-odds of `mutant` against it."""
+    """A table with a line per mutant: wild type `residue`, `mutant`, and its log-odds `score`."""
     columns = {name: np.array(values) for name, values in labels(antibodies).items()}
     log_odds = np.concatenate(scores)
     letters = np.array(list(AMINO_ACIDS))
-    # NaN: the wild type is none of the 20, and has no mutants
+    # NaN: the wild type is none of the 20 amino acids, so there are no mutants
     mutants = (columns["residue"][:, None] != letters) & ~np.isnan(log_odds)
     residue, mutant = np.nonzero(mutants)
     columns = {name: values[residue] for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""Pseudo-log-likelihood of antibodies: log-probability of each residue given all others."""
+"""Pseudo-log-likelihood of antibodies: log-probabilities of each residue given all others."""
 
 from collections.abc import Sequence
 
@@ -17,19 +17,19 @@ LEVELS = ("antibody", "residue")
 
 
 def scored_places(row: Row) -> np.ndarray:
-    """Indices, among the residues, of those that are one of the 20 amino acids."""
+    """Indices, among the residues, of those that are scored: the 20 amino acids."""
     return np.flatnonzero(is_amino_acid(row.tokens[row.places]))
 
 
 def masked_copies(row: Row) -> list[np.ndarray]:
-    """The row once for each of its `scored_places`, with that one masked."""
+    """A copy of the row for each of its `scored_places`, with this one masked."""
     copies = np.tile(row.tokens, (len(scored_places(row)), 1))
     copies[np.arange(len(copies)), row.places[scored_places(row)]] = MASK
     return list(copies)
 
 
 def masked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
-    """Log-probabilities of all tokens at every residue while it alone is masked.
+    """Log-probabilities of all tokens at every residue, with only this residue masked.
 
     Returns:
       float32 `[residues, V]` for each row; NaN where a residue is none of the 20 amino acids.
@@ -45,7 +45,7 @@ def masked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.nda
 
 
 def unmasked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
-    """As `masked_log_probabilities`, from one pass over the row with nothing masked."""
+    """Like `masked_log_probabilities`, but from one pass over the row with nothing masked."""
     tables: list = [None] * len(rows)
     for i, log_probabilities in engine.run(EveryPosition(), [row.tokens for row in rows]):
         row = rows[i]
@@ -59,9 +59,13 @@ def score(
 ) -> list[np.ndarray]:
     """Log-likelihood of every residue given all others, in nats.
 
-    The pseudo-log-likelihood (Salazar et al. 2020, eq. 1) is their sum. Exact, every residue is
-    masked in turn; in one pass nothing is masked, which is some 200 times faster and too
-    optimistic, as the model sees the residue that it predicts.
+    The pseudo-log-likelihood (Salazar et al. 2020, eq. 1) is their sum.
+
+    Args:
+      engine: the model.
+      antibodies: any number of them.
+      one_pass: mask nothing instead of every residue in turn. This is some 200 times faster and too
+        optimistic, since the model sees the residue that it predicts.
 
     Returns:
       float32 `[residues]` for each antibody, heavy chain first; NaN where a residue is none of the
@@ -78,15 +82,15 @@ def score(
 
 
 def perplexity(log_likelihoods: np.ndarray) -> float:
-    """exp of minus their mean; NaN where there are none."""
+    """exp(-mean) of the log-likelihoods, without NaN; NaN if there are none."""
     known = log_likelihoods[~np.isnan(log_likelihoods)].astype(np.float64)
     return float(np.exp(-known.mean())) if len(known) else float("nan")
 
 
 def regions(antibodies: Sequence[Antibody]) -> list[np.ndarray]:
-    """Which of `region_names` each residue is in, int64 `[residues]`; -1 where it is not known.
+    """Index in `region_names` of the region of each residue, int64 `[residues]`; -1: not known.
 
-    From the source's annotation where there is one, else computed.
+    Regions come from the annotation of the source, or else are computed.
     """
     masks = [[""] * len(antibodies) for _ in CHAINS]
     for number, chain in enumerate(CHAINS):
@@ -113,7 +117,7 @@ def regions(antibodies: Sequence[Antibody]) -> list[np.ndarray]:
 
 
 def _codes(mask: str, residues: int, first: int) -> np.ndarray:
-    """A chain's CDR mask, blank outside the domain, as indices of `region_names`."""
+    """Indices in `region_names` from a chain's CDR mask, which is blank outside the domain."""
     codes = np.full(residues, -1)
     letters = np.frombuffer(mask.encode(), np.uint8)
     inside = np.flatnonzero(letters != ord(" "))
@@ -126,10 +130,11 @@ def _codes(mask: str, residues: int, first: int) -> np.ndarray:
 def summary(
     antibodies: Sequence[Antibody], scores: Sequence[np.ndarray], by_region: bool = False
 ) -> dict[str, list]:
-    """Columns, a value an antibody.
+    """Columns with one value per antibody.
 
-    `residues` that are scored, `pll` (their pseudo-log-likelihood, nats) and `perplexity`; the last
-    two also of each chain, and `perplexity_CDRH3` and so on by region; NaN where there is none.
+    They are `sequence_id`, `residues` (how many are scored), `pll` (their pseudo-log-likelihood,
+    nats) and `perplexity`, the last two also for each chain. `by_region` adds `perplexity_CDRH3`
+    and so on. Values are NaN where there is no such residue.
     """
     columns: dict[str, list] = {
         "sequence_id": [a.name for a in antibodies],
@@ -160,7 +165,10 @@ def table(
     one_pass: bool = False,
     by_region: bool = False,
 ) -> pa.Table:
-    """`summary` as a table; by residue, `log_likelihood` and, by region, the name of the region."""
+    """`summary` as a table; at level "residue", `log_likelihood` and the name of the region.
+
+    The latter only with `by_region`.
+    """
     scores = score(engine, antibodies, one_pass)
     if level == "antibody":
         return pa.table(summary(antibodies, scores, by_region))

@@ -1,6 +1,7 @@
-"""BALM and BALM-MoE (github.com/brineylab/BALM, commit 36a8001) in Hugging Face's form, in and out.
+"""Import and export of BALM and BALM-MoE (github.com/brineylab/BALM, commit 36a8001).
 
-`balm_config` translates settings, `balm_ffn` FFNs and experts, this file everything else.
+Both are in Hugging Face's form. `balm_config` translates settings, `balm_ffn` FFNs and experts, and
+this file everything else.
 """
 
 from collections.abc import Mapping
@@ -33,9 +34,9 @@ from moe_ablm.interop.tensors import SINGLE, open_tensors, write_tensors
 from moe_ablm.model.spec import EncoderSpec
 
 ARCHITECTURES = {"balm": "BalmForMaskedLM", "balm_moe": "BalmMoEForMaskedLM"}
-ABSENT = -1e4  # logit of <null_1>, which BALM's vocabulary lacks: no share of any softmax
+ABSENT = -1e4  # logit of <null_1>, which BALM's vocabulary lacks; its probability is 0
 
-# encoder path -> BALM's name; kernels are stored transposed there
+# encoder path -> BALM's name; BALM stores kernels transposed
 _OUTSIDE_LAYERS = {
     "embedding": "{model}.word_embeddings.weight",
     "final_norm/scale": "{model}.final_norm.weight",
@@ -58,17 +59,17 @@ _IN_LAYER = {
     "ffn_norm/bias": "ffn_layer_norm.bias",
     "ffn/router": "sparse_ffn.router.linear.weight",
 }
-# arrays with a row for each token, and what <null_1> gets in them
+# arrays with a row for each token, and the value of the row of <null_1>
 _BY_TOKEN = {"embedding": 0.0, "head/decoder": 0.0, "head/bias": ABSENT}
 
 
 def import_balm(directory: Path, layout: str | None = None) -> Model:
-    """The model of a `BalmForMaskedLM` or `BalmMoEForMaskedLM` directory.
+    """Imports a `BalmForMaskedLM` or `BalmMoEForMaskedLM` directory.
 
     Args:
-      directory: config.json, and model.safetensors in one or several files.
-      layout: name of the layout in which chains become a row; None: that of an export of ours, or
-        "balm" (`<cls>H<eos>L<eos>`).
+      directory: with config.json, and model.safetensors in one or several files.
+      layout: name of the layout by which chains become a row; None: that of an export by moe_ablm,
+        else "balm" (`<cls>H<eos>L<eos>`).
 
     Raises:
       UserError: the model has settings that have no counterpart here, or the files are damaged.
@@ -122,7 +123,7 @@ def _layer(model: str, number: int) -> str:
 
 
 def _name(path: str, model: str) -> str | None:
-    """BALM's name of one of the encoder's arrays; None for those of an FFN."""
+    """BALM's name for an array of the encoder; None for arrays of an FFN."""
     if path in _OUTSIDE_LAYERS:
         return _OUTSIDE_LAYERS[path].format(model=model)
     _, number, inner = path.split("/", 2)
@@ -132,7 +133,10 @@ def _name(path: str, model: str) -> str | None:
 def _expected(
     shapes: nnx.State, spec: EncoderSpec, model: str, biases: tuple[bool, bool]
 ) -> dict[str, tuple[int, ...]]:
-    """BALM's names and shapes of an encoder's arrays; `biases` of dense FFNs and of experts."""
+    """Shapes that an encoder's arrays have in BALM, by BALM's name.
+
+    `biases` says whether dense FFNs and experts have biases.
+    """
     expected = {}
     for keys, variable in nnx.to_flat_state(shapes):
         path, shape = "/".join(map(str, keys)), variable.get_value().shape
@@ -149,10 +153,15 @@ def _expected(
 
 
 def export_balm(model: Model, out: Path, licence: str | None = None) -> None:
-    """Writes a `BalmForMaskedLM` or `BalmMoEForMaskedLM` directory and a model card.
+    """Writes a `BalmForMaskedLM` or `BalmMoEForMaskedLM` directory with a model card.
+
+    Args:
+      model: what is exported.
+      out: a new directory.
+      licence: for the model card; None: that of the model's facts.
 
     Raises:
-      UserError: the model has something that BALM has no place for, or `out` cannot be written.
+      UserError: BALM's form cannot hold the model, or `out` cannot be written.
     """
     settings = balm_settings(model)
     kind = settings["model_type"]
@@ -188,7 +197,7 @@ def _to_balm(model: Model, kind: str) -> dict[str, np.ndarray]:
         layer = {p.removeprefix(start): a for p, a in arrays.items() if p.startswith(start)}
         sparse = number in spec.moe_layers
         tensors |= ffns_to_balm(_layer(kind, number), layer, spec, sparse)
-        # a buffer that BALM saves: transformers would leave it uninitialised where it is missing
+        # a buffer that BALM saves; transformers would leave it uninitialised if it were missing
         tensors[f"{_layer(kind, number)}attention.rotary_embed.inv_freq"] = frequency
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 

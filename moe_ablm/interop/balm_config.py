@@ -1,7 +1,7 @@
-"""Settings of BALM and BALM-MoE, to and from an encoder's.
+"""Translation of the settings of BALM and BALM-MoE to and from those of an encoder.
 
-Their units differ: BALM counts shared experts among the experts, its capacity is a multiple of
-tokens / experts whatever k is, and its router losses are means over layers (configs/balm_moe.py).
+The units differ: BALM counts shared experts among the experts, its capacity is a multiple of tokens
+/ experts whatever k is, and its router losses are means over layers (configs/balm_moe.py).
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ _PADS = {
 
 
 def encoder_spec(config: HuggingFaceConfig) -> tuple[EncoderSpec, list[str]]:
-    """The encoder that a BALM config.json describes, and what a user should know of it.
+    """The encoder that a BALM config.json describes, and notes for the user.
 
     Raises:
       UserError: a setting has no counterpart here.
@@ -105,7 +105,7 @@ def _moe_spec(config: HuggingFaceConfig, spec: EncoderSpec) -> tuple[Router | No
         entropy_loss=entropy_loss,
     )
     if router == "expert-choice":
-        # results may not depend on what else is in the batch, which BALM's do
+        # unlike BALM's, results must not depend on what else is in the batch
         moe = replace(moe, pads="excluded")
     return moe.spec(), _notes(config, router, moe)
 
@@ -130,7 +130,7 @@ def _notes(config: HuggingFaceConfig, router: str, moe: MoEConfig) -> list[str]:
 def _widths(
     config: HuggingFaceConfig, spec: EncoderSpec, experts: int, shared: int
 ) -> tuple[int, ...]:
-    """Width of every routed expert, after checking that the shared ones can be ours."""
+    """Width of every routed expert; checks that the shared ones have their mean width."""
     given = config["expert_intermediate_size"] or spec.ffn
     widths = tuple(given) if isinstance(given, list) else (given,) * experts
     whole = all(isinstance(w, int) and not isinstance(w, bool) and w > 0 for w in widths)
@@ -151,7 +151,7 @@ def _widths(
 
 
 def _capacity(config: HuggingFaceConfig, router: str, k: int) -> float | None:
-    """Capacity in our unit: of a fair share of all assignments."""
+    """Capacity as a multiple of an expert's fair share of all assignments; None: unlimited."""
     capacity = 1 if config["expert_capacity"] is None else config["expert_capacity"]
     if not isinstance(capacity, (int, float)) or isinstance(capacity, bool) or capacity == 0:
         raise UserError(
@@ -186,14 +186,14 @@ def _placement(config: HuggingFaceConfig, layers: int) -> tuple[str, int]:
 
 
 def _counted(router: str, k: int) -> int:
-    """Choices of a token that BALM's balance loss counts."""
+    """Number of a token's choices that BALM's load-balance loss counts."""
     return k if router == "top-k" else 1
 
 
 def _losses(
     config: HuggingFaceConfig, router: str, k: int, sparse: int
 ) -> tuple[float, float, float]:
-    """Weights of load balance, z-loss and entropy: BALM's are means over layers, ours sums."""
+    """Weights of load balance, z-loss and entropy for losses summed over layers (BALM: means)."""
 
     def weight(key: str, default: float) -> float:
         return config.real(key, default) / sparse
@@ -207,14 +207,14 @@ def _losses(
     )
 
 
-# the other way
+# export
 
 
 def balm_settings(model: Model) -> dict[str, Any]:
-    """config.json of BALM for a model, without its architecture.
+    """BALM's config.json for a model, without `architectures`.
 
     Raises:
-      UserError: BALM has no place for something that the model does.
+      UserError: BALM's form cannot hold the model.
     """
     spec = model.spec
     _require_balm(model)

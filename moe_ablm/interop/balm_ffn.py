@@ -1,8 +1,8 @@
-"""FFNs, experts and shared experts of BALM, in and out.
+"""Import and export of BALM's FFNs, experts and shared experts.
 
-BALM keeps the two halves of SwiGLU apart, each expert as a module of its own, and experts of any
-width; here the halves are one fused kernel, experts are stacked, and a wide expert is several of a
-common width (`EncoderSpec.chunk`).
+BALM stores the two halves of SwiGLU separately and each expert, of any width, as its own module.
+Here the halves are one fused kernel, experts are stacked, and a wide expert is several of a common
+width (`EncoderSpec.chunk`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from moe_ablm.model.experts import narrow_experts
 from moe_ablm.model.spec import EncoderSpec
 
-# BALM's linear maps from D to F, in the order of our fused kernel; `wo` leads back
+# BALM's linear maps from D to F, in the order of the fused kernel, and its map back to D
 _INNER = {"swiglu": ("activation.gate_linear", "activation.value_linear"), "gelu": ("wi",)}
 _OUTER = "wo"
 
@@ -28,7 +28,7 @@ class Ffn(NamedTuple):
 
 
 def joined(parts: Sequence[Ffn]) -> Ffn:
-    """The FFN that is the sum of several: an FFN is a sum over its hidden units."""
+    """The FFN that equals the sum of several FFNs, since an FFN is a sum over its hidden units."""
     return Ffn(
         tuple(np.concatenate(maps) for maps in zip(*(p.up for p in parts), strict=True)),
         tuple(np.concatenate(maps) for maps in zip(*(p.up_bias for p in parts), strict=True)),
@@ -38,7 +38,7 @@ def joined(parts: Sequence[Ffn]) -> Ffn:
 
 
 def cut(ffn: Ffn, width: int) -> list[Ffn]:
-    """The FFNs of one width that sum to an FFN; the first one has the bias of `down`."""
+    """FFNs of one width whose sum equals an FFN; only the first has the bias of `down`."""
     count = len(ffn.down) // width
     pieces = []
     for i in range(count):
@@ -55,7 +55,7 @@ def cut(ffn: Ffn, width: int) -> list[Ffn]:
 
 
 def _read(prefix: str, tensors: Mapping[str, np.ndarray], activation: str) -> Ffn:
-    """An FFN of BALM; biases that it does not have are 0."""
+    """Reads an FFN of BALM; missing biases are 0."""
 
     def linear(name: str) -> tuple[np.ndarray, np.ndarray]:
         weight = tensors[f"{prefix}{name}.weight"]
@@ -75,7 +75,7 @@ def _write(prefix: str, ffn: Ffn, activation: str) -> dict[str, np.ndarray]:
 
 
 def _kernels(ffn: Ffn) -> dict[str, np.ndarray]:
-    """Our arrays of a dense FFN."""
+    """The encoder's arrays for a dense FFN."""
     return {
         "up/kernel": np.concatenate(ffn.up).T,
         "up/bias": np.concatenate(ffn.up_bias),
@@ -97,7 +97,7 @@ def _from_kernels(
 
 
 def _shared_widths(spec: EncoderSpec) -> list[int]:
-    """Width of each shared expert; all are equally wide."""
+    """Width of each shared expert; all have the same."""
     count = spec.moe.shared if spec.moe else 0
     return [spec.shared_ffn // max(count, 1)] * count
 
@@ -117,13 +117,13 @@ def _modules(layer: str, spec: EncoderSpec, sparse: bool) -> dict[str, int]:
 def expected_ffns(
     layer: str, spec: EncoderSpec, sparse: bool, biases: bool
 ) -> dict[str, tuple[int, ...]]:
-    """BALM's names and shapes of the FFNs of a layer.
+    """Shapes of the tensors of a layer's FFNs, by BALM's name.
 
     Args:
-      layer: prefix of its names.
+      layer: prefix of the layer's names.
       spec: the encoder.
       sparse: whether the layer has experts.
-      biases: whether its FFNs have any.
+      biases: whether the FFNs have biases.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, width in _modules(layer, spec, sparse).items():
@@ -139,7 +139,17 @@ def expected_ffns(
 def ffns_from_balm(
     layer: str, tensors: Mapping[str, np.ndarray], spec: EncoderSpec, sparse: bool
 ) -> dict[str, np.ndarray]:
-    """Our arrays of a layer's FFN or experts, by path within the layer; the router apart."""
+    """The encoder's arrays for a layer's FFN or experts, without the router.
+
+    Args:
+      layer: prefix of BALM's names.
+      tensors: by BALM's name.
+      spec: the encoder.
+      sparse: whether the layer has experts.
+
+    Returns:
+      Arrays by path within the layer.
+    """
     by_module = {p: _read(p, tensors, spec.activation) for p in _modules(layer, spec, sparse)}
     if not sparse:
         return {f"ffn/{name}": a for name, a in _kernels(*by_module.values()).items()}

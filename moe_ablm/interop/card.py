@@ -17,8 +17,8 @@ def model_card(model: Model, architecture: str, use: str, licence: str | None) -
     Args:
       model: the exported model.
       architecture: name of the class that the weights are for.
-      use: Python lines to load them; `{directory}` and `{row}` are filled in.
-      licence: identifier, as "mit"; None: that of the facts, or not stated.
+      use: Python lines that load them; `{directory}` and `{row}` are filled in.
+      licence: identifier such as "mit"; None: that of the model's facts, if they have one.
     """
     licence = licence or model.facts.get("licence")
     config = model.facts.get("config")
@@ -63,7 +63,7 @@ def _architecture(model: Model) -> str:
 
 
 def row_text(model: Model, heavy: str, light: str) -> str:
-    """A pair as text for a tokenizer that puts the first and the last token itself."""
+    """A pair as text for a tokenizer that adds the first and the last token itself."""
     between = "".join(VOCABULARY[token] for token in model.layout.between)
     return f"{heavy}{between}{light}"
 

@@ -1,4 +1,4 @@
-"""ESM-2 in Hugging Face's form (`EsmForMaskedLM`), in and out."""
+"""Import and export of ESM-2 in Hugging Face's form (`EsmForMaskedLM`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ ARCHITECTURE = "EsmForMaskedLM"
 OFFSET = 2  # of positions in max_position_embeddings, left over from RoBERTa
 DECODER = "lm_head.decoder.weight"
 
-# encoder path -> Hugging Face name; kernels are stored transposed there
+# encoder path -> Hugging Face name; Hugging Face stores kernels transposed
 _OUTSIDE_LAYERS = {
     "embedding": "esm.embeddings.word_embeddings.weight",
     "final_norm/scale": "esm.encoder.emb_layer_norm_after.weight",
@@ -56,7 +56,7 @@ _IN_LAYER = {
     "ffn/down/bias": "output.dense.bias",
 }
 _QKV = ("query", "key", "value")
-# what files on the hub hold beside the language model
+# tensors of files on the hub that are not part of the language model
 _IGNORED_PREFIXES = ("contact_head.", "esm.contact_head.", "esm.pooler.")
 _IGNORED = ("inv_freq", "position_ids", "esm.embeddings.position_embeddings.weight")
 
@@ -65,11 +65,12 @@ def params_from_huggingface(params: nnx.State, tensors: Mapping[str, np.ndarray]
     """Parameters of a dense encoder with the values of an `EsmForMaskedLM` state dict.
 
     Args:
-      params: of an encoder of the same sizes (values are ignored; shapes are checked).
+      params: of an encoder of the same sizes; only their shapes are used.
       tensors: arrays by Hugging Face name.
 
     Raises:
-      KeyError: a tensor is missing. ValueError: one has another shape than the encoder's.
+      KeyError: a tensor is missing.
+      ValueError: a tensor has another shape than the encoder's.
     """
     return fill(params, lambda name: _value(name, tensors))
 
@@ -82,7 +83,7 @@ def _value(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _names(path: str) -> list[str]:
-    """Hugging Face's names of what one of the encoder's arrays is made of."""
+    """Hugging Face's names of the tensors that make up an array of the encoder."""
     if path in _OUTSIDE_LAYERS:
         return [_OUTSIDE_LAYERS[path]]
     _, number, inner = path.split("/", 2)
@@ -94,7 +95,7 @@ def _names(path: str) -> list[str]:
 
 
 def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
-    """An `EsmForMaskedLM` state dict of a dense encoder, layer norms as `weight` and `bias`."""
+    """The `EsmForMaskedLM` state dict of a dense encoder; layer norms have `weight` and `bias`."""
     tensors: dict[str, np.ndarray] = {}
     for path, array in flat_arrays(params).items():
         array = array.T if path.endswith("kernel") else array
@@ -108,15 +109,15 @@ def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def import_esm2(directory: Path, layout: str | None = None) -> Model:
-    """The model of an `EsmForMaskedLM` directory.
+    """Imports an `EsmForMaskedLM` directory.
 
     Args:
-      directory: config.json, and model.safetensors in one or several files.
-      layout: name of the layout in which chains become a row; None: that of an export of ours, or
-        "esm" (`<cls>H<cls><cls>L<eos>`).
+      directory: with config.json, and model.safetensors in one or several files.
+      layout: name of the layout by which chains become a row; None: that of an export by moe_ablm,
+        else "esm" (`<cls>H<cls><cls>L<eos>`).
 
     Raises:
-      UserError: the model is no ESM-2 with a language-model head, or the files are damaged.
+      UserError: the model is not an ESM-2 with a language-model head, or the files are damaged.
     """
     config = HuggingFaceConfig(directory)
     spec = _spec(config)
@@ -153,7 +154,7 @@ class _Renamed(dict):
 
 
 def _spec(config: HuggingFaceConfig) -> EncoderSpec:
-    """The encoder that config.json describes, after checking that ours can be it."""
+    """The encoder that config.json describes; UserError if it has no counterpart here."""
     config.architecture(ARCHITECTURE)
     config.expect("model_type", "esm", "esm")
     config.expect("vocab_size", None, len(VOCABULARY), why="ESM-2's vocabulary")
@@ -184,7 +185,7 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
 
 
 def _canonical(name: str) -> str | None:
-    """Hugging Face's name in its newer spelling; None for what is ignored."""
+    """Hugging Face's name in its newer spelling; None for tensors that are ignored."""
     if name.startswith(_IGNORED_PREFIXES) or name.endswith(_IGNORED):
         return None
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
@@ -194,7 +195,7 @@ def _canonical(name: str) -> str | None:
 
 
 def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:
-    """Drops a decoder that is the embedding once more; UserError where it is not."""
+    """Drops the decoder from `names`; UserError if it differs from the embedding."""
     decoder, embedding = names.pop(DECODER), names.get(_OUTSIDE_LAYERS["embedding"])
     if embedding and not np.array_equal(tensors[decoder], tensors[embedding]):
         raise UserError(
@@ -204,7 +205,7 @@ def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:
 
 
 def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's names and shapes of an encoder's arrays."""
+    """Shapes that an encoder's arrays have in Hugging Face's form, by name."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, variable in nnx.to_flat_state(shapes):
         name = "/".join(map(str, path))
@@ -221,9 +222,13 @@ def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
 def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
     """Writes an `EsmForMaskedLM` directory with its tokenizer and a model card.
 
+    Args:
+      model: what is exported.
+      out: a new directory.
+      licence: for the model card; None: that of the model's facts.
+
     Raises:
-      UserError: the model has experts or another activation, which ESM-2 has no place for, or
-        `out` cannot be written.
+      UserError: the model has experts or another activation than GELU, or `out` cannot be written.
     """
     spec = model.spec
     if spec.moe_layers:

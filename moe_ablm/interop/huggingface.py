@@ -1,4 +1,4 @@
-"""What all directories in Hugging Face's form share: a checked config.json, and checked tensors."""
+"""What all directories in Hugging Face's form share: reading config.json, and checks of tensors."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -15,12 +15,16 @@ from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
 from moe_ablm.model.spec import EncoderSpec
 
 CONFIG = "config.json"
-OURS = "moe_ablm"  # key of config.json under which exports keep what Hugging Face has no place for
+OURS = "moe_ablm"  # key of config.json for what Hugging Face's keys cannot hold
 _NAMED = 3  # tensors that a message names
 
 
 class HuggingFaceConfig:
-    """config.json of a directory, whose values are checked when they are read."""
+    """config.json of a directory; its methods check the values that they return.
+
+    Raises:
+      UserError: the directory or its config.json is missing.
+    """
 
     def __init__(self, directory: Path):
         if not directory.is_dir():
@@ -43,7 +47,11 @@ class HuggingFaceConfig:
         return self._values.get(key)
 
     def expect(self, key: str, default: Any, *allowed: Any, why: str = "") -> Any:
-        """The value of a key (absent or null: the default), which must be one of `allowed`."""
+        """The value of a key, or the default if it is absent or null.
+
+        Raises:
+          UserError: the value is not one of `allowed`; `why` is added to the message.
+        """
         value = self._values.get(key)
         value = default if value is None else value
         if value not in allowed:
@@ -56,7 +64,7 @@ class HuggingFaceConfig:
         return value
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """The value of a key, or the default if it is absent; UserError unless it is 1 or more."""
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             found = repr(value) if key in self._values else "missing"
@@ -64,14 +72,14 @@ class HuggingFaceConfig:
         return value
 
     def real(self, key: str, default: float) -> float:
-        """A number of 0 or more."""
+        """The value of a key (absent or null: the default); UserError unless it is 0 or more."""
         value = default if self._values.get(key) is None else self._values[key]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < inf:
             raise UserError(f"{self.file}: {key} is {value!r}, expected a number of 0 or more")
         return float(value)
 
     def architecture(self, expected: str) -> None:
-        """UserError unless the directory holds the model with its language-model head."""
+        """UserError unless `architectures` is this model with its language-model head."""
         found = self._values.get("architectures")
         if found != [expected]:
             raise UserError(
@@ -90,7 +98,7 @@ class HuggingFaceConfig:
 
 
 def check_vocabulary(directory: Path, config: HuggingFaceConfig, expected: tuple) -> None:
-    """UserError where `vocab_list` or vocab.txt differs from the tokens expected."""
+    """UserError if `vocab_list` or vocab.txt differs from the expected tokens."""
     file = directory / "vocab.txt"
     vocabularies = {f"{config.file}: vocab_list": config["vocab_list"]}
     if file.exists():
@@ -111,7 +119,7 @@ def check_vocabulary(directory: Path, config: HuggingFaceConfig, expected: tuple
 def check_tensors(
     tensors: Tensors, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """UserError unless the tensors are those expected, of their shapes; the first few are named.
+    """UserError unless the tensors and their shapes are those expected; it names the first few.
 
     Args:
       tensors: those of the directory.
@@ -135,20 +143,24 @@ def check_tensors(
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few names and how many more there are."""
+    """The first few names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def dtype_notes(tensors: Tensors, names: Iterable[str]) -> list[str]:
-    """A sentence on tensors that were no float32."""
+    """A note on tensors that were not float32; empty if there are none."""
     dtypes = sorted({tensors.dtype(name) for name in names} - {"F32"})
     return [f"weights of {' and '.join(dtypes)} were converted to float32"] if dtypes else []
 
 
 def ours(config: HuggingFaceConfig) -> dict[str, Any]:
-    """What an export of moe_ablm keeps beside Hugging Face's keys; empty elsewhere."""
+    """What an export by moe_ablm keeps in config.json under `OURS`; empty for other directories.
+
+    Raises:
+      UserError: it is damaged.
+    """
     kept = config[OURS]
     if kept is None:
         return {}
@@ -178,11 +190,11 @@ def imported(
       config: its config.json.
       spec, params: the encoder.
       architecture: name of the class in Hugging Face's form.
-      layout: name of the layout in which chains become a row; None: that of an export of ours, or
-        the default.
-      default: name of the layout, and length in tokens, where config.json does not say.
-      offset: of positions in `max_position_embeddings`.
-      notes: what a user should know.
+      layout: name of the layout by which chains become a row; None: that of an export by moe_ablm,
+        else the default.
+      default: name of the layout, and length in tokens, if config.json does not have them.
+      offset: difference between `max_position_embeddings` and the length.
+      notes: notes for the user.
     """
     kept, licence = ours(config), licence_of(config.directory)
     return Model(
@@ -199,7 +211,7 @@ def imported(
 
 
 def kept_for_import(model: Model) -> dict:
-    """What an import of an export finds under `OURS`, beside Hugging Face's keys."""
+    """What an export keeps in config.json under `OURS`, for an import of it."""
     return {
         "layout": model.layout_name,
         "length": model.length,
@@ -209,7 +221,7 @@ def kept_for_import(model: Model) -> dict:
 
 
 def licence_of(directory: Path) -> str | None:
-    """The licence that the front matter of README.md names."""
+    """The licence in the front matter of README.md; None if there is none."""
     file = directory / "README.md"
     if not file.exists():
         return None
@@ -224,24 +236,24 @@ def licence_of(directory: Path) -> str | None:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Indented JSON with a line end."""
+    """Writes indented JSON that ends with a newline."""
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_tokenizer(
     directory: Path, kind: str, tokens: tuple[str, ...] = VOCABULARY, bos: str = "cls_token"
 ) -> None:
-    """vocab.txt, tokenizer_config.json and special_tokens_map.json of a tokenizer class.
+    """Writes vocab.txt, tokenizer_config.json and special_tokens_map.json of a tokenizer class.
 
     Args:
-      directory: to write to.
+      directory: where to write.
       kind: name of the class.
       tokens: the vocabulary.
-      bos: how the class calls its first token, `<cls>`.
+      bos: name that the class gives to its first token, `<cls>`.
     """
     special = {bos: "<cls>", "eos_token": "<eos>", "mask_token": "<mask>",
                "pad_token": "<pad>", "unk_token": "<unk>"}  # fmt: skip
-    # no line end: Hugging Face's reader would take an empty last line for a token
+    # no newline at the end: Hugging Face's reader would read an empty last line as a token
     (directory / "vocab.txt").write_text("\n".join(tokens))
     config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, **special}
     write_json(directory / "tokenizer_config.json", config)
@@ -252,17 +264,17 @@ Renaming = Callable[[str], str | None]
 
 
 def sorted_out(tensors: Tensors, rename: Renaming) -> tuple[dict[str, str], list[str]]:
-    """Splits tensors into those that count and those that are ignored.
+    """Splits tensors into those that are read and those that are ignored.
 
     Args:
       tensors: those of the directory.
-      rename: expected name for a name in the file; None: ignored.
+      rename: returns the expected name for a name in the file; None: the tensor is ignored.
 
     Returns:
-      expected name -> name in the file, and the ignored names.
+      A dict from expected name to name in the file, and the ignored names.
 
     Raises:
-      UserError: two tensors go by one expected name.
+      UserError: two tensors have the same expected name.
     """
     names: dict[str, str] = {}
     ignored = []

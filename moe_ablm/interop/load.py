@@ -1,4 +1,4 @@
-"""From a directory to a model: a run, what `import` and `upcycle` wrote, or Hugging Face's form."""
+"""Loads a model from a run, from what `import` or `upcycle` wrote, or from Hugging Face's form."""
 
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ _IMPORTERS = {"esm": import_esm2, "balm": import_balm, "balm_moe": import_balm}
 
 
 def load_model(run: Path | str, name: str = "--run") -> Model:
-    """The model of a directory: of a trained run the best checkpoint's parameters.
+    """The model of a directory.
 
-    Best is by validation loss; a run that was never evaluated gives its newest. The trainer may go
-    on meanwhile: nothing is changed.
+    Of a trained run it is the checkpoint with the best validation loss, or the newest one if none
+    was evaluated. Nothing is changed, so the trainer may still be running.
 
     Args:
-      run: the directory.
+      run: a work directory, or a directory that `import` or `upcycle` wrote.
       name: flag or config key that gave the directory, for messages.
 
     Raises:
-      UserError: there is no model, no checkpoint yet, or what is there is damaged.
+      UserError: there is no model, no checkpoint yet, or it is damaged.
     """
     run = Path(run)
     if not run.is_dir():
@@ -80,14 +80,14 @@ def _trained(run: Path, name: str) -> Model:
 
 
 def _best(records: dict[int, dict]) -> int:
-    """The step of lowest validation loss; the newest where no checkpoint was evaluated."""
+    """The step with the lowest validation loss; the newest if no checkpoint was evaluated."""
     losses = {step: _loss(step, record) for step, record in records.items()}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     return min(evaluated, key=evaluated.__getitem__) if evaluated else max(losses)
 
 
 def _loss(step: int, record: dict[str, Any]) -> float | None:
-    """Validation loss of a checkpoint; its record may hold that of an earlier step."""
+    """Validation loss of a checkpoint; None if the one in its record is of an earlier step."""
     evaluation = record.get("evaluation")
     if not isinstance(evaluation, dict) or evaluation.get("step") != step:
         return None
@@ -109,10 +109,14 @@ def _metrics(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_directory(directory: Path, layout: str | None = None) -> Model:
-    """The model of a directory, read as its config.json says.
+    """Imports a directory in Hugging Face's form by the `model_type` of its config.json.
+
+    Args:
+      directory: the directory.
+      layout: name of the layout by which chains become a row; None: see the importers.
 
     Raises:
-      UserError: its kind cannot be imported, or it is damaged.
+      UserError: the model type cannot be imported, or the directory is damaged.
     """
     config = HuggingFaceConfig(directory)
     kind = config.expect("model_type", None, *_IMPORTERS)

@@ -1,6 +1,6 @@
-"""A model as a directory: `model.json` says what it is, `params.safetensors` holds its parameters.
+"""A model as a directory: `model.json` describes it, `params.safetensors` has its parameters.
 
-`import` and `upcycle` write such directories; a trained run is read from its checkpoints instead.
+`import` and `upcycle` write such directories. A trained run is read from its checkpoints instead.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ MODEL_FILE, PARAMS_FILE = "model.json", "params.safetensors"
 
 @dataclass(frozen=True)
 class Model:
-    """An encoder with its parameters, and what using it takes.
+    """An encoder with its parameters, and what is needed to use it.
 
     Attributes:
       spec: the encoder.
@@ -39,9 +39,9 @@ class Model:
       layout: how chains become a row.
       length: tokens of the longest row that it was trained for.
       source: where it comes from, in one line.
-      regime: training regime (`data.regime`), as "paired"; None: not known.
-      notes: what a user should know, a sentence each.
-      facts: for model cards, plain JSON: "config", "data", "metrics", "licence", as far as known.
+      regime: training regime (`data.regime`) such as "paired"; None: not known.
+      notes: notes for the user, one sentence each.
+      facts: plain JSON for model cards: "config", "data", "metrics" and "licence", if known.
     """
 
     spec: EncoderSpec
@@ -59,7 +59,7 @@ class Model:
         return next(name for name, layout in LAYOUTS.items() if layout == self.layout)
 
     def digest(self) -> str:
-        """SHA-256 of the parameters, the encoder and its layout."""
+        """SHA-256 of the parameters, the encoder, its layout and its length."""
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         digest = hashlib.sha256(about.encode())
         for path, variable in sorted(nnx.to_flat_state(self.params), key=lambda i: str(i[0])):
@@ -74,7 +74,7 @@ def parameter_shapes(spec: EncoderSpec) -> nnx.State:
 
 
 def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
-    """Parameters by path, as "layers/0/attention/qkv/kernel"."""
+    """Parameters as float32 arrays by path, such as "layers/0/attention/qkv/kernel"."""
     return {
         "/".join(map(str, path)): np.asarray(v.get_value(), np.float32)
         for path, v in nnx.to_flat_state(params)
@@ -82,7 +82,7 @@ def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def fill(shapes: nnx.State, value: Callable[[str], np.ndarray]) -> nnx.State:
-    """Parameters of the given shapes with the values that `value` finds for their paths.
+    """Parameters of the given shapes, with the values that `value` returns for their paths.
 
     Raises:
       ValueError: a value has another shape.
@@ -99,10 +99,14 @@ def fill(shapes: nnx.State, value: Callable[[str], np.ndarray]) -> nnx.State:
 
 @contextmanager
 def new_directory(out: Path, flag: str = "--out"):
-    """A directory under a temporary name beside `out`, renamed when the block ends without error.
+    """A temporary directory beside `out`, renamed to `out` when the block ends without an error.
+
+    Args:
+      out: must be absent, or an empty directory.
+      flag: flag that gave `out`, for messages.
 
     Raises:
-      UserError: there is something under that name already, or no room or right to write.
+      UserError: `out` exists and is not an empty directory, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{flag} {out} is there already: choose a new name or remove it")
@@ -120,13 +124,13 @@ def new_directory(out: Path, flag: str = "--out"):
 
 
 def save_model(model: Model, out: Path) -> None:
-    """Writes a model to a new directory; nothing is left behind when that fails.
+    """Writes a model to a new directory; a failure leaves nothing behind.
 
     Raises:
-      UserError: the encoder has settings out of their range, or `out` cannot be written.
+      UserError: a setting of the encoder is out of range, or `out` cannot be written.
     """
     encoder = configs.encoder_to_mapping(model.spec)
-    configs.encoder_from_mapping(encoder)  # raises where it could not be read back
+    configs.encoder_from_mapping(encoder)  # raises if it could not be read back
     with new_directory(out) as directory:
         write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
         content = {
@@ -186,7 +190,7 @@ def read_model(directory: Path) -> Model:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file that holds an object; UserError where it does not."""
+    """The object in a JSON file; UserError if the file cannot be read or has no object."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Whether a run may start from a model: the encoders must compute the same function."""
+"""Checks whether a run may start from a model: both encoders must compute the same function."""
 
 from dataclasses import fields
 
@@ -8,19 +8,19 @@ from moe_ablm.interop.huggingface import some
 from moe_ablm.interop.saved import Model
 from moe_ablm.model.spec import EncoderSpec
 
-# settings that act in training alone: capacity and its group, router losses, initial scales
+# settings that act only in training: capacity and its group, router losses, initial scales
 _FREE = (
     "capacity", "group", "pads", "jitter", "load_balance", "z_loss", "entropy_loss", "l2_scale"
 )  # fmt: skip
-# compared by their effect instead
+# settings that are compared by their effect, see `_settings`
 _MEANT = ("ffn", "widths", "placement", "first_dense", "renormalise")
 
 
 def require_same_function(model: Model, spec: EncoderSpec) -> None:
-    """UserError unless the encoder of a config computes what `model` computes.
+    """UserError unless the encoder of a config computes the same function as `model`.
 
-    The first settings that differ are named. Capacity, the group that competes, pad policy, jitter
-    and router losses may differ: they act in training alone.
+    The message names the first settings that differ. Settings that act only in training may differ:
+    capacity, group, pad policy, jitter, router losses, initial scales and dropout.
     """
     differing = [
         f"{name}={ours!r} (there {theirs!r})"
@@ -37,7 +37,7 @@ def require_same_function(model: Model, spec: EncoderSpec) -> None:
 
 
 def _settings(spec: EncoderSpec) -> dict:
-    """What decides an encoder's function, by config key."""
+    """The settings that decide an encoder's function, by config key."""
     settings = {
         f"model.{f.name}": getattr(spec, f.name)
         for f in fields(EncoderSpec)

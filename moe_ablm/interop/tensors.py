@@ -1,4 +1,4 @@
-"""Safetensors files, one or sharded with an index, read lazily as float32 arrays. No pickle."""
+"""Safetensors files, single or sharded with an index, read lazily as float32 arrays. No pickle."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """The tensors of a file by name; looked up, they are read and converted to float32.
+    """The tensors of a file by name; a look-up reads a tensor and converts it to float32.
 
     Raises:
-      UserError: the file is missing or damaged; at look-up, that a tensor is not of floats.
+      UserError: the file is missing or damaged; at look-up, a tensor has no float dtype.
     """
 
     def __init__(self, path: Path):
@@ -31,7 +31,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise UserError(f"{path} is not there") from error
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path} is no whole safetensors file ({' '.join(str(error).split())}): "
+                f"{path} is not a complete safetensors file ({' '.join(str(error).split())}): "
                 "copy or download it again"
             ) from error
 
@@ -46,7 +46,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         return np.asarray(self._file.get_tensor(name), np.float32)
 
     def dtype(self, name: str) -> str:
-        """Safetensors' name of the dtype on disk, as "F32" or "BF16"."""
+        """Safetensors' name of the dtype on disk, such as "F32" or "BF16"."""
         return self._file.get_slice(name).get_dtype()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,7 +67,11 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 class Shards(Mapping[str, np.ndarray]):
-    """The tensors of several files, as listed in their index."""
+    """The tensors of several files, as listed in their index.
+
+    Raises:
+      UserError: the index or a file is missing or damaged; at look-up as in `TensorFile`.
+    """
 
     def __init__(self, index: Path):
         self.path = index
@@ -95,11 +99,11 @@ class Shards(Mapping[str, np.ndarray]):
         return self._at[name][name]
 
     def dtype(self, name: str) -> str:
-        """As of `TensorFile`."""
+        """As in `TensorFile`."""
         return self._at[name].dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As of `TensorFile`."""
+        """As in `TensorFile`."""
         return self._at[name].shape(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -113,7 +117,7 @@ Tensors = TensorFile | Shards
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file that torch's readers accept, with its directory's permissions."""
+    """Writes a safetensors file that torch's readers accept, with its directory's permissions."""
     save_file(dict(tensors), path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
@@ -122,7 +126,7 @@ def open_tensors(directory: Path) -> Tensors:
     """The weights of a Hugging Face directory.
 
     Raises:
-      UserError: there are none, only pickled ones, or they are damaged.
+      UserError: there are no weights, only pickled ones, or they are damaged.
     """
     if (directory / SINGLE).exists():
         return TensorFile(directory / SINGLE)

@@ -13,16 +13,17 @@ from moe_ablm.model.layers import INIT_STD
 def upcycle(model: Model, moe: TopK, seed: int) -> Model:
     """Sparse upcycling (Komatsuzaki et al. 2023): copied experts, fresh routers.
 
-    With renormalised top-k the gates of a token sum to 1 and all its experts agree, so that the
-    function is that of the dense encoder until training makes the experts differ.
+    With renormalised top-k the gates of a token sum to 1 and its experts are equal, so the function
+    is that of the dense encoder until training makes the experts differ.
 
     Args:
-      model: dense.
-      moe: the experts of the result.
-      seed: seed of the routers, drawn from N(0, 0.02^2).
+      model: a dense model.
+      moe: the experts of the result; its gates are renormalised.
+      seed: seed of the routers, which are drawn from N(0, 0.02^2).
 
     Raises:
-      UserError: the model has experts already, or its function would not be preserved.
+      UserError: the model has experts already, its function would not be preserved (K below 2), or
+        no layer would get experts.
     """
     if model.spec.moe_layers:
         raise UserError(
@@ -66,5 +67,5 @@ def upcycle(model: Model, moe: TopK, seed: int) -> Model:
         params=fill(parameter_shapes(spec), value),
         source=f"{model.source}; {note}",
         notes=(*model.notes, note),
-        # metrics stay those of the dense model, whose function this is
+        # the function is that of the dense model, so its metrics stay
     )

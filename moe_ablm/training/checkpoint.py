@@ -1,7 +1,7 @@
-"""Checkpoints: the only file that imports orbax.
+"""Checkpoints of the training state, by orbax.
 
-A checkpoint holds the training state and a small JSON record with a checksum of every array, so
-that a file altered on disk is noticed at restore and the one before it is taken.
+A checkpoint has the training state and a small JSON record with a checksum of every array. A file
+that was altered on disk is thereby noticed at restore, and the checkpoint before it is used.
 """
 
 import errno
@@ -31,13 +31,13 @@ from moe_ablm.training.state import (
 
 log = logging.getLogger(__name__)
 METRIC = "valid_loss"
-# 1, or absent: the optimizer also has moments of variables that it never moves; 1 and 2: checksums
-# are a list in the order of the arrays
+# of what is saved. In 1 (or absent) the optimizer also has moments of variables that it never
+# moves; in 1 and 2 the checksums are a list in the order of the arrays
 LAYOUT = 3
-SPARE = 1 << 20  # bytes a checkpoint may need beside its arrays: metadata, indices
-# of a file that is not there, or not of its kind: it was removed or cut off, not out of reach
+SPARE = 1 << 20  # bytes that a checkpoint may need besides its arrays: metadata, indices
+# a file is absent or of another kind: it was removed or cut off, so the checkpoint is damaged
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_READ = 1 << 24  # bytes at a time
+_READ = 1 << 24  # bytes read at a time
 
 
 class Restored(NamedTuple):
@@ -48,10 +48,10 @@ class Restored(NamedTuple):
 
 
 def checksums(parts: Mapping[str, Any]) -> dict[str, int]:
-    """uint32 by path of every array of a state, or of some of its fields.
+    """Checksum, a uint32, of every array of a state or of some of its fields, by path.
 
-    A checksum is a sum over the bits of the array and their places. Sums of integers are exact in
-    any order, so it does not depend on how the array is sharded over devices or hosts.
+    A checksum is a position-weighted sum of the array's bits. Sums of integers are exact in any
+    order, so it does not depend on how the array is sharded over devices or hosts.
 
     Args:
       parts: trees of arrays by field of `TrainState`.
@@ -70,7 +70,7 @@ def _stacked(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _require_same(parts: Mapping[str, Any], expected: dict[str, int] | list[int]) -> None:
-    """ValueError where arrays differ from what was saved (a list, in order: layouts 1 and 2)."""
+    """ValueError if arrays differ from their saved checksums (in layouts 1 and 2, a list)."""
     now = checksums(parts)
     if isinstance(expected, dict):
         same = now == {path: expected.get(path) for path in now}
@@ -89,7 +89,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the best by validation loss.
 
-    Saving is asynchronous and atomic: a checkpoint appears under its name when it is whole.
+    Saving is asynchronous and atomic: a checkpoint gets its name when it is complete.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -104,7 +104,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                # so that losses are saved, too: after a restart the best one is still known
+                # makes orbax save the losses, so that the best one is known after a restart
                 best_fn=lambda metrics: metrics[METRIC],
                 best_mode="min",
                 cleanup_tmp_directories=True,
@@ -113,7 +113,13 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState, record: dict, valid_loss: float | None) -> None:
-        """Starts to save, when the one before is on disk (its errors are raised here).
+        """Starts saving once the previous save is on disk; errors of that save are raised here.
+
+        Args:
+          step: number of updates done, the name of the checkpoint.
+          state: what is saved.
+          record: plain JSON that is saved with it.
+          valid_loss: validation loss at this step; None: not evaluated.
 
         Raises:
           UserError: the disk has no room for it; nothing is written.
@@ -128,12 +134,12 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record)
             ),
-            # without a number orbax would warn; not evaluated is never the best
+            # orbax warns where there is no number; with infinity the checkpoint is never the best
             metrics={METRIC: math.inf if valid_loss is None else valid_loss},
         )
 
     def _check_space(self, state: TrainState) -> None:
-        # asked before: a save that fails midway leaves tracebacks of many threads behind
+        # checked in advance: a save that fails midway prints tracebacks of many threads
         local = sum(
             shard.data.nbytes
             for x in jax.tree.leaves(state)
@@ -149,16 +155,16 @@ class Checkpoints:
             )
 
     def restore(self, target: TrainState) -> Restored | None:
-        """The newest checkpoint that is whole, or None where there was none at all.
+        """The newest undamaged checkpoint; None if there never was one.
 
-        Damaged ones are moved to `damaged/` beside the checkpoints, with a warning. One that cannot
-        be read (permissions, I/O, memory, no backend) is no damaged one and stays where it is.
+        Damaged checkpoints are moved to `damaged/` beside the checkpoints, with a warning. One that
+        cannot be read (permissions, I/O, memory, no backend) does not count as damaged and stays.
 
         Args:
           target: shapes and shardings to restore to (`state.abstract_state`).
 
         Raises:
-          UserError: one cannot be read; or all of them are damaged, now or at an earlier start.
+          UserError: a checkpoint cannot be read; or all are damaged, now or at an earlier start.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -168,11 +174,11 @@ class Checkpoints:
                 if obstacle := _obstacle(error, path):
                     raise UserError(
                         f"{path}: the checkpoint cannot be read ({obstacle}): nothing was changed; "
-                        "mend that, then run the same command again"
+                        "fix that, then run the same command again"
                     ) from error
                 self._set_aside(step, _first_line(error))
         damaged = sorted(p.name for p in self._damaged.glob("*"))
-        if damaged:  # never begins anew unasked
+        if damaged:  # the user decides whether to begin anew
             raise UserError(
                 f"{self.directory} holds no checkpoint that can be restored, and {self._damaged} "
                 f"those set aside as damaged ({', '.join(damaged[:9])}): move one back to try it "
@@ -181,7 +187,11 @@ class Checkpoints:
         return None
 
     def restore_step(self, step: int, target: TrainState) -> Restored:
-        """One checkpoint; ValueError when its arrays are not those that were saved."""
+        """Restores one checkpoint.
+
+        Raises:
+          ValueError: its arrays differ from what was saved. orbax raises many other kinds.
+        """
         earlier = _record(self.directory / str(step)).get("layout", 1) < 2
         if earlier:
             target = with_untrained_moments(target)
@@ -212,11 +222,11 @@ class Checkpoints:
         self._manager.reload()
 
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint on disk."""
+        """Step of the newest checkpoint on disk; None if there is none."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Blocks until everything is on disk; raises what went wrong meanwhile."""
+        """Blocks until everything is on disk; raises errors of the save."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -225,12 +235,13 @@ class Checkpoints:
 
 
 def read_records(directory: Path) -> dict[int, dict]:
-    """The record of every checkpoint by its step; an empty one where it is damaged.
+    """The record of every checkpoint, by step; an empty record where it is damaged.
 
-    Reads alone: a manager would make, tidy or lock what belongs to a run that may go on meanwhile.
+    This is a plain reader: a CheckpointManager could create, delete or lock files of a live run.
 
     Raises:
       UserError: there is no checkpoint.
+      OSError: a record cannot be read.
     """
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
     if not steps:
@@ -251,9 +262,9 @@ def _record(checkpoint: Path) -> dict:
 
 
 def _obstacle(error: BaseException, checkpoint: Path) -> str:
-    """What keeps a checkpoint from being read, empty where it is damaged.
+    """Why a checkpoint cannot be read; empty if it can be read and is therefore damaged.
 
-    Damage is what a checksum or the format says of files that can be read from end to end.
+    A checkpoint is damaged if all its files can be read from end to end, but `error` was raised.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -262,7 +273,7 @@ def _obstacle(error: BaseException, checkpoint: Path) -> str:
         ):
             return str(getattr(cause, "strerror", None) or "out of memory")
         if isinstance(cause, (jax.errors.JaxRuntimeError, RuntimeError)):
-            return _first_line(cause)  # of a device or its memory, or that there is none
+            return _first_line(cause)  # a device, its memory, or a missing backend
         numbers = re.findall(r"OS error (\d+)", str(cause))  # tensorstore's errors are ValueErrors
         if any(int(number) not in _MISSING for number in numbers):
             return _first_line(cause)
@@ -287,15 +298,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_parameters(checkpoint: Path, shapes: nnx.State, averaged: bool) -> nnx.State:
-    """The parameters of a checkpoint, on the default device; nothing else of it is read.
+    """The parameters of a checkpoint, on the default device; nothing else is read.
 
     Args:
       checkpoint: its directory.
-      shapes: of the parameters (`jax.eval_shape`).
-      averaged: take the average of the weights, which is what the run evaluated.
+      shapes: shapes of the parameters (`jax.eval_shape`).
+      averaged: whether to take the average of the weights, which the run evaluated.
 
     Raises:
-      UserError: it is not that of such an encoder, damaged, or cannot be read.
+      UserError: the checkpoint is of another encoder, damaged, or cannot be read.
     """
     try:
         return _read_parameters(checkpoint, shapes, averaged)

@@ -1,4 +1,4 @@
-"""What this device can do: peak FLOP/s, the yardstick of model FLOPs utilisation, and memory."""
+"""Peak FLOP/s of the devices, the denominator of model FLOPs utilisation, and their memory."""
 
 import contextlib
 import os
@@ -14,18 +14,18 @@ import jax
 from moe_ablm.model.linear import dot
 from moe_ablm.training.peaks import data_sheet_peak
 
-SIZE = {"cpu": 1024}  # elsewhere 8192: large enough to fill an accelerator
+SIZE = {"cpu": 1024}  # of the matrices; elsewhere 8192, large enough to fill an accelerator
 
 
 class Peak(NamedTuple):
-    """FLOP/s of all devices, and where the number is from: "data sheet" or "measured"."""
+    """FLOP/s of all devices, and the source of the number: "data sheet" or "measured"."""
 
     flops: float
     source: str
 
 
 def peak(operands: str) -> Peak:
-    """The data sheet's peak of this hardware; measured where none is known, as on CPU."""
+    """Peak of this hardware from its data sheet, or measured where there is none, as on CPU."""
     known = data_sheet_peak(jax.devices()[0].device_kind, operands)
     if known:
         return Peak(known * jax.device_count(), "data sheet")
@@ -33,7 +33,7 @@ def peak(operands: str) -> Peak:
 
 
 def matmul_peak(operands: str, rounds: int = 5) -> float:
-    """Best FLOP/s of all devices over a few square matmuls of `operands`-typed factors."""
+    """Best FLOP/s of all devices in `rounds` square matmuls with factors of dtype `operands`."""
     n = SIZE.get(jax.default_backend(), 8192)
     a = jax.random.normal(jax.random.key(0), (n, n)).astype(operands)
     multiply = jax.jit(lambda a: dot(a, a, operands).astype(a.dtype))
@@ -43,7 +43,7 @@ def matmul_peak(operands: str, rounds: int = 5) -> float:
         start = time.perf_counter()
         multiply(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    # fake CPU devices share the same cores
+    # several CPU devices share the same cores
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return 2 * n**3 / best * devices
 
@@ -54,13 +54,13 @@ def device_memory() -> int | None:
 
 
 def memory_limit() -> int:
-    """Bytes of a device: what may be allocated, or of a CPU all memory of the machine."""
+    """Bytes of a device; on CPU the machine's memory divided by the number of local devices."""
     shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return device_memory() or shared // jax.local_device_count()
 
 
 def processor() -> str:
-    """Name of this machine's CPU, which decides how bfloat16 is computed, and its cores."""
+    """Name of this machine's CPU, which decides how bfloat16 is computed, and number of cores."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -69,7 +69,7 @@ def processor() -> str:
 
 
 def peak_memory() -> int:
-    """Most bytes that were in use at once: of a device, on CPU of this process."""
+    """Peak of the bytes in use: of the first local device, or on CPU of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,4 +1,4 @@
-"""How a backend computes an encoder, where the config leaves it open."""
+"""Defaults of a backend for what the config leaves open in the section `compute`."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from moe_ablm.model.spec import PRECISIONS, Execution
 
 
 def make_execution(precision: str, scan: bool | None, remat: str | None, backend: str) -> Execution:
-    """The execution of the config's section `compute` on a backend, which need not be here.
+    """The execution of the config's section `compute` on a backend, which may be absent.
 
     Args:
-      precision: of `PRECISIONS`, or "auto".
+      precision: a key of `PRECISIONS`, or "auto".
       scan: whether equal layers run under `lax.scan`; None: they are unrolled, since a scan copies
-        all weights and all that the backward pass keeps (docs/accelerators.md).
-      remat: of `spec.REMAT`; None: what fits is the caller's to find, "none" on CPU and "matmuls"
-        elsewhere.
-      backend: of `spec.BACKENDS`.
+        all weights and everything that the backward pass keeps (docs/accelerators.md).
+      remat: one of `spec.REMAT`; None: "none" on CPU and "matmuls" elsewhere. The caller checks
+        whether that fits the memory.
+      backend: one of `spec.BACKENDS`.
     """
     activations, operands = PRECISIONS[
         default_precision(backend) if precision == "auto" else precision
@@ -29,7 +29,7 @@ def make_execution(precision: str, scan: bool | None, remat: str | None, backend
 
 
 def default_precision(backend: str) -> str:
-    """bfloat16 on accelerators; bfloat16 operands on CPUs with AMX; float32 on other CPUs."""
+    """bfloat16 on accelerators, bfloat16_operands on CPUs with AMX, float32 on other CPUs."""
     if backend != "cpu":
         return "bfloat16"
     return "bfloat16_operands" if _has_amx() else "float32"

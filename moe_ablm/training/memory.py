@@ -1,7 +1,7 @@
 """Memory of a training step, from shapes alone: nothing is allocated or compiled.
 
-The state is exact. What the forward pass keeps for the backward pass is what `jax.vjp` keeps, in
-the types of the execution; XLA may fuse some of it away, and needs some for itself.
+The state is exact. Activations are what `jax.vjp` keeps for the backward pass, in the dtypes of the
+execution. XLA may fuse some of them away, and needs memory of its own.
 """
 
 from dataclasses import replace
@@ -23,10 +23,10 @@ from moe_ablm.training.state import TrainState, abstract_state, make_definition
 from moe_ablm.training.step import auxiliary_loss, forward, region_sums
 
 SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
-# of what a layer would keep without remat, alive at a time while its backward pass recomputes it:
-# kernels that fuse hold no arrays between their operations (python -m launch.compare)
+# share of what a layer would keep without remat that is alive at once while its backward pass
+# recomputes it; fused kernels hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
-_ROWS = 16  # that are counted at a time: experts' rows come in whole blocks
+_ROWS = 16  # rows traced at a time, since experts' rows come in whole blocks
 # any AdamW has the same two moments
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
 _KINDS = {
@@ -36,13 +36,13 @@ _KINDS = {
 
 
 def abstract_mesh(data: int, expert: int, fsdp: int) -> AbstractMesh:
-    """A mesh of devices that need not be there."""
+    """A mesh of devices that may be absent."""
     return AbstractMesh((data, expert, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @cache
 def state_bytes(spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False) -> tuple[int, int]:
-    """Bytes a device of the parameters, and of the whole state that a checkpoint holds."""
+    """Bytes per device of the parameters, and of the whole state that a checkpoint holds."""
     state: TrainState = abstract_state(spec, make_optimizer(_ADAM), ema, mesh)
     return _bytes(state.params), _bytes(state)
 
@@ -57,11 +57,11 @@ class Needed(NamedTuple):
     """What a device holds, in bytes.
 
     Attributes:
-      state: parameters, moments (and average).
-      summed: gradients of the micro-batches before, if there are several.
+      state: parameters, moments and, if there is one, the average of the weights.
+      summed: summed gradients of earlier micro-batches, if there are several.
       gradients: as large as the parameters.
-      activations: kept for the backward pass, with those of what is being worked on.
-      gathered: weights of other devices for the layer that is being worked on.
+      activations: kept for the backward pass, and those of the layer being computed.
+      gathered: weights of other devices for the layer being computed and the next one.
     """
 
     state: int
@@ -72,9 +72,10 @@ class Needed(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Bytes at the peak of a step, with `SPARE` for what shapes do not show.
+        """Bytes at the peak of a step, times `SPARE` for what shapes do not show.
 
-        The backward pass begins with all activations and ends with all gradients.
+        The backward pass starts with all activations and ends with all gradients, so only the
+        larger of the two counts.
         """
         held = self.state + self.summed + self.gathered
         return SPARE * (held + max(self.gradients, self.activations))
@@ -91,11 +92,11 @@ def needed(
     """Memory of a training step.
 
     Args:
-      spec: of the encoder.
+      spec: the encoder.
       execution: dtypes and remat policy.
       mesh: the devices.
-      rows: of a micro-batch on one device, and their length.
-      ema: whether there is an average of the parameters.
+      rows: number of rows of a micro-batch on one device, and tokens of a row.
+      ema: whether there is an average of the weights.
       accumulate: micro-batches of a step.
     """
     count, length = rows
@@ -104,7 +105,7 @@ def needed(
     whole = activation_bytes(spec, replace(execution, remat="none"), length)
     activations = kept.layers + max(kept.rest, round(WORK * whole.largest))
     gathered = 0
-    if mesh.shape["fsdp"] > 1:  # and the next layer's, meanwhile
+    if mesh.shape["fsdp"] > 1:  # the weights of this layer and of the next one
         near = abstract_mesh(1, mesh.shape["expert"], 1)
         gathered = 2 * state_bytes(spec, near)[0] // spec.layers
     summed = params if accumulate > 1 else 0
@@ -118,23 +119,23 @@ def fitting_remat(
     rows: tuple[int, int],
     memory: float,
 ) -> Execution:
-    """`execution` with "full" remat where what it has does not fit `memory` bytes a device."""
+    """`execution`, with remat "full" where its own remat does not fit `memory` bytes per device."""
     if needed(spec, execution, mesh, rows).total <= memory:
         return execution
     return replace(execution, remat="full")
 
 
 def least(spec: EncoderSpec, devices: int, rows: int, length: int) -> float:
-    """Bytes that a device needs at least, whatever is recomputed; arithmetic alone, so that it can
-    be asked of sizes that could not even be traced.
+    """Lower bound of the bytes that a device needs, whatever is recomputed.
 
-    Parameters, gradients and both moments in float32, spread over all devices; of every layer its
-    input, in bfloat16.
+    It is the larger of two: parameters, gradients and both moments in float32, sharded over all
+    devices; and the input of every layer in bfloat16. It traces nothing, so it also works for sizes
+    that could not be traced.
 
     Args:
-      spec: of the encoder.
-      devices: that the state may be spread over.
-      rows: of a micro-batch on one device.
+      spec: the encoder.
+      devices: over which the state may be sharded.
+      rows: rows of a micro-batch on one device.
       length: tokens of a row.
     """
     state = 4 * 4 * params_total(spec) / devices
@@ -142,8 +143,13 @@ def least(spec: EncoderSpec, devices: int, rows: int, length: int) -> float:
 
 
 class Activations(NamedTuple):
-    """Bytes that one row keeps for the backward pass: of embedding and head, of all layers, and of
-    the largest layer."""
+    """Bytes that one row keeps for the backward pass.
+
+    Attributes:
+      rest: of embedding and head.
+      layers: of all layers.
+      largest: of the largest layer.
+    """
 
     rest: int
     layers: int
@@ -156,12 +162,12 @@ def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> Ac
     Layers of one kind store the same, so two of each suffice.
 
     Args:
-      spec: of the encoder; its router losses count.
-      execution: types, and whether layers are recomputed.
+      spec: the encoder; its router losses count.
+      execution: dtypes and remat policy.
       length: tokens of the row.
     """
     if execution.backend == "gpu":
-        # cuDNN's attention keeps what that of XLA keeps, but can be traced on GPUs alone
+        # cuDNN's attention keeps as much as the generic one, but can be traced only on GPUs
         execution = replace(execution, backend="tpu")
     dense = replace(spec, moe=None)
     one = _slope(replace(dense, layers=1), execution, length)
@@ -176,14 +182,14 @@ def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> Ac
 
 
 def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:
-    """Bytes of one row more: parameters, which are kept as well, do not grow with rows."""
+    """Bytes per additional row; parameters are kept as well, but do not grow with rows."""
     more = _kept(spec, execution, 2 * _ROWS, length) - _kept(spec, execution, _ROWS, length)
     return more // _ROWS
 
 
 @cache
 def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> int:
-    if execution.backend == "gpu":  # cuDNN may be absent here; the generic kernels keep as much
+    if execution.backend == "gpu":  # as in `activation_bytes`
         execution = replace(execution, backend="tpu")
     definition = make_definition(spec, execution)
     params = jax.eval_shape(lambda: nnx.split(Encoder(spec, Execution(), nnx.Rngs(params=0)))[1])

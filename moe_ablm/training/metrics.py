@@ -1,4 +1,4 @@
-"""What a run reports: metrics by name, speed, `results.jsonl` and TensorBoard events."""
+"""What a run reports: named metrics, speed, `results.jsonl` and TensorBoard events."""
 
 import json
 import math
@@ -25,9 +25,9 @@ def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...])
     """Loss, perplexity and accuracy, overall and by region.
 
     Args:
-      sums: arrays `[CELLS]`.
-      names: of the 14 regions of a pair in the order of the cells, without the cells of special
-        tokens (`data.regions.region_names`).
+      sums: loss, correct predictions and masked tokens, arrays `[CELLS]`.
+      names: the 14 regions of a pair (`data.regions.region_names`), in the order of the cells
+        without those of special tokens.
     """
     loss, correct, count = (np.asarray(s, np.float64) for s in sums)
     total = max(count.sum(), 1)
@@ -45,17 +45,20 @@ def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...])
 
 
 def seen_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
-    """What `loss_metrics` gives of a validation set, and chains apart that training has or has not.
+    """`loss_metrics` of a validation set, and metrics by whether training has the chain.
 
-    `loss_by_chain`, `accuracy_by_chain`, `masked_by_chain`: of "heavy" and "light", and each of
-    them "_seen" (the run's own training sequences have the chain), "_unseen" (they have not) and
-    "_novel" (no training antibody of the dataset has it, whatever part a run takes).
-    `loss_by_region_unseen`: of chains that the run's own have not. `loss_novel`: of all novel
-    chains, heavy and light. What no masked token is in is left out.
+    Added are:
+      loss_by_chain, accuracy_by_chain, masked_by_chain: of "heavy" and "light", and of each with
+        "_seen" (the training sequences that the run draws from have the chain), "_unseen" (they do
+        not) and "_novel" (no training antibody of the dataset has it, whatever part a run takes).
+      loss_by_region_unseen: of unseen chains.
+      loss_novel: of all novel chains, heavy and light.
+
+    Entries without a masked token are left out.
 
     Args:
       sums: arrays `[SEEN_LEVELS * CELLS]`.
-      names: as of `loss_metrics`.
+      names: as in `loss_metrics`.
     """
     by_level = [np.asarray(s, np.float64).reshape(SEEN_LEVELS, CELLS) for s in sums]
     novel, elsewhere, seen = range(SEEN_LEVELS)
@@ -80,10 +83,13 @@ def seen_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...])
 
 
 def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Load, entropy, dropped share and losses of each MoE layer, by layer number.
+    """All of `RouterStats` for each MoE layer, by layer number as a string.
 
-    Beside what `RouterStats` holds: `max_min_load`, and `dead_experts` in this batch, both as the
-    stability watch defines them.
+    `max_min_load` and `dead_experts` of this batch are added, as the stability watch defines them.
+
+    Args:
+      stats: arrays `[M, ...]`.
+      layers: numbers of the MoE layers, M of them.
     """
     arrays = {k: np.asarray(v, np.float64) for k, v in stats._asdict().items()}
     load = arrays["load"]
@@ -94,7 +100,7 @@ def router_metrics(stats: RouterStats, layers: tuple[int, ...]) -> dict[str, Any
 
 
 class Clock:
-    """Tokens a second of training: evaluations and the first update, which compiles, left out."""
+    """Tokens per second of training, without evaluations and the first update, which compiles."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds = 0, 0.0
@@ -102,7 +108,7 @@ class Clock:
         self._recent: float | None = None
 
     def tick(self, tokens: int) -> float:
-        """Counts an update of `tokens`; returns the smoothed tokens a second, 0 at the first."""
+        """Counts an update of `tokens`; returns smoothed tokens per second, 0 at the first one."""
         now = time.perf_counter()
         last, self._last = self._last, now
         if last is None:
@@ -115,21 +121,21 @@ class Clock:
         return self._recent
 
     def pause(self, seconds: float) -> None:
-        """Leaves out time that was not spent training."""
+        """Excludes `seconds` that were not spent on training."""
         if self._last is not None:
             self._last += seconds
 
     @property
     def mean(self) -> float | None:
-        """Tokens a second since the second update."""
+        """Mean tokens per second without the first update; None before the second one."""
         return self.tokens / self.seconds if self.seconds else None
 
 
 class Results:
     """`results.jsonl` and TensorBoard events of a work directory.
 
-    Opened at a step, it forgets what was reported after it: the run that continues from there will
-    report it again.
+    On opening at a step, everything reported after this step is dropped: the run that continues
+    from there reports it again.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -142,7 +148,7 @@ class Results:
         )
 
     def write(self, kind: str, step: int, values: dict[str, Any], wall_time: float) -> None:
-        """Appends one line, and its scalars to TensorBoard under `kind/name`."""
+        """Appends a line to `results.jsonl`, and its scalars to TensorBoard under `kind/name`."""
         line = {"kind": kind, "step": step, **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -152,7 +158,7 @@ class Results:
         )
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes both files."""
         self._file.close()
         self._events.close()
 
@@ -166,7 +172,7 @@ def _scalars(values: dict, prefix: str):
 
 
 class ValidationSums(NamedTuple):
-    """Sums over the whole set, float64: `sums` by region cell, `routed [M, E, CELLS]` or None."""
+    """`training.step.EvalSums` over the whole validation set, in float64."""
 
     sums: tuple[np.ndarray, np.ndarray, np.ndarray]
     routed: np.ndarray | None
@@ -175,7 +181,10 @@ class ValidationSums(NamedTuple):
 def validation_sums(
     eval_step: Callable[..., Any], params: Any, batches: Iterable[dict], mesh: Mesh
 ) -> ValidationSums:
-    """Adds up `training.step.make_eval_step` over `batches` (this process's rows of each)."""
+    """Sums the results of `eval_step` (`training.step.make_eval_step`) over batches.
+
+    `batches` has this process's rows of each batch.
+    """
     total: Any = None
     for batch in batches:
         sums = jax.tree.map(

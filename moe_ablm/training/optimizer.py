@@ -14,9 +14,10 @@ DECAYED = ("kernel", "embedding", "decoder", "router", "up", "down")  # not bias
 def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
     """Learning rate by number of updates done: linear warm-up from 0, then the named decay.
 
-    All reach 0 at `steps`, if the warm-up is shorter. "linear" and "cosine" decay from the end of
-    the warm-up; "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at the peak and falls linearly
-    over the last `decay_steps`, which must follow the warm-up (config.py refuses others).
+    All reach 0 at `steps` if the warm-up is shorter than `steps`. "linear" and "cosine" decay from
+    the end of the warm-up. "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at the peak and
+    decays linearly over the last `decay_steps`, which must begin after the warm-up (config.py
+    checks this).
     """
     rest = max(spec.steps - spec.warmup, 1)
     if spec.schedule == "linear":
@@ -31,7 +32,7 @@ def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
 
 
 def decay_mask(params: nnx.State) -> nnx.State:
-    """True for the parameters that weight decay acts on: weights, not biases or layer norms."""
+    """True for parameters with weight decay: weights, but not biases and layer norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
 
 
@@ -52,7 +53,8 @@ def _name(path: tuple) -> str:
 def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with decoupled weight decay.
 
-    Of frozen parameters the gradient is 0 before the norm is taken, and they do not decay.
+    Gradients of frozen parameters are zeroed before the norm is taken, and frozen parameters have
+    no weight decay.
     """
     frozen = partial(frozen_mask, layers=spec.freeze)
 

@@ -1,6 +1,6 @@
-"""Peak FLOP/s of accelerators from the vendors' data sheets; needs no JAX."""
+"""Peak FLOP/s of accelerators from the vendors' data sheets; does not need JAX."""
 
-# dense bfloat16 matmuls of one device as JAX counts them: a GPU, a TPU chip
+# dense bfloat16 matmuls of one device as JAX counts devices: a GPU, a TPU chip
 PEAKS = {
     "a100": 312e12,
     "h100": 989e12,
@@ -13,7 +13,7 @@ PEAKS = {
     "v5p": 459e12,
     "v6e": 918e12,
 }
-# `device_kind` of JAX; whole names, since parts (MIG) and other makes of a chip are slower
+# by JAX's `device_kind`, as whole names, since parts (MIG) and other variants of a chip are slower
 KINDS = {
     "NVIDIA A100-SXM4-40GB": "a100",
     "NVIDIA A100-SXM4-80GB": "a100",
@@ -37,11 +37,11 @@ KINDS = {
 
 
 def data_sheet_peak(kind: str, operands: str) -> float | None:
-    """FLOP/s of a device of this `device_kind`; None where no data sheet is known.
+    """Peak FLOP/s of a device; None where the table has none.
 
     Args:
-      kind: as JAX names the device.
-      operands: dtype of matmul operands; the table knows "bfloat16" alone.
+      kind: JAX's `device_kind`.
+      operands: dtype of matmul operands; the table has only "bfloat16".
     """
     name = KINDS.get(kind)
     return PEAKS[name] if name and operands == "bfloat16" else None

@@ -1,4 +1,4 @@
-"""What the optimizer does, as a frozen dataclass."""
+"""The settings of the optimizer, as a frozen dataclass."""
 
 from dataclasses import dataclass, field
 

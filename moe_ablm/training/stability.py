@@ -1,16 +1,17 @@
-"""The stability watch: whether a run's routing and loss hold, collapsed for a while, or collapsed.
+"""The stability watch: whether the routing and the loss of a run are stable or collapse.
 
-Reads the statistics of every update (no jax needed), keeps a small JSON state and gives a verdict:
+It reads the statistics of every update (jax is not needed), keeps a small JSON state and gives a
+verdict:
 
     stable              nothing was flagged
     transient collapse  something was flagged and recovered
     collapse            something is flagged at the end
 
-What is judged depends on the router. Token choice: load entropy, max/min load, dead experts, share
-dropped. Soft-MoE: the same of the experts' shares of the output, and a dispatch that is flat or
-sharp. Expert choice is balanced by construction: it collapses when its experts all choose the same
-tokens (the others are seen by none) or treat all tokens alike. All: logit norm. Every run, dense
-too: loss spikes.
+The signals depend on the router. Token choice: load entropy, max/min load, dead experts, dropped
+share. Soft-MoE: load entropy, max/min load and dead experts by the experts' shares of the output,
+and a dispatch that is flat or sharp. Expert choice is balanced by construction. It collapses when
+its experts all choose the same tokens (no expert takes the others) or weigh all tokens alike. All
+routers: RMS of the logits. Every run, dense ones included: loss spikes.
 """
 
 import math
@@ -30,37 +31,41 @@ READ = ("load", "entropy", "dropped", "spread", "logit_rms")  # of `RouterStats`
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a signal is flagged, and why there.
+    """When a signal is flagged, and the reason for each number.
 
     Attributes:
       window: updates over which statistics are averaged (exponentially). One batch of a
-        sequence-level router holds few decisions: 8 antibodies cannot load 64 experts evenly.
-      hold: updates in a row before a signal is flagged, and clear ones before it recovers.
-      narrow: load entropy is flagged below this part of the way, in logarithms, from total
+        sequence-level router has few decisions: 8 antibodies cannot load 64 experts evenly.
+      hold: bad updates in a row before a signal is flagged, and good ones before it recovers.
+      narrow: load entropy is flagged below this fraction of the way, in logarithms, from total
         collapse (K experts take all) to balance (E do): at 1/2, fewer than sqrt(K E) experts.
-      imbalance: largest max/min load, of the experts that are not dead.
-      dead_load: an expert is dead below this part of its fair share 1/E: a tenth of its work means
-        a tenth of its gradient.
-      dead_share: part of the experts (at least one expert) that must be dead: an eighth of the
-        parameters is then wasted, more than noise in the loss hides.
-      dead_hold: updates for which they must be: a rarely chosen expert may be silent for a while.
-      kept: token choice with a capacity: least part kept of the assignments that have room.
-      unseen: expert choice: tokens without expert are flagged at this part of the way from
-        experts that choose independently, `(1-c)^E`, to experts that all choose the same, `1-c`
-        (c the share of the tokens that an expert takes). At K 2, E 8: 32 %, where trained routers
-        leave 0 to 1 %, fresh ones 4 to 17 % and runs at 100 times the learning rate 30 to 48 %.
+      imbalance: largest max/min load of the experts that are not dead.
+      dead_load: an expert is dead below this fraction of its fair share 1/E: a tenth of the work
+        means a tenth of the gradient.
+      dead_share: fraction of the experts (at least one expert) that must be dead: an eighth of the
+        parameters is then wasted, which is more than noise in the loss hides.
+      dead_hold: updates for which they must be dead: a rarely chosen expert may idle for a while.
+      kept: token choice with a capacity: smallest fraction of the assignments with room that must
+        be kept.
+      unseen: expert choice: tokens without an expert are flagged at this fraction of the way from
+        experts that choose independently, `(1-c)^E`, to experts that all choose the same, `1-c`,
+        where c is the share of the tokens that an expert takes. At K 2, E 8 this is 32 %. Trained
+        routers leave 0 to 1 %, fresh ones 4 to 17 %, runs at 100 times the learning rate 30 to
+        48 %.
       flat: spread above which every slot (or expert) sees the plain mean of all tokens: weights
         `1 + s z` have spread `1 - s^2 / (2 ln n)`, so 0.999 is s = 10 % at n = 240 tokens.
       formed: spread below which a dispatch has formed. Initial routers are nearly flat (0.985 to
-        0.9999): that is no collapse from which one recovers, nor a reason to stop a run.
+        0.9999), which is neither a collapse nor a reason to stop a run.
       sharp: spread below which a slot reads one token: exp(0.01 ln 240) = 1.06 tokens.
-      logit_rms: float32 softmax resolves ln 2^24 = 16.6; beyond, losing experts have no gradient.
-      spike: robust deviations (1.4826 MAD) of a loss above the median of the last `losses`.
-      spike_floor: least deviation, as a part of the median: a smooth loss must not raise alarms.
-      spike_hold: updates in a row: a single odd batch is no spike.
-      losses: how many of the last losses, those of spikes left out, are compared with.
-      stop_after: updates for which a collapse has to last before a run is given up: transient ones
-        recover in less.
+      logit_rms: a float32 softmax resolves ln 2^24 = 16.6; beyond that, losing experts have no
+        gradient.
+      spike: deviation of a loss above the median of the last `losses`, in units of 1.4826 MAD.
+      spike_floor: smallest unit of deviation, as a fraction of the median, so that a smooth loss
+        raises no alarm.
+      spike_hold: updates in a row: a single odd batch is not a spike.
+      losses: number of earlier losses, without those of spikes, to compare a loss with.
+      stop_after: updates that a collapse must last before a run is stopped; transient ones recover
+        sooner.
     """
 
     window: int = 20
@@ -89,7 +94,7 @@ MOST_EVENTS = 16  # that a verdict lists
 
 
 class Signal(NamedTuple):
-    """A quantity, from which value on it is bad, and for how long it must be."""
+    """A quantity, the limit beyond which it is bad, and the updates for which it must be bad."""
 
     name: str
     limit: float
@@ -115,12 +120,12 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
 
 
 def signals_of(moe: Router | None, thresholds: Thresholds = DEFAULTS) -> tuple[Signal, ...]:
-    """What is judged of each MoE layer of a router; nothing of a dense encoder."""
+    """The signals of each MoE layer; none for a dense encoder."""
     if moe is None:
         return ()
     t, experts, fewest = thresholds, moe.experts, moe.fewest_loaded
     signals = [Signal("logit_rms", t.logit_rms, True, t.hold)]
-    if fewest is not None and fewest < experts:  # where it is all of them, loads say nothing
+    if fewest is not None and fewest < experts:  # if every token has all experts, loads say nothing
         from_one = math.log(fewest) / math.log(experts)
         signals += [
             Signal("load_entropy", from_one + t.narrow * (1 - from_one), False, t.hold),
@@ -139,14 +144,14 @@ def signals_of(moe: Router | None, thresholds: Thresholds = DEFAULTS) -> tuple[S
 
 
 class StabilityWatch:
-    """Reads one update after the other; `state` and `restore` carry it over a restart.
+    """Judges the updates of a run one by one; `state` and `restore` carry it over a restart.
 
     Args:
-      moe: the routers.
+      moe: spec of the routers; None: dense.
       layers: numbers of the MoE layers, M of them.
-      warmup: updates of the learning rate's warm-up. Routing is judged after them (and after one
-        window): fresh routers send most tokens to few experts, and spread them out within it.
-      thresholds: what is flagged.
+      warmup: updates of the learning rate's warm-up. Routing is judged after it (and after one
+        window), since fresh routers send most tokens to few experts and spread them out during it.
+      thresholds: when signals are flagged.
     """
 
     def __init__(
@@ -159,7 +164,7 @@ class StabilityWatch:
         self.thresholds = thresholds
         self._signals = signals_of(moe, thresholds) if layers else ()
         # A small batch of antibodies uses few experts even when healthy, so judge the running mean.
-        # Elsewhere a mean could hide that every batch goes to one expert, each time to another.
+        # For other routers a mean could hide that every batch goes to one expert, each to another.
         self._whole = bool(moe and moe.per_antibody)
         self._from = max(warmup, thresholds.window)  # routing is judged after so many updates
         # one place for each signal of each layer, the loss last
@@ -168,13 +173,13 @@ class StabilityWatch:
         self._limit = np.array([s.limit for s, _ in self._places])
         self._sign = np.array([1.0 if s.above else -1.0 for s, _ in self._places])
         self._hold = np.array([s.hold for s, _ in self._places])
-        self._clear = np.maximum(self._hold // thresholds.hold, 1)  # a clear update takes away
+        self._clear = np.maximum(self._hold // thresholds.hold, 1)  # a good update subtracts this
         self._flat = np.array([s.name == "flat_dispatch" for s, _ in self._places])
         n = len(self._places)
         self._mean: dict[str, np.ndarray] = {}
         self._losses: list[float] = []
         self._updates = 0
-        self._count = np.zeros(n, np.int64)  # updates in a row, up to `hold`
+        self._count = np.zeros(n, np.int64)  # bad updates less good ones, 0 to `hold`
         self._open = np.zeros(n, bool)
         self._since = np.zeros(n, np.int64)  # step at which the open episode began
         self._formed = ~self._flat
@@ -185,10 +190,10 @@ class StabilityWatch:
         self._recovered = 0
 
     def update(self, step: int, loss: float, stats: "RouterStats | None" = None) -> None:
-        """Reads an update.
+        """Judges an update.
 
         Args:
-          step: its number, from 1.
+          step: number of the update, from 1.
           loss: training loss (nats), finite.
           stats: numpy arrays `[M, ...]`; None for a dense encoder.
         """
@@ -202,7 +207,7 @@ class StabilityWatch:
                 judged[:-1] = True
         values[-1], judged[-1] = self._deviations(loss), len(self._losses) >= FEWEST_LOSSES
         excess = self._sign * (values - self._limit)
-        bad = judged & ~(excess <= 0)  # not a number is bad, too
+        bad = judged & ~(excess <= 0)  # NaN is bad as well
         if not bad[-1]:
             self._losses = [*self._losses, float(loss)][-self.thresholds.losses :]
         spread_out = self._flat & judged & (values < self.thresholds.formed)
@@ -268,15 +273,15 @@ class StabilityWatch:
         return TRANSIENT if self._recovered else STABLE
 
     def is_lasting(self, step: int) -> bool:
-        """Whether a collapse has lasted so long at `step` that the run may be given up."""
+        """Whether a collapse has lasted `Thresholds.stop_after` updates at `step`."""
         lasting = self._open & self._counts & (step - self._since >= self.thresholds.stop_after)
         return bool(lasting.any())
 
     def summary(self) -> dict[str, Any]:
         """The verdict, its first events and the worst value of each signal, for `run.json`.
 
-        An event is `{layer, step, until, what, value}`: of which layer (None: the loss), from which
-        update to which (None: not over), which signal and its value when it was flagged.
+        An event is `{layer, step, until, what, value}`: the layer (None: the loss), the first
+        update, the update of recovery (None: not over), the signal, and its value when flagged.
         """
         worst: dict[str, dict] = {}
         for i in np.argsort(-self._worst, kind="stable"):
@@ -291,7 +296,7 @@ class StabilityWatch:
         return {"verdict": self.verdict, "events": events, "worst": worst}
 
     def state(self) -> dict[str, Any]:
-        """All that must survive a restart, as plain JSON."""
+        """Everything that must survive a restart, as plain JSON."""
         arrays = {k: getattr(self, f"_{k}").tolist() for k in ARRAYS}
         arrays["worst"] = [None if w == -np.inf else w for w in arrays["worst"]]
         return arrays | {
@@ -303,7 +308,7 @@ class StabilityWatch:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state`; the watch then acts as if there had been no restart."""
+        """Continues from a `state`, as if there had been no restart."""
         values = state | {"worst": [-np.inf if w is None else w for w in state["worst"]]}
         for name in ARRAYS:
             now = getattr(self, f"_{name}")

@@ -1,4 +1,4 @@
-"""The training state: what a checkpoint holds and a step turns over."""
+"""The training state: what a checkpoint holds and a step updates."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,10 +17,14 @@ from moe_ablm.parallel.mesh import axes_sharding, replicated
 
 
 class TrainState(NamedTuple):
-    """Step (int32, number of updates done), parameters, optimizer state and, if on, their EMA.
+    """The state of training.
 
-    `params` holds all variables of the encoder, those among them that no optimizer moves
-    (`layers.Balance`), too; `split_trained` separates them.
+    Attributes:
+      step: int32, number of updates done.
+      params: all variables of the encoder, including those that no optimizer moves
+        (`layers.Balance`); `split_trained` separates them.
+      opt_state: state of the optimizer.
+      ema: average of the parameters; None: off.
     """
 
     step: jax.Array
@@ -30,13 +34,13 @@ class TrainState(NamedTuple):
 
 
 def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """What the optimizer moves, and the rest."""
+    """The variables that the optimizer moves, and the others."""
     trained, fixed = nnx.split_state(params, nnx.Param, ...)
     return trained, fixed
 
 
 def with_untrained_moments(state: TrainState) -> TrainState:
-    """The layout of earlier checkpoints, with moments of what the optimizer never moved."""
+    """The state in the layout of earlier checkpoints, with moments of untrained variables."""
     fixed = split_trained(state.params)[1]
     moments = _map_states(lambda moments: nnx.merge_state(moments, fixed), state.opt_state)
     return state._replace(opt_state=moments)
@@ -64,16 +68,16 @@ def make_definition(spec: EncoderSpec, execution: Execution) -> nnx.GraphDef:
 def init_state(
     spec: EncoderSpec, optimizer: optax.GradientTransformation, seed: int, ema: bool, mesh: Mesh
 ) -> TrainState:
-    """A fresh state, made where it lives: no device ever holds more than its shards.
+    """A fresh state, created sharded: no device ever holds more than its shards.
 
-    The parameters depend on the seed alone, not on the mesh.
+    The parameters depend on the seed but not on the mesh.
     """
     make = _maker(spec, optimizer, seed, ema)
     return jax.jit(make, out_shardings=state_sharding(jax.eval_shape(make), optimizer, mesh))()
 
 
 def started_from(state: TrainState, params: nnx.State) -> TrainState:
-    """A fresh state with given parameters, placed like its own; every process has them all."""
+    """A fresh state with other parameters, sharded like its own; every process has all of them."""
 
     def placed(like: nnx.State) -> nnx.State:
         return jax.tree.map(lambda x, y: jax.device_put(np.asarray(x), y.sharding), params, like)
@@ -105,7 +109,7 @@ def _maker(spec, optimizer, seed, ema):
 
 
 def params_sharding(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
-    """Sharding of every parameter, from the axis letters that it carries."""
+    """Sharding of every parameter, from its axis letters."""
     return jax.tree.map(
         lambda p: p.replace(axes_sharding(mesh, p.axes, p.get_value().shape)),
         params,
@@ -116,7 +120,7 @@ def params_sharding(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
 def state_sharding(
     shapes: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """Shardings of a whole state: moments lie where their parameters lie."""
+    """Shardings of a whole state; moments are sharded like their parameters."""
     params = params_sharding(shapes.params, mesh)
     moments = optax.tree.map_params(
         optimizer,
@@ -126,12 +130,12 @@ def state_sharding(
         transform_non_params=lambda _: replicated(mesh),
     )
     ema = None if shapes.ema is None else params
-    step: Any = replicated(mesh)  # shardings in the places of arrays
+    step: Any = replicated(mesh)  # a TrainState of shardings instead of arrays
     return TrainState(step, params, moments, ema)
 
 
 def params_sha256(params: nnx.State) -> str:
-    """SHA-256 of all parameters: little-endian float32 bytes, ordered by path."""
+    """SHA-256 of the path and the little-endian float32 bytes of all parameters, in path order."""
     flat = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(params)}
     digest = hashlib.sha256()
     for name in sorted(flat):

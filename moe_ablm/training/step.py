@@ -1,6 +1,6 @@
 """One update and one evaluation of a batch, as pure functions to be jitted.
 
-Losses are sums by region, so that any grouping of batches adds up exactly.
+Losses are sums by region, so that the sums of several batches can be added.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from moe_ablm.model.routing import RouterStats
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import TrainState, split_trained
 
-# cells of the tables below: (segment - 1) * REGIONS + region; see data.regions for both codes
+# a cell is a region of a chain: (segment - 1) * REGIONS + region; data.regions has both codes
 REGIONS = 8
 CELLS = 2 * REGIONS
-SEEN_LEVELS = 3  # of a chain of an evaluation batch, whether training has it; see data.chains
+SEEN_LEVELS = 3  # codes of `seen` in evaluation batches: does training have the chain (data.chains)
 
 Batch = dict[str, jax.Array]
 
 
 class RegionSums(NamedTuple):
-    """Sums over the masked positions of each (chain, region) cell, float32 `[CELLS]`.
+    """Sums over the masked positions of each cell, float32 `[CELLS]`.
 
-    Of batches that say what training has seen `[SEEN_LEVELS * CELLS]`, level after level.
+    For batches with `seen` they are `[SEEN_LEVELS * CELLS]`, level by level.
     """
 
     loss: jax.Array  # nats
@@ -40,7 +40,7 @@ class RegionSums(NamedTuple):
 
 
 def cells(batch: Batch) -> jax.Array:
-    """Cell of every position, int32 `[B, L]`; padding falls in cell 0, where no mask ever is."""
+    """Cell of every position, int32 `[B, L]`; padding is in cell 0, and never masked."""
     segment = batch["segment"].astype(jnp.int32)
     return jnp.maximum(segment - 1, 0) * REGIONS + batch["region"].astype(jnp.int32)
 
@@ -50,11 +50,11 @@ def region_sums(logits: jax.Array, batch: Batch) -> RegionSums:
 
     Args:
       logits: float32 `[B, L, V]`.
-      batch: `targets`, `loss_mask`, `segment`, `region`, each `[B, L]`; evaluation batches have
-        `seen`, too.
+      batch: `targets`, `loss_mask`, `segment` and `region`, each `[B, L]`; evaluation batches also
+        have `seen`.
     """
     targets = batch["targets"].astype(jnp.int32)
-    # a gather along V would have a scatter as its gradient
+    # not a gather along V, whose gradient would be a scatter
     chosen = (logits * jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)).sum(-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (logits.argmax(-1) == targets).astype(jnp.float32)
@@ -76,7 +76,7 @@ class StepMetrics(NamedTuple):
     """What an update reports; `router` statistics are `[M, ...]`, None for a dense encoder."""
 
     sums: RegionSums
-    tokens: jax.Array  # not padding
+    tokens: jax.Array  # padding not counted
     objective: jax.Array
     grad_norm: jax.Array
     update_norm: jax.Array
@@ -87,7 +87,7 @@ class StepMetrics(NamedTuple):
 def forward(
     model: Encoder, batch: Batch, training: bool = False, key: jax.Array | None = None
 ) -> Output:
-    """The encoder's output for a batch, packed when the batch says where its antibodies are."""
+    """The encoder's output for a batch; rows are packed if the batch has `position`."""
     packing = None
     if "position" in batch:
         packing = Packing(batch["antibody"], batch["position"])
@@ -111,11 +111,19 @@ def make_train_step(
     ema: float,
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The update of a batch.
+    """The function that updates a state by a batch.
 
-    Gradients of `accumulate` micro-batches add up to those of the whole batch: every token weighs
-    the same, whichever micro-batch it is in. (Router losses are means over micro-batches.) The
-    jitter of routers and dropout are functions of (seed, step, micro-batch).
+    Gradients of micro-batches add up to those of the whole batch: every masked token has the same
+    weight, whichever micro-batch it is in. Router losses are means over micro-batches. Jitter and
+    dropout are functions of (seed, step, micro-batch).
+
+    Args:
+      definition: of the encoder (`state.make_definition`).
+      optimizer: from `optimizer.make_optimizer`.
+      spec: the encoder.
+      accumulate: micro-batches of a batch.
+      ema: decay of the average of the weights; not used if the state has none.
+      seed: seed of jitter and dropout.
     """
     moe = spec.moe
     random = spec.drops or bool(moe and moe.noise)
@@ -161,7 +169,7 @@ def make_train_step(
         params = nnx.merge_state(trained, fixed)
         if moe and moe.balance_step:
             params = rebalanced(params, router.asked, moe.balance_step)
-        # apart from the update, which XLA:GPU would otherwise not make in place
+        # norms are separated from the update, which XLA:GPU would otherwise not make in place
         measured = jax.lax.optimization_barrier((updates, trained))
         average = state.ema
         if average is not None:
@@ -183,30 +191,32 @@ def make_train_step(
 def rebalanced(params: nnx.State, asked: jax.Array, rate: float) -> nnx.State:
     """Parameters with each layer's `balance` moved towards equal loads.
 
-    An expert with less than its share becomes easier to choose by `rate`, one with more harder:
-    `b_e += rate * sign(1/E - load_e)` (Wang et al. 2024, algorithm 1; used by DeepSeek-V3). Where
-    experts have a capacity, the load is what was asked for: what is left after drops is capped, and
-    would push experts below their share further down.
+    An expert with less than its share becomes easier to choose, one with more becomes harder:
+    `b_e += rate * sign(1/E - load_e)` (Wang et al. 2024, algorithm 1; used by DeepSeek-V3). With a
+    capacity the load is that before drops. The load after drops is capped, which would push experts
+    below their share further down.
 
     Args:
       params: of an encoder whose M MoE layers have a `balance [E]`.
       asked: `[M, E]`, shares of the assignments before drops.
-      rate: of the update.
+      rate: step of the bias.
     """
     flat = dict(nnx.to_flat_state(params))
     paths = sorted(path for path, variable in flat.items() if isinstance(variable, Balance))
     for path, shares in zip(paths, asked, strict=True):
         missing = 1 / asked.shape[-1] - shares
-        # a share that is fair but for its last bits moves nothing
+        # a share that is fair up to rounding moves nothing
         step = rate * jnp.where(jnp.abs(missing) < 1e-6, 0.0, jnp.sign(missing))
         flat[path] = flat[path].replace(flat[path].get_value() + step)
     return nnx.from_flat_state(flat)
 
 
 class EvalSums(NamedTuple):
-    """What an evaluation batch adds: sums by region, router statistics weighted by tokens.
+    """The sums of an evaluation batch.
 
-    `routed [M, E, CELLS]` counts the assignments of each expert by region of the token.
+    Attributes:
+      sums: by region.
+      routed: `[M, E, CELLS]`, assignments of each expert by the cell of the token; None: dense.
     """
 
     sums: RegionSums
@@ -214,7 +224,7 @@ class EvalSums(NamedTuple):
 
 
 def make_eval_step(definition: nnx.GraphDef) -> Callable[[nnx.State, Batch], EvalSums]:
-    """Sums of a batch under fixed parameters."""
+    """The function that sums up a batch under fixed parameters; `definition` is the encoder's."""
 
     def eval_step(params: nnx.State, batch: Batch) -> EvalSums:
         output = forward(nnx.merge(definition, params), batch)
@@ -225,10 +235,10 @@ def make_eval_step(definition: nnx.GraphDef) -> Callable[[nnx.State, Batch], Eva
 
 
 def routed_by_region(routing: Routed | None, batch: Batch) -> jax.Array | None:
-    """Assignments by layer, expert and region cell, float32 `[M, E, CELLS]`."""
+    """Assignments by layer, expert and cell, float32 `[M, E, CELLS]`; None for a dense encoder."""
     if routing is None:
         return None
     where = jax.nn.one_hot(cells(batch), CELLS, dtype=jnp.float32)
-    # padding falls in a cell, too, but under BALM-MoE's policies experts may work on it
+    # padding has a cell as well, and under BALM-MoE's policies experts may compute for it
     assigned = routing.assigned * (batch["segment"] > 0)[..., None]
     return jnp.einsum("mble,blc->mec", assigned, where, precision=jax.lax.Precision.HIGHEST)
