@@ -195,7 +195,7 @@ def _unpacked(members: np.ndarray, out: Any) -> Iterator[tuple[int, Any]]:
 def _mesh(devices: int) -> Mesh:
     available = jax.devices()
     if not 1 <= devices <= len(available):
-        found = f"the devices found ({jax.default_backend()})"
-        raise ArgumentError("devices", devices, f"expected 1 to {len(available)}, {found}")
+        expected = f"expected 1 to {len(available)}, the devices found ({jax.default_backend()})"
+        raise ArgumentError("devices", devices, expected)
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh((devices, 1, 1), MESH_AXES, axis_types=kinds, devices=available[:devices])

@@ -131,16 +131,16 @@ def _widths(
     config: HuggingFaceConfig, spec: EncoderSpec, experts: int, shared: int
 ) -> tuple[int, ...]:
     """Width of every routed expert; checks that the shared ones have their mean width."""
-    given = config["expert_intermediate_size"] or spec.ffn
-    widths = tuple(given) if isinstance(given, list) else (given,) * experts
+    setting = config["expert_intermediate_size"] or spec.ffn
+    widths = tuple(setting) if isinstance(setting, list) else (setting,) * experts
     whole = all(isinstance(w, int) and not isinstance(w, bool) and w > 0 for w in widths)
     if len(widths) != experts or not whole:
         raise UserError(
-            f"{config.file}: expert_intermediate_size is {given!r}, expected a positive whole "
+            f"{config.file}: expert_intermediate_size is {setting!r}, expected a positive whole "
             f"number, or one for each of the {experts} experts that are not shared"
         )
     mean = round(sum(widths) / experts)
-    default = given if isinstance(given, int) else spec.ffn
+    default = setting if isinstance(setting, int) else spec.ffn
     width = config["shared_expert_intermediate_size"] or default
     if shared and width != mean:
         raise UserError(

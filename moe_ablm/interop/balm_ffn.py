@@ -42,12 +42,12 @@ def cut(ffn: Ffn, width: int) -> list[Ffn]:
     count = len(ffn.down) // width
     pieces = []
     for i in range(count):
-        here = slice(i * width, (i + 1) * width)
+        part = slice(i * width, (i + 1) * width)
         pieces.append(
             Ffn(
-                tuple(a[here] for a in ffn.up),
-                tuple(a[here] for a in ffn.up_bias),
-                ffn.down[here],
+                tuple(a[part] for a in ffn.up),
+                tuple(a[part] for a in ffn.up_bias),
+                ffn.down[part],
                 ffn.down_bias if i == 0 else np.zeros_like(ffn.down_bias),
             )
         )

@@ -1,7 +1,7 @@
 """Bidirectional self-attention with rotary positions; padding takes no part in it.
 
-`attend` chooses between three ways to compute the same: cuDNN's fused kernel (bfloat16 on GPU),
-`cpu.attend`, and `attend_by_blocks`, which serves all else and never holds all weights.
+`attend` selects one of three implementations: cuDNN's fused kernel (GPU, bfloat16, no dropout),
+`cpu.attend` (CPU), or `attend_by_blocks` (everything else), which never holds all weights at once.
 """
 
 from functools import partial
@@ -22,11 +22,11 @@ from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 MASKED = -1e30
-QUERIES = 64  # of a block: [B, H, 64, L] weights are held at once
+QUERIES = 64  # in a block of `attend_by_blocks`, which holds weights [B, H, 64, L]
 
 
 class Dropped(NamedTuple):
-    """Dropout of attention weights: counters uint32 `[B, L]` of the tokens, and a layer's key."""
+    """Dropout of attention weights: `dropout.token_counters`, uint32 `[B, L]`, and a layer key."""
 
     counters: jax.Array
     key: jax.Array
@@ -43,8 +43,8 @@ def rotary(
     Args:
       x: queries or keys `[B, L, H, D/H]`.
       position: integers `[B, L]`, each below `length`; None: 0 to L - 1 in every row.
-      length: None: L.
-      base: of the geometric series of wavelengths.
+      length: number of positions; None: L.
+      base: base of the geometric series of wavelengths.
 
     Returns:
       An array like `x`; a token at position p is rotated by p times the frequencies.
@@ -76,12 +76,12 @@ def attend(
       k, v: `[B, L, H, D/H]`.
       valid: bool `[B, L]`, False at padding, which stands at the end of each row.
       execution: backend and dtypes.
-      packing: given when rows hold several antibodies.
-      dropped: given where weights are dropped out at `rate`.
-      rate: of dropout.
+      packing: where the antibodies of a row are; None: a row is one antibody.
+      dropped: counters and key of the dropout; None: no weights are dropped.
+      rate: dropout rate.
 
     Returns:
-      `[B, Q, H, D/H]`, in the dtype of `q`; rows of padding hold no meaning.
+      `[B, Q, H, D/H]`, in the dtype of `q`; undefined for queries at padding.
     """
     heads, head_dim = q.shape[2:]
     if execution.backend == "gpu" and q.dtype == jnp.bfloat16 and not head_dim % 8 and not dropped:
@@ -122,14 +122,14 @@ def attend_by_blocks(
     """
     b, queries, heads, n = q.shape
     length, dtype = k.shape[1], wide(q.dtype)
-    # as batches of products; `wide`, so that gradients of keys and values are summed so
+    # batched products; `wide`, so that gradients of keys and values are summed in this dtype
     keys = k.transpose(0, 2, 3, 1).reshape(b * heads, n, length).astype(dtype)
     values = v.transpose(0, 2, 1, 3).reshape(b * heads, length, n).astype(dtype)
     size = min(queries, QUERIES)
     blocks = -(-queries // size)
 
     def split(x: jax.Array, axis: int) -> jax.Array:
-        """Blocks of queries first, of an array `[..., queries, ...]`."""
+        """Pads an axis of queries and splits it: `[blocks, ..., size, ...]`."""
         extra = [(0, 0)] * x.ndim
         extra[axis] = (0, blocks * size - queries)
         shape = (*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
@@ -162,7 +162,7 @@ def attend_by_blocks(
 
 
 def attention_bias(valid: jax.Array, packing: Packing | None = None) -> jax.Array:
-    """float32 `[B, 1, 1, L]`, or `[B, 1, L, L]` packed: 0 where a key counts, else `MASKED`."""
+    """float32 `[B, 1, 1, L]`, packed `[B, 1, L, L]`: 0 for attended keys, `MASKED` for others."""
     allowed = valid[:, None, None, :] if packing is None else packing.same()[:, None]
     return jnp.where(allowed, 0.0, MASKED).astype(jnp.float32)
 
@@ -189,7 +189,7 @@ class SelfAttention(nnx.Module):
         return rotary(q * self.head_dim**-0.5, position), rotary(k, position), v
 
     def _project_one(self, x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`_project` with the query of one position of each row alone: `[B, 1, H, D/H]`."""
+        """`_project`, but with only the query of one position of each row: `[B, 1, H, D/H]`."""
         b, length, d = x.shape
         kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]
         one = take_position(x, at)
@@ -212,16 +212,19 @@ class SelfAttention(nnx.Module):
         Args:
           x: `[B, L, D]`.
           valid: bool `[B, L]`.
-          packing: given when rows hold several antibodies.
-          at: integers `[B]`; None: all positions.
-          dropped: given in training with dropout.
+          packing: where the antibodies of a row are; None: a row is one antibody.
+          at: integers `[B]`, the position, where rows are not packed; None: all positions.
+          dropped: dropout of the weights in training; None: no dropout.
         """
         q, k, v = self._project(x, packing) if at is None else self._project_one(x, at)
         out = attend(q, k, v, valid, self.execution, packing, dropped, self.rate)
         return checkpoint_name(self.out(out.reshape(*out.shape[:2], -1)), "attention_out")
 
     def weights(self, x: jax.Array, valid: jax.Array, packing: Packing | None = None) -> jax.Array:
-        """Attention weights of `__call__`, `wide` `[B, H, L, L]`; 0 for keys of padding."""
+        """Attention weights of `__call__`, at least float32 `[B, H, L, L]`; 0 for padding keys.
+
+        Undefined for queries at padding.
+        """
         q, k, _ = self._project(x, packing)
         q, k = (jnp.swapaxes(a, 1, 2) for a in (q, k))
         scores = dot_transposed(q, k, self.execution.operands)

@@ -1,7 +1,7 @@
 """Kernels for XLA:CPU that other backends neither need nor use.
 
-Each does what its generic counterpart does (`layers.gelu`, `attention.attend`,
-`experts.grouped_ffn`), to rounding; `Execution.backend` chooses between them.
+Each computes what its generic counterpart computes (`layers.gelu`, `attention.attend_by_blocks`,
+`experts.grouped_ffn`), up to rounding. `Execution.backend` selects it.
 """
 
 from functools import partial
@@ -22,8 +22,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x, gradient):
-    # Barrier against fusion: XLA:CPU would recompute erf in every consumer, transposed ones among
-    # them (2.4x the time of an FFN's gradient).
+    # Barrier against fusion: XLA:CPU would recompute erf in every consumer, also in transposed
+    # ones, which makes the gradient of an FFN take 2.4 times as long.
     x, gradient = lax.optimization_barrier((x, gradient))
     _, vjp = jax.vjp(partial(jax.nn.gelu, approximate=False), x)
     return lax.optimization_barrier(vjp(gradient))
@@ -37,17 +37,18 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(q, k, v, bias, keep, operands, rate):
-    """Attention with its weights kept for the backward pass, 4x faster than autodiff.
+    """Attention whose backward pass reuses the weights; its gradient is 4x faster than autodiff's.
 
     Args:
-      q, k, v: `[B, L, H, D/H]`; `q` is scaled already.
-      bias: `[B, 1, L or 1, L]`, added to the scores.
-      keep: bool `[B, H, L, L]`, weights that stay (dropout); None: all.
+      q: `[B, Q, H, D/H]`, scaled already.
+      k, v: `[B, L, H, D/H]`.
+      bias: `[B, 1, Q or 1, L]`, added to the scores.
+      keep: bool `[B, H, Q, L]`, weights that dropout keeps; None: all.
       operands: dtype of matmul factors.
-      rate: of dropout.
+      rate: dropout rate.
 
     Returns:
-      `[B, L, H, D/H]` in the dtype of `q`.
+      `[B, Q, H, D/H]` in the dtype of `q`.
     """
     if partitioned() or keep is not None:
         return _attend_forward(q, k, v, bias, keep, operands, rate)[0]
@@ -55,16 +56,16 @@ def attend(q, k, v, bias, keep, operands, rate):
 
 
 def _attend_row_by_row(q, k, v, bias, operands):
-    """Without a gradient nothing is kept, and the weights of one row stay in the cache.
+    """The forward pass without a gradient: the weights of one row at a time stay in the cache.
 
-    A forward pass of the 8M encoder is 1.1 (float32) to 1.2 times (bfloat16 operands) faster.
+    It makes the 8M encoder 1.1 (float32) to 1.2 times (bfloat16 operands) faster.
     """
 
     def attend_one(row):
         q, k, v, bias = row
         scores = dot_transposed(q, k, operands) + bias
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        # divided afterwards: there are fewer outputs than weights
+        # outputs are divided instead of weights, since there are fewer of them
         return dot(weights, v, operands) / weights.sum(-1, keepdims=True)
 
     heads = [_heads_first(x, operands) for x in (q, k, v)]
@@ -90,7 +91,7 @@ def _attend_forward(q, k, v, bias, keep, operands, rate):
 
 
 def _attend_backward(operands, rate, residuals, gradient):
-    """Every product is laid out row-major with heads first."""
+    """Gradients of q, k and v; the factors of every product are row-major with heads first."""
     q, k, v, weights, keep, out, like = residuals
     gradient = row_major(jnp.swapaxes(gradient, 1, 2).astype(wide(operands)), "cpu")
     mean = (gradient * out).sum(-1, keepdims=True)
@@ -110,7 +111,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _reader(block: int):
-    """Functions that read and write block i of an array of rows."""
+    """Functions that read and write block i of an array of rows, `block` rows each."""
 
     def take(x: jax.Array, i: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, i * block, block)
@@ -123,17 +124,17 @@ def _reader(block: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def grouped_ffn(x, weights, groups, block, activate, operands):
-    """`down_e(activate(up_e(x)))`, a small FFN for each block of rows.
+    """`down_e(activate(up_e(x)))` of the expert e of each row, computed block by block.
 
-    The loop ends at the last block in use: padding and idle experts cost no time, and a block's
-    hidden units stay in the cache from one product to the next.
+    The loop ends at the last block in use, so unused blocks cost no time. The hidden units of a
+    block stay in the cache from one product to the next.
 
     Args:
       x: `[rows, D]`, each expert's rows padded to whole blocks.
       weights: `experts.ExpertWeights` of all experts.
       groups: `experts.Groups` of the rows.
       block: rows of a block.
-      activate: function of the hidden units.
+      activate: the activation function.
       operands: dtype of matmul factors.
 
     Returns:

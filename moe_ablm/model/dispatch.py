@@ -1,11 +1,13 @@
-"""Brings tokens to experts and back: three ways, chosen by what the plan looks like.
+"""Dispatch and combine: sends tokens to experts and brings the outputs back.
 
-* `dropless`: every assignment is computed, in groups sorted by expert. On a mesh the rows travel to
-  the devices that own the experts where they fit in arrays of fixed shape; else, in that step, the
-  experts' weights are gathered to the rows.
-* `limited`: every antibody has C rows of every expert, which travel by one all-to-all there and one
-  back.
-* `softly`: the rows of an expert are weighted means of tokens; they travel like those of `limited`.
+`moe.Layer` chooses one of three ways by the router's spec:
+
+* `dropless`: every assignment is computed, in groups of rows sorted by expert. On a mesh the rows
+  travel to the devices that own the experts if they fit in arrays of fixed shape. In a step where
+  they do not fit, the experts' weights are gathered on every device instead.
+* `limited`: every expert has C places for each antibody. Rows travel by one all-to-all to the
+  experts and one back.
+* `softly`: the rows of an expert are weighted means of tokens. They travel as in `limited`.
 """
 
 from collections.abc import Callable
@@ -30,20 +32,20 @@ from moe_ablm.model.spec import Execution
 from moe_ablm.parallel.mesh import BATCH_AXES
 
 Experts = Callable[[jax.Array], jax.Array]  # `[E, T, D] -> [E, T, D]`
-SLACK = 2.0  # places for rows that travel, over the mean number of rows between two devices
+SLACK = 2.0  # places for rows from one device to another, as a multiple of their mean number
 
 
 @jax.custom_vjp
 def take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`x[index]`, zeros where `index` is the number of rows; its gradient is a gather too.
+    """`x[index]`, zeros where `index` is the number of rows N. The gradient is a gather as well.
 
-    Scattered sums are slow on accelerators, and on GPUs depend on their order.
+    A scattered sum would be slow on accelerators, and on GPUs its result depends on the order.
 
     Args:
       x: `[N, D]`.
-      index: int32, any shape, 0..N.
+      index: int32 of any shape, values 0 to N.
       inverse: int32 `[N, M]`, the flat positions of `index` that read each row, padded with
-        `index.size`: the gradient of row n is the sum of those M rows.
+        `index.size`. The gradient of a row is the sum over these M positions.
     """
     return x.at[index].get(mode="fill", fill_value=0)
 
@@ -63,21 +65,21 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 def combine(out: jax.Array, slot: jax.Array, assignment: jax.Array, gates: jax.Array) -> jax.Array:
-    """Sums the rows of each token by gate: `[T, D]`, `wide`.
+    """Gate-weighted sum of the expert outputs of each token: `[T, D]`, at least float32.
 
     Args:
-      out: `[rows, D]`.
-      slot: int32 `[T, K]`, row of each assignment; `rows`: none.
-      assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K`: none.
+      out: expert outputs `[rows, D]`.
+      slot: int32 `[T, K]`, row of each assignment; `rows` where there is none.
+      assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K` for empty rows.
       gates: `[T, K]`.
     """
     return (take_rows(out, slot, assignment[:, None]) * gates[..., None]).sum(1)
 
 
 def combine_scattered(out: jax.Array, assignment: jax.Array, gates: jax.Array) -> jax.Array:
-    """As `combine`, by sums scattered to tokens: fewer bytes where most places of tokens are empty.
+    """`combine` by a scattered sum, which moves fewer bytes where most assignments are empty.
 
-    On CPU alone, see `take_rows`.
+    Only for CPU, see `take_rows`.
     """
     tokens, k = gates.shape
     weights = gates.reshape(-1).at[assignment].get(mode="fill", fill_value=0)
@@ -99,10 +101,10 @@ def dropless(
     Args:
       x: `[B, L, D]`.
       plan: experts and gates `[B, L, K]`.
-      weights: of the experts of this device.
-      activation: of `layers.ACTIVATE`.
+      weights: the experts of this device.
+      activation: a key of `layers.ACTIVATE`.
       execution: backend and dtypes.
-      axis: mesh axis over which the experts are spread; None: they are all here.
+      axis: mesh axis that shards the experts; None: this device has all of them.
 
     Returns:
       `[B, L, D]`; 0 for tokens that are not routed.
@@ -117,7 +119,10 @@ def dropless(
 
 
 def _local(x, chosen, gates, weights, activation, execution, kept=True):
-    """`[T, D]` from experts that are all here; `chosen`, `gates` `[T, K]`; `kept`: of products."""
+    """Output `[T, D]` of experts that are all on this device.
+
+    `chosen` and `gates` are `[T, K]`; `kept` is that of `experts.grouped_ffn`.
+    """
     experts = weights.up.shape[0]
     block = block_size(chosen.size, experts, execution.backend)
     slot, assignment, groups = sort_by_expert(chosen, experts, block)
@@ -127,16 +132,16 @@ def _local(x, chosen, gates, weights, activation, execution, kept=True):
 
 
 def _over_devices(x, chosen, gates, weights, local, axis):
-    """`_local` with the experts spread over `axis`.
+    """`_local` with the experts sharded over `axis`.
 
-    Assignments are sorted by the device that owns their expert and travel in `[ways, places]`
-    arrays. Whether all fit is decided for the whole mesh at once, so that all devices take the
-    same branch; nothing is ever dropped.
+    Assignments are sorted by the device that owns their expert and travel in arrays
+    `[ways, places]`. Whether all fit is decided for the whole mesh, so that all devices take the
+    same branch. No assignment is dropped.
     """
-    ways, mine = lax.axis_size(axis), weights.up.shape[0]
+    ways, owned = lax.axis_size(axis), weights.up.shape[0]
     t, k = chosen.shape
     places = min(-(-int(SLACK * t * k) // ways), t * k)
-    owner = jnp.where(chosen < ways * mine, chosen // mine, ways)
+    owner = jnp.where(chosen < ways * owned, chosen // owned, ways)
     one_hot = jax.nn.one_hot(owner.reshape(-1), ways, dtype=jnp.int32)
     rank = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(-1).reshape(t, k)
     fits = lax.pmin((one_hot.sum(0).max() <= places).astype(jnp.int32), BATCH_AXES) > 0
@@ -147,14 +152,14 @@ def _over_devices(x, chosen, gates, weights, local, axis):
         order = jnp.arange(t * k, dtype=jnp.int32)
         assignment = assignment.at[slot.reshape(-1)].set(order, mode="drop")
         rows = take_rows(x, assignment // k, slot)
-        expert = jnp.append(chosen.reshape(-1) % mine, mine)[assignment]
+        expert = jnp.append(chosen.reshape(-1) % owned, owned)[assignment]
         exchange = partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
         rows, expert = checkpoint_name(exchange(rows), "rows"), exchange(expert)
         ones = jnp.ones((rows.shape[0], 1), wide(x.dtype))
         out = local(rows, expert[:, None], ones, weights).astype(x.dtype)
         return combine(checkpoint_name(exchange(out), "rows"), slot, assignment, gates)
 
-    # a conditional keeps for the backward pass what either branch needs: this one keeps nothing
+    # a conditional keeps what either branch needs for its backward pass; this branch keeps nothing
     @jax.checkpoint
     def gather(x, weights):
         whole = jax.tree.map(lambda w: lax.all_gather(w, axis, tiled=True), weights)
@@ -171,10 +176,10 @@ def sharded_experts(
     """All experts as one function of their rows `[E, T, D]`.
 
     Args:
-      weights: this device's experts.
-      activation: of `layers.ACTIVATE`.
+      weights: the experts of this device.
+      activation: a key of `layers.ACTIVATE`.
       execution: backend and dtypes.
-      axis: mesh axis over which the experts are spread; None: they are all here.
+      axis: mesh axis that shards the experts; None: this device has all of them.
     """
     compute = partial(expert_ffn, weights=weights, activation=activation, execution=execution)
     if axis is None:
@@ -192,17 +197,17 @@ def sharded_experts(
 def limited(
     x: jax.Array, plan: Plan, places: int, count: int, experts: Experts, backend: str
 ) -> jax.Array:
-    """Gathers the admitted tokens into `[E, B * C, D]` and adds the experts' outputs by gate.
+    """Gathers the admitted tokens into `[E, B * C, D]` and sums the experts' outputs by gate.
 
-    Nothing of size tokens x experts x capacity is built, only indices of the E * C rows.
+    No array of size tokens x experts x capacity is built, only indices of the E * C rows.
 
     Args:
       x: `[B, L, D]`.
-      plan: with places in the queues, those of admitted tokens below `places`.
+      plan: with places in the queues; those of admitted tokens are below `places`.
       places: C.
       count: E.
       experts: `[E, B * C, D] -> [E, B * C, D]`.
-      backend: cpu, gpu or tpu.
+      backend: one of `spec.BACKENDS`.
 
     Returns:
       `[B, L, D]`; 0 for tokens that no expert took.
@@ -214,7 +219,7 @@ def limited(
     row = lax.broadcasted_iota(jnp.int32, plan.experts.shape, 0)
     slot = (plan.experts * b + row) * places + plan.place
     slot = jnp.where(plan.experts < count, slot, count * b * places).reshape(-1, k)
-    # which assignment sits in each slot; `b * length * k`: none
+    # the assignment in each slot; `b * length * k` where it is empty
     assignment = jnp.full(count * b * places, b * length * k, jnp.int32)
     order = lax.iota(jnp.int32, b * length * k)
     assignment = assignment.at[slot.reshape(-1)].set(order, mode="drop")
@@ -235,13 +240,16 @@ def limited(
 
 
 def softly(x: jax.Array, plan: SoftPlan, experts: Experts, execution: Execution) -> jax.Array:
-    """Slots as weighted means of tokens, tokens as weighted means of the experts' outputs.
+    """Computes slots as weighted means of tokens, and tokens as weighted means of slot outputs.
 
     Args:
       x: `[B, L, D]`.
       plan: weights `[B, L, E, S]`.
       experts: `[E, B * S, D] -> [E, B * S, D]`.
       execution: dtypes.
+
+    Returns:
+      `[B, L, D]`.
     """
     b, length, e, s = plan.dispatch.shape
     dispatch = plan.dispatch.reshape(b, length, e * s).swapaxes(1, 2).astype(x.dtype)
@@ -255,9 +263,10 @@ def softly(x: jax.Array, plan: SoftPlan, experts: Experts, execution: Execution)
 def sum_over_antibodies(
     function: Callable[[jax.Array, Any, Any], Any], most: jax.Array, values: Any, constants: Any
 ) -> Any:
-    """`sum_a function(a, values, constants)` for a = 1 to `most`, the largest number in any row.
+    """`sum_a function(a, values, constants)` over the antibodies a = 1 to `most` of packed rows.
 
-    A loop of dynamic length with a gradient: packed rows hold a few antibodies, seldom many.
+    `most` is the largest number of antibodies in any row; it varies, so the loop has a dynamic
+    length. Gradients reach `values` only.
     """
     shapes = jax.eval_shape(function, jnp.int32(1), values, constants)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

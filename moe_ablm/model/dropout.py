@@ -1,7 +1,7 @@
-"""Dropout whose bits are counted, not drawn: a hash of the step, the antibody and the position.
+"""Counter-based dropout: the bits are a hash of the step, the antibody and the position.
 
-The bits of a token do not depend on the mesh, on the row or the neighbours that an antibody is
-packed with, or on how often a run was resumed.
+The bits of a token do not depend on the mesh, on the row or the neighbours with which an antibody
+is packed, or on how often a run was resumed.
 """
 
 import jax
@@ -25,10 +25,10 @@ def token_counters(
     """uint32 `[B, L]`: a number for every token, from its antibody's tokens and its position.
 
     Args:
-      tokens: integers `[B, L]`, what the encoder reads, masks included.
-      valid: bool `[B, L]`.
-      packing: given when rows hold several antibodies.
-      key: of the step.
+      tokens: integers `[B, L]`, the encoder's input, masks included.
+      valid: bool `[B, L]`, False at padding.
+      packing: where the antibodies of a row are; None: a row is one antibody.
+      key: key of the step.
     """
     length = tokens.shape[1]
     position = jnp.arange(length) if packing is None else packing.position
@@ -47,9 +47,9 @@ def drop(x: jax.Array, counters: jax.Array, rate: float, key: jax.Array) -> jax.
 
     Args:
       x: activations.
-      counters: uint32 `[B, L]`, of `token_counters`.
-      rate: 0 leaves `x` as it is.
-      key: of the layer and the place in it.
+      counters: uint32 `[B, L]`, from `token_counters`.
+      rate: dropout rate; 0 returns `x`.
+      key: key of the layer and of the place in it.
     """
     if not rate:
         return x
@@ -61,17 +61,17 @@ def drop(x: jax.Array, counters: jax.Array, rate: float, key: jax.Array) -> jax.
 def kept_weights(
     queries: jax.Array, keys: jax.Array, heads: int, rate: float, key: jax.Array
 ) -> jax.Array:
-    """bool `[B, H, Q, K]`: which attention weights stay.
+    """bool `[B, H, Q, L]`: which attention weights are kept.
 
     Args:
-      queries, keys: counters uint32 `[B, Q]` and `[B, K]`.
+      queries, keys: counters uint32 `[B, Q]` and `[B, L]`.
       heads: H.
-      rate: of the weights that go.
-      key: of the layer.
+      rate: dropout rate.
+      key: key of the layer.
     """
     queries = mix(queries ^ jax.random.bits(key, (), jnp.uint32))
     head = mix((jnp.arange(heads, dtype=jnp.uint32) + 1) * jnp.uint32(_GOLDEN))
-    # another rotation of the keys' counters, so that the pair (i, j) is not (j, i)
+    # the keys' counters are rotated, so that the pair (i, j) differs from (j, i)
     pair = queries[:, None, :, None] + (keys << 7 | keys >> 25)[:, None, None, :]
     return mix(pair ^ head[:, None, None]) >= jnp.uint32(round(rate * 2**32))
 

@@ -1,7 +1,7 @@
 """The encoder: ESM-2's architecture (Lin et al. 2023), with experts in place of some FFNs.
 
-Parameters are kept layer by layer; running equal layers under `lax.scan` is a way to execute them
-(`Execution.scan`), not a way to store them, so checkpoints do not depend on it.
+Parameters are stored layer by layer. `Execution.scan` runs equal layers under `lax.scan`, but does
+not change how they are stored, so checkpoints do not depend on it.
 """
 
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 MASK_TOKEN = 32  # of data.tokenizer, whose vocabulary is ESM-2's
-TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> that token_dropout assumes in training
+TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> in training that token_dropout assumes
 
 
 class Observe(NamedTuple):
-    """What a forward pass returns beside logits and routing statistics."""
+    """What a forward pass returns in addition to logits and routing statistics."""
 
     hidden: bool = False
     attention: bool = False
@@ -35,12 +35,12 @@ class Output(NamedTuple):
     """Result of an encoder.
 
     Attributes:
-      logits: at least float32 `[B, L, V]`; `[B, 1, V]` of one position of each row.
-      routing: of the M MoE layers, arrays `[M, ...]`; None: dense, or of one position. Plans only
-        if asked for.
+      logits: at least float32 `[B, L, V]`, or `[B, 1, V]` with `at`.
+      routing: of the M MoE layers, arrays `[M, ...]`; None for a dense encoder, and with `at`. It
+        has plans only if `Observe.plans`.
       hidden: outputs `[B, L, D]` of the embedding and of each layer, the last one normalised; empty
-        unless asked for.
-      attention: weights `[B, H, L, L]` of each layer; empty unless asked for.
+        unless `Observe.hidden`.
+      attention: weights `[B, H, L, L]` of each layer; empty unless `Observe.attention`.
     """
 
     logits: jax.Array
@@ -53,12 +53,12 @@ NOTHING = Observe()
 
 
 class Context(NamedTuple):
-    """What every layer is given beside its input.
+    """What every layer gets in addition to its input.
 
     Attributes:
-      valid: bool `[B, L]`.
-      packing: given when rows hold several antibodies.
-      counters: uint32 `[B, L]` of `dropout.token_counters`; None: nothing is dropped out.
+      valid: bool `[B, L]`, False at padding.
+      packing: where the antibodies of a row are; None: a row is one antibody.
+      counters: uint32 `[B, L]` from `dropout.token_counters`; None: no dropout.
     """
 
     valid: jax.Array
@@ -67,7 +67,7 @@ class Context(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a layer reports: its routing, and its attention weights if asked for."""
+    """What a layer reports: its routing (None: dense), and its attention weights if observed."""
 
     routing: Routed | None
     attention: jax.Array | None
@@ -78,7 +78,7 @@ class Block(nnx.Module):
 
     def __init__(self, spec: EncoderSpec, sparse: bool, execution: Execution, rngs: nnx.Rngs):
         self.sparse, self.spec = sparse, spec
-        # whether the FFN decides for each token alone
+        # whether the FFN's output for a token depends on that token alone
         self.independent = not sparse or (spec.moe is not None and spec.moe.independent)
         self.attention_norm = LayerNorm(spec.d_model)
         self.attention = SelfAttention(spec, execution, rngs)
@@ -96,23 +96,24 @@ class Block(nnx.Module):
         observe: Observe = NOTHING,
         at: jax.Array | None = None,
     ) -> tuple[jax.Array, Seen]:
-        """`x [B, L, D]` -> `[B, L, D]` and what was asked for.
+        """`x [B, L, D]` -> `[B, L, D]` and what the layer reports.
 
         Args:
           x: output of the layer before.
-          context: of the batch.
-          training, key: of `Encoder`.
+          context: padding, packing and dropout counters of the batch.
+          training: as for `Encoder`.
+          key: key of the layer; None: neither dropout nor jitter.
           observe: what is reported.
-          at: integers `[B]`, the one position of each row that is wanted: `[B, 1, D]`.
+          at: integers `[B]`, the only position of each row to return, as `[B, 1, D]`; None: all.
         """
         valid, packing, counters = context
         dropped = None
         if counters is not None and self.spec.attention_dropout:
-            assert key is not None  # whoever counts tokens has a key, or dropout would stay off
+            assert key is not None  # counters need a key; without one dropout would be off silently
             dropped = Dropped(counters, jax.random.fold_in(key, 1))
         y = self.attention_norm(x)
         weights = self.attention.weights(y, valid, packing) if observe.attention else None
-        # routers that decide for each token alone need that token alone
+        # an FFN that treats every token by itself needs only the token at this position
         alone = at if self.independent else None
         if alone is not None:
             x, valid = take_position(x, alone), jnp.ones((len(x), 1), bool)
@@ -135,7 +136,7 @@ class Block(nnx.Module):
 
 
 class LMHead(nnx.Module):
-    """Dense, GELU, layer norm, and a decoder with a bias: the embedding, or one of its own."""
+    """Dense, GELU, layer norm and a decoder with a bias, whose weights may be the embedding's."""
 
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         self.backend = execution.backend
@@ -170,8 +171,8 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Token embeddings `[B, L, D]` of `tokens [B, L]`, in the dtype of activations.
 
-        With token_dropout (ESM-2) the embeddings of <mask> are zeroed and the rest rescaled by
-        (1 - 0.15 * 0.8) / (1 - observed mask ratio), antibody by antibody. Padding embeds to 0.
+        With token_dropout (ESM-2) the embeddings of <mask> are zeroed and the rest is rescaled by
+        (1 - 0.15 * 0.8) / (1 - observed mask ratio) of the antibody. Padding embeds to 0.
         """
         x = look_up(self.embedding[...], tokens)
         if self.spec.token_dropout:
@@ -200,12 +201,14 @@ class Encoder(nnx.Module):
         Args:
           tokens: integers `[B, L]`.
           valid: bool `[B, L]`, False at padding, which stands at the end of each row.
-          packing: given when rows hold several antibodies, which then do not see each other.
-          training: whether experts have a limited capacity; in inference token choice is dropless.
-          key: of the step, for dropout and the routers' jitter; None: neither.
-          observe: what else is returned; layers are then unrolled.
-          at: integers `[B]`: logits of that position alone, for which the last layer and the head
-            compute no other where they can; rows are not packed.
+          packing: where the antibodies of a row are, which do not see each other; None: a row is
+            one antibody.
+          training: whether token choice obeys the capacity; in inference it is dropless.
+          key: key of the step for dropout and the routers' jitter; None: neither.
+          observe: what else is returned; if anything, layers are unrolled and not rematerialised.
+          at: integers `[B]`, the only position of each row to return. The head, and the last layer
+            where its FFN treats every token by itself, then compute no other position. Rows must
+            not be packed. None: all positions.
         """
         x, counters = self.embed(tokens, valid, packing), None
         if key is not None and self.spec.drops:
@@ -224,7 +227,7 @@ class Encoder(nnx.Module):
         return Output(self.head(x, self.embedding[...]), routing, hidden, attention)
 
     def _observed(self, x, context, training, keys, observe, at):
-        """The layers one by one: `x`, routing, hidden states and attention weights."""
+        """Runs the layers one by one: `x`, routing, hidden states and attention weights."""
         routings, states, weights = [], [x], []
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
@@ -238,7 +241,7 @@ class Encoder(nnx.Module):
         return x, _stack(routings), hidden, tuple(weights)
 
     def _run_layers(self, x, context, training, keys) -> tuple[jax.Array, Routed | None]:
-        """All layers as `Execution` says: `x` and the routing of the MoE layers."""
+        """Runs the layers, scanned or unrolled by `Execution`: `x` and the MoE layers' routing."""
         routings = []
         for start, period, repeats in self._runs():
             groups = [range(start + i, start + i + period) for i in _steps(period, repeats)]
@@ -246,11 +249,11 @@ class Encoder(nnx.Module):
             definitions = [definition for definition, _ in split[0]]
 
             def body(x, states, definitions=definitions):
-                found = []
+                period_routings = []
                 for definition, (state, key) in zip(definitions, states, strict=True):
                     x, seen = nnx.merge(definition, state)(x, context, training, key)
-                    found += [] if seen.routing is None else [seen.routing]
-                return x, _stack(found)
+                    period_routings += [] if seen.routing is None else [seen.routing]
+                return x, _stack(period_routings)
 
             body = remat(body, self.execution)
             states = [
@@ -261,17 +264,17 @@ class Encoder(nnx.Module):
                 for group, part in zip(groups, split, strict=True)
             ]
             if repeats == 1:
-                x, found = body(x, states[0])
+                x, routing = body(x, states[0])
             else:
-                x, found = jax.lax.scan(body, x, _stack(states))
-                found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
-            routings += [] if found is None else [found]
+                x, routing = jax.lax.scan(body, x, _stack(states))
+                routing = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), routing)
+            routings += [] if routing is None else [routing]
         if not routings:
             return x, None
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *routings)
 
     def _runs(self) -> list[tuple[int, int, int]]:
-        """Layers as runs `(first layer, period, repeats)`; `repeats > 1` is scanned."""
+        """Layers as runs `(first layer, period, repeats)`; runs with `repeats > 1` are scanned."""
         kinds = [layer.sparse for layer in self.layers]
         if not self.execution.scan:
             return [(i, 1, 1) for i in range(len(kinds))]
@@ -285,16 +288,16 @@ class Encoder(nnx.Module):
 
 
 def remat(body, execution: Execution):
-    """`body` with what its backward pass recomputes, by `Execution.remat`."""
+    """`body`, whose backward pass recomputes what `Execution.remat` says."""
     if execution.remat == "none":
         return body
     policy = None if execution.remat == "full" else _keep_matmuls
-    # layers that are unrolled must not be merged with the ones computed again
+    # XLA must not merge unrolled layers with their own recomputation
     return jax.checkpoint(body, policy=policy, prevent_cse=not execution.scan)
 
 
 def _keep_matmuls(primitive, *arguments: Any, **parameters: Any) -> bool:
-    """Remat policy: keeps what `KEPT` names, and what cuDNN's attention returns."""
+    """Remat policy: keeps arrays named in `KEPT`, and what cuDNN's attention returns."""
     named = jax.checkpoint_policies.save_only_these_names(*KEPT)
     fused = primitive.name.startswith("dot_product_attention_fwd")
     return fused or named(primitive, *arguments, **parameters)
@@ -302,9 +305,9 @@ def _keep_matmuls(primitive, *arguments: Any, **parameters: Any) -> bool:
 
 @jax.custom_vjp
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`table [V, D]` at integers `tokens`; its gradient is a product, not a scattered sum.
+    """`table [V, D]` at integers `tokens`. The gradient is a matmul instead of a scattered sum.
 
-    Scattered sums of floats depend on their order on GPUs, and are slow where V is small.
+    A scattered sum of floats depends on its order on GPUs, and is slow where V is small.
     """
     return table[tokens]
 
@@ -326,7 +329,7 @@ def _steps(period: int, repeats: int) -> range:
 
 
 def _repeats(kinds: list[bool], period: int) -> int:
-    """How often the first `period` kinds follow each other from the start."""
+    """How often the first `period` kinds repeat from the start."""
     count = 1
     while kinds[count * period : (count + 1) * period] == kinds[:period] and len(kinds) >= period:
         count += 1

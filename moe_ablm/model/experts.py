@@ -1,8 +1,8 @@
-"""The experts' weights, and all experts at work: on equally many rows each, or on groups of rows.
+"""The experts: their weights, and their FFNs on equal numbers of rows or on groups of any sizes.
 
-Groups of unequal size go through one seam, `grouped_matmul`, with an implementation per backend
-(`IMPLEMENTATIONS`). Rows are sorted by expert and every expert's rows are padded to whole blocks,
-so that nothing of size tokens x experts is built.
+Groups of unequal size go through `grouped_matmul`, which has several implementations
+(`IMPLEMENTATIONS`) and a default for each backend. Rows are sorted by expert, and the rows of every
+expert are padded to whole blocks, so that no array of size tokens x experts x width is built.
 """
 
 from functools import partial
@@ -22,9 +22,10 @@ from moe_ablm.model.spec import Execution
 
 
 class ExpertWeights(NamedTuple):
-    """All experts: `up [E, D, H]`, `up_bias [E, H]`, `down [E, F, D]`, `down_bias [E, D]`.
+    """Experts of equal width.
 
-    H is F, or 2 F where the activation is gated.
+    `up [E, D, F]`, `up_bias [E, F]`, `down [E, F, D]`, `down_bias [E, D]`; with a gated activation
+    (SwiGLU) `up` and `up_bias` have 2 F instead of F.
     """
 
     up: jax.Array
@@ -46,11 +47,15 @@ def expert_ffn(
 
 
 def narrow_experts(widths: tuple[int, ...], chunk: int) -> np.ndarray:
-    """Which experts of width `chunk` make up each of the wide ones.
+    """The narrow experts, of width `chunk`, that make up each expert.
+
+    Args:
+      widths: of the E experts, multiples of `chunk`.
+      chunk: width of a narrow expert.
 
     Returns:
-      int32 `[E + 1, widest / chunk]`, filled up with their number N; the last row, for no expert,
-      is all N.
+      int32 `[E + 1, widest / chunk]`, numbers of narrow experts, padded with N, how many there are.
+      The last row stands for "no expert" and is all N.
     """
     counts = [width // chunk for width in widths]
     ends = np.cumsum(counts)
@@ -61,10 +66,10 @@ def narrow_experts(widths: tuple[int, ...], chunk: int) -> np.ndarray:
 
 
 def split_wide(plan: Plan, table: np.ndarray) -> Plan:
-    """Replaces experts of unequal width by the equal ones that they consist of.
+    """Replaces experts of unequal width in a plan by the narrow experts that make them up.
 
-    An FFN is the sum over its hidden units, so a wide expert is the sum of narrow ones with the
-    same gate, each computing for the same tokens.
+    An FFN is a sum over its hidden units, so a wide expert is the sum of narrow ones with the same
+    gate and the same tokens. `table` is that of `narrow_experts`.
     """
     experts = jnp.asarray(table)[plan.experts]
     gates = jnp.where(experts < table.max(), plan.gates[..., None], 0.0)
@@ -75,13 +80,13 @@ def split_wide(plan: Plan, table: np.ndarray) -> Plan:
 # groups of rows
 
 BLOCK = {"cpu": (128, 256), "gpu": (128, 1024), "tpu": (128, 512)}  # rows: smallest, largest
-# blocks of an expert from which larger ones are taken: half a block is wasted, and a GPU copies the
-# expert's weights for every block
+# blocks of the mean expert: with more of them less padding is wasted (half a block an expert), but
+# a GPU copies the expert's weights for every block
 SHARE = {"cpu": 2, "gpu": 8, "tpu": 8}
 
 
 def block_size(assignments: int, experts: int, backend: str) -> int:
-    """Rows of a block for so many assignments: a power of 2."""
+    """Rows of a block, a power of 2, for a number of assignments."""
     smallest, largest = BLOCK[backend]
     fitting = assignments // (SHARE[backend] * experts)
     return min(max(1 << fitting.bit_length() - 1 if fitting else 0, smallest), largest)
@@ -91,9 +96,9 @@ class Groups(NamedTuple):
     """Which rows belong to which expert, in whole blocks.
 
     Attributes:
-      sizes: int32 `[E]`, rows of each expert, with its padding.
-      expert: int32 `[blocks]`, the expert of each block; of unused ones the last.
-      used: int32, number of blocks that hold at least one row.
+      sizes: int32 `[E]`, rows of each expert, padding included.
+      expert: int32 `[blocks]`, the expert of each block; the last expert for unused blocks.
+      used: int32, number of blocks that hold at least one assignment.
     """
 
     sizes: jax.Array
@@ -102,12 +107,12 @@ class Groups(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """Where every assignment sits among the rows that are sorted by expert.
+    """Where every assignment is among the rows sorted by expert.
 
     Attributes:
       slot: int32 `[T, K]`, row of each assignment; `rows` where it is not routed.
       assignment: int32 `[rows]`, assignment `t * K + k` of each row; `T * K` where it is empty.
-      groups: of the rows.
+      groups: the groups of the rows.
     """
 
     slot: jax.Array
@@ -157,56 +162,57 @@ def grouped_ffn(
       weights: of all experts.
       groups: of the rows.
       block: rows of a block.
-      activation: of `layers.ACTIVATE`.
+      activation: a key of `layers.ACTIVATE`.
       execution: backend, dtypes and implementation.
-      kept: whether products are kept for the backward pass where matmuls are (`layers.KEPT`).
+      kept: whether products have the names by which the remat policy "matmuls" keeps them
+        (`layers.KEPT`); without effect in the kernel for CPU.
 
     Returns:
-      `[rows, D]` in the dtype of `x`; rows of unused blocks hold no meaning.
+      `[rows, D]` in the dtype of `x`; rows of unused blocks are undefined.
     """
     activate = partial(ACTIVATE[activation], backend=execution.backend)
     if execution.backend == "cpu" and execution.grouped is None:
         return cpu.grouped_ffn(x, weights, groups, block, activate, execution.operands)
     product = partial(grouped_matmul, groups=groups, block=block, execution=execution)
-    mine = _membership(groups)
-    hidden = _add_bias(product(x, weights.up), weights.up_bias, mine)
+    membership = _membership(groups)
+    hidden = _add_bias(product(x, weights.up), weights.up_bias, membership)
     hidden = checkpoint_name(hidden, "up") if kept else hidden
-    out = _add_bias(product(activate(hidden), weights.down), weights.down_bias, mine)
+    out = _add_bias(product(activate(hidden), weights.down), weights.down_bias, membership)
     return checkpoint_name(out, "down") if kept else out
 
 
 def _membership(groups: Groups) -> jax.Array:
     """float32 `[E, blocks]`, 1 where a block in use belongs to the expert."""
-    mine = jax.nn.one_hot(groups.expert, groups.sizes.shape[0], axis=0)
-    return jnp.where(jnp.arange(groups.expert.shape[0]) < groups.used, mine, 0)
+    membership = jax.nn.one_hot(groups.expert, groups.sizes.shape[0], axis=0)
+    return jnp.where(jnp.arange(groups.expert.shape[0]) < groups.used, membership, 0)
 
 
-def _add_bias(x: jax.Array, bias: jax.Array, mine: jax.Array) -> jax.Array:
-    """Adds `bias [E, M]` to rows `[rows, M]` of whole blocks; `mine` is that of `_membership`.
+def _add_bias(x: jax.Array, bias: jax.Array, membership: jax.Array) -> jax.Array:
+    """Adds `bias [E, M]` to rows `[rows, M]` of whole blocks.
 
-    After products are rounded: XLA fuses no bias that depends on the block into a product on GPUs,
-    and would write sums in float32.
+    The bias is added to rounded products. XLA does not fuse a bias that depends on the block into a
+    product on GPUs, and would write the products to memory in float32.
     """
-    of_block = jnp.tensordot(mine.T, bias, 1, precision=lax.Precision.HIGHEST)
-    blocks = x.reshape(mine.shape[1], -1, x.shape[-1]) + of_block[:, None]
+    of_block = jnp.tensordot(membership.T, bias, 1, precision=lax.Precision.HIGHEST)
+    blocks = x.reshape(membership.shape[1], -1, x.shape[-1]) + of_block[:, None]
     return blocks.astype(x.dtype).reshape(x.shape)
 
 
 def grouped_matmul(
     rows: jax.Array, weights: jax.Array, groups: Groups, block: int, execution: Execution
 ) -> jax.Array:
-    """`rows @ weights[e]` of the expert e that each row belongs to.
+    """`rows @ weights[e]`, where e is the expert of each row.
 
     Args:
       rows: `[rows, N]`, sorted by expert, in whole blocks.
       weights: `[E, N, M]`.
       groups: of the rows.
       block: rows of a block.
-      execution: which implementation; dtype of operands.
+      execution: implementation, and dtype of operands.
 
     Returns:
-      `[rows, M]` in the dtype of `rows`; the gradient of weights is summed `wide`. Rows of unused
-      blocks hold no meaning, and their gradients must be 0.
+      `[rows, M]` in the dtype of `rows`. Rows of unused blocks are undefined, and the gradients
+      that reach them must be 0. The gradient of weights is at least float32.
     """
     name = execution.grouped or DEFAULT[execution.backend]
     return _grouped_matmul(rows, weights, groups, block, name, execution.operands)
@@ -234,14 +240,14 @@ def _grouped_matmul_backward(block, name, operands, residuals, gradient):
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
-def _sum_blocks(mine: jax.Array, blocks: jax.Array) -> jax.Array:
-    """`[blocks, ...] -> [E, ...]`: a product; scattered sums of floats depend on their order."""
-    mine = mine.astype(blocks.dtype)
-    return jnp.tensordot(mine, blocks, 1, precision=lax.Precision.HIGHEST)
+def _sum_blocks(membership: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Sums by expert, `[blocks, ...] -> [E, ...]`, as a matmul: scattered sums depend on order."""
+    membership = membership.astype(blocks.dtype)
+    return jnp.tensordot(membership, blocks, 1, precision=lax.Precision.HIGHEST)
 
 
 class GroupedMatmul(Protocol):
-    """An implementation of grouped products: `operands`-typed factors, sums that are `wide`."""
+    """An implementation of grouped matmuls: factors in the dtype of operands, sums `wide`."""
 
     @staticmethod
     def product(rows, weights, groups: Groups, block: int) -> jax.Array:
@@ -254,11 +260,11 @@ class GroupedMatmul(Protocol):
         ...
 
 
-AT_ONCE = 1 << 26  # elements of the products of blocks that are held before they are summed
+AT_ONCE = 1 << 26  # elements of block products that are in memory before they are summed
 
 
 class Batched:
-    """Batched products over blocks, each with a copy of its expert's weights: plain XLA."""
+    """Batched matmuls over blocks in plain XLA, with a copy of the expert's weights for each."""
 
     @staticmethod
     def product(rows, weights, groups, block):
@@ -270,25 +276,25 @@ class Batched:
     def weight_gradient(rows, gradient, groups, block):
         columns = rows.reshape(-1, block, rows.shape[-1]).swapaxes(1, 2)
         gradient = gradient.reshape(-1, block, gradient.shape[-1])
-        mine, count = _membership(groups), gradient.shape[0]
-        most = max(1, AT_ONCE // (columns.shape[1] * gradient.shape[2]))
-        if count <= most:
-            return _sum_blocks(mine, dot(columns, gradient, str(rows.dtype)))
+        membership, count = _membership(groups), gradient.shape[0]
+        size = max(1, AT_ONCE // (columns.shape[1] * gradient.shape[2]))
+        if count <= size:
+            return _sum_blocks(membership, dot(columns, gradient, str(rows.dtype)))
 
         def add(i, total):
-            start = jnp.minimum(i * most, count - most)  # the last part may begin in that before
-            new = jnp.arange(most) + start >= i * most
-            part = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=most)
+            start = jnp.minimum(i * size, count - size)  # the last part overlaps the one before
+            new = jnp.arange(size) + start >= i * size
+            part = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
             products = dot(part(columns), part(gradient), str(rows.dtype))
-            return total + _sum_blocks(jnp.where(new, part(mine, axis=1), 0), products)
+            return total + _sum_blocks(jnp.where(new, part(membership, axis=1), 0), products)
 
-        shape = mine.shape[0], columns.shape[1], gradient.shape[2]
+        shape = membership.shape[0], columns.shape[1], gradient.shape[2]
         empty = jnp.zeros(shape, wide(rows.dtype))
-        return lax.fori_loop(0, -(-count // most), add, empty)
+        return lax.fori_loop(0, -(-count // size), add, empty)
 
 
 class Ragged:
-    """`lax.ragged_dot`: native on TPU; elsewhere as the jax version lowers it."""
+    """`lax.ragged_dot`: native on TPU; elsewhere it depends on how the jax version lowers it."""
 
     @staticmethod
     def product(rows, weights, groups, block):

@@ -1,8 +1,9 @@
-"""Router families: one frozen class each, which owns everything that sets it apart.
+"""Router families, one frozen dataclass each.
 
-Settings, their checks, FLOPs and every property by which the rest of the code treats families
-differently; nothing else asks for a router's name. A new family is a class here (and in `FAMILIES`)
-and a plan function in `routers`. Axis letters are those of `spec`.
+The class of a family has its settings, their checks, its FLOPs and every property by which the
+model and its training treat families differently, so that these compare no names of routers. A new
+family is a class here, listed in `FAMILIES`, and a plan function in `routers`. Axis letters are
+those of `spec`.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 GROUPS = ("sequence", "batch")
-MOST_EXPERTS = 1 << 16  # 256 times those of any layer published; their widths are listed
+MOST_EXPERTS = 1 << 16  # 256 times as many as in any published layer; a width is listed for each
 PADS = ("logits", "probabilities", "aux")  # BALM-MoE's partial policies
 
 
@@ -20,10 +21,10 @@ class Row:
     """Shape of a row of the batch, from which FLOPs follow.
 
     Attributes:
-      length: tokens with padding, L.
-      tokens: mean number of tokens that are no padding.
+      length: L, tokens with padding.
+      tokens: mean number of tokens without padding.
       antibodies: mean number of antibodies.
-      packed: whether rows are shared by antibodies.
+      packed: whether rows hold several antibodies.
     """
 
     length: float
@@ -39,23 +40,23 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Router:
-    """What all router families share: the experts, where they stand, and the router losses.
+    """What all router families share: the experts, the layers that have them, the router losses.
 
-    configs/base.py explains every key. Class attributes are the facts that the rest of the code
-    asks for instead of a name.
+    configs/base.py explains every key. The rest of the code reads the class attributes below
+    instead of the name.
     """
 
     name: ClassVar[str]
     gates: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")  # values of `gate`
-    # tokens choose experts: there is a load-balance loss, and no limit in inference
+    # tokens choose experts: there is a load-balance loss, and no capacity in inference
     token_choice: ClassVar[bool] = False
     # in inference the experts of a token depend on that token alone
     independent: ClassVar[bool] = False
-    # tokens have more or fewer experts than others
+    # the number of experts differs between tokens
     varying: ClassVar[bool] = False
-    # the decision is one per antibody, from the mean of its tokens
+    # there is one decision per antibody, from the mean of its tokens
     per_antibody: ClassVar[bool] = False
-    # experts (or slots) weigh tokens: how undecided they are shows whether dispatch does anything
+    # experts or slots weigh tokens; the entropy of the weights shows whether a dispatch has formed
     weighs_tokens: ClassVar[bool] = False
 
     experts: int = 8  # E
@@ -70,7 +71,7 @@ class Router:
     # checks
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(key, what is expected of its value) for every value that is out of range."""
+        """(key, expected values) for every value that is out of range."""
         if not 1 <= self.experts <= MOST_EXPERTS:
             yield "experts", f"1 to {MOST_EXPERTS:,}"
         for key in ("shared", "first_dense", "load_balance", "z_loss", "entropy_loss"):
@@ -92,23 +93,23 @@ class Router:
 
     @property
     def slots_of_expert(self) -> int:
-        """S of soft-MoE; 0: the router has one logit per expert, not one per slot."""
+        """S of soft-MoE; 0: the router has one logit per expert instead of one per slot."""
         return 0
 
     def initial_scale(self, d_model: int) -> float | None:
-        """Start of the learned scale of a normalised router; None: it is not normalised."""
+        """Initial value of the learned scale of a normalised router; None: it is not normalised."""
         return None
 
     @property
     def balance_step(self) -> float:
-        """Step of the bias of auxiliary-loss-free balancing; 0: there is none."""
+        """Step of the bias of auxiliary-loss-free balancing; 0: there is no bias."""
         return 0.0
 
     # routing
 
     @property
     def choices(self) -> int:
-        """Most experts that one token may have: the length of a plan's last axis."""
+        """Largest number of experts of one token: the length of a plan's last axis."""
         return self.experts
 
     @property
@@ -118,7 +119,7 @@ class Router:
 
     @property
     def noise(self) -> float:
-        """Training noise on what the router sees: a factor of 1 - noise to 1 + noise."""
+        """Jitter: a training factor of the router's input, from 1 - noise to 1 + noise."""
         return 0.0
 
     def policies(self) -> frozenset[str]:
@@ -130,17 +131,17 @@ class Router:
         return False
 
     def travels(self, training: bool, packed: bool) -> bool:
-        """Whether a row has a fixed number of places at every expert.
+        """Whether every expert has a fixed number of places for each row.
 
-        Then tokens can travel to the devices that own the experts in arrays of fixed shape.
+        Tokens can then travel in arrays of fixed shape to the devices that own the experts.
         """
         return self.queues(training) and not self.in_batch and self.equal and not packed
 
     def alone(self) -> Self:
-        """The router as it treats an antibody that is alone in its batch, without padding.
+        """The router for inference: the result of an antibody depends on that antibody alone.
 
         Experts that choose among all tokens of a batch, and policies that route padding, would make
-        a result depend on neighbours.
+        it depend on its neighbours.
         """
         return self
 
@@ -152,20 +153,20 @@ class Router:
 
     @property
     def active_share(self) -> float:
-        """Share of the experts' parameters that an average token meets in training."""
+        """Share of the experts' parameters that an average token uses in training."""
         raise NotImplementedError
 
     def computed(self, row: Row, training: bool) -> float:
-        """Expert rows computed for each token that is no padding."""
+        """Expert rows computed per token, padding not counted as tokens."""
         raise NotImplementedError
 
     def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
-        """Of the router and the routed experts, for each token that is no padding.
+        """Multiply-adds of the router and the routed experts per token that is not padding.
 
         Args:
           d_model: D.
           expert: multiply-adds of the mean expert for one row.
-          row: of the batch.
+          row: shape of a row of the batch.
           training: whether token choice obeys its capacity.
         """
         return d_model * self.experts + self.computed(row, training) * expert
@@ -174,15 +175,17 @@ class Router:
 
     @property
     def fewest_loaded(self) -> int | None:
-        """As few experts as this can share all work; None: loads are equal by construction."""
+        """Experts that carry the load in total collapse; None: loads are equal by construction."""
         return 1
 
     def most_dropped(self, kept: float, unseen: float) -> float | None:
-        """Share of assignments (expert choice: of tokens) that a healthy router may lose.
+        """Share of assignments (expert choice: of tokens) that a healthy router may drop.
+
+        None: drops are not judged. `training.stability.Thresholds` explains the arguments.
 
         Args:
-          kept: share of the places that should be taken.
-          unseen: how far from independent experts to identical ones the healthy range goes.
+          kept: share of the places that should be filled.
+          unseen: how far the healthy range extends from independent experts to identical ones.
         """
         return None
 
@@ -218,7 +221,7 @@ class Queued(Router):
 
     @property
     def limit(self) -> float | None:
-        """Places of an expert over its fair share of the assignments; None: unlimited."""
+        """Places of an expert as a multiple of its fair share of assignments; None: unlimited."""
         return self.capacity
 
     @property
@@ -235,9 +238,12 @@ class Queued(Router):
         return frozenset(p.strip() for p in self.pads.split(",")) - {"none"}
 
     def places(self, tokens: float) -> int:
-        """C, the places of an expert for `tokens` that compete: ceil(limit * K * tokens / E)."""
+        """C, the places of an expert for `tokens` that compete: ceil(limit * K * tokens / E).
+
+        At least 1 where there are tokens.
+        """
         assert self.limit is not None
-        # 1e-9: a product such as 0.1 * 30 must not become 4 places by its last bit
+        # 1e-9: a product such as 0.1 * 30 must not become 4 places because of its last bit
         places = math.ceil(self.limit * self.k * tokens / self.experts - 1e-9)
         return max(places, min(math.ceil(tokens), 1))
 
@@ -246,25 +252,25 @@ class Queued(Router):
 
     @property
     def active_share(self) -> float:
-        most = 1.0 if self.limit is None else min(self.limit, 1.0)
-        return self.k * most / self.experts
+        admitted = 1.0 if self.limit is None else min(self.limit, 1.0)
+        return self.k * admitted / self.experts
 
     def computed(self, row: Row, training: bool) -> float:
         if not self.queues(training):
             return float(self.k)
-        if self.travels(training, row.packed):  # queues of a row are computed whole
+        if self.travels(training, row.packed):  # all places of a row are computed, filled or not
             return self.experts * self.places(row.length) / row.tokens
-        # elsewhere only what is admitted
+        # otherwise only admitted tokens are computed
         admitted = self.experts * self.places(row.antibody) / row.antibody
         return min(admitted, self.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoice(Router):
-    """Families in which every token has experts of its own."""
+    """Families in which every token has its own experts."""
 
     token_choice: ClassVar[bool] = True
-    renormalises: ClassVar[bool] = True  # by default, where k > 1
+    renormalises: ClassVar[bool] = True  # the default of `renormalise` where K > 1
 
     k: int = 2  # K
     gate: str = "softmax"
@@ -285,9 +291,10 @@ class TokenChoice(Router):
 
     @property
     def renormalised(self) -> bool:
-        """Whether the gates of a token sum to 1: by default of top-k with K > 1 (Mixtral).
+        """Whether the gates of a token sum to 1; by default where K > 1, but not in top-p.
 
-        Not for K = 1: a constant gate would leave the router no gradient (Switch, section 2.1).
+        K > 1 follows Mixtral. At K = 1 a constant gate would give the router no gradient (Switch,
+        section 2.1).
         """
         return self.renormalises and self.k > 1 if self.renormalise is None else self.renormalise
 
@@ -334,10 +341,11 @@ class TopK(Queued, TokenChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class TopP(TopK):
-    """As few of the best experts as reach `threshold` together, but at most K (Huang et al. 2024).
+    """Every token takes its best experts until they reach `threshold`, K at most.
 
-    Unless `exceed`, only those that stay within it, and the best one always (BALM). How many a
-    token has is measured in training; `computed` and `active_share` are upper bounds.
+    The rule is that of Huang et al. 2024. Without `exceed` a token leaves out the expert that
+    crosses the threshold, unless it is the best one (BALM). The number of experts of a token is
+    measured in training; `computed` and `active_share` are upper bounds.
     """
 
     name: ClassVar[str] = "topp"
@@ -367,7 +375,7 @@ class Sequence(TokenChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertChoice(Queued):
-    """Every expert takes the tokens it prefers, K a token on average (Zhou et al. 2022)."""
+    """Every expert takes its best tokens; a token has K experts on average (Zhou et al. 2022)."""
 
     name: ClassVar[str] = "expert_choice"
     gates: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid", "tokens")
@@ -396,7 +404,7 @@ class ExpertChoice(Queued):
 
 @dataclass(frozen=True, kw_only=True)
 class Soft(Router):
-    """Slots read weighted means of all tokens, tokens of all slots (Puigcerver et al. 2024)."""
+    """Slots read weighted means of tokens, and tokens those of slots (Puigcerver et al. 2024)."""
 
     name: ClassVar[str] = "soft"
     weighs_tokens: ClassVar[bool] = True
@@ -420,10 +428,10 @@ class Soft(Router):
         return self.slots
 
     def initial_scale(self, d_model: int) -> float | None:
-        """sqrt(D) by default: cosines of random vectors have standard deviation 1/sqrt(D).
+        """sqrt(D) by default, so that logits start with standard deviation 1.
 
-        Logits then start with standard deviation 1, instead of so flat that every slot reads the
-        plain mean (docs/moe.md).
+        Cosines of random vectors have standard deviation 1/sqrt(D). Without the scale every slot
+        would read the plain mean (docs/moe.md).
         """
         if not self.l2:
             return None
@@ -441,14 +449,14 @@ class Soft(Router):
 
     @property
     def active_share(self) -> float:
-        # the share of the experts' work over that of an FFN on every token needs a length
+        # the experts' work relative to an FFN on every token depends on the length
         return 1.0
 
     def computed(self, row: Row, training: bool) -> float:
         return self.experts * self.slots / row.antibody
 
     def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
-        # the router; tokens into slots; slots into tokens; in a packed row once for each antibody
+        # router, tokens to slots, slots to tokens; in a packed row once for each antibody
         weights = 3 * d_model * self.experts * self.slots * row.antibodies
         return weights + self.computed(row, training) * expert
 

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of an encoder from its spec alone; no jax needed.
 
-FLOPs are those of the matmuls (a multiply-add is 2), the usual count behind model FLOPs
-utilisation; norms, softmax and gathers are left out.
+FLOPs are those of the matmuls (a multiply-add counts as 2), as usual for model FLOPs utilisation.
+Norms, softmax and gathers are left out.
 """
 
 from moe_ablm.model.families import Row
@@ -11,20 +11,19 @@ MATRICES = {"gelu": 2, "swiglu": 3}  # of size D x F in one FFN
 
 
 def params_total(spec: EncoderSpec) -> int:
-    """Number of parameters, all experts included; the bias of loss-free balancing is none."""
+    """Number of parameters, all experts included; the bias of loss-free balancing is not one."""
     return _params(spec, sum(ffn_params(spec, width) for width in spec.expert_widths))
 
 
 def params_active(spec: EncoderSpec, choices: float | None = None) -> int:
-    """Number of parameters that an average token meets in training.
+    """Number of parameters that an average token uses in training.
 
-    Of each MoE layer: its router, its shared experts and as many of the others as compute for a
-    token (`Router.active_share`; of soft-MoE the share of the experts' work over that of a dense
-    FFN on every token is not defined without a length, so all experts count).
+    Of each MoE layer these are the router, the shared experts and `Router.active_share` of the
+    routed experts. In soft-MoE all experts count.
 
     Args:
       spec: of the encoder.
-      choices: experts that a token had on average, where that is measured (top-p).
+      choices: measured mean number of experts of a token (top-p); None: not measured.
     """
     if spec.moe is None:
         return params_total(spec)
@@ -54,16 +53,16 @@ def _params(spec: EncoderSpec, experts: int) -> int:
 def forward_flops_per_token(
     spec: EncoderSpec, row: Row, training: bool = False, choices: float | None = None
 ) -> float:
-    """FLOPs of a forward pass for each token that is no padding.
+    """FLOPs of a forward pass per token that is not padding.
 
-    Experts that take a fixed number of tokens of a row compute all those places, filled or not,
-    also those that padding is owed; of all else, padding is left out.
+    Experts with a fixed number of places for each row compute all of them, filled or not, and
+    padding adds places. Everything else leaves padding out.
 
     Args:
       spec: of the encoder.
       row: shape of the rows.
       training: whether token choice obeys its capacity.
-      choices: experts that a token had on average, where that is measured (top-p).
+      choices: measured mean number of experts of a token (top-p); None: not measured.
     """
     d, matrices = spec.d_model, MATRICES[spec.activation]
     sparse = len(spec.moe_layers)
@@ -80,5 +79,5 @@ def forward_flops_per_token(
 
 
 def train_flops_per_token(spec: EncoderSpec, row: Row, choices: float | None = None) -> float:
-    """FLOPs of forward and backward pass for one token: three times the forward pass."""
+    """FLOPs of forward and backward pass per token: three times those of the forward pass."""
     return 3 * forward_flops_per_token(spec, row, training=True, choices=choices)

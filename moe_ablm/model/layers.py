@@ -1,7 +1,7 @@
 """Parameters and the plain layers: linear, layer norm, activations, FFN.
 
-Every parameter carries the letters of its axes (`axes`, from the legend in `spec`): the mesh rules
-in `parallel.mesh` turn letters into shardings, so that layers know nothing of devices.
+Every parameter has the letters of its axes (`axes`, from the legend in `spec`). The rules in
+`parallel.mesh` turn letters into shardings, so layers know nothing of devices.
 """
 
 import jax
@@ -14,12 +14,12 @@ from moe_ablm.model.linear import affine, wide
 from moe_ablm.model.spec import EncoderSpec, Execution
 
 INIT_STD = 0.02  # of every weight, as in ESM-2 and BALM
-# what the remat policy "matmuls" keeps for the backward pass; all else is computed again
+# arrays that the remat policy "matmuls" keeps for the backward pass; all others are recomputed
 KEPT = ("qkv", "attended", "attention_out", "up", "down", "plan", "rows")
 
 
 class Balance(nnx.Variable):
-    """The bias of auxiliary-loss-free balancing: moved by a rule, not by the optimizer."""
+    """The bias of auxiliary-loss-free balancing; a rule moves it, not the optimizer."""
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: str) -> nnx.Param:
@@ -35,7 +35,7 @@ def constant(
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`; axes names the kernel's two axes."""
+    """`x @ kernel + bias`; `axes` names the two axes of the kernel."""
 
     def __init__(self, inputs: int, outputs: int, axes: str, execution: Execution, rngs: nnx.Rngs):
         self.execution = execution
@@ -48,7 +48,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over D with statistics that are `wide` (eps 1e-5, as in ESM-2)."""
+    """Layer normalisation over D with statistics of at least float32 (eps 1e-5, as in ESM-2)."""
 
     def __init__(self, d_model: int):
         self.scale = constant(1.0, (d_model,), "D")
@@ -77,8 +77,8 @@ _gelu = jax.custom_vjp(_plain_gelu)
 
 
 def _gelu_backward(x, gradient):
-    # Barriers: XLA would share erf with the recomputed forward pass and leave out the rounding of
-    # the gradient, and so write both to memory in float32.
+    # Without the barriers XLA would share erf with the recomputed forward pass and skip the
+    # rounding of the gradient, and so would write both to memory in float32.
     x, gradient = jax.lax.optimization_barrier((x, gradient))
     _, vjp = jax.vjp(_plain_gelu, x)
     return jax.lax.optimization_barrier(vjp(gradient))
@@ -94,7 +94,7 @@ def swiglu(x: jax.Array, backend: str) -> jax.Array:
 
 
 ACTIVATE = {"gelu": gelu, "swiglu": swiglu}
-HIDDEN = {"gelu": 1, "swiglu": 2}  # inputs of the activation for each of its outputs
+HIDDEN = {"gelu": 1, "swiglu": 2}  # inputs of the activation per output
 
 
 class FeedForward(nnx.Module):

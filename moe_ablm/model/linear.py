@@ -1,7 +1,7 @@
-"""The matmul of every layer: the only place that knows precision.
+"""The matmuls of linear layers, attention and experts, at the precision of the execution.
 
-The dtype policy is one rule: activations have the dtype of the execution, and whatever is summed -
-in matmuls, statistics, losses, gradients of weights and biases - is at least float32 (`wide`).
+The dtype policy is one rule: activations have the dtype of the execution, and every sum (in
+matmuls, statistics, losses, gradients of weights and biases) is at least float32 (`wide`).
 """
 
 from functools import partial
@@ -32,7 +32,7 @@ def _dot(a, b, operands, contract):
 
 
 def dot(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
-    """Batched matmul `[..., M, K] x [..., K, N]` of `operands`-typed factors, summed `wide`.
+    """Batched matmul `[..., M, K] x [..., K, N]` of factors cast to `operands`; sums are `wide`.
 
     float32 operands are multiplied in full float32 on every backend (no TF32).
     """
@@ -40,15 +40,15 @@ def dot(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
 
 
 def dot_transposed(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
-    """`[..., M, K] x [..., N, K] -> [..., M, N]`, typed as `dot`."""
+    """`[..., M, K] x [..., N, K] -> [..., M, N]`, with the dtypes of `dot`."""
     return _dot(a, b, operands, ((a.ndim - 1,), (b.ndim - 1,)))
 
 
 def row_major(x: jax.Array, backend: str) -> jax.Array:
-    """Materialises `x` in row-major order on CPU, where a product with its transpose is 3x slower.
+    """Makes `x` row-major on CPU, where a matmul with a transposed factor is 3x slower.
 
     A no-op on other backends, and under automatic partitioning, where the layout constraint would
-    all-gather `x` (within `jax.shard_map` each device is its own).
+    all-gather `x` (within `jax.shard_map` there is no automatic partitioning).
     """
     if backend != "cpu" or partitioned():
         return x
@@ -56,7 +56,7 @@ def row_major(x: jax.Array, backend: str) -> jax.Array:
 
 
 def partitioned() -> bool:
-    """Whether XLA divides arrays over several devices here."""
+    """Whether XLA partitions arrays over several devices in the current context."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(
         size > 1 and kind != AxisType.Manual
@@ -66,19 +66,20 @@ def partitioned() -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, execution: Execution):
-    """`x [..., N] @ kernel [N, M] + bias [M]`, or by expert `x [E, T, N] @ kernel [E, N, M]`.
+    """`x [..., N] @ kernel [N, M] + bias [M]`, or batched `x [E, T, N] @ kernel [E, N, M]`.
 
-    A VJP of its own because autodiff would multiply float32 cotangents with `operands`-typed
-    factors, and sum gradients of biases over tokens in the dtype of activations.
+    It has its own VJP because autodiff would multiply float32 cotangents with factors in the dtype
+    of operands, and would sum gradients of biases over tokens in the dtype of activations.
 
     Args:
       x: in the dtype of activations.
-      kernel: float32.
-      bias: `[M]`, by expert `[E, M]`; None: none is added.
+      kernel: parameters, or activations in attention and soft-MoE.
+      bias: `[M]`, batched `[E, M]`; None: no bias.
       execution: dtype of operands; backend.
 
     Returns:
-      An array in the dtype of `x`; gradients of `kernel` and `bias` are summed `wide`.
+      An array in the dtype of `x`. Gradients of `kernel` and `bias` are summed `wide` and have
+      their dtypes.
     """
     out = dot(_rows(x, kernel), kernel, execution.operands)
     if bias is not None:

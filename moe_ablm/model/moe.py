@@ -1,4 +1,4 @@
-"""A mixture-of-experts block: route, dispatch, experts, combine."""
+"""The mixture-of-experts block: route, dispatch, experts, combine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +25,12 @@ from moe_ablm.parallel.mesh import BATCH_AXES, EXPERT_AXIS
 
 
 class RouterWeights(NamedTuple):
-    """A router: `kernel [D, E]`, or of soft-MoE `[D, E, S]`.
+    """The arrays of a router.
 
-    `scale []`, where it is normalised; `balance [E]`, where choices are biased.
+    Attributes:
+      kernel: `[D, E]`, of soft-MoE `[D, E, S]`.
+      scale: a scalar; None: the router is not normalised.
+      balance: `[E]`, the bias of auxiliary-loss-free balancing; None: no bias.
     """
 
     kernel: jax.Array
@@ -36,10 +39,14 @@ class RouterWeights(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Arrays `[B, ...]` that a block works on, each device on its own rows.
+    """The input of a block, `[B, ...]`; on a mesh, a device's own rows of it.
 
-    `seen [B, L, D]` is what the router sees of `x`; `plan` is given when the whole batch was routed
-    at once.
+    Attributes:
+      x: `[B, L, D]`.
+      seen: `[B, L, D]`, the router's input.
+      valid: bool `[B, L]`, False at padding.
+      packing: where the antibodies of a row are; None: a row is one antibody.
+      plan: of the whole batch, where all its tokens compete; None: rows are not routed yet.
     """
 
     x: jax.Array
@@ -53,10 +60,10 @@ class Routed(NamedTuple):
     """What a block reports.
 
     Attributes:
-      assigned: `[B, L, E]`, 1 where the expert computed for the token; of soft-MoE the expert's
+      assigned: `[B, L, E]`, 1 where the expert computed for the token; in soft-MoE the expert's
         share of the output.
-      stats: of the batch.
-      plan: what the router decided, if it was asked for.
+      stats: statistics of the batch.
+      plan: the router's decisions; None unless observed.
     """
 
     assigned: jax.Array
@@ -65,9 +72,13 @@ class Routed(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a device computed for its rows: output `[B, L, D]`, and what it reports of them.
+    """What a device computed for its rows.
 
-    `sums` is None where the batch was routed before.
+    Attributes:
+      out: `[B, L, D]`.
+      assigned: as in `Routed`.
+      sums: router sums of the rows; None where the whole batch was routed before.
+      plan: as in `Routed`.
     """
 
     out: jax.Array
@@ -88,19 +99,19 @@ class Layer:
 
     @property
     def router(self) -> Router:
-        """The router's spec; only sparse layers are made."""
-        assert self.spec.moe is not None
+        """The router's spec."""
+        assert self.spec.moe is not None  # a dense layer has no `Layer`
         return self.spec.moe
 
     def route(
         self, rows: Rows, tokens: Tokens, router: RouterWeights
     ) -> tuple[Plan | SoftPlan, RowSums]:
-        """Plan and sums of tokens `[B, L]` that compete row by row."""
+        """Plan and sums of tokens `[B, L]` that compete within their row or antibody."""
         logits = router_logits(rows.seen, router)
         return routers.plan(self.router, logits, tokens, router.balance, self.training)
 
     def route_batch(self, rows: Rows, router: RouterWeights) -> tuple[Plan, RowSums]:
-        """Plan and sums where all tokens of the batch compete: as one row."""
+        """Plan and sums where all tokens of the batch compete: they are routed as one row."""
         flat = rows._replace(seen=rows.seen.reshape(1, -1, rows.seen.shape[-1]))
         plan, sums = self.route(flat, Tokens(rows.valid.reshape(1, -1)), router)
         assert isinstance(plan, Plan)
@@ -115,14 +126,14 @@ class Layer:
         weights: ExpertWeights,
         axis: str | None,
     ) -> Done:
-        """Routes, unless that was done before, and lets the experts compute.
+        """Routes the rows, unless they have a plan, and computes the experts.
 
         Args:
-          rows: of this device.
-          router: weights.
+          rows: the rows of this device.
+          router: weights of the router.
           most: antibodies in the fullest packed row of the batch; None: rows are not packed.
-          weights: experts of this device.
-          axis: mesh axis over which the experts are spread; None: all are here.
+          weights: the experts of this device.
+          axis: mesh axis that shards the experts; None: this device has all of them.
         """
         if self.router.slots_of_expert and most is not None:
             return self._one_antibody_at_a_time(rows, router, most, weights, axis)
@@ -152,7 +163,7 @@ class Layer:
         return Done(out, assigned, sums, seen)
 
     def _one_antibody_at_a_time(self, rows, router, most, weights, axis) -> Done:
-        """Soft-MoE on packed rows: slots belong to antibodies, of which rows hold any number."""
+        """Soft-MoE on packed rows: each antibody has its own slots, and rows hold any number."""
 
         def one(valid, values):
             x, seen, router, weights = values
@@ -168,9 +179,9 @@ class Layer:
 
 
 def router_logits(x: jax.Array, router: RouterWeights) -> jax.Array:
-    """`[B, L, E]`, of soft-MoE `[B, L, E, S]`, at least float32.
+    """Logits `[B, L, E]`, of soft-MoE `[B, L, E, S]`, at least float32, of inputs `x [B, L, D]`.
 
-    With both sides of unit length and a learned scale where the router has one.
+    A normalised router gives inputs and weights unit length and multiplies by a learned scale.
     """
     x, kernel = x.astype(wide(x.dtype)), router.kernel
     if router.scale is not None:
@@ -183,7 +194,7 @@ def _unit(x: jax.Array, axis: int) -> jax.Array:
 
 
 def antibody_means(x: jax.Array, valid: jax.Array, packing: Packing | None) -> jax.Array:
-    """Every token's antibody as the mean of its tokens, at least float32 `[B, L, D]`."""
+    """Mean of the tokens of every token's antibody, at least float32 `[B, L, D]`."""
     x = jnp.where(valid[..., None], x.astype(wide(x.dtype)), 0.0)
     if packing is None:
         mean = x.sum(1, keepdims=True) / jnp.maximum(valid.sum(1), 1)[:, None, None]
@@ -200,10 +211,10 @@ def on_each_device(
     most: jax.Array | None,
     weights: ExpertWeights,
 ) -> Done:
-    """`layer` on each device's own rows, where there is a mesh that divides them.
+    """Runs `layer` on each device's own rows if there is a mesh that divides the rows.
 
-    Experts stay where they are, and rows travel, if the mesh divides their number; else all are
-    gathered for the time of the call.
+    Experts stay sharded if the expert axis divides their number. Otherwise every device gathers all
+    of them for this call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or rows.x.shape[0] % mesh.size:
@@ -225,7 +236,7 @@ class MoE(nnx.Module):
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         assert spec.moe is not None  # a dense layer has a FeedForward
         moe, d, f = spec.moe, spec.d_model, spec.chunk
-        n = sum(spec.expert_widths) // f  # experts of equal width; E unless widths differ
+        n = sum(spec.expert_widths) // f  # stored experts of equal width; E unless widths differ
         self.spec, self.moe, self.execution = spec, moe, execution
         slots = (moe.slots_of_expert,) if moe.slots_of_expert else ()
         self.router = normal(rngs, (d, moe.experts, *slots), "D." + "." * len(slots))
@@ -239,10 +250,10 @@ class MoE(nnx.Module):
         self.shared = FeedForward(spec, spec.shared_ffn, execution, rngs) if moe.shared else None
 
     def weights(self) -> ExpertWeights:
-        """The experts, those of unequal width as several of equal width."""
+        """The experts; those of unequal width as several of equal width."""
         down_bias = self.down_bias[...]
         if not self.moe.equal:
-            # the first part of an expert adds its bias, so that it is added once
+            # only the first part of an expert has its bias, so that it is added once
             first = np.cumsum([0, *self.spec.expert_widths[:-1]]) // self.spec.chunk
             zeros = jnp.zeros((self.up.shape[0], down_bias.shape[1]), down_bias.dtype)
             down_bias = zeros.at[first].set(down_bias)
@@ -254,12 +265,12 @@ class MoE(nnx.Module):
         return RouterWeights(self.router[...], scale, balance)
 
     def _seen(self, x, valid, packing, key) -> jax.Array:
-        """What the router sees: tokens or their antibody's mean, with jitter in training."""
+        """The router's input: tokens or their antibody's mean, with jitter if there is a key."""
         moe = self.moe
         seen = antibody_means(x, valid, packing) if moe.per_antibody else x
         if key is None or not moe.noise:
             return seen
-        # Fedus et al. 2022, appendix; `wide`: bfloat16 has five values from .99 to 1.01
+        # Fedus et al. 2022, appendix; `wide`, since bfloat16 has only five values from .99 to 1.01
         low, high = 1 - moe.noise, 1 + moe.noise
         return seen * jax.random.uniform(key, x.shape, wide(x.dtype), low, high)
 
@@ -277,10 +288,10 @@ class MoE(nnx.Module):
         Args:
           x: `[B, L, D]`.
           valid: bool `[B, L]`, False at padding.
-          packing: given when rows hold several antibodies.
+          packing: where the antibodies of a row are; None: a row is one antibody.
           training: whether token choice obeys the capacity; in inference it is dropless.
-          key: of the router's jitter; None: no jitter.
-          observed: whether the plan is returned; not of soft-MoE on packed rows.
+          key: key of the router's jitter; None: no jitter.
+          observed: whether the plan is returned.
         """
         layer = Layer(self.spec, self.execution, training, packing is not None, observed)
         rows = Rows(x, self._seen(x, valid, packing, key), valid, packing, None)

@@ -6,7 +6,7 @@ import jax
 
 
 class Packing(NamedTuple):
-    """Where each token of rows that hold several antibodies belongs.
+    """Which antibody each token of a packed row belongs to, and where in it the token is.
 
     Attributes:
       antibody: integers `[B, L]`, the number of the antibody within its row, 0 at padding.

@@ -1,9 +1,9 @@
 """Routers: pure functions `(spec, logits, tokens, ...) -> plan, sums`, one per router family.
 
-A router decides; it moves nothing. `dispatch` moves from the plan alone. Decisions are made in the
-dtype of the logits, which is at least float32. Tokens of different antibodies never compete (unless
-a caller hands over the whole batch as one), and padding is routed nowhere, unless one of BALM-MoE's
-partial policies is asked for.
+A router only decides; `dispatch` moves tokens as the plan says. Decisions are made in the dtype of
+the logits, which is at least float32. Tokens of different antibodies never compete, unless the
+caller passes the whole batch as one row. Padding is not routed, unless one of BALM-MoE's partial
+policies is set.
 """
 
 from functools import singledispatch
@@ -17,7 +17,7 @@ from jax import lax
 from moe_ablm.model.families import ExpertChoice, Queued, Router, Soft, TokenChoice, TopP
 from moe_ablm.model.routing import Plan, RowSums, SoftPlan, entropy_terms, token_sums
 
-PAD_LOGIT = -1e9  # BALM's, under the policy "logits"
+PAD_LOGIT = -1e9  # logits of padding in BALM's policy "logits"
 
 
 class Tokens(NamedTuple):
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
     Attributes:
       valid: bool `[B, L]`, False at padding.
-      antibody: integers `[B, L]`, which antibody of its row a token belongs to, 0 at padding;
+      antibody: integers `[B, L]`, number of the token's antibody within its row, 0 at padding;
         None: a row is one antibody.
     """
 
@@ -41,15 +41,18 @@ def plan(
     balance: jax.Array | None = None,
     training: bool = False,
 ) -> tuple[Plan | SoftPlan, RowSums]:
-    """Who computes for whom; a router family registers its function by its class of `spec`.
+    """The plan of a layer and its sums. Each family registers a function for its class of `spec`.
 
     Args:
-      spec: of the layer.
+      spec: the router's spec.
       logits: at least float32 `[B, L, E]`, of soft-MoE `[B, L, E, S]`.
-      tokens: which of them count, and which compete.
-      balance: `[E]`, added to the affinities for the choice alone (auxiliary-loss-free balancing,
-        Wang et al. 2024).
+      tokens: padding, and which tokens compete.
+      balance: `[E]`, added to the gates for the choice only, not for the output
+        (auxiliary-loss-free balancing, Wang et al. 2024); None: no bias.
       training: whether token choice obeys the capacity; in inference it is dropless.
+
+    Raises:
+      NotImplementedError: no function is registered for the family.
     """
     raise NotImplementedError(f"no plan function is registered for {type(spec).__name__}")
 
@@ -57,39 +60,39 @@ def plan(
 @plan.register
 def _(spec: TokenChoice, logits, tokens, balance=None, training=False):
     pads = _pads(spec, logits, tokens)
-    wanted = affinity(pads.logits, spec.gate)
-    preference = wanted.gates if balance is None else wanted.gates + balance
-    chosen = token_choices(preference, wanted.distribution, spec)
+    scores = affinity(pads.logits, spec.gate)
+    preference = scores.gates if balance is None else scores.gates + balance
+    chosen = token_choices(preference, scores.distribution, spec)
     asking = jnp.where(pads.routed[..., None], chosen, spec.experts)
-    gates = _gates_of(wanted.gates, asking)
+    gates = _gates_of(scores.gates, asking)
     experts, place = _admitted(asking, gates, pads, tokens, spec, training)
     if spec.renormalised:
         total = gates.sum(-1, keepdims=True)
         gates = gates / jnp.where(total > 0, total, 1.0)
-    made = _plan(experts, gates, place, spec.experts)
+    decided = _plan(experts, gates, place, spec.experts)
     asked = Plan(asking, gates, None).assigned(spec.experts)
-    load = made.assigned(spec.experts)
-    sums = token_sums(pads.logits, wanted.distribution, asked, load, pads.counted, tokens.valid)
-    return made, sums
+    load = decided.assigned(spec.experts)
+    sums = token_sums(pads.logits, scores.distribution, asked, load, pads.counted, tokens.valid)
+    return decided, sums
 
 
 @plan.register
 def _(spec: ExpertChoice, logits, tokens, balance=None, training=False):
     pads = _pads(spec, logits, tokens)
-    wanted = affinity(pads.logits, "softmax" if spec.gate == "tokens" else spec.gate)
-    gates = wanted.gates
+    scores = affinity(pads.logits, "softmax" if spec.gate == "tokens" else spec.gate)
+    gates = scores.gates
     if spec.gate == "tokens":
         gates = shares_of_tokens(pads.logits, pads.routed, tokens.antibody)
     everyone = jnp.broadcast_to(jnp.arange(spec.experts), logits.shape)
     asking = jnp.where(pads.routed[..., None], everyone, spec.experts)
-    shown = jnp.where(pads.routed[..., None], gates, 0.0)
-    experts, place = _admitted(asking, shown, pads, tokens, spec, training)
-    made = _plan(experts, shown, place, spec.experts)
-    load = made.assigned(spec.experts)
-    sums = token_sums(pads.logits, wanted.distribution, load, load, pads.counted, tokens.valid)
-    alone = jnp.where(pads.counted & (load.sum(-1) == 0), 1.0, 0.0).sum(1)
-    sums = sums._replace(lost=alone, asked=sums.tokens)
-    return made, sums._replace(**decisions_of_experts(gates, pads.counted))
+    routed_gates = jnp.where(pads.routed[..., None], gates, 0.0)
+    experts, place = _admitted(asking, routed_gates, pads, tokens, spec, training)
+    decided = _plan(experts, routed_gates, place, spec.experts)
+    load = decided.assigned(spec.experts)
+    sums = token_sums(pads.logits, scores.distribution, load, load, pads.counted, tokens.valid)
+    without_expert = jnp.where(pads.counted & (load.sum(-1) == 0), 1.0, 0.0).sum(1)
+    sums = sums._replace(lost=without_expert, asked=sums.tokens)
+    return decided, sums._replace(**decisions_of_experts(gates, pads.counted))
 
 
 def _plan(experts, gates, place, count) -> Plan:
@@ -97,12 +100,19 @@ def _plan(experts, gates, place, count) -> Plan:
 
 
 class Pads(NamedTuple):
-    """What a pad policy does: logits, tokens that are routed, tokens in the router losses."""
+    """The effect of a pad policy.
+
+    Attributes:
+      logits: `[B, L, E]`.
+      routed: bool `[B, L]`, tokens that are routed.
+      counted: bool `[B, L]`, tokens in the router losses and statistics.
+      last: whether padding is last in the queues.
+    """
 
     logits: jax.Array
     routed: jax.Array
     counted: jax.Array
-    last: bool  # pads are last in the queues
+    last: bool
 
 
 def _pads(spec: Router, logits: jax.Array, tokens: Tokens) -> Pads:
@@ -116,13 +126,13 @@ def _pads(spec: Router, logits: jax.Array, tokens: Tokens) -> Pads:
 
 
 def _gates_of(gates: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Gates `[B, L, K]` of chosen experts, 0 for none: a gather whose gradient is no scatter."""
+    """Gates `[B, L, K]` of chosen experts, 0 for E: a gather whose gradient is not a scatter."""
     one_hot = jax.nn.one_hot(chosen, gates.shape[-1], dtype=gates.dtype)
     return (gates[..., None, :] * one_hot).sum(-1)
 
 
 def _admitted(asking, score, pads: Pads, tokens: Tokens, spec: Router, training: bool):
-    """Experts and places of those that get one; everyone, where there are no queues."""
+    """Experts and places after admission; `asking` and None where there are no queues."""
     if not (isinstance(spec, Queued) and spec.queues(training)):
         return asking, None
     if pads.last:
@@ -133,7 +143,7 @@ def _admitted(asking, score, pads: Pads, tokens: Tokens, spec: Router, training:
 class Affinity(NamedTuple):
     """Router scores per (token, expert), `[B, L, E]`.
 
-    `gates` weight outputs, `distribution` sums to 1 over experts.
+    `gates` weight the experts' outputs; `distribution` sums to 1 over experts.
     """
 
     gates: jax.Array
@@ -141,7 +151,7 @@ class Affinity(NamedTuple):
 
 
 def affinity(logits: jax.Array, gate: str) -> Affinity:
-    """Softmax, or sigmoids (DeepSeek-V3, eq. 15) with their shares as the distribution."""
+    """Softmax, or sigmoids (DeepSeek-V3, eq. 15) whose normalised values are the distribution."""
     if gate != "sigmoid":
         probabilities = jax.nn.softmax(logits, axis=-1)
         return Affinity(probabilities, probabilities)
@@ -150,31 +160,34 @@ def affinity(logits: jax.Array, gate: str) -> Affinity:
 
 
 def shares_of_tokens(logits: jax.Array, routed: jax.Array, antibody: jax.Array | None) -> jax.Array:
-    """Softmax over the tokens that compete, as BALM's expert choice has it: `[B, L, E]`.
+    """Softmax over the tokens that compete, as in BALM's expert choice: `[B, L, E]`.
 
     Args:
-      logits: float32 `[B, L, E]`.
-      routed: bool `[B, L]`; others have share 0.
-      antibody: integers `[B, L]`, within which tokens compete; None: within a row.
+      logits: at least float32 `[B, L, E]`.
+      routed: bool `[B, L]`; other tokens have share 0.
+      antibody: integers `[B, L]`, tokens of one number compete; None: all tokens of a row compete.
     """
     b, length, _ = logits.shape
     antibody = jnp.zeros((b, length), jnp.int32) if antibody is None else antibody
-    here = routed[..., None]
+    mask = routed[..., None]
 
     def row(logits, antibody):
-        most = jax.ops.segment_max(logits, antibody, length + 1)
-        weight = jnp.exp(logits - lax.stop_gradient(most)[antibody])
+        largest = jax.ops.segment_max(logits, antibody, length + 1)
+        weight = jnp.exp(logits - lax.stop_gradient(largest)[antibody])
         return weight / jax.ops.segment_sum(weight, antibody, length + 1)[antibody]
 
-    return jnp.where(here, jax.vmap(row)(jnp.where(here, logits, -1e30), antibody), 0.0)
+    return jnp.where(mask, jax.vmap(row)(jnp.where(mask, logits, -1e30), antibody), 0.0)
 
 
 def token_choices(preference: jax.Array, distribution: jax.Array, spec: TokenChoice) -> jax.Array:
     """The experts that each token chooses, best first: int32 `[B, L, K]`, E for none.
 
-    Top-k (Shazeer et al. 2017) takes K; top-p (Huang et al. 2024) as few of the best as reach
-    `threshold` together, but at most K; unless `exceed`, only those that stay within it, and the
-    best one always (BALM). Ties go to the lower number.
+    K experts, or for top-p as many as `families.TopP` says. Ties go to the lower number.
+
+    Args:
+      preference: `[B, L, E]`, gates with the bias of balancing; experts are ranked by it.
+      distribution: `[B, L, E]`, probabilities that top-p adds up.
+      spec: the router's spec.
     """
     _, chosen = lax.top_k(lax.stop_gradient(preference), spec.k)
     if not isinstance(spec, TopP):
@@ -194,17 +207,19 @@ def admit(
     antibody: jax.Array | None,
     spec: Queued,
 ) -> tuple[jax.Array, jax.Array]:
-    """Lets experts take the tokens of highest score, up to the capacity of each antibody.
+    """Admits the tokens of highest score to every expert, up to its places for each antibody.
 
     Args:
       asking: integers `[B, L, K]`, the experts that each token asks for, E for none.
       score: float `[B, L, K]`.
-      routed: bool `[B, L]`, tokens that may ask; the capacity counts them.
+      routed: bool `[B, L]`, tokens that may ask; where a row is one antibody, the number of places
+        depends on how many there are.
       antibody: integers `[B, L]`, 0 at padding; None: a row is one antibody.
-      spec: of the layer.
+      spec: the router's spec.
 
     Returns:
-      Experts `[B, L, K]` with E for those turned away, and places in the queues.
+      Experts `[B, L, K]`, E for those that did not admit the token, and places in the queues,
+      int32 `[B, L, K]`.
     """
     b, length, k = asking.shape
     if antibody is None:
@@ -221,7 +236,11 @@ def admit(
 
 
 def decisions_of_experts(gates: jax.Array, counted: jax.Array) -> dict[str, jax.Array]:
-    """Entropy over tokens of what each expert sees: 1 where it finds all tokens alike."""
+    """Fields `spread` and `decisions` of `RowSums` for expert choice.
+
+    `spread` sums over experts the entropy of the expert's gates over tokens as a share of its
+    maximum: 1 where the expert weighs all tokens alike.
+    """
     weights = jnp.where(counted[..., None], lax.stop_gradient(gates), 0.0)
     shares = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-20)
     tokens = counted.sum(-1)
@@ -249,7 +268,7 @@ def place_in_queue(queue: jax.Array, score: jax.Array) -> jax.Array:
     """
     n = queue.shape[-1]
     index = lax.broadcasted_iota(jnp.int32, queue.shape, 1)
-    # ties are broken by the index: the third operand is a key, too
+    # the third operand is a key as well, so ties are broken by the index
     queue, _, order = lax.sort((queue, -lax.stop_gradient(score), index), num_keys=3)
     starts = jnp.where(queue != jnp.roll(queue, 1, axis=-1), index, 0)
     place = index - lax.cummax(starts, axis=1)
@@ -258,7 +277,7 @@ def place_in_queue(queue: jax.Array, score: jax.Array) -> jax.Array:
 
 
 def tokens_of_antibody(antibody: jax.Array) -> jax.Array:
-    """How many tokens belong to the antibody of each token.
+    """Number of tokens of each token's antibody.
 
     Args:
       antibody: integers `[B, L]`, 0 at padding.
@@ -272,15 +291,15 @@ def tokens_of_antibody(antibody: jax.Array) -> jax.Array:
 
 @plan.register
 def _(spec: Soft, logits, tokens, balance=None, training=False):
-    """Every slot reads all tokens of an antibody, every token all slots; the rest is left out."""
+    """Every slot reads all valid tokens of the row, and every token reads all slots."""
     valid = tokens.valid
     b, length, e, s = logits.shape
-    here = valid[:, :, None, None]
-    # an antibody without tokens must give zeros, not NaN
-    masked = jnp.where(here, logits, -1e30)
-    dispatch = jnp.where(here, jax.nn.softmax(masked, axis=1), 0.0)
+    mask = valid[:, :, None, None]
+    # a row without valid tokens must give zeros, not NaN
+    masked = jnp.where(mask, logits, -1e30)
+    dispatch = jnp.where(mask, jax.nn.softmax(masked, axis=1), 0.0)
     combine = jax.nn.softmax(logits.reshape(b, length, e * s), axis=-1).reshape(logits.shape)
-    combine = jnp.where(here, combine, 0.0)
+    combine = jnp.where(mask, combine, 0.0)
     share = combine.sum(-1)
     sums = token_sums(logits.reshape(b, length, e * s), share, share, share, valid, valid)
     tokens = valid.sum(-1)

@@ -1,7 +1,7 @@
-"""What routers return: a plan for the dispatch, and sums from which statistics are made.
+"""What routers return: a plan for the dispatch, and sums for the statistics.
 
-Sums are kept row by row, so that those of several devices, micro-batches or antibodies of a row
-simply add up.
+Sums are kept row by row, so that the sums of several devices or of the antibodies of a row can be
+added. Arrays have the dtype of the router's logits: float32, or float64 in tests.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from moe_ablm.model.linear import wide
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """Which experts compute for which token; the only thing that a dispatch looks at.
+    """Which experts compute for which token.
 
     Attributes:
       experts: int32 `[B, L, K]`, the experts of each token; E where nothing is routed.
-      gates: float32 `[B, L, K]`, their weights in the combined output; 0 where nothing is routed.
-      place: int32 `[B, L, K]`, place in the queue of that expert in that row, when queues are
-        limited; None: they are not.
+      gates: `[B, L, K]`, their weights in the combined output; 0 where nothing is routed.
+      place: int32 `[B, L, K]`, place in the queue of the expert within the row; None: there are no
+        queues.
     """
 
     experts: jax.Array
@@ -37,36 +37,38 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SoftPlan:
-    """Weights of soft-MoE: slots as means of tokens, tokens as means of the slots' outputs.
+    """Weights of soft-MoE: slots are means of tokens, outputs of tokens are means of slot outputs.
 
     Attributes:
-      dispatch: float32 `[B, L, E, S]`, sums to 1 over the tokens of an antibody; 0 at padding.
-      combine: float32 `[B, L, E, S]`, sums to 1 over all slots; 0 at padding.
+      dispatch: `[B, L, E, S]`, sums to 1 over the tokens of an antibody; 0 at padding.
+      combine: `[B, L, E, S]`, sums to 1 over all slots; 0 at padding.
     """
 
     dispatch: jax.Array
     combine: jax.Array
 
     def assigned(self, experts: int) -> jax.Array:
-        """float32 `[B, L, E]`: share of the token's output that comes from the expert."""
+        """`[B, L, E]`: share of the token's output that comes from each expert."""
         return self.combine.sum(-1)
 
 
 class RowSums(NamedTuple):
-    """Sums over the counted tokens of each row (float32).
+    """Sums over the counted tokens of each row. BALM-MoE's pad policies may count padding.
 
     Attributes:
-      tokens, real: `[B]`, how many are counted, and how many are no padding.
-      load: `[B, E]`, assignments that experts compute (soft-MoE: of the combined output).
+      tokens: `[B]`, number of counted tokens.
+      real: `[B]`, number of tokens that are not padding.
+      load: `[B, E]`, assignments that experts compute; in soft-MoE shares of the combined output.
       chosen: `[B, E]`, assignments before a capacity drops some.
-      probability: `[B, E]`, of the router's distribution over experts.
-      lost, asked: `[B]`, assignments dropped, of how many; expert choice: tokens without expert.
-      z: `[B]`, logsumexp(logits)^2; never of padding, as `squared`.
-      entropy: `[B]`, of the router's distribution over experts, in nats.
+      probability: `[B, E]`, the router's distribution over experts.
+      lost, asked: `[B]`, assignments that were dropped, and all that were asked for; in expert
+        choice tokens without an expert, and all tokens; 0 in soft-MoE.
+      z: `[B]`, logsumexp(logits)^2, without padding.
+      entropy: `[B]`, entropy of the router's distribution over experts, in nats.
       spread, decisions: `[B]`, entropies of the router's decisions as shares of their maximum, and
-        how many decisions there are: over experts for each token, or over tokens for each expert
-        (expert choice) or slot (soft-MoE).
-      squared: `[B]`, mean over experts of the squared logits.
+        the number of decisions. A decision is over experts for each token, or over tokens for each
+        expert (expert choice) or slot (soft-MoE).
+      squared: `[B]`, mean over logits of their squares, without padding.
     """
 
     tokens: jax.Array
@@ -84,17 +86,17 @@ class RowSums(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Statistics of one layer's routing over the batch (float32).
+    """Statistics of one layer's routing over the batch.
 
     Attributes:
       load: `[E]`, share of the computed assignments that each expert received (sums to 1).
       asked: `[E]`, share of the assignments that asked for each expert, before drops (sums to 1).
-      choices: mean experts that computed for a token (soft-MoE: 1, the shares of the output).
-      entropy: entropy of `load` over log E; 1 is balanced, 0 one expert takes all.
-      dropped: share of the assignments that found no place; expert choice: of the tokens that no
-        expert chose.
-      spread: how undecided the router is, 0 to 1: the mean entropy of its decisions over their
-        maximum. Soft-MoE near 1: every slot is the plain mean of all tokens, dispatch does nothing.
+      choices: mean number of experts that computed for a token (soft-MoE: 1).
+      entropy: entropy of `load` over log E: 1 is balanced; at 0 one expert takes all.
+      dropped: share of the assignments that found no place; in expert choice, of the tokens that no
+        expert chose; 0 in soft-MoE.
+      spread: mean entropy of the router's decisions over its maximum, 0 (decided) to 1. Near 1 in
+        soft-MoE, every slot is the plain mean of all tokens and dispatch does nothing.
       logit_rms: root mean square of the router's logits.
       load_balance, z_loss, entropy_loss: the auxiliary losses, not yet weighted.
     """
@@ -112,11 +114,11 @@ class RouterStats(NamedTuple):
 
 
 def summarise(rows: RowSums, balanced: bool) -> RouterStats:
-    """Statistics of the batch from those of its rows.
+    """Statistics of the batch from the sums of its rows.
 
-    The load-balance loss is Switch's (Fedus et al. 2022, eq. 4), `E sum_e f_e P_e` with the shares
-    before drops; 1 is balanced. The z-loss is ST-MoE's (Zoph et al. 2022, eq. 5), the entropy loss
-    that of top-p routing (Huang et al. 2024, eq. 5): means over tokens.
+    The load-balance loss is Switch's (Fedus et al. 2022, eq. 4), `E sum_e f_e P_e` with f the
+    shares before drops; 1 is balanced. The z-loss is ST-MoE's (Zoph et al. 2022, eq. 5), the
+    entropy loss that of top-p routing (Huang et al. 2024, eq. 5). Both are means over tokens.
 
     Args:
       rows: sums `[B, ...]`.
@@ -153,7 +155,7 @@ def load_entropy(load: jax.Array) -> jax.Array:
 
 
 def entropy_terms(p: jax.Array) -> jax.Array:
-    """`-p log p`, 0 at p = 0, where the derivative is large but no infinity: 0 times it is 0."""
+    """`-p log p`, 0 at p = 0. The derivative there is finite, so that 0 times it is 0, not NaN."""
     return -p * jnp.log(jnp.maximum(p, 1e-30))
 
 
@@ -168,15 +170,15 @@ def token_sums(
     """Sums of a router whose tokens each have a distribution over experts.
 
     Args:
-      logits: float32 `[B, L, N]`, one an expert or a slot.
-      distribution: `[B, L, E]`, sums to 1.
-      chosen, load: `[B, L, E]`, before and after drops.
-      counted: bool `[B, L]`; may hold padding under BALM-MoE's policies.
+      logits: `[B, L, N]`, one for each expert or slot.
+      distribution: `[B, L, E]`, sums to 1 over experts.
+      chosen, load: `[B, L, E]`, assignments before and after drops.
+      counted: bool `[B, L]`, tokens that count; may include padding under BALM-MoE's policies.
       valid: bool `[B, L]`, False at padding.
     """
-    here = counted[..., None]
-    chosen, load = (jnp.where(here, x, 0.0).sum(1) for x in (chosen, load))
-    entropy = jnp.where(here, entropy_terms(distribution), 0.0).sum((1, 2))
+    mask = counted[..., None]
+    chosen, load = (jnp.where(mask, x, 0.0).sum(1) for x in (chosen, load))
+    entropy = jnp.where(mask, entropy_terms(distribution), 0.0).sum((1, 2))
     tokens, real = (x.sum(1).astype(wide(logits.dtype)) for x in (counted, valid))
     finite = jnp.where(valid[..., None], logits, 0.0)
     return RowSums(
@@ -184,7 +186,7 @@ def token_sums(
         real=real,
         load=load,
         chosen=chosen,
-        probability=jnp.where(here, distribution, 0.0).sum(1),
+        probability=jnp.where(mask, distribution, 0.0).sum(1),
         lost=(chosen - load).sum(-1),
         asked=chosen.sum(-1),
         z=jnp.where(valid, jnp.square(jax.nn.logsumexp(finite, axis=-1)), 0.0).sum(1),

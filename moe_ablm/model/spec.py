@@ -1,8 +1,8 @@
 """What an encoder is (its identity) and how it is computed (its execution), as frozen dataclasses.
 
 Axis letters, the same in the whole package:
-`B` batch, `L` length, `D` model width, `F` FFN width, `H` heads, `E` experts, `K` choices a token,
-`C` capacity, `S` soft slots of an expert, `V` vocabulary.
+`B` batch, `L` length, `D` model width, `F` FFN width, `H` heads, `E` experts, `K` experts per
+token, `C` capacity, `S` slots of an expert in soft-MoE, `V` vocabulary, `M` MoE layers.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class EncoderSpec:
 
     Attributes:
       moe: the experts and their router; None: dense.
-      attention_dropout, hidden_dropout, embedding_dropout: in training, of attention weights, of
-        what attention and FFN add to the residual stream, and of the embedding.
+      attention_dropout, hidden_dropout, embedding_dropout: dropout rates in training of attention
+        weights, of what attention and FFN add to the residual stream, and of the embedding.
     """
 
     layers: int
@@ -52,7 +52,7 @@ class EncoderSpec:
 
     @property
     def drops(self) -> bool:
-        """Whether training drops anything out."""
+        """Whether training has dropout."""
         return any((self.attention_dropout, self.hidden_dropout, self.embedding_dropout))
 
     @property
@@ -62,12 +62,12 @@ class EncoderSpec:
 
     @property
     def chunk(self) -> int:
-        """Width that divides all experts: wider ones are kept as several of this width."""
+        """Greatest common divisor of the widths; wider experts are stored as several of it."""
         return gcd(*self.expert_widths)
 
     @property
     def shared_ffn(self) -> int:
-        """F of all shared experts together, each as wide as the mean of the others."""
+        """F of all shared experts together, each as wide as the mean of the routed ones."""
         if not self.moe:
             return 0
         return self.moe.shared * round(sum(self.expert_widths) / self.moe.experts)
@@ -108,19 +108,19 @@ REMAT = ("none", "matmuls", "full")
 
 @dataclass(frozen=True)
 class Execution:
-    """How an encoder is computed; never part of what it is.
+    """How an encoder is computed; not part of its identity.
 
     Attributes:
       activations: dtype of activations between operations, "float32" or "bfloat16". Sums and
-        statistics are at least float32 whatever it is; float64 is for tests.
+        statistics are at least float32 in any case. "float64" is for tests.
       operands: dtype of matmul operands. "bfloat16" with float32 activations is the policy for
-        CPUs with AMX: products of bfloat16, sums and everything else in float32.
-      scan: run equal layers by `lax.scan` (quicker to compile) instead of unrolled (quicker to
-        run: a scan stacks and unstacks weights and what the backward pass keeps).
-      remat: what the backward pass recomputes. "none": nothing; "matmuls": all but the outputs of
-        matmuls and attention, which are kept; "full": whole layers.
-      backend: of `BACKENDS`, the device that this is compiled for, which may be absent here.
-      grouped: implementation of `experts.grouped_matmul`; None: the backend's.
+        CPUs with AMX: products are of bfloat16 numbers; sums and everything else are float32.
+      scan: run equal layers by `lax.scan`, which compiles faster, instead of unrolled, which runs
+        faster: a scan stacks and unstacks weights and what the backward pass keeps.
+      remat: what the backward pass recomputes. "none": nothing; "matmuls": everything but the
+        outputs of matmuls and attention; "full": whole layers.
+      backend: one of `BACKENDS`, the kind of device to compile for; it may be absent.
+      grouped: implementation of `experts.grouped_matmul`; None: the default of the backend.
     """
 
     activations: str = "float32"

@@ -1,7 +1,7 @@
 """The device mesh and the one table from axis letters to mesh axes.
 
-The batch is split over all mesh axes: "expert" and "fsdp" are data parallelism outside the arrays
-that they shard.
+The batch is split over all mesh axes, so "expert" and "fsdp" are data parallelism for every array
+that they do not shard.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from moe_ablm.errors import UserError
 MESH_AXES = ("data", "expert", "fsdp")
 EXPERT_AXIS = "expert"
 BATCH_AXES = MESH_AXES
-# which mesh axis shards an array's axis; letters as in model.spec
+# mesh axis that shards an array's axis, by letter (model.spec); other axes stay whole
 AXIS_RULES = {"E": EXPERT_AXIS, "F": "fsdp"}
 
 
 def make_mesh(
     data: int, expert: int, fsdp: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over devices, by default all; `data=-1` takes what the other axes leave.
+    """A mesh over `devices` (None: all of them). `data=-1` uses what the other axes leave.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -47,14 +47,14 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same value on every device."""
+    """Sharding of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def axes_sharding(mesh: Mesh | AbstractMesh, axes: str, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of a parameter from its axis letters.
 
-    An axis that its mesh axis does not divide stays whole, so that one table serves every size.
+    An array axis that the mesh axis does not divide stays whole, so one table serves every size.
     """
     names = [AXIS_RULES.get(letter) for letter in axes]
     spec = [n if n and shape[i] % mesh.shape[n] == 0 else None for i, n in enumerate(names)]
@@ -62,6 +62,6 @@ def axes_sharding(mesh: Mesh | AbstractMesh, axes: str, shape: tuple[int, ...]) 
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as part of the global arrays `[B, L]`."""
+    """Global arrays `[B, L]`, of which every process provides its own rows."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,12 +1,12 @@
-"""Several processes, one run: how they find each other, who writes, and how they end together.
+"""Several processes of one run: how they find each other, which one writes, how they end together.
 
-A process that is alone passes through every function here at no cost.
+For a process that is alone every function here is a no-op.
 
-How long a job can outlive its trouble:
-  300 s  a process that never arrives: the others give up waiting for it (`START_SECONDS`)
-  60 s   a process that died or lost its network: the others are ended (`LOST_PEER_SECONDS`)
-  30 min all alive, but no update in that time, as in a hung collective: every process writes where
-         it is to stderr and ends with code 1; $MOE_ABLM_HANG_SECONDS changes it
+A job ends within these times of a fault:
+  300 s   a process never arrives: the others stop waiting for it (`START_SECONDS`)
+  60 s    a process died or lost its network: the others are ended (`LOST_PEER_SECONDS`)
+  30 min  all are alive, but there was no update, as in a hung collective: every process writes its
+          stack traces to stderr and ends with code 1 ($MOE_ABLM_HANG_SECONDS changes the time)
 """
 
 import faulthandler
@@ -35,18 +35,18 @@ LOST_PEER_SECONDS = 60
 HANG_SECONDS = 1800
 _PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_INDEX")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-_questions = count()
+_calls = count()  # of `from_first`
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 def start() -> None:
-    """Joins the other processes of this run, if there are any; before anything computes.
+    """Joins the other processes of this run, if there are any. Call it before anything computes.
 
-    Only process 0 keeps its standard output; errors of all are seen.
+    Only process 0 keeps its standard output; all keep stderr.
 
     Raises:
-      UserError: the environment contradicts itself.
-      RuntimeError: the others could not be found in time.
+      UserError: see `arguments_of`.
+      RuntimeError: the other processes were not found in time.
     """
     arguments = arguments_of(os.environ)
     if arguments is None:
@@ -57,7 +57,7 @@ def start() -> None:
         heartbeat_timeout_seconds=LOST_PEER_SECONDS,
         shutdown_timeout_seconds=LOST_PEER_SECONDS,
     )
-    # collectives on CPU give up after 30 s in which not all have come to the first one: meet now
+    # a CPU collective fails if not all processes reach the first one within 30 s: wait here first
     _service().wait_at_barrier("moe_ablm/start", START_SECONDS * 1000)
     multihost_utils.sync_global_devices("moe_ablm/start")
     if not is_first():
@@ -67,12 +67,13 @@ def start() -> None:
 def arguments_of(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize`; None for a process that is alone.
 
-    In this order: `JAX_COORDINATOR_ADDRESS=host:port` with `JAX_PROCESS_COUNT` and
-    `JAX_PROCESS_INDEX` (a count of 1 alone says that there is nobody else); a SLURM step of more
-    than one task; a TPU machine. JAX finds out the rest of the last two by itself.
+    The first of these that applies: `JAX_COORDINATOR_ADDRESS=host:port` with `JAX_PROCESS_COUNT`
+    and `JAX_PROCESS_INDEX` (a count of 1 needs no others, and means that the process is alone); a
+    SLURM step of more than one task; a TPU machine. For the last two JAX finds the arguments.
 
     Raises:
-      UserError: one of the three variables is missing or no such value.
+      UserError: one of the three variables is missing or malformed, or the index is not below the
+        count.
     """
     if any(name in environment for name in _PLAIN):
         return _plain(environment)
@@ -99,7 +100,7 @@ def _plain(environment: Mapping[str, str]) -> dict[str, Any] | None:
             )
     if int(index) >= int(number):
         raise UserError(f"$JAX_PROCESS_INDEX is {index}, expected 0 to {int(number) - 1}")
-    # every device of the machine belongs to this process, so no cluster is asked
+    # every device of the machine belongs to this process, so JAX must not ask a cluster
     return {
         "coordinator_address": address,
         "num_processes": int(number),
@@ -109,7 +110,7 @@ def _plain(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _is_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether JAX can ask a TPU machine for its neighbours; one without any answers so, too."""
+    """Whether this is a TPU machine, which tells JAX its neighbours, or that there are none."""
     if environment.get("JAX_PLATFORMS", "tpu") not in ("", "tpu", "tpu,cpu"):
         return False
     present = any(Path(device).exists() for device in _TPU_DEVICES)
@@ -122,13 +123,13 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """The JSON value that `function` returns in process 0, which alone calls it, in all of them.
+    """Calls `function` in process 0 only, and returns its JSON value in all processes.
 
-    A UserError that it raises there is raised everywhere.
+    A UserError of `function` is raised in all processes.
     """
     if jax.process_count() == 1:
         return function()
-    key = f"moe_ablm/from_first/{next(_questions)}"  # all ask the same questions in the same order
+    key = f"moe_ablm/from_first/{next(_calls)}"  # all processes make the same calls in one order
     if is_first():
         try:
             answer = {"value": function()}
@@ -142,9 +143,9 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def _service():
-    """The coordination service: unlike a collective, it waits as long as it should.
+    """JAX's coordination service, whose timeouts can be set, unlike those of collectives.
 
-    JAX has no public name for it, orbax has.
+    It has no public name in JAX, but in orbax.
     """
     from orbax.checkpoint import multihost  # takes a second; only several processes need it
 
@@ -153,24 +154,25 @@ def _service():
 
 @contextmanager
 def first_inside(context: AbstractContextManager[None]) -> Iterator[None]:
-    """Enters a context in process 0 alone; all raise the UserError that it meets."""
+    """Enters a context in process 0 only; a UserError on entering is raised in all processes."""
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(context))
         yield
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays whole in every process; what one process has anyhow is left as it is."""
+    """The arrays of a tree, whole on every device; unchanged where there is one process."""
     if jax.process_count() == 1:
         return tree
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
 
 
 class Stop:
-    """Agreement on when to stop: some processes may hear a signal before others, or alone.
+    """Agreement on when to stop, since a signal may reach only some processes, or some later.
 
-    Each puts whether it heard one into a reduction over all devices, dispatched beside the updates
-    and read one update later, so that all have the same answer at the same update and nobody waits.
+    Every process contributes whether it has received one (`heard` is not empty) to a reduction over
+    all devices. It is dispatched with the updates and read one update later. So all processes get
+    the same answer at the same update, and none waits for it.
     """
 
     def __init__(self, heard: list[str], mesh: Mesh):
@@ -178,22 +180,22 @@ class Stop:
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
     def __call__(self) -> bool:
-        """Whether the run is to stop now; every process asks once an update."""
+        """Whether to stop now; every process must call this once per update."""
         if jax.process_count() == 1:
             return bool(self._heard)
-        mine = np.full(jax.local_device_count(), bool(self._heard))
-        flags = jax.make_array_from_process_local_data(batch_sharding(self._mesh), mine)
+        local = np.full(jax.local_device_count(), bool(self._heard))
+        flags = jax.make_array_from_process_local_data(batch_sharding(self._mesh), local)
         before, self._pending = self._pending, self._any(flags)
         return before is not None and bool(before)
 
 
 @contextmanager
 def watchdog() -> Iterator[Callable[[], None]]:
-    """Ends this process if the function that it gives is not called in time, of several devices.
+    """Kills this process if the yielded `beat` is not called in time (multi-device only).
 
-    The watching thread needs no interpreter lock: a collective that hangs in XLA does not stop it.
+    The watching thread needs no interpreter lock, so a collective that hangs in XLA cannot stop it.
     """
-    if jax.device_count() == 1:  # nothing to wait for; one process may have many, though
+    if jax.device_count() == 1:  # no collective can hang; a single process may have many devices
         yield lambda: None
         return
     seconds = _hang_seconds()
