@@ -18,7 +18,7 @@ from moe_ablm.inference.logits import EveryPosition
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.spec import Execution
 
-PAIRS = [("EVQLVES", "DIQM"), ("EV_", ""), ("EVQLXTY", "DIQMTQ"), ("QVQ", "E"), ("MKTAYIW", "")]
+PAIRS = [("EVQLVES", "DIQM"), ("EV_", ""), ("EVQLXTY", "DIQMTQ"), ("QVQ", "EI"), ("MKTAYIW", "")]
 ROWS = [
     row_of(a, LAYOUTS["esm"]).tokens for a in given(PAIRS, LAYOUTS["esm"], 64, "EVQX_LSDIMTYKAW")
 ]

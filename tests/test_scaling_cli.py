@@ -142,7 +142,7 @@ def test_parabolas_and_envelope_write_their_files(tmp_path, capsys):
         (["--law", "chinchilla", "--advise"], ["--max-flops"]),
         (["--law", "chinchilla", "--where", "tokens=7"], ["no usable row", "--where"]),
         (["--seed", "-1"], ["--seed -1"]),
-        (["--seed-sd", "nan"], ["--seed-sd nan", "positive"]),
+        (["--seed-sd", "nan"], ["--seed-sd nan", "expected a number"]),
         (["--max-flops", "inf"], ["--max-flops inf", "positive"]),
         (["--columns", "params=params,params=tokens"], ["params", "twice"]),
         (["--law", "chinchilla", "--target", "flop=1"], ["--target", "unknown input flop"]),
@@ -183,7 +183,7 @@ def test_fitting_never_imports_jax(dense_csv):
 
 def test_an_out_below_a_file_is_refused_before_anything_is_fitted(dense_csv, capsys):
     assert fit("--input", "absent.csv", "--out", f"{dense_csv}/fit") == 2
-    assert "runs.csv exists and is not a directory" in capsys.readouterr().err
+    assert "runs.csv is not a directory" in capsys.readouterr().err
 
 
 def test_equal_losses_end_in_a_verdict_with_figures(tmp_path, capsys):

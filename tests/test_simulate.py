@@ -329,10 +329,12 @@ def test_interrupted_table_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_file_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(SystemExit, match="2"):
         run_verb("--pairs", 1, "--out", tmp_path / "file" / "a.csv")
+    assert "file is not a directory" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "dir.csv").mkdir()
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(SystemExit, match="2"):
         run_verb("--pairs", 1, "--out", tmp_path / "dir.csv")
+    assert "dir.csv is a directory" in capsys.readouterr().err.splitlines()[-1]

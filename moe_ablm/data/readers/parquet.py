@@ -91,10 +91,15 @@ def _rows_at_once(
     """
     chunks = file.metadata.row_group(group)
     longest = 1
+    # What the metadata of a column say may contradict the schema: then `column()` ends the process
+    # (pyarrow 26), where reading raises. So a row is read first, unless that takes much memory.
+    small = chunks.total_byte_size <= _LARGEST_COLUMN_CHUNK
+    if small:
+        longest = max(longest, _longest_in_dictionaries(path, dictionaries, group, wanted))
     for i in range(chunks.num_columns):
-        chunk = chunks.column(i)
-        if chunk.path_in_schema not in wanted:
+        if file.schema.column(i).path not in wanted:
             continue
+        chunk = chunks.column(i)
         size = chunk.total_uncompressed_size
         if size > _LARGEST_COLUMN_CHUNK:
             raise UserError(
@@ -103,7 +108,8 @@ def _rows_at_once(
             )
         delta = "DELTA_BYTE_ARRAY" in chunk.encodings
         longest = max(longest, size if delta else size // max(chunks.num_rows, 1))
-    longest = max(longest, _longest_in_dictionaries(path, dictionaries, group, wanted))
+    if not small:
+        longest = max(longest, _longest_in_dictionaries(path, dictionaries, group, wanted))
     return max(1, min(ROWS_PER_BATCH, _BYTES_AT_ONCE // longest))
 
 
