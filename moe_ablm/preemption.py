@@ -60,7 +60,8 @@ class Interrupts:
         self._before = signal.signal(signal.SIGINT, _raise), signal.set_wakeup_fd(self._write)
         Interrupts.current = self
         sys.unraisablehook = _without_interrupts
-        threading.Thread(target=self._answer, daemon=True).start()
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -69,6 +70,7 @@ class Interrupts:
         signal.set_wakeup_fd(self._before[1])
         signal.signal(signal.SIGINT, self._before[0])
         os.close(self._write)
+        self._thread.join(GRACE)  # the command may be over before the answer to Ctrl-C is told
 
     def _answer(self) -> None:
         while number := os.read(self._read, 1):

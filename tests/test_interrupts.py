@@ -33,6 +33,12 @@ def answer(process: subprocess.Popen) -> str:
     return line
 
 
+def code_of(process: subprocess.Popen) -> int:
+    """As a shell tells it: Python ends itself by the signal where that came within an `exec`."""
+    code = process.wait(timeout=10)
+    return 128 + signal.SIGINT if code == -signal.SIGINT else code
+
+
 READY = "print('ready', flush=True)\n"
 IN_A_LIBRARY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"  # no bytecode
 SWALLOWED = (
@@ -55,7 +61,7 @@ def test_a_main_thread_that_does_not_listen(work):
     time.sleep(0.5)
     press(process)
     assert answer(process) == "moe_ablm: interrupted: begin again\n"
-    assert process.wait(timeout=10) == 130
+    assert code_of(process) == 130
     assert process.stderr.read() == ""
 
 
@@ -73,7 +79,7 @@ def test_a_second_time_while_saving_ends_at_once():
     press(process)
     line = answer(process)
     assert "ended at once; what was saved before is kept: resume" in line
-    assert process.wait(timeout=2) == 130 and process.stderr.read() == ""
+    assert code_of(process) == 130 and process.stderr.read() == ""
 
 
 def test_a_scheduler_s_signal_is_no_ctrl_c():
@@ -96,17 +102,17 @@ def test_the_trainer_before_it_trains(tmp_path):
     press(process)
     line = answer(process)
     assert "interrupted: " in line and f"--workdir={tmp_path / 'w'}" in line
-    assert process.wait(timeout=10) == 130
+    assert code_of(process) == 130
     assert process.stderr.read() == ""
 
 
 def test_the_trainer_while_it_compiles(tmp_path):
     process = start("moe_ablm.train", *tiny_flags(), f"--workdir={tmp_path / 'w'}")
-    assert "parameters" in (line := process.stdout.readline()), line
+    assert any("parameters" in line for line in process.stdout)  # the data are made before
     press(process)
     assert "heard Ctrl-C, saving" in answer(process)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "", err  # `train && evaluate` does not go on
+    assert code_of(process) == 130 and err == "", err  # `train && evaluate` does not go on
     before, told = out.split("the same command resumes it:\n")
     assert "saved at step 1;" in before
     assert told.count("\n") == 1 and f"--workdir={tmp_path / 'w'}" in told
@@ -120,7 +126,7 @@ def test_a_verb_leaves_nothing(tmp_path):
         time.sleep(0.05)
     press(process)
     assert answer(process) == "moe_ablm: interrupted: give the same command again\n"
-    assert process.wait(timeout=10) == 130
+    assert code_of(process) == 130
     assert process.stderr.read() == "" and not list(tmp_path.iterdir())
 
 
@@ -136,6 +142,6 @@ def test_workers_leave_ctrl_c_to_the_one_who_started_them(tmp_path, run_quickly)
     time.sleep(1)  # the workers start
     press(process)
     assert "interrupted" in answer(process)
-    assert process.wait(timeout=10) == 130
+    assert code_of(process) == 130
     assert process.stderr.read() == ""
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d.scratch-*"))
