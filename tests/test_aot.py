@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 # GB of temporaries of one layer with embedding, head and loss, over the mesh SPREAD
 TEMPORARIES = {(router, kind): 2.0 for router in ROUTERS for kind in HARDWARE}
-# the target is 12 kB and 2 copies; sparse layers miss it: 17.8, 17.9, 15.5 and 15.2 kB were measured
+# the target is 12 kB and 2 copies; sparse layers miss it: measured are 17.8, 17.9, 15.5 and 15.2 kB
 # (docs/accelerators.md)
 LAYER = {
     "none": Layer(12.0, 2),
