@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.files import all_or_none
-from moe_ablm.verbs.writing import out_directory
+from moe_ablm.verbs.writing import add_results_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a directory of `evaluate`; repeatable; the same name again: another seed of a kind",
     )
     add("--reference", metavar="NAME", help="the kind that others are compared with (the first)")
-    add(
-        "--out",
-        type=out_directory,
-        required=True,
-        metavar="DIR",
-        help="results.json, report.html, ...",
-    )
+    add_results_directory(parser)
 
 
 def run(args: argparse.Namespace) -> None:

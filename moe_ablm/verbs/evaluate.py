@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import PRECISIONS
-from moe_ablm.verbs.writing import out_directory
+from moe_ablm.verbs.writing import add_results_directory
 
 FILES = {
     "specificity": "antibodies with a label (CSV or parquet: h_sequence, l_sequence, label)",
@@ -46,13 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="another input; repeatable",
     )
-    add(
-        "--out",
-        type=out_directory,
-        required=True,
-        metavar="DIR",
-        help="results.json, report.html, ...",
-    )
+    add_results_directory(parser)
     add(
         "--on-bad-row",
         choices=("fail", "skip"),

@@ -41,6 +41,12 @@ def out_file(*endings: str) -> Callable[[str], Path]:
     return checked
 
 
+def add_results_directory(parser: argparse.ArgumentParser) -> None:
+    """`--out` of verbs that write numbers and a page."""
+    about = "results.json, report.html, ..."
+    parser.add_argument("--out", type=out_directory, required=True, metavar="DIR", help=about)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """The flag without which a file of the user is not replaced."""
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
