@@ -8,10 +8,8 @@ digests below are what that version said of them (`load_model(...).digest()`).
 
 import json
 import tarfile
-from functools import partial
 from pathlib import Path
 
-import jax
 import pytest
 
 from moe_ablm import config as configs
@@ -69,13 +67,6 @@ def test_a_config_of_then_loads_and_has_its_fingerprint(recorded, name):
     assert fingerprint == content["fingerprint"] == run["fingerprint"]
 
 
-@pytest.fixture
-def compiled_quickly(monkeypatch):
-    """The machine code of these small steps is not worth a compiler's time."""
-    options = {"xla_backend_optimization_level": 0}
-    monkeypatch.setattr(trainer.jax, "jit", partial(jax.jit, compiler_options=options))
-
-
 def losses(workdir: Path) -> dict[int, float]:
     records = read_results(workdir / "results.jsonl")
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
@@ -87,7 +78,7 @@ GO_ON = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in R
 
 
 @pytest.mark.parametrize("name", GO_ON)
-def test_a_recorded_run_goes_on_as_it_did(recorded, name, capsys, compiled_quickly):
+def test_a_recorded_run_goes_on_as_it_did(recorded, name, capsys):
     """From the checkpoint of step 4 to the losses of steps 5 and 6 and the end's validation loss.
 
     "topk" has loss-free balancing: its optimizer had moments of `balance`, of which there are none
