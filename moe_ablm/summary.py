@@ -20,7 +20,6 @@ from moe_ablm.training.state import TrainState, params_sha256
 
 # what decides numbers: the same seed ends elsewhere with others
 PACKAGES = ("moe_ablm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-COLLAPSED = "collapsed"  # status of a run that `train.stop_on_collapse` ended
 
 
 @dataclass
@@ -64,7 +63,7 @@ def run_summary(
     Args:
       config, feed: of the run.
       state, record: at its end.
-      status: "complete", "stopped" or "collapsed".
+      status: how it ended, as `outcome` has it.
       stability: the stability watch's summary.
       tokens_per_second: mean of this process.
       train_loss: mean of the last logged training losses.

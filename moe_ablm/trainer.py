@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from moe_ablm import config as configs
+from moe_ablm import outcome
 from moe_ablm.cache import keep_compilations
 from moe_ablm.config import Config
 from moe_ablm.data.dataset import Dataset
@@ -33,7 +34,7 @@ from moe_ablm.preemption import again, stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
-from moe_ablm.summary import COLLAPSED, Record, execution_summary, recent_train_loss, run_summary
+from moe_ablm.summary import Record, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.device import device_memory, memory_limit, peak
@@ -221,9 +222,9 @@ class Trainer:
                 if due or improved or done or stopped:
                     self._save(state)
                 if stopped and not done:
-                    return self._finish(state, "stopped")
+                    return self._finish(state, outcome.STOPPED)
         early = self.record.collapsed and self.step < steps
-        return self._finish(state, COLLAPSED if early else "complete")
+        return self._finish(state, outcome.COLLAPSED if early else outcome.COMPLETE)
 
     def _update(self, state: states.TrainState, batch: Batch):
         """Dispatches an update; the first one waits until it is compiled, and says how long."""
@@ -374,9 +375,9 @@ class Trainer:
         summary = run_summary(self.config, self.feed, state, self.record, status, *measured)
         summary["execution"] = self._execution()
         self._write_run(summary)
-        if status == "stopped":
+        if status == outcome.STOPPED:
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
-        elif status == "complete":
+        elif status == outcome.COMPLETE:
             Console().print(region_table(summary["evaluation"]))
             print("\n".join(stability_lines(summary["stability"])))
             print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")
@@ -387,7 +388,12 @@ class Trainer:
         self.checkpoints.wait()
         good = self.checkpoints.newest_step()
         fingerprint = configs.fingerprint(self.config, self.feed.identity)
-        content = {"fingerprint": fingerprint, "status": "diverged", "step": good, "error": reason}
+        content = {
+            "fingerprint": fingerprint,
+            "status": outcome.DIVERGED,
+            "step": good,
+            "error": reason,
+        }
         self._write_run(content | {"execution": self._execution()})
         return good
 

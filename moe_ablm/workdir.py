@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from moe_ablm import config as configs
+from moe_ablm import outcome
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
 from moe_ablm.files import locked, write_json
@@ -116,7 +117,7 @@ def finished_run(workdir: Path, fingerprint: str) -> dict | None:
         content = json.loads(file.read_text())
         if content["fingerprint"] != fingerprint:
             raise ValueError(f"it is of run {content['fingerprint']!r}, not {fingerprint}")
-        complete = content["status"] == "complete"
+        complete = content["status"] == outcome.COMPLETE
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): writing it again", file, error)
         complete = False

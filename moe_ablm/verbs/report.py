@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from moe_ablm import outcome
 from moe_ablm.data.regions import CHAINS, REGIONS
 from moe_ablm.errors import UserError
 from moe_ablm.files import all_or_none
@@ -53,7 +54,7 @@ def _stability(file: Path) -> list[str]:
         return ["stability: not known before the run ends"]
     try:
         content = json.loads(file.read_text())
-        if content["status"] == "diverged":
+        if content["status"] == outcome.DIVERGED:
             return [f"stability: diverged ({content['error']})"]
         return stability_lines(content["stability"])
     except (ValueError, KeyError, TypeError) as error:
