@@ -3,7 +3,8 @@
     pip install -e .[hf] && python benchmarks/train_step.py --sizes 8m 35m
 
 Prints tokens/s of each contender, the ratio to torch round by round, and CPU seconds. Ours runs
-with huge pages, as the trainer does by itself; torch as it comes, and again with huge pages.
+with huge pages, as the trainer does by itself, and once with dropout of .1 everywhere; torch without
+dropout as it comes, and again with huge pages.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from moe_ablm.allocator import TUNABLES
 from moe_ablm.model.spec import PRECISIONS, SIZES, EncoderSpec, Execution
 
 ROWS = Rows(8, 256, (256, 256))  # full ones
-OURS = ("auto", "float32")
+OURS = ("auto", "float32", "auto dropout")
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "embedding_dropout": 0.1}
 TORCH = ("torch float32", "torch float32 huge", "torch bfloat16")
 PLAIN = ("torch float32", "torch bfloat16")
 
@@ -47,10 +49,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         size, name = arguments.worker
-        kind, dtype, *_ = (*name.split(), "")
-        ours = kind != "torch"
-        spec = EncoderSpec(*SIZES[size])
-        serve(work_in_jax(spec, name) if ours else work_in_torch(size, dtype))
+        kind, what, *_ = (*name.split(), "")
+        spec = EncoderSpec(*SIZES[size], **(DROPOUT if what == "dropout" else {}))
+        serve(work_in_torch(size, what) if kind == "torch" else work_in_jax(spec, kind))
         return
     tokens = ROWS.count * ROWS.length
     for size in arguments.sizes:
