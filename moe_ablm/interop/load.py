@@ -10,11 +10,17 @@ from moe_ablm.interop.balm import import_balm
 from moe_ablm.interop.esm2 import import_esm2
 from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
+from moe_ablm.interop.transformers_moe import import_transformers
 from moe_ablm.training.checkpoint import read_parameters, read_records
 
 __all__ = ["Model", "import_directory", "load_model"]
 
-_IMPORTERS = {"esm": import_esm2, "balm": import_balm, "balm_moe": import_balm}
+_IMPORTERS = {
+    "esm": import_esm2,
+    "balm": import_balm,
+    "balm_moe": import_balm,
+    "moe_ablm": import_transformers,
+}
 
 
 def load_model(run: Path | str, name: str = "--run") -> Model:
