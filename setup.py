@@ -15,7 +15,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moe_ablm", "moe_ablm.*", "configs", "launch", "sweeps"]),
-    package_data={"moe_ablm": ["py.typed"], "moe_ablm.data": ["germlines/human/*"]},
+    package_data={
+        "moe_ablm": ["py.typed"],
+        "moe_ablm.data": ["germlines/human/*"],
+        "moe_ablm.interop": ["hub/*.py"],
+    },
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.5,<0.13",

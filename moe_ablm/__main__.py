@@ -23,7 +23,7 @@ VERBS = {
     "describe": "what a dataset holds, in words and pictures",
     "report": "tables and figures of a run",
     "import": "Hugging Face directory of ESM-2 or BALM -> a run that every verb reads",
-    "export": "a run -> a directory for transformers or BALM, with a model card",
+    "export": "a run -> a directory to pass on: of our own, for transformers or for BALM",
     "upcycle": "a dense run -> one with experts that computes the same",
     "embed": "vectors of antibodies, chains or residues",
     "score": "pseudo-log-likelihood and perplexity of antibodies",

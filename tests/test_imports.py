@@ -66,7 +66,9 @@ for name in sys.argv[1:]:
 
 def sources(under: str = "") -> list[Path]:
     path = REPO / PACKAGE / under
-    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+    # a folder that is no package holds code for others, such as what an export copies
+    found = (p for p in path.rglob("*.py") if (p.parent / "__init__.py").exists())
+    return [path] if path.is_file() else sorted(found)
 
 
 def imports(path: Path) -> set[str]:

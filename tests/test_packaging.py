@@ -8,6 +8,8 @@ import pytest
 import setuptools
 from conftest import REPO
 
+from moe_ablm.interop.transformers_moe import CODE
+
 
 @pytest.fixture(scope="module")
 def package():
@@ -23,6 +25,10 @@ def test_a_wheel_holds_all_that_commands_import(package):
     """`python -m sweeps.status` and `from configs.base import ...` need no checkout."""
     assert {"moe_ablm", "moe_ablm.data", "configs", "launch", "sweeps"} <= set(package["packages"])
     assert not {name for name in package["packages"] if name.startswith(("tests", "benchmarks"))}
+    data = (
+        REPO / "moe_ablm/interop" / glob for glob in package["package_data"]["moe_ablm.interop"]
+    )
+    assert CODE in [path for glob in data for path in glob.parent.glob(glob.name)]
     for name in ("configs", "launch", "sweeps", "moe_ablm"):
         assert not [p for p in (REPO / name).rglob("*.py") if "sys.path" in p.read_text()]
 

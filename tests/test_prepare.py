@@ -20,7 +20,8 @@ from moe_ablm.__main__ import main
 from moe_ablm.data import tokenizer
 from moe_ablm.data.clones import nearest_train
 from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset, DatasetWriter
-from moe_ablm.data.intake import SplitRule
+from moe_ablm.data.intake import COPY, SplitRule
+from moe_ablm.data.mixture import Batching, Mixture, parse_regime
 from moe_ablm.data.prepare import prepare, prepare_batches
 from moe_ablm.data.readers import Report, open_sources
 from moe_ablm.data.simulate import simulate
@@ -324,6 +325,38 @@ def test_duplicated_ids_within_a_source(table, tmp_path):
     pq.write_table(table.slice(5, 9), tmp_path / "u.parquet")
     both = prepared([tmp_path / "t.parquet", tmp_path / "u.parquet"], tmp_path / "b", None, "skip")
     assert len(both) == 39
+
+
+def test_copies_under_other_ids(table, tmp_path, capsys):
+    """30 pairs, then 12 of them again under other ids and 5 new ones: noted, or left out."""
+    pq.write_table(table.slice(0, 30), tmp_path / "a.parquet")
+    again = table.slice(8, 27).take(pa.array([*range(26, 21, -1), *range(12)]))
+    other = pa.array([f"other-{i}" for i in range(17)])
+    i = again.schema.get_field_index("sequence_id")
+    pq.write_table(again.set_column(i, "sequence_id", other), tmp_path / "b.parquet")
+    inputs = ["--input", tmp_path / "a.parquet", "--input", tmp_path / "b.parquet"]
+    assert run(*inputs, "--out", tmp_path / "all") == 0
+    assert "12 of 47 rows have the chains of an earlier row" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert run(*inputs, "--out", tmp_path / "once", "--deduplicate") == 0
+    both, once = Dataset(tmp_path / "all"), Dataset(tmp_path / "once")
+    first, second = both.card["sources"]
+    assert (first["notes"], second["notes"]) == ({}, {COPY: 12})
+    assert second["first"] == {COPY: "row 6"} and second["kept"] == 17
+    first, second = once.card["sources"]
+    assert (first["rejected"], second["rejected"]) == ({}, {COPY: 12})
+    assert (len(both), len(once), second["kept"]) == (47, 35, 5)
+    kept = rows_of(once, "heavy_tokens", "light_tokens")
+    assert len({str(row) for row in kept}) == 35
+    # what a law is fitted to counts a chain once, however often it is there
+    batching = Batching("padded", 8, 320, "esm")
+    counted = [
+        Mixture([d], [np.arange(len(d))], parse_regime("paired"), batching, seed=0, steps=4)
+        for d in (both, once)
+    ]
+    assert counted[0].corpus_tokens > counted[1].corpus_tokens
+    assert counted[0].unique_tokens() == counted[1].unique_tokens()
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_2(files, tmp_path, capsys):

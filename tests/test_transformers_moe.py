@@ -1,6 +1,5 @@
 """Export to a directory that transformers loads with its own code, and back."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -76,7 +75,7 @@ def test_transformers_gives_the_same_logits(tmp_path, model):
     with torch.no_grad():
         found = loaded(*given).logits.numpy()
     expected = logits_of(alone(model), tokens, valid)
-    assert np.abs(found - expected)[valid].max() < 1e-5 * max(1, np.abs(expected).max())
+    assert np.abs(found - expected)[valid].max() < 1e-5
     # a step of training, and what was saved is loaded again
     labels = torch.where(given[1], given[0], -100)
     loaded.train()
@@ -92,11 +91,6 @@ def test_transformers_gives_the_same_logits(tmp_path, model):
     with torch.no_grad():
         hidden = body(*given).last_hidden_state
     assert hidden.shape == (3, 21, 24) and torch.isfinite(hidden).all()
-
-
-def test_the_export_does_not_load_torch(tmp_path):
-    export_transformers(random_model(), tmp_path / "out")
-    assert "moe_ablm.interop.modeling_moe_ablm" not in sys.modules
 
 
 def test_a_config_without_the_encoder_is_refused(tmp_path):

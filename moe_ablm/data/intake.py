@@ -47,6 +47,11 @@ _IDS = pa.schema(
     [("row", pa.int64()), ("source", pa.int32()), (ROW, pa.int64()), (LINE, pa.int64())]
     + [("hash", pa.uint64()), ("id", pa.string())]
 )
+_COPIES = pa.schema(
+    [("row", pa.int64()), ("source", pa.int32()), (ROW, pa.int64()), (LINE, pa.int64())]
+    + [("key", pa.uint64())]
+)
+COPY = "the same chains as an earlier row"
 _AFTER_THE_GENE = r"[*|,].*$"  # an allele, or ties
 
 
@@ -89,7 +94,8 @@ class Decided:
 
     Attributes:
       cluster (int64), split (uint8), keep (bool): see `dataset.SCHEMA`; `keep` is False for a row
-        whose id its source has used before.
+        whose id its source has used before, and for a copy that is to be left out.
+      copies: rows whose chains an earlier row has, letter by letter.
       clusters: their number.
       trusted: clusters are those of the sources' `cluster` column.
       divided: clusters whose members' own draws of a split differ; each takes one of them.
@@ -100,6 +106,7 @@ class Decided:
     cluster: np.ndarray
     split: np.ndarray
     keep: np.ndarray
+    copies: int
     clusters: int
     trusted: bool
     divided: int
@@ -108,11 +115,17 @@ class Decided:
 
 
 class Intake:
-    """Takes rows in and remembers, on disk, what deciding their cluster and split needs."""
+    """Takes rows in and remembers, on disk, what deciding their cluster and split needs.
 
-    def __init__(self, scratch: Path, rule: SplitRule):
+    Args:
+      scratch: a directory that only it uses.
+      rule: how records are divided.
+      deduplicate: leave out rows whose chains an earlier row has, of whichever source.
+    """
+
+    def __init__(self, scratch: Path, rule: SplitRule, deduplicate: bool = False):
         self.count = 0
-        self._rule = rule
+        self._rule, self._deduplicate = rule, deduplicate
         self._scratch = scratch
         self._path = scratch / "rows.arrow"
         self._file = pa.OSFile(str(self._path), "wb")
@@ -120,6 +133,7 @@ class Intake:
         self._clones = Partitions(scratch, "clones", _CLONES)
         self._labels = Partitions(scratch, "labels", _LABELS)
         self._ids = Partitions(scratch, "ids", _IDS)
+        self._copies = Partitions(scratch, "copies", _COPIES)
         self._all_labelled = rule.by != "mmseqs" and not rule.recluster
 
     def add(self, batch: pa.RecordBatch, report: Report, source: int) -> None:
@@ -147,22 +161,26 @@ class Intake:
         sources = pa.array(np.full(batch.num_rows, source, np.int32))
         ids = [rows, sources, batch[ROW], batch[LINE], pa.array(hashes), batch["sequence_id"]]
         self._ids.add(pa.record_batch(ids, schema=_IDS), hashes)
+        copies = [*ids[:4], pa.array(key)]
+        self._copies.add(pa.record_batch(copies, schema=_COPIES), key)
         self.count += batch.num_rows
         report.kept += batch.num_rows
 
     def decide(self, reports: list[Report]) -> Decided:
-        """Finds duplicated ids, clusters and splits; nothing can be added afterwards.
+        """Finds duplicated ids, copies, clusters and splits; nothing can be added afterwards.
 
         Raises:
           UserError: an id occurs twice in a source whose report says to fail.
         """
-        for closing in (self._rows, self._file, self._clones, self._labels, self._ids):
+        stores = (self._clones, self._labels, self._ids, self._copies)
+        for closing in (self._rows, self._file, *stores):
             closing.close()
         cluster = self._array("cluster", np.int64)
         split = self._array("split", np.uint8)
         keep = self._array("keep", bool)
         keep[:] = True
         self._reject_duplicates(reports, keep)
+        copies = self._count_copies(reports, keep)
         divided = 0
         if self._rule.by == "mmseqs":
             self._label_by_mmseqs()
@@ -172,7 +190,8 @@ class Intake:
             clusters = self._cluster(cluster, split)
         joint = self._split_jointly(cluster, split, keep) if self._rule.by == "joint" else None
         nearest = nearest_train(self._clones.parts, split)
-        return Decided(cluster, split, keep, clusters, self._all_labelled, divided, nearest, joint)
+        trusted = self._all_labelled
+        return Decided(cluster, split, keep, copies, clusters, trusted, divided, nearest, joint)
 
     def stored(self, decided: Decided) -> Iterator[pa.RecordBatch]:
         """The rows that are kept, as stored rows with their cluster and split."""
@@ -205,6 +224,31 @@ class Intake:
                 detail = f"sequence_id {row['id']!r} was used before in this source"
                 report.bad_row(place(row[ROW], row[LINE]), "duplicated id", detail)
                 report.kept -= 1
+
+    def _count_copies(self, reports: list[Report], keep: np.ndarray) -> int:
+        """Notes, or leaves out, rows whose chains an earlier one that is kept has."""
+        found = [_COPIES.empty_table()]
+        for part in self._copies.parts():
+            part = part.filter(pa.array(keep[part["row"].to_numpy()]))
+            key = part["key"].to_numpy()
+            order = np.argsort(key, kind="stable")  # of equal keys the first arrived comes first
+            again = order[np.flatnonzero(key[order][1:] == key[order][:-1]) + 1]
+            found.append(part.take(pa.array(again)))
+        copies = pa.concat_tables(found).sort_by("row")
+        source = copies["source"].to_numpy()
+        for number, first, rows in zip(
+            *np.unique(source, return_index=True, return_counts=True), strict=True
+        ):
+            at, report = copies.slice(int(first), 1).to_pylist()[0], reports[number]
+            where = place(at[ROW], at[LINE])
+            if self._deduplicate:
+                report.reject(COPY, where, int(rows))
+                report.kept -= int(rows)
+            else:
+                report.note(COPY, where, int(rows))
+        if self._deduplicate:
+            keep[copies["row"].to_numpy()] = False
+        return len(copies)
 
     def _draws(
         self,

@@ -57,6 +57,7 @@ def prepare(
     *,
     licence: str,
     rule: SplitRule | None = None,
+    deduplicate: bool = False,
 ) -> dict:
     """Prepares checked and annotated sources as one dataset directory.
 
@@ -65,6 +66,7 @@ def prepare(
       out: directory to make; it must not exist.
       licence: licence of the data, for the card.
       rule: how records are divided.
+      deduplicate: leave out rows whose chains an earlier row has; otherwise they are noted.
 
     Returns:
       The content of `dataset.json`.
@@ -77,7 +79,7 @@ def prepare(
     require_new(out)
     with _room_on_disk(out), scratch_beside(out) as scratch:
         require_new(out)  # the process that held the lock before may have made it
-        intake, reports = Intake(scratch, rule), []
+        intake, reports = Intake(scratch, rule, deduplicate), []
         for report, batches in sources:
             reports.append(report)
             for batch in batches:
@@ -91,7 +93,13 @@ def prepare(
         with DatasetWriter(out) as writer:
             for batch in intake.stored(decided):
                 writer.add(batch)
-            return writer.finish(_card(reports, rule, licence, decided))
+            card = _card(reports, rule, licence, decided)
+            if decided.copies and not deduplicate:
+                card["warnings"].append(
+                    f"{decided.copies:,} of {intake.count:,} rows have the chains of an earlier "
+                    "row and count as often as they are there; --deduplicate leaves them out"
+                )
+            return writer.finish(card)
 
 
 @contextmanager

@@ -297,7 +297,8 @@ def _require_balm(model: Model) -> None:
         if wrong:
             fits = not sparse and spec.activation == "gelu"
             other = "--format hf has it" if fits else "train with model.token_dropout=False"
-            other = f"; {other}" if feature.startswith("token dropout") else ""
+            other = f", or {other}" if feature.startswith("token dropout") else ""
             raise UserError(
-                f"--format balm: {model.source} has {feature}, which BALM has no place for{other}"
+                f"--format balm: {model.source} has {feature}, which BALM has no place for: use "
+                f"--format transformers{other}"
             )

@@ -235,12 +235,12 @@ def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
         raise UserError(
             f"--format hf: {model.source} has experts in layers "
             f"{', '.join(map(str, spec.moe_layers))}, which {ARCHITECTURE} has no place for: use "
-            "--format balm"
+            "--format transformers, or --format balm"
         )
     if spec.activation != "gelu":
         raise UserError(
             f"--format hf: {model.source} has activation {spec.activation}, {ARCHITECTURE} only "
-            "gelu: use --format balm"
+            "gelu: use --format transformers, or --format balm"
         )
     with new_directory(out) as directory:
         write_tensors(directory / SINGLE, params_to_huggingface(model.params))

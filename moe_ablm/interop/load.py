@@ -1,4 +1,4 @@
-"""Loads a model from a run, from what `import` or `upcycle` wrote, or from Hugging Face's form."""
+"""Loads a model of a run, of our own directories (`saved.py`), or from Hugging Face's form."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
     was evaluated. Nothing is changed, so the trainer may still be running.
 
     Args:
-      run: a work directory, or a directory that `import` or `upcycle` wrote.
+      run: a work directory, or a directory that `import`, `upcycle` or `export --format native`
+        wrote.
       name: flag or config key that gave the directory, for messages.
 
     Raises:

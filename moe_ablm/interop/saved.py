@@ -1,6 +1,7 @@
 """A model as a directory: `model.json` describes it, `params.safetensors` has its parameters.
 
-`import` and `upcycle` write such directories. A trained run is read from its checkpoints instead.
+`import`, `upcycle` and `export --format native` write such directories. A trained run is read from
+its checkpoints instead.
 """
 
 import hashlib
@@ -129,21 +130,30 @@ def save_model(model: Model, out: Path) -> None:
     Raises:
       UserError: a setting of the encoder is out of range, or `out` cannot be written.
     """
+    with new_directory(out) as directory:
+        write_model(model, directory)
+
+
+def write_model(model: Model, directory: Path) -> None:
+    """Writes the two files of a model into a directory that is there.
+
+    Raises:
+      UserError: a setting of the encoder is out of range.
+    """
     encoder = configs.encoder_to_mapping(model.spec)
     configs.encoder_from_mapping(encoder)  # raises if it could not be read back
-    with new_directory(out) as directory:
-        write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
-        content = {
-            "schema": SCHEMA,
-            "encoder": encoder,
-            "layout": model.layout_name,
-            "length": model.length,
-            "source": model.source,
-            "regime": model.regime,
-            "notes": list(model.notes),
-            "facts": dict(model.facts),
-        }
-        (directory / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
+    content = {
+        "schema": SCHEMA,
+        "encoder": encoder,
+        "layout": model.layout_name,
+        "length": model.length,
+        "source": model.source,
+        "regime": model.regime,
+        "notes": list(model.notes),
+        "facts": dict(model.facts),
+    }
+    (directory / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_model(directory: Path) -> Model:

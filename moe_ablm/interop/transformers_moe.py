@@ -30,7 +30,7 @@ from moe_ablm.model.families import ExpertChoice, Soft, TokenChoice, TopP
 from moe_ablm.model.spec import EncoderSpec
 
 ARCHITECTURE = "MoeAblmForMaskedLM"
-CODE = Path(__file__).with_name("modeling_moe_ablm.py")
+CODE = Path(__file__).with_name("hub") / "modeling_moe_ablm.py"  # no module: torch is not here
 
 
 def export_transformers(model: Model, out: Path, licence: str | None = None) -> None:

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default="",
             help=f"donors of the {name} split, for --split donor (default: by hash)",
         )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="leave out antibodies whose chains an earlier row has, of whichever file",
+    )
     parser.add_argument("--licence", default="not stated", help="licence note for dataset.json")
 
 
@@ -65,7 +70,11 @@ def run(args: argparse.Namespace) -> None:
 
     with reading_progress("prepare", sources):
         card = prepare(
-            [(s.report, stream(s)) for s in sources], args.out, licence=args.licence, rule=rule
+            [(s.report, stream(s)) for s in sources],
+            args.out,
+            licence=args.licence,
+            rule=rule,
+            deduplicate=args.deduplicate,
         )
     write_report(args.report, [source.report for source in sources])
     _print_summary(card, args.out)

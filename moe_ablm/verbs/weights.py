@@ -40,22 +40,28 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `export`."""
     add = parser.add_argument
     add("--run", type=Path, required=True, help="work directory of a run, or an import")
-    add("--format", choices=("hf", "balm", "transformers"), required=True,
-        help="hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts; transformers: "
-        "any model, with the code that loads it")  # fmt: skip
+    add("--format", choices=("native", "hf", "balm", "transformers"), required=True,
+        help="native: any model, for moe_ablm; transformers: any model, with the code that loads "
+        "it; hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
     add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
 
 
 def export(args: argparse.Namespace) -> None:
-    """Loads the best checkpoint and writes it in the other form."""
+    """Loads the best checkpoint and writes it in another form."""
     from moe_ablm.interop.balm import export_balm
     from moe_ablm.interop.esm2 import export_esm2
     from moe_ablm.interop.load import load_model
+    from moe_ablm.interop.native import export_native
     from moe_ablm.interop.transformers_moe import export_transformers
 
     model = load_model(args.run)
-    writers = {"hf": export_esm2, "balm": export_balm, "transformers": export_transformers}
+    writers = {
+        "native": export_native,
+        "hf": export_esm2,
+        "balm": export_balm,
+        "transformers": export_transformers,
+    }
     write = writers[args.format]
     write(model, args.out, args.licence)
     print(f"{args.out}: {model.source}")
