@@ -1,9 +1,9 @@
 """Numbers of residues against ANARCI's, against IMGT's rules written out, and where masks are.
 
-`fixtures/anarci_numbers.tsv.xz`: 500 pairs of the OAS runs 1279068_1 and SRR10358525 (CC-BY 4.0) with
-the IMGT numbers of OAS's `ANARCI_numbering`, and those of ANARCI 2026.2.13.2 with HMMER 3.4 by the
-other schemes for the chains to which it gives the IMGT numbers of OAS (others it misplaces: C23 at
-24).
+`fixtures/anarci_numbers.tsv.xz`: 500 pairs of the OAS runs 1279068_1 and SRR10358525 (CC-BY 4.0)
+with the IMGT numbers of OAS's `ANARCI_numbering`, and those of ANARCI 2026.2.13.2 with HMMER 3.4 by
+the other schemes for the chains to which it gives the IMGT numbers of OAS (others it misplaces: C23
+at 24).
 """
 
 import lzma

@@ -6,8 +6,11 @@ import pytest
 from moe_ablm.data.positions import selection
 from moe_ablm.errors import UserError
 
-IMGT = "104 105 106 107 108 109 110 111 111A 112B 112A 112 113 117 118".split()
-KABAT = "92 93 95 99 100 100A 100B 101 102 103".split()
+IMGT = [
+    *("104", "105", "106", "107", "108", "109", "110", "111", "111A"),
+    *("112B", "112A", "112", "113", "117", "118"),
+]
+KABAT = ["92", "93", "95", "99", "100", "100A", "100B", "101", "102", "103"]
 
 
 def chosen(numbers: list[str], positions: str, scheme: str, chain: str = "heavy") -> str:
