@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # jax, and numpy, when there is something to compute
     import numpy as np
 
     from moe_ablm.data.antibody import Antibody
+    from moe_ablm.data.positions import Selection
     from moe_ablm.inference.buckets import Engine
 
 __all__ = ["UserError", "attention", "embed", "infill", "load", "route", "scan", "score"]
@@ -76,6 +77,23 @@ def _given(model: "Engine", antibodies: Any, letters: str | None = None) -> list
 
     items = items_of(antibodies)
     return given(items, model.model.layout, model.model.length, letters or LETTERS)
+
+
+def _chosen(
+    given: list["Antibody"],
+    regions: str | Sequence[str] | None,
+    positions: str | Sequence[str] | None,
+    numbering: str,
+) -> "tuple[list[Antibody], Selection | None]":
+    """The antibodies, and the selection of residues, which chooses some of each."""
+    from moe_ablm.data.positions import selection
+    from moe_ablm.inference.numbers import nothing_chosen
+
+    chosen = selection(regions, positions, numbering)
+    for antibody in given if chosen else ():
+        if reason := nothing_chosen(antibody, chosen):
+            raise UserError(f"antibodies: {antibody.where}: {reason}")
+    return given, chosen
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -158,6 +176,9 @@ def infill(
     temperature: float = 1.0,
     seed: int = 0,
     top: int = 5,
+    regions: str | Sequence[str] | None = None,
+    positions: str | Sequence[str] | None = None,
+    numbering: str = "imgt",
 ) -> list[dict]:
     """Fills in masked residues (`_`, `*` or `<mask>`), the most certain one first.
 
@@ -168,6 +189,9 @@ def infill(
       temperature: of the draws.
       seed: of the draws.
       top: number of candidates.
+      regions: mask these regions (IMGT) before, "CDRH3,CDRL3" or a list of names.
+      positions: mask these positions before, "H105-H117,L50" or a list of such.
+      numbering: scheme of the positions: "imgt", "kabat", "chothia", "martin" or "aho".
 
     Returns:
       For each completion heavy, light, sample, log_probability and `filled`: place (index among
@@ -177,9 +201,15 @@ def infill(
       infill(model, ("EVQLV___SGGG...", ""), samples=10, temperature=0.8, seed=1)[0]["heavy"]
     """
     from moe_ablm.inference import infill as infilling
+    from moe_ablm.inference.numbers import masked
     from moe_ablm.inference.sampling import Sampling
 
     sampling = Sampling(samples, temperature, seed, top)
+    given, chosen = _chosen(
+        _given(model, antibodies, infilling.INFILLED), regions, positions, numbering
+    )
+    if chosen is not None:
+        given = [masked(antibody, chosen) for antibody in given]
     return [
         {
             "heavy": c.antibody.heavy,
@@ -188,20 +218,29 @@ def infill(
             "log_probability": c.log_probability,
             "filled": [vars(f) for f in c.filled],
         }
-        for c in infilling.infill(model, _given(model, antibodies, infilling.INFILLED), sampling)
+        for c in infilling.infill(model, given, sampling)
     ]
 
 
 @_in_python
-def scan(model: "Engine", antibodies: Any, method: str = "masked-marginal") -> "list[np.ndarray]":
+def scan(
+    model: "Engine",
+    antibodies: Any,
+    method: str = "masked-marginal",
+    regions: str | Sequence[str] | None = None,
+    positions: str | Sequence[str] | None = None,
+    numbering: str = "imgt",
+) -> "list[np.ndarray]":
     """Log-odds of every amino acid against the wild type, float32 `[residues, 20]` each.
 
-    In the order of `data.tokenizer.AMINO_ACIDS`; NaN where the wild type is none of the 20.
+    In the order of `data.tokenizer.AMINO_ACIDS`; NaN where the wild type is none of the 20, and
+    where a residue is not among those chosen.
 
     Args:
       model: of `load`.
       antibodies: see above.
       method: "masked-marginal", "wild-type-marginal" or "mutant-marginal" (ESM-1v's).
+      regions, positions, numbering: the residues to mutate, as in `infill`; None: all.
 
     Example:
       scan(model, "EVQLVES...", "wild-type-marginal")[0].argmax(axis=1)
@@ -209,7 +248,8 @@ def scan(model: "Engine", antibodies: Any, method: str = "masked-marginal") -> "
     from moe_ablm.inference import scan as scans
 
     _one_of("method", method, scans.METHODS)
-    return scans.scan(model, _given(model, antibodies), method)
+    given, chosen = _chosen(_given(model, antibodies), regions, positions, numbering)
+    return scans.scan(model, given, method, chosen)
 
 
 @_in_python

@@ -662,7 +662,44 @@ def test_verb_counts_every_row(tmp_path, capsys, pairs):
     assert "row 4" in printed
 
 
-@pytest.mark.parametrize("name", ["out.csv", "folder.parquet"])
+def test_verb_writes_csv_and_numbers(tmp_path, capsys):
+    source = tmp_path / "a.csv"
+    source.write_text(
+        f"id,heavy,light\na,{TRASTUZUMAB_VH},{TRASTUZUMAB_VL}\n" + f"b,,{ADALIMUMAB_VL}\n"
+    )
+    outs = [tmp_path / "out.csv", tmp_path / "out.parquet"]
+    for out in outs:
+        assert run("--input", source, "--out", out, "--numbering", "kabat") == 0
+    with outs[0].open() as lines:
+        written = list(csv.DictReader(lines))
+    for line, row in zip(written, pq.read_table(outs[1]).to_pylist(), strict=True):
+        assert {**line, "v_identity_aa_heavy": 0, "v_identity_aa_light": 0} == {
+            **row, "v_identity_aa_heavy": 0, "v_identity_aa_light": 0
+        }  # fmt: skip
+        assert float(line["v_identity_aa_light"]) == row["v_identity_aa_light"]
+    at = dict(zip(written[0]["numbers_heavy"].split(), TRASTUZUMAB_VH, strict=True))
+    # Carter et al. 1992, table 1: CDRH2 begins RIYPTNGY (50-56), CDRH3 is WGGDGFYAMDY (95-102)
+    assert "".join(at[n] for n in ("50", "51", "52", "52A", "53", "54", "55", "56")) == "RIYPTNGY"
+    end = ("95", "96", "97", "98", "99", "100", "100A", "100B", "100C", "101", "102")
+    assert "".join(at[n] for n in end) == "WGGDGFYAMDY"
+    assert written[1]["numbers_heavy"] == "" and written[1]["v_identity_aa_heavy"] == ""
+    plain = tmp_path / "plain.csv"
+    assert run("--input", source, "--out", plain) == 0
+    assert "numbers_heavy" not in plain.read_text()
+
+
+def test_verb_notes_what_has_no_numbers(tmp_path, capsys):
+    source, out = tmp_path / "a.csv", tmp_path / "out.csv"
+    given = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gene")
+    source.write_text(
+        ",".join(["sequence_aa_heavy", *(f"{name}_heavy" for name in given)])
+        + "\nACDEFGHIKL,ACDEFGHIKL,0011022033,0000000000,IGHV1-2,IGHJ4\n"
+    )
+    assert run("--input", source, "--out", out, "--numbering", "imgt") == 0
+    assert "heavy: no V domain to number" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.csv.gz", "folder.parquet"])
 def test_verb_refuses_wrong_outputs(tmp_path, capsys, name):
     (tmp_path / "folder.parquet").mkdir()
     source = tmp_path / "a.csv"

@@ -83,6 +83,7 @@ class Placement:
     start: np.ndarray  # [n] index in the chain of the first residue of the domain
     c104: np.ndarray  # [n] index in the domain of C104
     germline: np.ndarray  # [n, W] uint8 germline residue up to C104, OTHER where there is none
+    imgt: np.ndarray  # [n, W] uint8 IMGT position of that residue, 0 where there is none
     cdr: np.ndarray  # [n, W] uint8: 1 and 2 in CDR1 and CDR2, else 0
     best: np.ndarray  # [n, G] bool: the germline proteins that explain the chain best
     locus: np.ndarray  # [n] uint8: the locus of the first of these, index into LOCI
@@ -95,13 +96,16 @@ class Placement:
             start=np.zeros(n, np.int64),
             c104=np.zeros(n, np.int64),
             germline=np.full((n, width), OTHER, np.uint8),
+            imgt=np.zeros((n, width), np.uint8),
             cdr=np.zeros((n, width), np.uint8),
             best=np.zeros((n, len(table.genes)), bool),
             locus=np.zeros(n, np.uint8),
         )
 
 
-def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) -> Placement:
+def place(
+    codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable, *, unknown: bool = False
+) -> Placement:
     """Places the V genes of a chain on a batch of chains.
 
     Args:
@@ -109,6 +113,7 @@ def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) ->
       lengths: `[n]`.
       own: germlines of the chain that the sequences are said to be.
       other: germlines of the other chain, to recognise a swapped chain.
+      unknown: allow a C104 that is not known.
     """
     placement = Placement.empty(len(codes), own)
     if codes.shape[1] < MIN_ALIGNED:
@@ -120,10 +125,10 @@ def place(codes: np.ndarray, lengths: np.ndarray, own: VTable, other: VTable) ->
         begin = max(start[row], 0) if votes[row] >= MIN_FR1_VOTES else 0
         end = min(begin + _domain_width(own), lengths[row])
         if votes[row] >= MIN_FR1_VOTES:
-            _place_gapped(codes[row, begin:end], own, other, placement, row)
+            _place_gapped(codes[row, begin:end], own, other, placement, row, unknown)
             placement.start[row] += begin
         if placement.reason[row] != ACCEPTED:
-            _place_gapped(codes[row, : lengths[row]], own, other, placement, row)
+            _place_gapped(codes[row, : lengths[row]], own, other, placement, row, unknown)
     return placement
 
 
@@ -176,12 +181,13 @@ def _place_ungapped(
     missing = np.maximum(-start, 0)
     in_v = np.arange(width) <= table.c104[g][:, None]
     germline = np.where(in_v, table.residues[g], np.uint8(OTHER))
-    cdr = np.where(in_v, _REGION_OF_IMGT[table.imgt[g]], np.uint8(0))
+    imgt = window(np.where(in_v, table.imgt[g], np.uint8(0)), missing, width, fill=0)
     placement.reason[done] = ACCEPTED
     placement.start[done] = np.maximum(start, 0)[done]
     placement.c104[done] = (table.c104[g] - missing)[done]
     placement.germline[done, :width] = window(germline, missing, width)[done]
-    placement.cdr[done, :width] = window(cdr, missing, width, fill=0)[done]
+    placement.imgt[done, :width] = imgt[done]
+    placement.cdr[done, :width] = _REGION_OF_IMGT[imgt[done]]
     placement.locus[done] = table.locus[g[done]]
     placement.best[done] = (scores == scores.max(axis=1, keepdims=True))[done]
     return done
@@ -334,7 +340,12 @@ def _log_odds(hit: _Hit, codes: np.ndarray, table: VTable) -> np.ndarray:
 
 
 def _place_gapped(
-    codes: np.ndarray, own: VTable, other: VTable, placement: Placement, row: int | np.integer
+    codes: np.ndarray,
+    own: VTable,
+    other: VTable,
+    placement: Placement,
+    row: int | np.integer,
+    unknown: bool,
 ) -> None:
     """Fills one row of a placement by gapped alignment."""
     if len(codes) < MIN_ALIGNED:
@@ -360,13 +371,14 @@ def _place_gapped(
     if hit is None:
         return
     hit = _with_insertions_in_cdrs(hit, own.imgt[g])
-    placement.reason[row] = _fault(hit, codes, own)
+    placement.reason[row] = _fault(hit, codes, own, unknown)
     if placement.reason[row] != ACCEPTED:
         return
     residues = hit.in_chain - hit.in_chain[0]
     placement.start[row] = hit.in_chain[0]
     placement.c104[row] = residues[-1]
     placement.germline[row, residues] = own.residues[g, hit.in_germline]
+    placement.imgt[row, residues] = own.imgt[g, hit.in_germline]
     placement.cdr[row, : residues[-1] + 1] = _cdr_of(residues, own.imgt[g, hit.in_germline])
     placement.best[row] = log_odds == log_odds[g]
     placement.locus[row] = own.locus[g]
@@ -387,7 +399,7 @@ def _cdr_of(residues: np.ndarray, imgt: np.ndarray) -> np.ndarray:
     return cdr
 
 
-def _fault(hit: _Hit, codes: np.ndarray, table: VTable) -> int:
+def _fault(hit: _Hit, codes: np.ndarray, table: VTable, unknown: bool) -> int:
     """Why a hit is no whole V gene (index into REASONS), or ACCEPTED."""
     c104 = table.c104[hit.germline]
     if hit.in_germline[0] > MAX_MISSING:
@@ -399,6 +411,6 @@ def _fault(hit: _Hit, codes: np.ndarray, table: VTable) -> int:
     if hit.in_chain[-1] - hit.in_chain[0] >= table.residues.shape[1] + MAX_INSERTED:
         return CODE_OF_REASON["large_indel"]
     at_c104 = codes[hit.in_chain[-1]]
-    if at_c104 == table.residues[hit.germline, c104]:
+    if at_c104 == table.residues[hit.germline, c104] or (unknown and at_c104 == OTHER):
         return ACCEPTED
     return CODE_OF_REASON["nonstandard_residue" if at_c104 == OTHER else "no_c104"]

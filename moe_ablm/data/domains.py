@@ -59,6 +59,7 @@ class Domains:
     residues: np.ndarray  # [n, D] uint8 letters (ASCII), meaningless behind `length`
     germline: np.ndarray  # [n, D] uint8 letters
     cdr: np.ndarray  # [n, D] uint8 digits (ASCII)
+    imgt: np.ndarray  # [n, W] uint8: IMGT positions up to C104, 0 where a residue is inserted
     mutated: np.ndarray  # [n, D] uint8 digits
     v_call: np.ndarray  # [n] object: genes joined by "|"
     j_call: np.ndarray  # [n] object
@@ -68,8 +69,13 @@ class Domains:
         return Domains(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-def find_domains(flat: np.ndarray, offsets: np.ndarray, chain: str) -> Domains:
-    """Annotates chains given as ASCII codes end to end (uint8) and offsets `[n + 1]`."""
+def find_domains(
+    flat: np.ndarray, offsets: np.ndarray, chain: str, *, unknown: bool = False
+) -> Domains:
+    """Annotates chains given as ASCII codes end to end (uint8) and offsets `[n + 1]`.
+
+    `unknown` allows letters that are no amino acid inside a domain.
+    """
     codes, lengths = CODE_OF_BYTE[flat], np.diff(offsets)
     # Rows of similar length share a block, so that one long chain does not widen all others.
     order = np.argsort(lengths, kind="stable")
@@ -80,7 +86,7 @@ def find_domains(flat: np.ndarray, offsets: np.ndarray, chain: str) -> Domains:
         padded = np.full((len(rows), int(cut.max(initial=1))), OTHER, np.uint8)
         inside = np.arange(padded.shape[1]) < cut[:, None]
         padded[inside] = codes[(offsets[:-1][rows, None] + np.arange(padded.shape[1]))[inside]]
-        part = _annotate_block(padded, cut, chain)
+        part = _annotate_block(padded, cut, chain, unknown)
         part.reason[lengths[rows] > MAX_LENGTH] = CODE_OF_REASON["too_long"]
         parts.append(part)
     names = Domains.__dataclass_fields__
@@ -88,18 +94,19 @@ def find_domains(flat: np.ndarray, offsets: np.ndarray, chain: str) -> Domains:
     return sorted_by_length.take(np.argsort(order, kind="stable"))
 
 
-def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str) -> Domains:
+def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str, unknown: bool) -> Domains:
     v, j = v_table(chain), j_table(chain)
-    placement = place(codes, lengths, v, v_table(OTHER_CHAIN[chain]))
+    placement = place(codes, lengths, v, v_table(OTHER_CHAIN[chain]), unknown=unknown)
     after_c104 = placement.start + placement.c104 + 1
     junction = find_junction(codes, lengths, after_c104, placement.locus, j)
     domains = _assemble(codes, placement, junction)
     accepted = placement.reason == ACCEPTED
     cut_short = (lengths - after_c104 < MAX_CDR3) & ~junction.resembling
+    nonstandard = False if unknown else (domains.residues == ord("-")).any(axis=1)
     for fault, reason in (
         (~junction.found & cut_short, "truncated_end"),
         (~junction.found & ~cut_short, "no_fr4"),
-        (junction.found & (domains.residues == ord("-")).any(axis=1), "nonstandard_residue"),
+        (junction.found & nonstandard, "nonstandard_residue"),
     ):
         domains.reason[accepted & fault] = CODE_OF_REASON[reason]
     _name_ultralong(codes, lengths, after_c104, placement, domains, j)
@@ -161,6 +168,7 @@ def _assemble(codes: np.ndarray, placement: Placement, junction: Junction) -> Do
         residues=LETTER_OF_CODE[residues],
         germline=LETTER_OF_CODE[germline],
         cdr=cdr + np.uint8(ord("0")),
+        imgt=placement.imgt,
         mutated=mutated.astype(np.uint8) + np.uint8(ord("0")),
         v_call=np.full(n, "", object),
         j_call=np.full(n, "", object),

@@ -151,7 +151,7 @@ class VTable:
     genes: tuple[tuple[str, ...], ...]  # [G] genes whose alleles have this protein
     locus: np.ndarray  # [G] uint8, index into LOCI
     residues: np.ndarray  # [G, W] uint8 codes, OTHER beyond the end
-    imgt: np.ndarray  # [G, W] int16, 0 beyond the end
+    imgt: np.ndarray  # [G, W] uint8, 0 beyond the end
     c104: np.ndarray  # [G] index of C104
     layout: np.ndarray  # [G] equal where proteins have their gaps at the same IMGT positions
     scores: np.ndarray  # [W, 21, G] int16
@@ -212,7 +212,7 @@ def v_table(chain: str) -> VTable:
     proteins = list(by_protein)
     n, width = len(proteins), max(map(len, proteins))
     residues = np.full((n, width), OTHER, np.uint8)
-    imgt = np.zeros((n, width), np.int16)
+    imgt = np.zeros((n, width), np.uint8)
     scores = np.zeros((width, CODES, n), np.int16)
     has_word = np.zeros((WORDS, n), np.uint8)
     fr1_words = np.zeros(WORDS, np.uint32)

@@ -12,6 +12,7 @@ from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_
 from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
+from moe_ablm.inference.numbers import numbered_labels
 from moe_ablm.inference.sampling import Sampling
 
 INFILLED = LETTERS + MASKED  # letters that `infill` reads
@@ -141,7 +142,11 @@ def _completed(completion: Completion) -> Antibody:
 
 
 def table(
-    engine: Engine, antibodies: Sequence[Antibody], level: str, sampling: Sampling
+    engine: Engine,
+    antibodies: Sequence[Antibody],
+    level: str,
+    sampling: Sampling,
+    numbering: str = "imgt",
 ) -> pa.Table:
     """A table of the completed chains, or at level "residue" of the residues and candidates."""
     done = infill(engine, antibodies, sampling)
@@ -156,23 +161,21 @@ def table(
                 "log_probability": [c.log_probability for c in done],
             }
         )
-    each = [(c, f, *_chain_and_position(c.antibody, f.place)) for c in done for f in c.filled]
+    each = [(c, f) for c in done for f in c.filled]
+    labels = numbered_labels([c.antibody for c in done], numbering)
+    first = np.cumsum([0] + [c.antibody.residues for c in done])
+    line = [int(first[i]) + f.place for i, c in enumerate(done) for f in c.filled]
     columns = {
-        "sequence_id": pa.array([c.antibody.name for c, *_ in each], pa.string()),
-        "sample": pa.array([c.sample for c, *_ in each], pa.int64()),
-        "chain": pa.array([chain for *_, chain, _ in each], pa.string()),
-        "position": pa.array([position for *_, position in each], pa.int64()),
-        "residue": pa.array([f.residue for _, f, *_ in each], pa.string()),
-        "probability": pa.array([f.probability for _, f, *_ in each], pa.float64()),
+        "sequence_id": pa.array([c.antibody.name for c, _ in each], pa.string()),
+        "sample": pa.array([c.sample for c, _ in each], pa.int64()),
     }
+    for name in ("chain", "position", "number", "region"):
+        kind = pa.int64() if name == "position" else pa.string()
+        columns[name] = pa.array([labels[name][i] for i in line], kind)
+    columns["residue"] = pa.array([f.residue for _, f in each], pa.string())
+    columns["probability"] = pa.array([f.probability for _, f in each], pa.float64())
     for rank in range(sampling.top):
-        best = [f.candidates[rank] for _, f, *_ in each]
+        best = [f.candidates[rank] for _, f in each]
         columns[f"candidate_{rank + 1}"] = pa.array([b for b, _ in best], pa.string())
         columns[f"probability_{rank + 1}"] = pa.array([p for _, p in best], pa.float64())
     return pa.table(columns)
-
-
-def _chain_and_position(antibody: Antibody, place: int) -> tuple[str, int]:
-    """Chain and position, from 1, of a residue."""
-    in_light = place >= len(antibody.heavy)
-    return ("light", place - len(antibody.heavy) + 1) if in_light else ("heavy", place + 1)

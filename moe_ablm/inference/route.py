@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.errors import UserError
-from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Batch, Engine
+from moe_ablm.inference.numbers import numbered_labels
 from moe_ablm.inference.output import vectors
 from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.routing import SoftPlan
@@ -80,7 +80,7 @@ def bytes_of(engine: Engine, antibody: Antibody) -> int:
     return antibody.residues * len(engine.model.spec.moe_layers) * each
 
 
-def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
+def table(engine: Engine, antibodies: Sequence[Antibody], numbering: str = "imgt") -> pa.Table:
     """A table with a line for each residue, layer and expert.
 
     For token choice and expert choice it has only experts that compute for the residue, or `expert`
@@ -88,7 +88,8 @@ def table(engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
     slots and `share`, the sum of `combine`.
     """
     routings, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
-    names = {name: np.array(values) for name, values in labels(antibodies).items()}
+    labels = numbered_labels(antibodies, numbering)
+    names = {name: np.array(values) for name, values in labels.items()}
     if isinstance(routings[0], Weights):
         dispatch, combine = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))
         residue, layer, expert = np.indices(combine.shape[:3]).reshape(3, -1)

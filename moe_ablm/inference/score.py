@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from moe_ablm.data.annotate import ChainAnnotation, annotate_chains
 from moe_ablm.data.antibody import Antibody, Row, row_of
-from moe_ablm.data.regions import CHAINS, FR4, region_names, regions_from_cdr_mask
+from moe_ablm.data.regions import CHAINS, region_names
 from moe_ablm.data.tokenizer import MASK, is_amino_acid
-from moe_ablm.inference.antibodies import labels
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition, OnePosition
+from moe_ablm.inference.numbers import numbered_labels, regions
 
 LEVELS = ("antibody", "residue")
 
@@ -21,27 +20,37 @@ def scored_places(row: Row) -> np.ndarray:
     return np.flatnonzero(is_amino_acid(row.tokens[row.places]))
 
 
-def masked_copies(row: Row) -> list[np.ndarray]:
-    """A copy of the row for each of its `scored_places`, with this one masked."""
-    copies = np.tile(row.tokens, (len(scored_places(row)), 1))
-    copies[np.arange(len(copies)), row.places[scored_places(row)]] = MASK
-    return list(copies)
-
-
-def masked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
+def masked_log_probabilities(
+    engine: Engine, rows: Sequence[Row], places: Sequence[np.ndarray] | None = None
+) -> list[np.ndarray]:
     """Log-probabilities of all tokens at every residue, with only this residue masked.
 
+    Args:
+      engine: the model.
+      rows: any number of them.
+      places: indices of the residues to do of each row; None: all `scored_places`.
+
     Returns:
-      float32 `[residues, V]` for each row; NaN where a residue is none of the 20 amino acids.
+      float32 `[residues, V]` for each row; NaN where a residue is none of the 20 amino acids, or is
+      not among `places`.
     """
     tables = [np.full((len(r.places), engine.model.spec.vocabulary), np.nan, "f4") for r in rows]
-    copies = [copy for row in rows for copy in masked_copies(row)]
-    owner = [(i, place) for i, row in enumerate(rows) for place in scored_places(row)]
+    if places is None:
+        places = [scored_places(row) for row in rows]
+    owner = [(i, place) for i, chosen in enumerate(places) for place in chosen]
     at = [rows[i].places[place] for i, place in owner]
+    copies = [masked_copy(rows[i], place) for i, place in owner]
     for copy, log_probabilities in engine.run(OnePosition(), copies, at):
         i, place = owner[copy]
         tables[i][place] = log_probabilities
     return tables
+
+
+def masked_copy(row: Row, place: int) -> np.ndarray:
+    """The tokens of the row with one residue masked."""
+    tokens = row.tokens.copy()
+    tokens[row.places[place]] = MASK
+    return tokens
 
 
 def unmasked_log_probabilities(engine: Engine, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -87,46 +96,6 @@ def perplexity(log_likelihoods: np.ndarray) -> float:
     return float(np.exp(-known.mean())) if len(known) else float("nan")
 
 
-def regions(antibodies: Sequence[Antibody]) -> list[np.ndarray]:
-    """Index in `region_names` of the region of each residue, int64 `[residues]`; -1: not known.
-
-    Regions come from the annotation of the source, or else are computed.
-    """
-    masks = [[""] * len(antibodies) for _ in CHAINS]
-    for number, chain in enumerate(CHAINS):
-        chains = [(a.heavy, a.light)[number] for a in antibodies]
-        lacking = [i for i, a in enumerate(antibodies) if chains[i] and not a.cdr_masks[number]]
-        computed = annotate_chains([chains[i] for i in lacking], chain)
-        for i, antibody in enumerate(antibodies):
-            masks[number][i] = antibody.cdr_masks[number]
-        for i, annotation in zip(lacking, computed, strict=True):
-            if isinstance(annotation, ChainAnnotation):
-                before = " " * annotation.start
-                masks[number][i] = (before + annotation.cdr_mask_aa).ljust(len(chains[i]))
-    return [
-        np.concatenate(
-            [
-                _codes(mask, len(letters), number * FR4)
-                for number, (letters, mask) in enumerate(
-                    zip((a.heavy, a.light), (heavy, light), strict=True)
-                )
-            ]
-        )
-        for a, heavy, light in zip(antibodies, *masks, strict=True)
-    ]
-
-
-def _codes(mask: str, residues: int, first: int) -> np.ndarray:
-    """Indices in `region_names` from a chain's CDR mask, which is blank outside the domain."""
-    codes = np.full(residues, -1)
-    letters = np.frombuffer(mask.encode(), np.uint8)
-    inside = np.flatnonzero(letters != ord(" "))
-    if len(inside):
-        region = regions_from_cdr_mask(letters[inside], np.array([0, len(inside)])).astype(int)
-        codes[inside] = np.where(region > 0, first + region - 1, -1)
-    return codes
-
-
 def summary(
     antibodies: Sequence[Antibody], scores: Sequence[np.ndarray], by_region: bool = False
 ) -> dict[str, list]:
@@ -164,16 +133,11 @@ def table(
     level: str = "antibody",
     one_pass: bool = False,
     by_region: bool = False,
+    numbering: str = "imgt",
 ) -> pa.Table:
-    """`summary` as a table; at level "residue", `log_likelihood` and the name of the region.
-
-    The latter only with `by_region`.
-    """
+    """`summary` as a table; at level "residue" numbers, regions and `log_likelihood`."""
     scores = score(engine, antibodies, one_pass)
     if level == "antibody":
         return pa.table(summary(antibodies, scores, by_region))
-    columns = labels(antibodies)
-    if by_region:
-        names = (*region_names(), "")  # the last is that of -1
-        columns["region"] = [names[i] for i in np.concatenate(regions(antibodies))]
+    columns = numbered_labels(antibodies, numbering)
     return pa.table(columns | {"log_likelihood": np.concatenate(scores)})

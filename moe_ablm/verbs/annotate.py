@@ -1,4 +1,4 @@
-"""`python -m moe_ablm annotate`: sequence files in, one annotated parquet table out."""
+"""`python -m moe_ablm annotate`: sequence files in, one annotated table out."""
 
 import argparse
 import itertools
@@ -7,18 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from moe_ablm.data.complete import annotated
 from moe_ablm.data.readers import Source
-from moe_ablm.data.readers.report import why_nothing
+from moe_ablm.data.readers.columns import place_of
+from moe_ablm.data.readers.report import Report, why_nothing
+from moe_ablm.data.rearrangements import rearrangements
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
 from moe_ablm.verbs.intake_report import add_report_argument, require_report, write_report
-from moe_ablm.verbs.reading import add_reading_arguments, reading_progress, sources_of
+from moe_ablm.verbs.reading import (
+    add_numbering,
+    add_reading_arguments,
+    reading_progress,
+    sources_of,
+)
 from moe_ablm.verbs.writing import add_overwrite, out_file
 
 COLUMNS = (
@@ -26,15 +34,23 @@ COLUMNS = (
     *("v_gene", "j_gene", "v_call", "j_call", "cdr3_aa", "v_identity_aa"),
 )
 # Written where a source has them.
-OPTIONAL = tuple(f"gene_segment_mask_aa_{c}" for c in CHAINS) + (
+OPTIONAL = tuple(f"{name}_{c}" for name in ("gene_segment_mask_aa", "numbers") for c in CHAINS) + (
     *("cluster", "donor", "source", "label"),
 )
+ENDINGS = (".parquet", ".csv", ".tsv")  # .tsv has AIRR's columns, a row for each chain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     add_report_argument(parser)
-    parser.add_argument("--out", type=out_file(".parquet"), required=True, metavar="FILE.parquet")
+    parser.add_argument(
+        "--out",
+        type=out_file(*ENDINGS),
+        required=True,
+        metavar="FILE",
+        help=".parquet, .csv, or .tsv with AIRR's columns and a row for each chain",
+    )
+    add_numbering(parser, default=None)
     add_overwrite(parser)
 
 
@@ -50,20 +66,45 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--input {source.report.source}: general proteins, no antibody chains")
     started = time.monotonic()
     with reading_progress("annotate", sources):
-        streams = [_stream(source, args.reannotate, args.workers) for source in sources]
+        streams = [_stream(source, args) for source in sources]
         _write(streams, args.out, sources)
     write_report(args.report, [source.report for source in sources])
     _print_summary(sources, args.out, time.monotonic() - started)
 
 
-def _stream(source: Source, reannotate: bool, workers: int) -> Iterator[pa.RecordBatch]:
+def _stream(source: Source, args: argparse.Namespace) -> Iterator[pa.RecordBatch]:
     batches = annotated(
-        source.batches(), source.report, reannotate=reannotate, workers=workers, all_columns=True
+        source.batches(),
+        source.report,
+        reannotate=args.reannotate,
+        workers=args.workers,
+        all_columns=True,
     )
     for batch in batches:
+        if args.numbering is not None:
+            batch = _with_numbers(batch, args.numbering, source.report)
         source.report.kept += batch.num_rows
         yield batch
     source.report.settle(source.report.kept)
+
+
+def _with_numbers(batch: pa.RecordBatch, scheme: str, report: Report) -> pa.RecordBatch:
+    """The batch with `numbers_*`, the number of each residue, apart by spaces."""
+    from moe_ablm.data.numbering import Numbering, number_chains
+
+    for chain in CHAINS:
+        sequences = batch[f"sequence_aa_{chain}"].to_pylist()
+        there = [row for row, sequence in enumerate(sequences) if sequence]
+        texts = [""] * len(sequences)
+        numbered = number_chains([sequences[row] for row in there], chain, scheme)
+        for row, numbering in zip(there, numbered, strict=True):
+            # annotation that is trusted may be of what is no whole V domain, or not cut to it
+            if isinstance(numbering, Numbering) and len(numbering.numbers) == len(sequences[row]):
+                texts[row] = " ".join(numbering.numbers)
+            else:
+                report.note(f"{chain}: no V domain to number", place_of(batch, row))
+        batch = batch.append_column(f"numbers_{chain}", pa.array(texts, pa.string()))
+    return batch
 
 
 def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Source]) -> None:
@@ -83,16 +124,42 @@ def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Sou
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(out) as partial,
-            pq.ParquetWriter(partial, schema, compression="zstd") as writer,
-        ):
+        with replacing(out) as partial, _Writer(partial, out.suffix, schema) as writer:
             for first, stream in zip(firsts, streams, strict=True):
                 for batch in itertools.chain([first] if first is not None else [], stream):
-                    writer.write_batch(_in_schema(batch, schema))
+                    writer.write(_in_schema(batch, schema))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out} cannot be written: {reason}; nothing is left") from error
+
+
+class _Writer:
+    """A file in the format of its ending; use it as a context manager."""
+
+    def __init__(self, path: Path, ending: str, schema: pa.Schema):
+        self._rows = 0
+        self._by_chain = ending == ".tsv"
+        if self._by_chain:
+            empty = [pa.array([], field.type) for field in schema]
+            schema = rearrangements(pa.record_batch(empty, schema=schema)).schema
+        if ending == ".parquet":
+            self._file = pq.ParquetWriter(path, schema, compression="zstd")
+        else:
+            delimiter = "\t" if self._by_chain else ","
+            options = csv.WriteOptions(delimiter=delimiter, quoting_style="needed")
+            self._file = csv.CSVWriter(path, schema, write_options=options)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Writes the rows of a batch of the schema."""
+        rows = rearrangements(batch, self._rows) if self._by_chain else batch
+        self._file.write_batch(rows)
+        self._rows += batch.num_rows
 
 
 def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

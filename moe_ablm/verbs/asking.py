@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.readers import Reading, Source, open_sources
 from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import bar
-from moe_ablm.verbs.reading import add_format_arguments, reading_of
+from moe_ablm.verbs.reading import add_format_arguments, add_numbering, reading_of
 from moe_ablm.verbs.writing import out_directory, out_file
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -44,6 +45,7 @@ class Question:
       cost: rows through the encoder, and bytes of the result, of an antibody.
       letters: allowed in sequences; None: `inference.antibodies.LETTERS`.
       refuse: the reason to refuse an antibody, or None.
+      change: what is asked about instead of an antibody.
     """
 
     options: dict[str, Any]
@@ -51,6 +53,7 @@ class Question:
     cost: Callable[["Engine", "Antibody"], tuple[int, int]]
     letters: str | None = None
     refuse: Callable[["Antibody"], str | None] = lambda antibody: None
+    change: Callable[["Antibody"], "Antibody"] = lambda antibody: antibody
 
 
 def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +144,7 @@ def _antibodies(
 
     model = engine.model
     if sources:
-        yield from read(sources, model.layout, model.length, question.refuse)
+        yield from map(question.change, read(sources, model.layout, model.length, question.refuse))
         if not any(source.report.kept for source in sources):
             why = why_nothing(source.report for source in sources)
             raise UserError(f"no antibody is left: {why}")
@@ -150,7 +153,7 @@ def _antibodies(
     for antibody in given([pair], model.layout, model.length, question.letters or LETTERS):
         if reason := question.refuse(antibody):
             raise UserError(reason)
-        yield antibody
+        yield question.change(antibody)
 
 
 def _windows(
@@ -240,6 +243,36 @@ def _level(parser: argparse.ArgumentParser, levels: tuple[str, ...], text: str) 
     parser.add_argument("--level", choices=levels, default="antibody", help=text)
 
 
+def _of_residues(args: argparse.Namespace) -> dict[str, str]:
+    """Options of lines that have numbers: none where there is a line for each antibody."""
+    return {"numbering": args.numbering} if getattr(args, "level", "residue") == "residue" else {}
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--regions", metavar="CDRH3,...", help="residues of these regions (IMGT)")
+    parser.add_argument(
+        "--positions", metavar="H105-H117,...", help="residues at these numbers of --numbering"
+    )
+
+
+def _selection(args: argparse.Namespace) -> tuple[Selection | None, dict[str, Any]]:
+    """What --regions and --positions choose, and the options that say so."""
+    chosen = selection(args.regions, args.positions, args.numbering)
+    said = {"regions": args.regions, "positions": args.positions, "numbering": args.numbering}
+    return chosen, said if chosen else {}
+
+
+def _refusing(chosen: Selection | None) -> Callable[["Antibody"], str | None]:
+    """Why nothing is chosen of an antibody, or None."""
+
+    def refuse(antibody: "Antibody") -> str | None:
+        from moe_ablm.inference.numbers import nothing_chosen
+
+        return None if chosen is None else nothing_chosen(antibody, chosen)
+
+    return refuse
+
+
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `embed`."""
     add_asking_arguments(parser)
@@ -279,6 +312,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         help="mask nothing: some 200 times quicker, and too optimistic",
     )
     parser.add_argument("--by-region", action="store_true", help="frameworks and CDRs apart (IMGT)")
+    add_numbering(parser)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -286,6 +320,7 @@ def score(args: argparse.Namespace) -> None:
     from moe_ablm.inference.score import table
 
     options = {"level": args.level, "one_pass": args.one_pass, "by_region": args.by_region}
+    options |= _of_residues(args)
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
         # log-probabilities of all tokens are held for a while
@@ -315,6 +350,8 @@ def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=int, default=5, metavar="K", help="candidates told with --level residue"
     )
+    _add_selection(parser)
+    add_numbering(parser)
 
 
 def infill(args: argparse.Namespace) -> None:
@@ -322,7 +359,9 @@ def infill(args: argparse.Namespace) -> None:
     from moe_ablm.inference.sampling import Sampling
 
     sampling = Sampling(args.samples, args.temperature, args.seed, args.top)
+    chosen, said = _selection(args)
     from moe_ablm.inference.infill import INFILLED, table
+    from moe_ablm.inference.numbers import masked
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
         masks = (antibody.heavy + antibody.light).count(MASKED)
@@ -334,13 +373,17 @@ def infill(args: argparse.Namespace) -> None:
     def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
         nonlocal whole
         whole += sum(MASKED not in antibody.heavy + antibody.light for antibody in antibodies)
-        return table(engine, antibodies, args.level, sampling)
+        return table(engine, antibodies, args.level, sampling, args.numbering)
 
-    ask(args, Question({"level": args.level, **vars(sampling)}, answer, cost, INFILLED))
+    def change(antibody: "Antibody") -> "Antibody":
+        return antibody if chosen is None else masked(antibody, chosen)
+
+    options = {"level": args.level, **vars(sampling), **_of_residues(args), **said}
+    ask(args, Question(options, answer, cost, INFILLED, _refusing(chosen), change))
     if whole:
         print(
             f"moe_ablm: {whole:,} antibodies have nothing to fill in: mask residues by _, * or "
-            "<mask>",
+            "<mask>, or by --regions or --positions",
             file=sys.stderr,
         )
 
@@ -357,10 +400,13 @@ def add_scan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figures", type=out_directory, metavar="DIR", help="a heat map of every antibody, as PNG"
     )
+    _add_selection(parser)
+    add_numbering(parser)
 
 
 def scan(args: argparse.Namespace) -> None:
     """Writes the log-odds of every mutant."""
+    chosen, said = _selection(args)
     if args.figures is not None:
         try:
             args.figures.mkdir(parents=True, exist_ok=True)
@@ -369,26 +415,38 @@ def scan(args: argparse.Namespace) -> None:
     from moe_ablm.inference import scan
 
     def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
-        scores = scan.scan(engine, antibodies, args.method)
+        scores = scan.scan(engine, antibodies, args.method, chosen)
         if args.figures is not None:
             from moe_ablm.inference.heatmap import draw_scan, figure_path
 
             for antibody, log_odds in zip(antibodies, scores, strict=True):
                 path = figure_path(args.figures, antibody)
                 draw_scan(antibody, log_odds, args.method, path)
-        return scan.table(antibodies, scores)
+        return scan.table(antibodies, scores, args.numbering)
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
-        return scan.passes(antibody, args.method), antibody.residues * 19 * 128
+        return scan.passes(antibody, args.method, chosen), antibody.residues * 19 * 160
 
-    ask(args, Question({"method": args.method}, answer, cost))
+    options = {"method": args.method, **_of_residues(args), **said}
+    ask(args, Question(options, answer, cost, refuse=_refusing(chosen)))
+
+
+def add_route_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `route`."""
+    add_asking_arguments(parser)
+    add_numbering(parser)
 
 
 def route(args: argparse.Namespace) -> None:
     """Writes a line for each residue, layer and expert."""
     from moe_ablm.inference.route import bytes_of, table
 
-    ask(args, Question({}, table, lambda engine, antibody: (1, bytes_of(engine, antibody))))
+    question = Question(
+        _of_residues(args),
+        lambda engine, antibodies: table(engine, antibodies, args.numbering),
+        lambda engine, antibody: (1, bytes_of(engine, antibody)),
+    )
+    ask(args, question)
 
 
 def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
@@ -420,6 +478,6 @@ VERBS = {
     "score": (add_score_arguments, score),
     "infill": (add_infill_arguments, infill),
     "scan": (add_scan_arguments, scan),
-    "route": (add_asking_arguments, route),
+    "route": (add_route_arguments, route),
     "attention": (add_attention_arguments, attention),
 }

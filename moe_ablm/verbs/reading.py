@@ -14,6 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moe_ablm.data.positions import SCHEMES
 from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_columns
 from moe_ablm.errors import UserError
 from moe_ablm.progress import bar
@@ -72,6 +73,16 @@ def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
     )
     parser.add_argument(
         "--contigs", type=Path, metavar="FASTA", help="of a 10x table without regions"
+    )
+
+
+def add_numbering(parser: argparse.ArgumentParser, default: str | None = "imgt") -> None:
+    """The flag that says whose numbers residues have."""
+    parser.add_argument(
+        "--numbering",
+        choices=SCHEMES,
+        default=default,
+        help="of residues" + (" (default: %(default)s)" if default else " (default: none)"),
     )
 
 

@@ -1,0 +1,89 @@
+"""Numbers and regions beside residues, and residues chosen by them, in what verbs compute."""
+
+import numpy as np
+import pytest
+from tiny_models import HEAVY, LIGHT, engine
+
+from moe_ablm import api
+from moe_ablm.data.antibody import Antibody
+from moe_ablm.data.positions import selection
+from moe_ablm.errors import UserError
+from moe_ablm.inference import infill, route, scan, score
+from moe_ablm.inference.numbers import chosen, masked, nothing_chosen, numbered_labels
+from moe_ablm.inference.sampling import Sampling
+
+PAIR, ALONE = Antibody("a", HEAVY, LIGHT), Antibody("a", HEAVY, "")
+MODEL = engine("topk")
+CDRH3 = HEAVY.index("AKDRGYSYGFDY")
+
+
+def at(positions: str, scheme: str = "imgt", regions: str | None = None):
+    found = selection(regions, positions, scheme)
+    assert found is not None
+    return found
+
+
+def test_labels_of_residues():
+    found = numbered_labels([PAIR, Antibody("b", "", "EVQLX")], "imgt")
+    cys = HEAVY.index("CAKD")
+    assert (found["number"][cys], found["region"][cys]) == ("104", "FRH3")
+    assert (found["number"][CDRH3 + 5], found["number"][CDRH3 + 6]) == ("110", "112")
+    assert found["region"][CDRH3 : CDRH3 + 12] == ["CDRH3"] * 12
+    assert found["number"][-5:] == [""] * 5 == found["region"][-5:]
+    assert found["number"][len(HEAVY)] == "1" and found["region"][len(HEAVY)] == "FRL1"
+    kabat = numbered_labels([PAIR], "kabat")["number"]
+    assert kabat[cys] == "92" and kabat[CDRH3 : CDRH3 + 12][6:10] == ["99", "100", "100A", "100B"]
+
+
+def test_regions_of_the_source_stay():
+    heavy = "EVQLVESGGGLVQ"
+    found = numbered_labels([Antibody("a", heavy, "", cdr_masks=("0011022033000", ""))], "imgt")
+    assert found["region"][:3] == ["FRH1", "FRH1", "CDRH1"] and set(found["number"]) == {""}
+
+
+def test_chosen_residues_are_masked():
+    text = masked(PAIR, at("H105-H117"))
+    assert text.heavy == HEAVY[:CDRH3] + "_" * 12 + HEAVY[CDRH3 + 12 :] and text.light == LIGHT
+    assert masked(PAIR, at("H95-H102", "kabat")).heavy.count("_") == 10
+    assert chosen(PAIR, at("L1", regions="CDRL2")).sum() == 1 + 3
+    assert nothing_chosen(PAIR, at("H10")) and nothing_chosen(PAIR, at("H11")) is None
+    assert nothing_chosen(Antibody("a", "EVQLV", ""), at("H1-H128"))
+
+
+def test_numbers_in_the_tables_of_verbs():
+    tables = {
+        "score": score.table(MODEL, [ALONE], "residue", one_pass=True),
+        "route": route.table(MODEL, [ALONE]),
+        "infill": infill.table(MODEL, [masked(ALONE, at("H107-H108"))], "residue", Sampling()),
+    }
+    for name, table in tables.items():
+        lines = [line for line in table.to_pylist() if line["position"] == CDRH3 + 3]
+        assert lines, name
+        assert {(line["number"], line["region"]) for line in lines} == {("107", "CDRH3")}, name
+    assert tables["infill"].num_rows == 2
+
+
+@pytest.mark.parametrize("method", scan.METHODS)
+def test_scan_of_chosen_residues_is_that_part_of_the_whole(method):
+    only = at("H105-H107", regions="FRH4" if method != "mutant-marginal" else None)
+    (part,) = scan.scan(MODEL, [ALONE], method, only)
+    here = chosen(ALONE, only)
+    assert np.isnan(part[~here]).all() and not np.isnan(part[here]).any()
+    lines = scan.table([ALONE], [part]).to_pylist()
+    assert len(lines) == 19 * here.sum() and lines[0]["number"] == "105"
+    each = dict(zip(scan.METHODS, (1, 0, 19), strict=True))[method]
+    assert scan.passes(ALONE, method, only) == max(1, here.sum() * each)
+    if method != "mutant-marginal":  # 19 passes a residue
+        (whole,) = scan.scan(MODEL, [ALONE], method)
+        np.testing.assert_allclose(part[here], whole[here], rtol=2e-5, atol=2e-5)
+
+
+def test_in_python():
+    (done,) = api.infill(MODEL, [(HEAVY, "")], positions=["H108", "H109"])
+    assert sorted(f["place"] for f in done["filled"]) == [CDRH3 + 3, CDRH3 + 4]
+    (odds,) = api.scan(MODEL, [(HEAVY, "")], "wild-type-marginal", regions="CDRH3")
+    assert (~np.isnan(odds)).all(axis=1).nonzero()[0].tolist() == [*range(CDRH3, CDRH3 + 12)]
+    with pytest.raises(UserError, match="nothing chosen"):
+        api.scan(MODEL, [("", LIGHT)], regions="CDRH3")
+    with pytest.raises(UserError, match="positions='3': '3' is no position"):
+        api.infill(MODEL, [(HEAVY, "")], positions="3")
