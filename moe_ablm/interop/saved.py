@@ -1,6 +1,7 @@
 """A model as a directory: `model.json` describes it, `params.safetensors` has its parameters.
 
-`import`, `upcycle` and `export --format native` write such directories. A trained run is read from its checkpoints instead.
+`import`, `upcycle` and `export --format native` write such directories. A trained run is read from
+its checkpoints instead.
 """
 
 import hashlib
