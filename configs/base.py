@@ -86,8 +86,9 @@ def get_config() -> ConfigDict:
     train.accumulate = 1  # micro-batches per update
     train.lr = 4e-4  # peak
     train.warmup = 500  # steps
-    train.schedule = "linear"  # linear, cosine, wsd (warm-up, stable, decay)
+    train.schedule = "linear"  # linear, cosine, wsd (warm-up, stable, decay), constant
     train.decay_share = 0.2  # wsd: share of the steps that is decay
+    train.restarts = ()  # updates after which the schedule begins anew, warm-up included
     train.beta1 = 0.9
     train.beta2 = 0.98
     train.eps = 1e-6

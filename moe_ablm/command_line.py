@@ -11,15 +11,20 @@ from moe_ablm.config import Config
 from moe_ablm.errors import UserError
 
 
-def parse(argv: list[str]) -> tuple[Config, Path]:
-    """Command line -> checked config and work directory; UserError where it is wrong."""
+def parse(argv: list[str]) -> tuple[Config, Path, int | None]:
+    """Checked config, work directory and `--extend-to` of a command line.
+
+    Raises:
+      UserError: a flag is missing or wrong.
+    """
     values = flags.FlagValues()
+    flags.DEFINE_integer("extend-to", None, "Its steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
     config = _read(argv, values)
     if not config or not values.workdir:
         missing = "--workdir" if config else "--config"
         raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
-    return config, Path(values.workdir)
+    return config, Path(values.workdir), values["extend-to"].value
 
 
 def read_config(argv: Sequence[str]) -> Config:

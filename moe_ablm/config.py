@@ -233,6 +233,7 @@ LATER: dict[str, Any] = {
     **{f"config.model.{name}": 0.0 for name in DROPOUTS},
     "config.train.init": None,
     "config.train.freeze": 0,
+    "config.train.restarts": (),
     "config.log.profile": None,
 }
 # keys that were switches: what False and True meant
@@ -496,16 +497,25 @@ def _check_optimizer(t: TrainConfig) -> None:
     _require(t.eps > 0, "train.eps", t.eps, "a positive number")
     for name in ("weight_decay", "clip"):
         _require(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "0 (off) or more")
-    _require(0 <= t.warmup <= t.steps, "train.warmup", t.warmup,
-             f"0 to train.steps ({t.steps}): lower it, or raise train.steps")  # fmt: skip
+    rising = sorted(set(t.restarts)) == list(t.restarts) and min(t.restarts, default=1) > 0
+    _require(rising and max(t.restarts, default=0) < t.steps, "train.restarts", t.restarts,
+             f"rising numbers of updates, from 1 to below train.steps ({t.steps})")  # fmt: skip
+    shortest = min(t.cycles)
+    within = f"the shortest course between train.restarts ({shortest})"
+    _require(0 <= t.warmup <= shortest, "train.warmup", t.warmup,
+             f"0 to {within if t.restarts else f'train.steps ({t.steps})'}: lower it, or raise "
+             "train.steps")  # fmt: skip
 
 
 def _check_wsd(t: TrainConfig) -> None:
-    if t.schedule == "wsd" and t.warmup + t.decay_steps > t.steps:
+    cycle = t.cycles.index(min(t.cycles))
+    steps, decay = t.cycles[cycle], t.decay_steps(cycle)
+    if t.schedule == "wsd" and t.warmup + decay > steps:
+        name = f"train.steps={steps}" if not t.restarts else f"{steps} steps between train.restarts"
         raise UserError(
-            f"config.train.schedule='wsd': train.warmup={t.warmup} and a decay of {t.decay_steps} "
-            f"steps (train.decay_share={t.decay_share:g}) do not fit into train.steps={t.steps}: "
-            f"the rate would not reach 0; lower train.warmup to {t.steps - t.decay_steps} or less, "
+            f"config.train.schedule='wsd': train.warmup={t.warmup} and a decay of {decay} "
+            f"steps (train.decay_share={t.decay_share:g}) do not fit into {name}: "
+            f"the rate would not reach 0; lower train.warmup to {steps - decay} or less, "
             "lower train.decay_share, or raise train.steps"
         )
 

@@ -3,6 +3,7 @@
     --config=FILE.py[:ARGUMENTS]   a config file (configs/), with arguments if it takes any
     --config.a.b=VALUE             override of one key (configs/base.py explains them all)
     --workdir=DIR                  where the run lives; the same command again resumes it
+    --extend-to=STEPS              goes on with a run that is there, beyond its last step
 
 Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 130 saved on Ctrl-C; 2 the input or the machine
 is wrong; 1 anything else (also a run that diverged, or collapsed under train.stop_on_collapse).
@@ -53,13 +54,17 @@ def _trained(argv: list[str]) -> tuple[dict, str]:
         # here, since they take seconds: what is wrong is said, and Ctrl-C obeyed, before
         from moe_ablm.command_line import parse
 
-        config, workdir = parse(argv)
+        config, workdir, steps = parse(argv)
         from moe_ablm import trainer
+        from moe_ablm.extension import plan_extension
         from moe_ablm.parallel import multihost
 
         multihost.start()
         try:
-            summary = trainer.run(config, workdir)
+            extension = plan_extension(config, workdir, steps) if steps else None
+            if extension and extension.note and multihost.is_first():
+                print(extension.note)
+            summary = trainer.run(extension.config if extension else config, workdir, extension)
         except Exception as error:
             if not is_full_disk(error):
                 raise

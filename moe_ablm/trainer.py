@@ -21,6 +21,7 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import Diverged, UserError
+from moe_ablm.extension import Extension
 from moe_ablm.feed import Feed
 from moe_ablm.files import write_atomically
 from moe_ablm.interop.load import Model, load_model
@@ -54,8 +55,13 @@ from moe_ablm.training.trace import Trace
 from moe_ablm.workdir import finished_run, work_directory
 
 
-def run(config: Config, workdir: Path) -> dict:
+def run(config: Config, workdir: Path, extension: Extension | None = None) -> dict:
     """Trains, or resumes, until the last step or a stop signal.
+
+    Args:
+      config: of the run; with an extension, that of the longer run.
+      workdir: where it lives.
+      extension: of the run that is there.
 
     Returns:
       The content of `run.json`.
@@ -73,7 +79,9 @@ def run(config: Config, workdir: Path) -> dict:
     start, licence = (model.params, model.facts.get("licence")) if model else (None, None)
     identity = "" if start is None else states.params_sha256(start)
     feed = Feed(config, *open_datasets(config), start=identity)
-    owned = multihost.first_inside(work_directory(workdir, config, feed.identity, licence))
+    owned = multihost.first_inside(
+        work_directory(workdir, config, feed.identity, licence, extension)
+    )
     with owned, jax.set_mesh(mesh):
         fingerprint = configs.fingerprint(config, feed.identity)
         finished = multihost.from_first(lambda: finished_run(workdir, fingerprint))
@@ -173,7 +181,10 @@ class Trainer:
         definition, self.optimizer, self.train_step = make_program(config, self.execution)
         self.schedule = make_schedule(config.train)
         self.eval_step = jax.jit(make_eval_step(definition))
-        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        # where runs under wsd of other lengths part from this one
+        self.parting = config.train.decay_start
+        always = [] if self.parting is None else [self.parting]
+        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always)
         self.record = Record()
         window = config.log.window if multihost.is_first() else None
         self.trace = Trace(workdir / "profile", window)
@@ -216,7 +227,7 @@ class Trainer:
                 if self.step % self.config.eval.every == 0 or self.step == steps:
                     improved = self._evaluate(state)
                 done = self.step == steps or self._patience_is_over() or self.record.collapsed
-                due = self.step % self.config.checkpoint.every == 0
+                due = self.step % self.config.checkpoint.every == 0 or self.step == self.parting
                 stopped = stop()
                 beat()
                 if due or improved or done or stopped:

@@ -11,6 +11,7 @@ from moe_ablm import config as configs
 from moe_ablm import outcome
 from moe_ablm.config import Config
 from moe_ablm.errors import UserError
+from moe_ablm.extension import Extension, set_aside
 from moe_ablm.files import locked, write_json
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,11 @@ PATIENCE = 1.0  # seconds for which another process may hold the lock
 
 @contextmanager
 def work_directory(
-    workdir: Path, config: Config, dataset: str, licence: str | None = None
+    workdir: Path,
+    config: Config,
+    dataset: str,
+    licence: str | None = None,
+    extension: Extension | None = None,
 ) -> Iterator[None]:
     """Takes a work directory for one process; makes it, with `config.json`, when it is new.
 
@@ -28,18 +33,21 @@ def work_directory(
       config: of the run.
       dataset: identity of its data.
       licence: of the weights that it starts from, for the model cards of its exports.
+      extension: by which the shorter run that is there becomes this one.
 
     Raises:
       UserError: it holds a different run (the differing keys are named), is in use, or is no
         place to write.
     """
-    _check_same_run(workdir, config, dataset)
+    _check_same_run(workdir, extension.before if extension else config, dataset)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
     with ExitStack() as stack:
         _lock(stack, workdir)
+        if extension and extension.before != extension.config:
+            set_aside(workdir, extension)
         content = {
             "fingerprint": configs.fingerprint(config, dataset),
             "dataset": dataset,
@@ -85,9 +93,12 @@ def _check_same_run(workdir: Path, config: Config, dataset: str) -> None:
         if before.get(key) != now.get(key)
     ]
     if differing:
+        keys = {line.partition(":")[0] for line in differing}
+        longer = max(before["train.steps"], now["train.steps"])
+        extend = f", or --extend-to={longer}" if keys <= {"train.steps", "train.restarts"} else ""
         raise UserError(
             f"--workdir {workdir} holds a different run ({'; '.join(differing)}): "
-            "use another --workdir"
+            f"use another --workdir{extend}"
         )
 
 

@@ -97,7 +97,7 @@ def test_wrong_values_are_named(changes, message):
 
 def test_warm_up_and_decay_may_fill_a_run():
     t = configs.from_mapping(changed(train__schedule="wsd", train__warmup=8000)).train
-    assert t.warmup + t.decay_steps == t.steps
+    assert t.warmup + t.decay_steps() == t.steps
     assert configs.from_mapping(changed(train__warmup=10_000)).train.schedule == "linear"
 
 

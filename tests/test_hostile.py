@@ -99,7 +99,7 @@ def test_every_key_of_a_config(key):
     """The config is refused in one line, or is one with numbers that can be counted with."""
     for value in filter(None, [*VALUES.values(), "1e-30", "None"]):
         try:
-            config, _ = parse(["x", *tiny_flags(), f"--config.{key}={value}", "--workdir=w"])
+            config, *_ = parse(["x", *tiny_flags(), f"--config.{key}={value}", "--workdir=w"])
         except UserError as error:
             assert "\n" not in str(error) and "Traceback" not in str(error)
             continue

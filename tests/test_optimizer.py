@@ -45,10 +45,32 @@ def test_the_last_update_is_one_before_0(schedule, warmup, decay_share):
     values = np.array([float(rate(step)) for step in steps])
     assert float(rate(100)) == 0 and float(rate(1000)) == 0
     assert values.max() == pytest.approx(1)
-    falling = s.decay_steps if schedule == "wsd" else 100 - warmup
+    falling = s.decay_steps() if schedule == "wsd" else 100 - warmup
     assert (np.diff(values) < 0).sum() == falling - 1
     if schedule != "cosine":
         assert values[-1] == pytest.approx(1 / falling)
+
+
+def test_constant_and_restarts():
+    rate = make_schedule(spec(schedule="constant"))
+    assert [float(rate(n)) for n in (0, 5, 10, 99, 10**6)] == [0, 0.5, 1, 1, 1]
+    rate = make_schedule(spec(steps=160, restarts=(100,)))
+    for step, value in {
+        5: 0.5,
+        55: 0.5,
+        99: 1 / 90,
+        100: 0,
+        105: 0.5,
+        110: 1,
+        135: 0.5,
+        160: 0,
+    }.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6)
+    rate = make_schedule(
+        spec(schedule="wsd", steps=160, restarts=(100,))
+    )  # decays over 20, over 12
+    for step, value in {80: 1, 90: 0.5, 100: 0, 110: 1, 148: 1, 154: 0.5, 160: 0}.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-6)
 
 
 def test_no_warmup():

@@ -82,7 +82,7 @@ def test_a_plan_has_the_config_that_the_trainer_reads(tmp_path):
     assert planned.cell.argv[:2] == ("-m", "moe_ablm.train")
     script = (
         "import sys, json; from moe_ablm.command_line import parse; from moe_ablm import config;"
-        "c, w = parse(sys.argv); print(json.dumps([config.to_dict(c), str(w)]))"
+        "c, w, _ = parse(sys.argv); print(json.dumps([config.to_dict(c), str(w)]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *planned.cell.argv[2:]],

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    CustomSteps,
+    LatestN,
+)
 
 from moe_ablm.errors import UserError
 from moe_ablm.training.state import (
@@ -87,12 +92,12 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` and the best by validation loss.
+    """The checkpoints of one run: the newest `keep`, the best by validation loss, and `always`.
 
     Saving is asynchronous and atomic: a checkpoint gets its name when it is complete.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, always: Sequence[int] = ()):
         best = BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
             reverse=True,
@@ -103,7 +108,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(keep), best, CustomSteps(always)]
+                ),
                 # makes orbax save the losses, so that the best one is known after a restart
                 best_fn=lambda metrics: metrics[METRIC],
                 best_mode="min",

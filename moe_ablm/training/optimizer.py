@@ -14,18 +14,26 @@ DECAYED = ("kernel", "embedding", "decoder", "router", "up", "down")  # not bias
 def make_schedule(spec: OptimizerSpec) -> optax.Schedule:
     """Learning rate by number of updates done: linear warm-up from 0, then the named decay.
 
-    All reach 0 at `steps` if the warm-up is shorter than `steps`. "linear" and "cosine" decay from
-    the end of the warm-up. "wsd" (warm-up, stable, decay; Hu et al. 2024) stays at the peak and
-    decays linearly over the last `decay_steps`, which must begin after the warm-up (config.py
-    checks this).
+    All but "constant" reach 0 at `steps` if the warm-up is shorter than `steps`. "linear" and
+    "cosine" decay from the end of the warm-up. "wsd" (warm-up, stable, decay; Hu et al. 2024) stays
+    at the peak and decays linearly over the last `decay_steps`, which must begin after the warm-up
+    (config.py checks this). At each of `restarts` the course begins anew (warm restarts;
+    Loshchilov & Hutter 2017), warm-up included.
     """
-    rest = max(spec.steps - spec.warmup, 1)
+    courses = [_course(spec, cycle) for cycle in range(len(spec.cycles))]
+    return optax.join_schedules(courses, list(spec.restarts)) if spec.restarts else courses[0]
+
+
+def _course(spec: OptimizerSpec, cycle: int) -> optax.Schedule:
+    rest = max(spec.cycles[cycle] - spec.warmup, 1)
     if spec.schedule == "linear":
         after = optax.linear_schedule(spec.lr, 0.0, rest)
     elif spec.schedule == "cosine":
         after = optax.cosine_decay_schedule(spec.lr, rest)
+    elif spec.schedule == "constant":
+        after = optax.constant_schedule(spec.lr)
     else:
-        decay = spec.decay_steps
+        decay = spec.decay_steps(cycle)
         after = optax.linear_schedule(spec.lr, 0.0, decay, transition_begin=rest - decay)
     warmup = optax.linear_schedule(0.0, spec.lr, max(spec.warmup, 1))
     return optax.join_schedules([warmup, after], [spec.warmup])

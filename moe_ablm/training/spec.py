@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SCHEDULES = ("linear", "cosine", "wsd")
+SCHEDULES = ("linear", "cosine", "wsd", "constant")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,19 @@ class OptimizerSpec:
     weight_decay: float
     clip: float
     freeze: int = field(default=0, kw_only=True)
+    restarts: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
-    def decay_steps(self) -> int:
-        """Steps over which "wsd" decays."""
-        return max(round(self.decay_share * self.steps), 1)
+    def cycles(self) -> tuple[int, ...]:
+        """Steps of each course of the schedule: one more than there are restarts."""
+        ends = (0, *self.restarts, self.steps)
+        return tuple(end - start for start, end in zip(ends, ends[1:], strict=False))
+
+    def decay_steps(self, cycle: int = -1) -> int:
+        """Steps over which "wsd" decays in a cycle, by default the last."""
+        return max(round(self.decay_share * self.cycles[cycle]), 1)
+
+    @property
+    def decay_start(self) -> int | None:
+        """Updates after which the last decay of "wsd" begins; None with other schedules."""
+        return self.steps - self.decay_steps() if self.schedule == "wsd" else None
