@@ -8,6 +8,7 @@ import pytest
 import setuptools
 from conftest import REPO
 
+from launch import jobset
 from moe_ablm.interop.transformers_moe import CODE
 
 
@@ -75,3 +76,27 @@ def test_an_old_python_is_told_and_leaves_no_environment(tmp_path):
     assert done.returncode == 2
     assert "needs Python 3.11 or newer" in done.stderr and "is 3.10" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(name, arguments) of the instructions of the Dockerfile, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (REPO / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = [line for line in text.replace("\\\n", " ").split("\n") if line.strip()]
+    return [(name, rest.strip()) for name, rest in (line.split(None, 1) for line in lines)]
+
+
+def test_the_image_is_what_launchers_expect(package):
+    found = instructions()
+    known = {"ARG", "FROM", "ENV", "WORKDIR", "COPY", "RUN", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in found} <= known
+    assert ("WORKDIR", jobset.SETTINGS["source"].default) in found
+    copied = [name for kind, rest in found if kind == "COPY" for name in rest.split()[:-1]]
+    assert all((REPO / name).exists() for name in copied)
+    for kind, script in found:
+        if kind == "RUN":
+            checked = subprocess.run(["bash", "-n", "-c", script], capture_output=True, check=False)
+            assert checked.returncode == 0, script
+    built = re.findall(r"EXTRAS=([a-z0-9]+)", (REPO / "Dockerfile").read_text())
+    assert built and set(built) <= set(package["extras_require"])
+    ignored = (REPO / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "data", "runs"} <= set(ignored)
