@@ -33,7 +33,8 @@ setup(
         "scipy>=1.14,<2",
         "pyarrow>=18,<27",
         "safetensors>=0.5,<1",
-        "parasail>=1.3.4,<2",
+        # has wheels for these alone; elsewhere moe_ablm.data.semiglobal aligns in NumPy
+        "parasail>=1.3.4,<2; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
         "matplotlib>=3.9,<4",
         "rich>=13.9,<16",
         "pyyaml>=6,<7",

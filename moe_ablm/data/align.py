@@ -2,28 +2,24 @@
 
 Nearly every chain aligns to its germline without gaps. So a batch is first scored, ungapped,
 against all germline proteins at once, at the start that the words of FR1 vote for; the placement
-is kept where a gapped alignment cannot be better (bound on the score, or parasail's own score).
-What is left is aligned row by row with parasail (semi-global, affine gaps) to the germlines that
+is kept where a gapped alignment cannot be better (by a bound on the score, or by its own score).
+What is left is aligned row by row (semi-global, affine gaps: `semiglobal`) to the germlines that
 share most words. Nothing here depends on the other rows of a batch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import parasail
 
 from moe_ablm.data.germline import REGION_STARTS
 from moe_ablm.data.germline_scores import (
-    BLOSUM62,
     FR1_WORDS,
-    GAP_EXTEND,
-    GAP_OPEN,
-    LETTER_OF_CODE,
     OTHER,
     SCORE_SCALE,
     VTable,
     words,
 )
+from moe_ablm.data.semiglobal import BLOSUM62, GAP_OPEN, aligned_pairs, best_score
 
 # Why a chain has no annotation; index 0 is a chain that has one.
 REASONS = (
@@ -66,7 +62,6 @@ INDEL_COST, INDEL_RESIDUE_COST = 8 * SCORE_SCALE, SCORE_SCALE
 # A domain goes on that far behind a germline V, whose last residues are trimmed, at the least.
 MIN_BEHIND_V = 8
 CDR1, CDR2 = 1, 2
-_CIGAR_I, _CIGAR_D = 1, 2  # as in SAM
 _REGION_OF_IMGT = np.zeros(200, np.uint8)
 _REGION_OF_IMGT[REGION_STARTS[0] : REGION_STARTS[1]] = CDR1
 _REGION_OF_IMGT[REGION_STARTS[2] : REGION_STARTS[3]] = CDR2
@@ -219,13 +214,12 @@ def _needs_no_gap(
     compared = in_v & (index >= -start[:, None])
     blosum = (BLOSUM62[seen, germline] * compared).sum(axis=1)
     # No substitution scores above identity, so no alignment with a gap scores above the bound;
-    # where the ungapped one is below it, parasail decides.
+    # where the ungapped one is below it, the gapped one decides.
     bound = (BLOSUM62[germline, germline] * compared).sum(axis=1) - GAP_OPEN
     for row in np.flatnonzero(good & (blosum < bound)):
         begin = max(start[row], 0)
-        text = _text(codes[row, begin : min(begin + _domain_width(table), lengths[row])])
-        aligned = parasail.sg_scan_profile_16(table.profiles[g[row]], text, GAP_OPEN, GAP_EXTEND)
-        good[row] = aligned.score <= blosum[row]
+        chain = codes[row, begin : min(begin + _domain_width(table), lengths[row])]
+        good[row] = best_score(table.profiles[g[row]], chain)[0] <= blosum[row]
     return good
 
 
@@ -242,10 +236,6 @@ def _other_layout_is_nearer(seen: np.ndarray, g: np.ndarray, table: VTable) -> n
     return np.where(alike, 0, shared).max(axis=1) > np.where(alike, shared, 0).max(axis=1)
 
 
-def _text(codes: np.ndarray) -> str:
-    return LETTER_OF_CODE[codes].tobytes().decode().replace("-", "X")
-
-
 @dataclass(frozen=True, eq=False)
 class _Near:
     """A germline protein that resembles a part of a chain."""
@@ -255,7 +245,7 @@ class _Near:
     end: int  # index in the chain of the alignment's last residue
 
 
-def _nearest(text: str, found_words: np.ndarray, table: VTable) -> list[_Near]:
+def _nearest(codes: np.ndarray, found_words: np.ndarray, table: VTable) -> list[_Near]:
     """The germline that shares most words, of each of the nearest layouts; best score first."""
     shared = table.has_word[found_words].sum(axis=0, dtype=np.int64)
     near: list[_Near] = []
@@ -265,9 +255,9 @@ def _nearest(text: str, found_words: np.ndarray, table: VTable) -> list[_Near]:
             break
         if table.layout[g] not in layouts:
             layouts.add(table.layout[g])
-            hit = parasail.sg_scan_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
-            if hit.score >= MIN_BLOSUM:
-                near.append(_Near(hit.score, g, hit.end_ref))
+            blosum, end = best_score(table.profiles[g], codes)
+            if blosum >= MIN_BLOSUM:
+                near.append(_Near(blosum, g, end))
     return sorted(near, key=lambda n: -n.blosum)
 
 
@@ -280,16 +270,9 @@ class _Hit:
     in_chain: np.ndarray  # [m] index in the chain
 
 
-def _align(codes: np.ndarray, text: str, g: int, table: VTable) -> _Hit | None:
+def _align(codes: np.ndarray, g: int, table: VTable) -> _Hit | None:
     """Semi-global alignment to germline `g`; None where that does not look like a V domain."""
-    result = parasail.sg_trace_striped_profile_16(table.profiles[g], text, GAP_OPEN, GAP_EXTEND)
-    cigar = np.asarray(result.cigar.seq)
-    operation, counts = cigar & 15, cigar >> 4
-    # the profile, parasail's query, is the germline: "I" is a residue of the germline alone
-    moves_germline = np.repeat(operation != _CIGAR_D, counts)
-    moves_chain = np.repeat(operation != _CIGAR_I, counts)
-    aligned = moves_germline & moves_chain
-    i, j = np.cumsum(moves_germline)[aligned] - 1, np.cumsum(moves_chain)[aligned] - 1
+    i, j = aligned_pairs(table.profiles[g], codes)
     same = table.residues[g, i] == codes[j]
     if len(i) < MIN_ALIGNED or same.mean() < MIN_IDENTITY:
         return None
@@ -350,24 +333,24 @@ def _place_gapped(
     """Fills one row of a placement by gapped alignment."""
     if len(codes) < MIN_ALIGNED:
         return
-    text, found_words = _text(codes), np.unique(words(codes))
-    near = _nearest(text, found_words, own)
-    swapped = _nearest(text, found_words, other)
+    found_words = np.unique(words(codes))
+    near = _nearest(codes, found_words, own)
+    swapped = _nearest(codes, found_words, other)
     # the other chain's germline explains the same part of the chain better
     if swapped and (
         not near
         or (swapped[0].blosum > near[0].blosum and abs(swapped[0].end - near[0].end) < MIN_ALIGNED)
     ):
-        if _align(codes, text, swapped[0].germline, other):
+        if _align(codes, swapped[0].germline, other):
             placement.reason[row] = CODE_OF_REASON["wrong_chain"]
         return
     close = [n.germline for n in near if n.blosum >= near[0].blosum - BLOSUM_MARGIN]
-    hits = [hit for hit in (_align(codes, text, g, own) for g in close) if hit]
+    hits = [hit for hit in (_align(codes, g, own) for g in close) if hit]
     if not hits:
         return
     log_odds = np.max([_log_odds(hit, codes, own) for hit in hits], axis=0)
     g = int(log_odds.argmax())
-    hit = next((h for h in hits if h.germline == g), None) or _align(codes, text, g, own)
+    hit = next((h for h in hits if h.germline == g), None) or _align(codes, g, own)
     if hit is None:
         return
     hit = _with_insertions_in_cdrs(hit, own.imgt[g])

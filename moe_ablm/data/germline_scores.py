@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import parasail
 
 from moe_ablm.data.germline import (
     CODON_TABLE,
@@ -26,9 +25,8 @@ from moe_ablm.data.germline import (
     VAllele,
     load_germlines,
 )
+from moe_ablm.data.semiglobal import AMINO_ACIDS, OTHER, Profile, profile
 
-AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-OTHER = len(AMINO_ACIDS)  # code of every other letter, and of no residue at all
 CODES = OTHER + 1
 K = 3  # length of the words that find a domain
 WORDS = CODES**K
@@ -73,12 +71,6 @@ _BACKGROUND = np.array(
     + [2.41, 4.06, 4.74, 3.93, 5.52, 6.65, 5.36, 6.86, 1.10, 2.92]
 )
 BACKGROUND = _BACKGROUND / _BACKGROUND.sum()
-
-_BLOSUM_ORDER = "ARNDCQEGHILKMFPSTWYVBZX*"
-_ROWS = [_BLOSUM_ORDER.index(letter) for letter in AMINO_ACIDS + "X"]
-SUBSTITUTION = parasail.blosum62  # in half bits; parasail's gaps cost GAP_OPEN + GAP_EXTEND (n - 1)
-BLOSUM62 = SUBSTITUTION.matrix[np.ix_(_ROWS, _ROWS)].astype(np.int32)
-GAP_OPEN, GAP_EXTEND = 11, 1
 
 
 @lru_cache(maxsize=1)
@@ -157,7 +149,7 @@ class VTable:
     scores: np.ndarray  # [W, 21, G] int16
     has_word: np.ndarray  # [WORDS, G] uint8: 1 where the word occurs up to C104
     fr1_words: np.ndarray  # [WORDS] uint32: bit i is set if a protein has the word at index i
-    profiles: tuple  # [G] parasail profiles of the proteins up to C104
+    profiles: tuple[Profile, ...]  # [G] of the proteins up to C104, for alignments
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +229,7 @@ def v_table(chain: str) -> VTable:
         has_word=has_word,
         fr1_words=fr1_words,
         profiles=tuple(
-            parasail.profile_create_16(protein[: c + 1], SUBSTITUTION)
-            for protein, c in zip(proteins, c104.tolist(), strict=True)
+            profile(codes[: c + 1]) for codes, c in zip(residues, c104.tolist(), strict=True)
         ),
     )
 
