@@ -120,6 +120,7 @@ class ModelConfig:
     token_dropout: bool
     activation: str
     tied: bool
+    layer_norm_eps: float
     attention_dropout: float
     hidden_dropout: float
     embedding_dropout: float
@@ -140,6 +141,7 @@ class ModelConfig:
             token_dropout=self.token_dropout,
             activation=self.activation,
             tied=self.tied,
+            layer_norm_eps=self.layer_norm_eps,
             moe=self.moe.spec(),
             attention_dropout=self.attention_dropout,
             hidden_dropout=self.hidden_dropout,
@@ -230,6 +232,7 @@ def _earlier_l2_scale(moe: Mapping[str, Any]) -> float | None:
 LATER: dict[str, Any] = {
     "config.model.moe.exceed": True,
     "config.model.moe.l2_scale": _earlier_l2_scale,
+    "config.model.layer_norm_eps": EncoderSpec.layer_norm_eps,
     **{f"config.model.{name}": 0.0 for name in DROPOUTS},
     "config.train.init": None,
     "config.train.freeze": 0,
@@ -280,6 +283,8 @@ def encoder_to_mapping(spec: EncoderSpec) -> dict[str, Any]:
     moe = dataclasses.asdict(MoEConfig.of(spec.moe))
     if moe["l2_scale"] == _earlier_l2_scale(moe):
         del moe["l2_scale"]
+    if spec.layer_norm_eps == EncoderSpec.layer_norm_eps:  # earlier versions had no other
+        del tree["layer_norm_eps"]
     return {k: v for k, v in tree.items() if k not in DROPOUTS} | {"moe": moe}
 
 
@@ -557,6 +562,8 @@ def _check_model(m: ModelConfig) -> None:
     spec = m.spec()
     for name in ("layers", "d_model", "ffn", "heads"):
         _require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
+    _require(0 < spec.layer_norm_eps <= 0.01, "model.layer_norm_eps", spec.layer_norm_eps,
+             "above 0, at most .01")  # fmt: skip
     _require(spec.layers <= MOST_LAYERS, "model.layers", spec.layers, f"1 to {MOST_LAYERS:,}")
     if spec.d_model % spec.heads:
         raise UserError(

@@ -163,7 +163,7 @@ CONFIGS = {
     "absolute": ({"position_embedding_type": "absolute"}, "expected 'rotary'.*ESM-1b"),
     "no positions": ({"position_embedding_type": None}, "is 'absolute', expected 'rotary'"),
     "norm before": ({"emb_layer_norm_before": True}, "emb_layer_norm_before is True"),
-    "eps": ({"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12"),
+    "eps": ({"layer_norm_eps": 0.5}, "layer_norm_eps is 0.5, expected above 0"),
     "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
     "dropout": ({"token_dropout": "yes"}, "token_dropout is 'yes', expected True or False"),
     "mask": ({"mask_token_id": 31}, "mask_token_id is 31, expected 32"),

@@ -17,7 +17,13 @@ from moe_ablm.model.families import TopK
 
 FILES = ["README.md", "config.json", "model.safetensors", "special_tokens_map.json",
          "tokenizer_config.json", "vocab.txt"]  # fmt: skip
-TIED = {"tied": {}, "own decoder": {"tied": False}, "no dropout": {"token_dropout": False}}
+TIED = {
+    "tied": {},
+    "the study's": {"layer_norm_eps": 1e-12, "token_dropout": False},
+    "large eps": {"layer_norm_eps": 0.01},
+    "own decoder": {"tied": False},
+    "no dropout": {"token_dropout": False},
+}
 
 
 @pytest.mark.parametrize("name", TIED)

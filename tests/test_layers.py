@@ -66,7 +66,7 @@ def by_hand(x, scale, bias):
 
 @pytest.fixture(scope="module")
 def norm():
-    layer, rng = LayerNorm(16), np.random.default_rng(0)
+    layer, rng = LayerNorm(16, 1e-5), np.random.default_rng(0)
     layer.scale[...] = jnp.asarray(rng.standard_normal(16), jnp.float32)
     layer.bias[...] = jnp.asarray(rng.standard_normal(16), jnp.float32)
     return layer
@@ -78,7 +78,7 @@ def expected_of(norm, x):
 
 def test_layer_norm_starts_as_the_plain_normalisation():
     x = np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)
-    np.testing.assert_allclose(LayerNorm(16)(jnp.asarray(x)), by_hand(x, 1, 0), atol=1e-6)
+    np.testing.assert_allclose(LayerNorm(16, 1e-5)(jnp.asarray(x)), by_hand(x, 1, 0), atol=1e-6)
 
 
 @pytest.mark.parametrize(

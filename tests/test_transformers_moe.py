@@ -15,6 +15,7 @@ EVERY = {"placement": "every", "first_dense": 0}
 ENCODERS = {
     "dense": {},
     "own decoder, swiglu": {"tied": False, "activation": "swiglu", "token_dropout": False},
+    "large eps": {"layer_norm_eps": 0.01},
     "top2": {"moe": TopK(experts=4)},
     "top1, capacity of training": {"moe": TopK(experts=4, k=1, capacity=0.5, **EVERY)},
     "sigmoid, biased, shared": {

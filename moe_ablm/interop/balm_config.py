@@ -279,6 +279,7 @@ def _require_balm(model: Model) -> None:
     renormalised = moe.k > 1 if moe.renormalise is None else moe.renormalise
     for wrong, feature in (
         (spec.token_dropout, "token dropout (model.token_dropout)"),
+        (spec.layer_norm_eps != 1e-5, f"layer_norm_eps {spec.layer_norm_eps}"),
         (NULL in model.layout.between, f"<null_1> between chains (layout {model.layout_name})"),
         (sparse and moe.router not in _ROUTERS.values(), f"router {moe.router}"),
         (sparse and topk and not renormalised, "gates that are not renormalised"),

@@ -162,7 +162,6 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
         "position_embedding_type", "absolute", "rotary", why="ESM-2 is rotary, ESM-1b is not"
     )
     config.expect("emb_layer_norm_before", False, False, why="ESM-2 has none")
-    config.expect("layer_norm_eps", 1e-12, 1e-5)
     config.expect("hidden_act", "gelu", "gelu")
     config.expect("mask_token_id", MASK, MASK)
     config.expect("pad_token_id", PAD, PAD)
@@ -174,12 +173,16 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
             f"{config.file}: rope_theta is {rope or config['rope_theta']}, expected 10000"
         )
     config.heads_divide()
+    eps = config.real("layer_norm_eps", 1e-12)
+    if not 0 < eps <= 0.01:
+        raise UserError(f"{config.file}: layer_norm_eps is {eps}, expected above 0, at most .01")
     return EncoderSpec(
         layers=config.number("num_hidden_layers"),
         d_model=config.number("hidden_size"),
         ffn=config.number("intermediate_size"),
         heads=config.number("num_attention_heads"),
         token_dropout=config.expect("token_dropout", False, True, False),
+        layer_norm_eps=eps,
         tied=config.expect("tie_word_embeddings", True, True, False),
     )
 
@@ -265,7 +268,7 @@ def _config(model: Model) -> dict:
         "attention_probs_dropout_prob": 0.0,
         "max_position_embeddings": model.length + OFFSET,
         "position_embedding_type": "rotary",
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": spec.layer_norm_eps,
         "initializer_range": 0.02,
         "emb_layer_norm_before": False,
         "token_dropout": spec.token_dropout,

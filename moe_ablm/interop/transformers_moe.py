@@ -127,6 +127,7 @@ def _config(model: Model) -> dict:
         "activation": spec.activation,
         "token_dropout": spec.token_dropout,
         "tied": spec.tied,
+        "layer_norm_eps": spec.layer_norm_eps,
         "moe": _experts(spec),
         "mask_token_id": MASK,
         "pad_token_id": PAD,

@@ -80,9 +80,9 @@ class Block(nnx.Module):
         self.sparse, self.spec = sparse, spec
         # whether the FFN's output for a token depends on that token alone
         self.independent = not sparse or (spec.moe is not None and spec.moe.independent)
-        self.attention_norm = LayerNorm(spec.d_model)
+        self.attention_norm = LayerNorm(spec.d_model, spec.layer_norm_eps)
         self.attention = SelfAttention(spec, execution, rngs)
-        self.ffn_norm = LayerNorm(spec.d_model)
+        self.ffn_norm = LayerNorm(spec.d_model, spec.layer_norm_eps)
         self.ffn: MoE | FeedForward = (
             MoE(spec, execution, rngs) if sparse else FeedForward(spec, spec.ffn, execution, rngs)
         )
@@ -141,7 +141,7 @@ class LMHead(nnx.Module):
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         self.backend = execution.backend
         self.dense = Linear(spec.d_model, spec.d_model, "DF", execution, rngs)
-        self.norm = LayerNorm(spec.d_model)
+        self.norm = LayerNorm(spec.d_model, spec.layer_norm_eps)
         self.bias = constant(0.0, (spec.vocabulary,), "V")
         self.decoder = None if spec.tied else normal(rngs, (spec.vocabulary, spec.d_model), "VD")
 
@@ -163,7 +163,7 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(
             [Block(spec, i in sparse, execution, rngs) for i in range(spec.layers)]
         )
-        self.final_norm = LayerNorm(spec.d_model)
+        self.final_norm = LayerNorm(spec.d_model, spec.layer_norm_eps)
         self.head = LMHead(spec, execution, rngs)
 
     def embed(

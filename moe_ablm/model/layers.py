@@ -48,9 +48,10 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over D with statistics of at least float32 (eps 1e-5, as in ESM-2)."""
+    """Layer normalisation over D with statistics of at least float32."""
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, eps: float):
+        self.eps = eps
         self.scale = constant(1.0, (d_model,), "D")
         self.bias = constant(0.0, (d_model,), "D")
 
@@ -58,7 +59,7 @@ class LayerNorm(nnx.Module):
         """`[..., D] -> [..., D]` in the dtype of `x`."""
         y = x.astype(wide(x.dtype))
         y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 

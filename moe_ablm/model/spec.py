@@ -37,6 +37,7 @@ class EncoderSpec:
     ffn: int
     heads: int
     vocabulary: int = 33
+    layer_norm_eps: float = 1e-5
     token_dropout: bool = True
     activation: str = "gelu"
     tied: bool = True  # the decoder is the embedding

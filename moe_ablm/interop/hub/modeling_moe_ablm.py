@@ -21,7 +21,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of <mask> that token_dropout assumes
-EPSILON = 1e-5  # of layer norms
 
 
 class MoeAblmConfig(PretrainedConfig):
@@ -39,6 +38,7 @@ class MoeAblmConfig(PretrainedConfig):
         activation="gelu",
         token_dropout=True,
         tied=True,
+        layer_norm_eps=1e-5,
         moe=None,
         mask_token_id=32,
         pad_token_id=1,
@@ -53,6 +53,7 @@ class MoeAblmConfig(PretrainedConfig):
         self.activation = activation
         self.token_dropout = token_dropout
         self.tied = tied  # the decoder is the embedding
+        self.layer_norm_eps = layer_norm_eps
         self.moe = moe
         self.mask_token_id = mask_token_id
         self.initializer_range = initializer_range
@@ -244,9 +245,9 @@ class Layer(nn.Module):
 
     def __init__(self, config, sparse):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, EPSILON)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = SelfAttention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, EPSILON)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         dense = None if sparse else FeedForward(config, config.intermediate_size)
         self.ffn = dense or MixtureOfExperts(config)
 
@@ -290,7 +291,7 @@ class MoeAblmModel(MoeAblmPreTrainedModel):
         self.layers = nn.ModuleList(
             Layer(config, i in sparse) for i in range(config.num_hidden_layers)
         )
-        self.final_norm = nn.LayerNorm(config.hidden_size, EPSILON)
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -325,7 +326,7 @@ class LMHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, EPSILON)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         shape = config.vocab_size, config.hidden_size
         self.decoder = None if config.tied else nn.Parameter(torch.empty(shape))
