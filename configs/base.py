@@ -21,9 +21,8 @@ def get_config() -> ConfigDict:
     data.regime = "paired"  # shuffled, unpaired, unpaired:doubled, mixed:P, curriculum:sigmoid
     data.layout = "esm"  # esm: <cls>H<cls><cls>L<eos>; balm: <cls>H<eos>L<eos>; sep: one separator
     data.length = 256  # tokens a row; longer antibodies are left out, longer proteins cropped
-    data.batching = (
-        "padded"  # bucketed: batches of several lengths; packed: several sequences a row
-    )
+    # padded; bucketed: batches of several lengths; packed: several sequences a row
+    data.batching = "padded"
     data.buckets = (144, 240, 256)  # bucketed: the lengths; the last one is data.length
     data.mask = "uniform"  # uniform, span, cdr3:RATE, nongermline:RATE
     data.mask_rate = 0.15  # mean share of masked residues, with any policy

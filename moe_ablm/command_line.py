@@ -1,14 +1,18 @@
 """The trainer's command line: flags, and one line for each error."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from moe_ablm import config as configs
 from moe_ablm.config import Config
+from moe_ablm.config_file import load
 from moe_ablm.errors import UserError
+
+_WRONG_VALUE = re.compile(r"flag --(config\.[\w.]+)=(.*?): ", re.DOTALL)
 
 
 def parse(argv: list[str]) -> tuple[Config, Path, int | None]:
@@ -21,9 +25,8 @@ def parse(argv: list[str]) -> tuple[Config, Path, int | None]:
     flags.DEFINE_integer("extend-to", None, "Its steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
     config = _read(argv, values)
-    if not config or not values.workdir:
-        missing = "--workdir" if config else "--config"
-        raise UserError(f"{missing} is missing: --config=FILE.py --workdir=DIR")
+    if not values.workdir:
+        raise UserError("--workdir is missing: --config=FILE.py --workdir=DIR")
     return config, Path(values.workdir), values["extend-to"].value
 
 
@@ -33,30 +36,53 @@ def read_config(argv: Sequence[str]) -> Config:
     Raises:
       UserError: there is none, or the config file, a key or a value is wrong.
     """
-    argv = ["train", *(a for a in argv if a.startswith("--config"))]
-    config = _read(argv, flags.FlagValues())
-    if not config:
+    return _read(["train", *(a for a in argv if a.startswith("--config"))], flags.FlagValues())
+
+
+def _read(argv: list[str], values: flags.FlagValues) -> Config:
+    """The config of a command line; `values` get its other flags."""
+    file, argv = _taken(argv)
+    if not file:
         raise UserError("--config is missing: --config=FILE.py")
-    return config
-
-
-def _read(argv: list[str], values: flags.FlagValues) -> Config | None:
-    """The config of a command line, with the values of its other flags; None: there is none."""
-    help_ = "Config file, with arguments after a colon."
-    config_flags.DEFINE_config_file("config", None, help_, flag_values=values, sys_argv=argv)
+    tree = load(file)
+    if not isinstance(tree, ConfigDict):
+        found = type(tree).__name__
+        raise UserError(f"--config={file}: get_config returned {found}, expected a ConfigDict")
+    _check_keys(argv)
+    config_flags.DEFINE_config_dict("config", tree, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
-        config = values.config and configs.from_mapping(values.config)
-    except UserError:
-        raise
-    except Exception as error:  # flags, the config file itself, and ml_collections raise many kinds
-        raise UserError(f"config or flag: {_one_line(error)}") from error
+    except Exception as error:  # flags and ml_collections raise many kinds
+        raise UserError(_one_line(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags begin with --")
-    return config
+    return configs.from_mapping(values.config)
+
+
+def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config`, the last one, and the arguments without it."""
+    file, rest, words = None, [], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-config"):
+            file = value if equals else next(words, None)
+        else:
+            rest.append(word)
+    return file, rest
+
+
+def _check_keys(argv: list[str]) -> None:
+    for word in argv[1:]:
+        name = re.match(r"--?(config\.[^=\[]*)", word)
+        if name:
+            configs.require_key(name[1])
 
 
 def _one_line(error: Exception) -> str:
     """The message of an error of absl or ml_collections, which like to quote and to wrap."""
     text = str(error.args[0]) if error.args else type(error).__name__
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").split()).strip("'\" ")
+    if found := _WRONG_VALUE.match(text):
+        return f"{found[1]}={found[2]!r}: expected {configs.expected(found[1])}"
+    text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text

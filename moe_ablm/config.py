@@ -239,6 +239,16 @@ LATER: dict[str, Any] = {
     "config.train.restarts": (),
     "config.log.profile": None,
 }
+# what our keys are called elsewhere
+ELSEWHERE = {
+    "learning_rate": "lr", "peak_lr": "lr", "batch_size": "batch", "num_steps": "steps",
+    "max_steps": "steps", "train_steps": "steps", "warmup_steps": "warmup",
+    "lr_schedule": "schedule",
+    "grad_clip": "clip", "wd": "weight_decay", "epsilon": "eps", "num_layers": "layers",
+    "hidden_size": "d_model", "width": "d_model", "num_heads": "heads", "ffn_size": "ffn",
+    "num_experts": "experts", "top_k": "k", "capacity_factor": "capacity", "max_length": "length",
+    "accumulation": "accumulate", "gradient_accumulation_steps": "accumulate",
+}  # fmt: skip
 # keys that were switches: what False and True meant
 EARLIER_BOOLEANS = {"config.compute.remat": ("none", "full")}
 # hardware, and what is only seen of a run; datasets and what the run starts from count by their
@@ -385,8 +395,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     fields = typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
-            near = suggestion(key, fields) or f"; known keys: {', '.join(fields)}"
-            raise UserError(f"{where}.{key} is not a config key{near}")
+            raise UserError(_no_key(where, key, fields))
     values = {}
     for name, kind in fields.items():
         if isinstance(tree.get(name), bool) and f"{where}.{name}" in EARLIER_BOOLEANS:
@@ -401,6 +410,52 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         else:
             values[name] = _typed(tree[name], kind, f"{where}.{name}")
     return cls(**values)
+
+
+def _no_key(where: str, key: str, fields: Collection[str]) -> str:
+    """That a section has no such key, and which was meant, if that can be guessed."""
+    named = ELSEWHERE.get(key.lower(), key)
+    in_others = [k for k in keys(Config, "config") if k.endswith(f".{named}")]
+    if named in fields:
+        near = f" (did you mean {named!r}?)"
+    elif in_others:
+        near = f" (did you mean {in_others[0]!r}?)"
+    else:
+        near = suggestion(key, fields) or f"; known keys: {', '.join(fields)}"
+    return f"{where}.{key} is not a config key{near}"
+
+
+def keys(cls: type, where: str) -> dict[str, Any]:
+    """Type of every key of a section and of those within, by name."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        inner = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        found |= keys(kind, f"{where}.{name}") if inner else {f"{where}.{name}": kind}
+    return found
+
+
+def require_key(name: str) -> None:
+    """UserError unless there is a key such as "config.train.lr"."""
+    cls: Any = Config
+    parts = name.split(".")
+    for place, part in enumerate(parts[1:], 1):
+        fields = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in fields:
+            raise UserError(_no_key(".".join(parts[:place]), part, fields))
+        cls = fields[part]
+    if dataclasses.is_dataclass(cls):
+        first = next(iter(typing.get_type_hints(cls)))
+        raise UserError(f"{name} is a section: set its keys, as --{name}.{first}=...")
+
+
+def expected(name: str) -> str:
+    """What values a key takes, in words, such as "int"."""
+    return _names(keys(Config, "config")[name])
+
+
+def _names(kind: Any) -> str:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return " or ".join(_name(k) for k in kinds if k is not type(None))
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
@@ -419,8 +474,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         if typing.get_origin(each) is tuple and isinstance(value, (tuple, list)):  # list: from JSON
             element = typing.get_args(each)[0]
             return tuple(_typed(v, element, f"{where}[{i}]") for i, v in enumerate(value))
-    names = " or ".join(_name(k) for k in kinds if k is not type(None))
-    raise UserError(f"{where}={value!r}: expected {names}")
+    raise UserError(f"{where}={value!r}: expected {_names(kind)}")
 
 
 def _name(kind: Any) -> str:
@@ -556,6 +610,11 @@ def _check_model(m: ModelConfig) -> None:
             f"{', '.join(SIZES)}, or another name with model.layers, d_model, ffn and heads given"
         )
     _choice("model.activation", m.activation, ACTIVATIONS)
+    if counted := re.fullmatch(r"top[-_ ]?([1-9]\d?)", m.moe.router, re.IGNORECASE):
+        raise UserError(
+            f"config.model.moe.router={m.moe.router!r}: expected model.moe.router='topk' with "
+            f"model.moe.k={counted[1]}"
+        )
     _choice("model.moe.router", m.moe.router, ("none", *FAMILIES))
     for name in DROPOUTS:
         _require(0 <= getattr(m, name) < 1, f"model.{name}", getattr(m, name), "0 (off) to below 1")

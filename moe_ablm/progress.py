@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -62,6 +63,13 @@ class Progress:
             eta = f"  {left:,.0f} s left" if step > first else ""
             print(f"step {step}/{self._steps}  {state}{eta}", flush=True)
 
+    def busy(self, what: str) -> None:
+        """Says what takes so long until the next `update`."""
+        if self._bar:
+            self._bar.update(self._task, state=what)
+        else:
+            print(f"{what} ...", flush=True)
+
     def note(self, text: str) -> None:
         """Prints a line that stays."""
         if self._bar:
@@ -74,6 +82,33 @@ def bar(*columns: ProgressColumn, transient: bool = True) -> Bar:
     """A bar on stderr where that is a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     return Bar(*columns, console=console, disable=not console.is_terminal, transient=transient)
+
+
+class WatchedBar(Bar):
+    """A bar on stderr of one task that looks how far the work is each time it is drawn.
+
+    Args:
+      look: returns arguments of `rich.progress.Progress.update`, such as completed and total.
+      columns: of the bar.
+      console: instead of stderr.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], dict[str, Any]],
+        *columns: ProgressColumn,
+        console: Console | None = None,
+    ):
+        self._look = look
+        console = console or Console(stderr=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.add_task(**({"description": "", "total": None} | look()))
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws, of the state of now."""
+        for task in self.tasks:
+            self.update(task.id, **self._look())
+        return super().get_renderables()
 
 
 def region_table(evaluation: dict) -> Table:

@@ -9,8 +9,12 @@ Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 130 saved on Ctrl-C; 2 the i
 is wrong; 1 anything else (also a run that diverged, or collapsed under train.stop_on_collapse).
 """
 
+import importlib.util
+import itertools
 import logging
+import re
 import sys
+from pathlib import Path
 
 from moe_ablm import outcome
 from moe_ablm.allocator import restart_with_huge_pages
@@ -22,10 +26,34 @@ from moe_ablm.preemption import Interrupts, again, requeue_job
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     if {"-h", "--help"} & set(argv[1:]):
-        return end(lambda: print(__doc__))
+        return end(lambda: print(f"{__doc__}\n{_keys()}"))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with Interrupts(after=f"to go on: {again()}") as interrupts:
         return end(lambda: _train(argv, interrupts))
+
+
+def _keys() -> str:
+    """The keys of a config with their defaults, as configs/base.py has them.
+
+    Its text is read: importing it takes longer than a reader of help wants to wait.
+    """
+    spec = importlib.util.find_spec("configs.base")
+    if spec is None or spec.origin is None:
+        return ""
+    lines = Path(spec.origin).read_text().partition("c = ConfigDict()\n")[2].splitlines()
+    sections, found = {"c": "config"}, ["Keys of a config, and what they are without it:", ""]
+    for line in itertools.takewhile(lambda line: line.strip() != "return c", lines):
+        text = line.strip()
+        section = re.fullmatch(r"(\w+)\.(\w+) = (\w+) = ConfigDict\(\)", text)
+        key = re.match(r"(\w+)\.(\w+) = (.*)", text)
+        if section:
+            sections[section[3]] = f"{sections[section[1]]}.{section[2]}"
+        elif key:
+            value = re.sub(r"placeholder\(\w+\)", "None", key[3])
+            found.append(f"    --{sections[key[1]]}.{key[2]}={value}")
+        elif text.startswith("#"):
+            found.append(f"    {text}")
+    return "\n".join(found)
 
 
 def _train(argv: list[str], interrupts: Interrupts) -> int:

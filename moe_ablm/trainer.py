@@ -111,6 +111,15 @@ def why_collapsed(summary: dict) -> str:
     )
 
 
+def why_it_ended(config: Config, record: Record, step: int) -> str:
+    """The line for a run that `train.patience` ended before its last step."""
+    return (
+        f"ended at step {step} of {config.train.steps} by train.patience={config.train.patience}: "
+        f"no evaluation has been better than that of step {record.best_step} "
+        f"({record.best_loss:.4f}), whose checkpoint is kept"
+    )
+
+
 def open_datasets(config: Config) -> list[Dataset]:
     """The datasets of `data.path`, or the simulated one, which is made on first use."""
     paths = config.data.path
@@ -239,6 +248,8 @@ class Trainer:
 
     def _update(self, state: states.TrainState, batch: Batch):
         """Dispatches an update; the first one waits until it is compiled, and says how long."""
+        if self.compile_seconds is None:
+            self.progress.busy("compiling the update")
         start = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("update", step_num=self.step + 1):
             out = self.train_step(state, batch)
@@ -389,6 +400,8 @@ class Trainer:
         if status == outcome.STOPPED:
             print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
         elif status == outcome.COMPLETE:
+            if self.step < self.config.train.steps:
+                print(why_it_ended(self.config, self.record, self.step))
             Console().print(region_table(summary["evaluation"]))
             print("\n".join(stability_lines(summary["stability"])))
             print(f"results: {self.workdir / 'results.jsonl'}, {self.workdir / 'run.json'}")

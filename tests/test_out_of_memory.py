@@ -18,7 +18,7 @@ NEEDED = Needed(state=int(1.2e9), summed=0, gradients=int(0.6e9), activations=in
 
 def train_main(config, workdir, monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and stderr of the training command."""
-    monkeypatch.setattr(command_line, "parse", lambda _: (config, workdir))
+    monkeypatch.setattr(command_line, "parse", lambda _: (config, workdir, None))
     code = train.main(["train"])
     return code, capsys.readouterr().err
 

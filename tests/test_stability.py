@@ -118,6 +118,15 @@ def test_a_healthy_run_is_stable_with_every_router(router):
     )
 
 
+def test_what_is_too_short_to_tell():
+    """Ten bad updates after the first 20 are the fewest that a router is flagged for."""
+    assert feed(watch_of(), [(2, stats())]).summary()["verdict"] == "too short to tell"
+    assert feed(watch_of(), [(29, stats())]).verdict == "too short to tell"
+    assert feed(watch_of(), [(30, stats())]).verdict == "stable"
+    flagged = feed(watch_of(), [(30, stats(TWO))])  # as soon as it is long enough
+    assert flagged.verdict == "collapse"
+
+
 def test_a_short_dip_is_no_collapse():
     watch = feed(watch_of(), [(60, stats()), (5, stats(TWO)), (60, stats())])
     assert watch.verdict == "stable"
@@ -363,7 +372,7 @@ def test_the_command_line_ends_a_collapsed_run_with_1_and_one_line(tmp_path, cap
         "status": "collapsed", "step": 250,
         "stability": {"verdict": "collapse", "events": [event], "worst": {}},
     }  # fmt: skip
-    monkeypatch.setattr(command_line, "parse", lambda argv: (None, tmp_path))
+    monkeypatch.setattr(command_line, "parse", lambda argv: (None, tmp_path, None))
     monkeypatch.setattr(trainer, "run", lambda *_: summary)
     assert train.main(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

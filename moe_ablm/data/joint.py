@@ -10,8 +10,6 @@ the price is that held-out sets are less like the whole, and of fewer independen
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from moe_ablm.data.masking import mix
 from moe_ablm.data.split import SHARES
@@ -54,6 +52,10 @@ def components(*labels: np.ndarray) -> np.ndarray:
         nodes.append(at + which)
         at += len(names)
     ends = np.concatenate(rows), np.concatenate(nodes)
+    # here: it takes longer to import than all else that most commands need
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(at, at))
     number = connected_components(graph, directed=False)[1][:n]
     return np.unique(number, return_inverse=True)[1]

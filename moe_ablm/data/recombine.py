@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from moe_ablm.data.germline import DAllele, JAllele, VAllele, encode_nucleotides, translate_codes
 
@@ -227,6 +226,8 @@ def _negative_binomial_cdf(mean: float, dispersion: float, tail: float = 1e-6) -
     """P(X <= k) for k = 0 .. K - 1, where `searchsorted` of a uniform number draws X <= K."""
     if mean == 0:
         return np.zeros(0)
+    from scipy import stats  # takes long to import
+
     distribution = stats.nbinom(dispersion, dispersion / (dispersion + mean))
     return distribution.cdf(np.arange(int(distribution.isf(tail))))
 

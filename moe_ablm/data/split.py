@@ -16,8 +16,6 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 # Upper bounds of train, valid, test on the hash, as shares of 2**64.
 SHARES = (0.90, 0.95, 1.0)
@@ -100,6 +98,10 @@ def link(cdr3: np.ndarray, group: np.ndarray, identity: float) -> np.ndarray:
         return np.arange(n)
     edges = _edges(np.arange(n), np.arange(length), cdr3, group, allowed)
     left, right = np.concatenate([np.zeros((2, 0), np.int64), *edges], axis=1)
+    # here: it takes longer to import than all else that most commands need
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(n, n))
     number = connected_components(graph, directed=False)[1]
     return np.unique(number, return_index=True)[1][number]

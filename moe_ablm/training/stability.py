@@ -4,6 +4,7 @@ It reads the statistics of every update (jax is not needed), keeps a small JSON 
 verdict:
 
     stable              nothing was flagged
+    too short to tell   nothing was flagged, in fewer updates than a flag needs
     transient collapse  something was flagged and recovered
     collapse            something is flagged at the end
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moe_ablm.model.routing import RouterStats
 
 STABLE, TRANSIENT, COLLAPSE = "stable", "transient collapse", "collapse"
+TOO_SHORT = "too short to tell"
 READ = ("load", "entropy", "dropped", "spread", "logit_rms")  # of `RouterStats`, averaged
 
 
@@ -267,10 +269,18 @@ class StabilityWatch:
 
     @property
     def verdict(self) -> str:
-        """`stable`, `transient collapse` or `collapse`."""
+        """`stable`, `too short to tell`, `transient collapse` or `collapse`."""
         if self._open.any():
             return COLLAPSE
-        return TRANSIENT if self._recovered else STABLE
+        if self._recovered:
+            return TRANSIENT
+        return STABLE if self._updates >= self._fewest else TOO_SHORT
+
+    @property
+    def _fewest(self) -> int:
+        """Updates within which a router (but for idle experts) and a loss could be flagged."""
+        loss = FEWEST_LOSSES + self.thresholds.spike_hold
+        return max(self._from + self.thresholds.hold, loss) if self._signals else loss
 
     def is_lasting(self, step: int) -> bool:
         """Whether a collapse has lasted `Thresholds.stop_after` updates at `step`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.readers import Reading, Source, open_sources
@@ -21,8 +21,8 @@ from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
 from moe_ablm.model.spec import PRECISIONS
-from moe_ablm.progress import bar
-from moe_ablm.verbs.reading import add_format_arguments, add_numbering, reading_of
+from moe_ablm.progress import WatchedBar
+from moe_ablm.verbs.reading import Course, add_format_arguments, add_numbering, reading_of
 from moe_ablm.verbs.writing import out_directory, out_file
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -191,12 +191,15 @@ def _write(
         before = output.done
         # antibodies whose results are kept are read again, but not computed
         left = itertools.islice(antibodies, output.done, None)
-        columns = (TextColumn(args.verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with bar(*columns) as shown:  # the number of antibodies is not known before
-            task = shown.add_task("", total=None, completed=before)
+        columns = (TextColumn(args.verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        course = Course(sources)
+
+        def look() -> dict[str, int | None]:
+            return {"completed": output.done, "total": course.antibodies() if sources else 1}
+
+        with WatchedBar(look, *columns):
             for window in _windows(engine, question, left):
                 output.add(question.answer(engine, window), len(window))
-                shown.update(task, completed=output.done)
         lines = output.finish()
     seconds = time.monotonic() - started
     print(

@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +13,9 @@ from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
 from moe_ablm.files import all_or_none
 from moe_ablm.verbs.writing import out_directory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GENES_SHOWN = 25
 
@@ -134,7 +137,9 @@ def draw(summary: Summary, out: Path) -> list[Path]:
     return [out / f"{name}.png" for name in figures]
 
 
-def _draw_lengths(summary: Summary) -> Figure:
+def _draw_lengths(summary: Summary) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for name, counts in zip(SPLITS, summary.cdrh3_length, strict=True):
@@ -145,7 +150,9 @@ def _draw_lengths(summary: Summary) -> Figure:
     return figure
 
 
-def _draw_genes(summary: Summary) -> Figure:
+def _draw_genes(summary: Summary) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 6))
     for axes, chain in zip(figure.subplots(1, 2), CHAINS, strict=True):
         genes = summary.v_genes[chain]
@@ -157,7 +164,9 @@ def _draw_genes(summary: Summary) -> Figure:
     return figure
 
 
-def _draw_identity(summary: Summary) -> Figure:
+def _draw_identity(summary: Summary) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for chain in CHAINS:

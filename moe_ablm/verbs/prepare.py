@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             return batches
         return annotated(batches, source.report, reannotate=args.reannotate, workers=args.workers)
 
-    with reading_progress("prepare", sources):
+    with reading_progress("prepare", sources, "clustering, splitting, writing"):
         card = prepare(
             [(s.report, stream(s)) for s in sources],
             args.out,

@@ -1,23 +1,18 @@
 """Flags, sources and progress bar of the verbs that read sequence files."""
 
 import argparse
-import itertools
+import functools
 import os
+import time
 from pathlib import Path
+from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from moe_ablm.data.positions import SCHEMES
 from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_columns
 from moe_ablm.errors import UserError
-from moe_ablm.progress import bar
+from moe_ablm.progress import WatchedBar
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,32 +108,70 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     )
 
 
-def reading_progress(verb: str, sources: list[Source]) -> Progress:
-    """A bar over the bytes of all files, to which sources report; silent without a terminal.
+class Course:
+    """How far the reading of some sources is, and how many rows there will be."""
+
+    def __init__(self, sources: list[Source]):
+        self._reports = [source.report for source in sources]
+        self._sizes = [sum(p.stat().st_size for p in source.paths) for source in sources]
+        self._consumed = [0] * len(sources)
+        for number, report in enumerate(self._reports):
+            report.progress = functools.partial(self._consumed.__setitem__, number)
+
+    @property
+    def settled(self) -> int:
+        """Rows whose fate is known."""
+        return sum(r.kept + r.joined + r.rejected.total() for r in self._reports)
+
+    @property
+    def at(self) -> str:
+        """The source that is being read; "" when all rows are settled."""
+        parts = zip(self._reports, self._consumed, self._sizes, strict=True)
+        names = [report.origin for report, consumed, size in parts if consumed < size]
+        if not names and self.settled < sum(report.read for report in self._reports):
+            return self._reports[-1].origin
+        return names[0] if names else ""
+
+    def rows(self) -> int | None:
+        """Rows of all sources, by the share of their bytes that is read; None: nothing is yet."""
+        share = sum(self._consumed) / max(sum(self._sizes), 1)
+        read = sum(report.read for report in self._reports)
+        return max(round(read / share), read) if share else None
+
+    def antibodies(self) -> int | None:
+        """As `rows`, without the share of those that are left out or joined to others."""
+        rows, read = self.rows(), sum(report.read for report in self._reports)
+        lost = sum(r.joined + r.rejected.total() for r in self._reports)
+        return round(rows * (read - lost) / read) if rows and read else None
+
+
+def reading_progress(verb: str, sources: list[Source], after: str = "") -> WatchedBar:
+    """A bar over the rows of all files; silent without a terminal.
 
     Use as a context manager around whatever exhausts the sources.
+
+    Args:
+      verb: what is done.
+      sources: to be read.
+      after: what remains to be done when all rows are read.
     """
+    course, began = Course(sources), time.monotonic()
+
+    def look() -> dict[str, Any]:
+        speed = course.settled / max(time.monotonic() - began, 1e-3)
+        rate = f"{speed:,.0f} rows/s" if course.at else ""
+        return {
+            "completed": course.settled,
+            "total": course.rows(),
+            "description": course.at or after,
+            "rate": rate,
+        }
+
     columns = (
-        TextColumn(f"{verb} {{task.description}}", markup=False),
+        TextColumn(f"{verb}: {{task.description}}", markup=False),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]} rows/s"),
+        TextColumn("{task.fields[rate]}"),
     )
-    shown = bar(*columns)
-    sizes = [sum(path.stat().st_size for path in source.paths) for source in sources]
-    task = shown.add_task("", total=sum(sizes), rate="")
-    for source, before in zip(sources, itertools.accumulate(sizes, initial=0), strict=False):
-
-        def show(consumed: int, source: Source = source, before: int = before) -> None:
-            rows = sum(s.report.read for s in sources) / (shown.tasks[task].elapsed or 1.0)
-            shown.update(
-                task,
-                completed=before + consumed,
-                description=source.report.origin,
-                rate=f"{rows:,.0f}",
-            )
-
-        source.report.progress = show
-    return shown
+    return WatchedBar(look, *columns)

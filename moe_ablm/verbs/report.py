@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
+from moe_ablm import config as configs
 from moe_ablm import outcome
 from moe_ablm.data.regions import CHAINS, REGIONS
 from moe_ablm.errors import UserError
 from moe_ablm.files import all_or_none
+from moe_ablm.model import flops
 from moe_ablm.progress import region_table, stability_lines
 from moe_ablm.results import read_results
 from moe_ablm.verbs.writing import out_directory
@@ -25,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the newest evaluation and the stability verdict, and draws loss and routing."""
-
+    """Prints how the run stands, its newest evaluation and stability; draws loss and routing."""
     file = args.run / "results.jsonl"
     records = read_results(file)
     evaluations = [r for r in records if r["kind"] == "eval"]
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
             f"{file}: {'holds no evaluation yet' if file.exists() else 'is not there'}; --run must "
             "be the work directory of a run that has evaluated at least once"
         )
+    print(standing(args.run, records))
     Console().print(region_table(evaluations[-1]))
     print("\n".join(_stability(args.run / "run.json")))
     out = args.out or args.run / "figures"
@@ -46,6 +47,38 @@ def run(args: argparse.Namespace) -> None:
     print(f"loss curve: {out / 'loss.png'}")
     if routed:
         print(f"expert by region: {out / 'routing.png'}")
+
+
+def standing(run: Path, records: list[dict]) -> str:
+    """Size, step and status of a run, in a line.
+
+    Args:
+      run: its work directory.
+      records: lines of its `results.jsonl`, at least one.
+    """
+    parts = []
+    try:
+        config = json.loads((run / "config.json").read_text())["config"]
+        spec = configs.encoder_of_run(config["model"])
+        total, active = flops.params_total(spec), flops.params_active(spec)
+        some = f", {active:,} active" if active < total else ""
+        parts.append(f"{config['model']['size']} ({total:,} parameters{some})")
+        steps = config["train"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        steps = None  # the results tell the rest
+    step = records[-1]["step"]
+    parts.append(f"step {step:,}" + (f" of {steps:,}" if steps else ""))
+    try:
+        status = json.loads((run / "run.json").read_text())["status"]
+    except FileNotFoundError:
+        status = "not ended: running, or interrupted"
+    except (OSError, ValueError, KeyError, TypeError):
+        status = "unknown"  # said where stability is
+    if status == outcome.COMPLETE and steps and step < steps:
+        status += ", ended by train.patience"
+    if status == outcome.STOPPED:
+        status += ": the same command resumes it"
+    return f"{run}: {', '.join(parts)}, {status}"
 
 
 def _stability(file: Path) -> list[str]:
@@ -80,6 +113,8 @@ def draw_loss(records: list[dict], path: Path) -> None:
     """
     train = [r for r in records if r["kind"] == "train"]
     evaluations = [r for r in records if r["kind"] == "eval"]
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot(_of(train, "tokens_seen"), _of(train, "loss"), color="0.75", label="training")
@@ -112,6 +147,8 @@ def draw_routing(routed: dict[str, list], path: Path) -> None:
     Colour is log2 of (share of the region's assignments that go to the expert) over (share of all
     assignments that go to it): 0 is no preference.
     """
+    from matplotlib.figure import Figure
+
     counts = {layer: np.asarray(table, float) for layer, table in routed.items()}
     cells = [c * len(REGIONS) + r for c in range(len(CHAINS)) for r in range(1, len(REGIONS))]
     names = [f"{CHAINS[c // 8][0].upper()} {REGIONS[c % 8]}" for c in cells]

@@ -52,15 +52,18 @@ def read_parquet(path: Path, report: Report, choose: Choose) -> Iterator[pa.Reco
     for group in range(groups):
         try:
             rows = _rows_at_once(path, file, dictionaries, group, wanted)
+            before, of = report.read, file.metadata.row_group(group).num_rows
             for batch in file.iter_batches(
                 rows, row_groups=[group], columns=wanted, use_threads=False
             ):
-                yield _as_strings(batch, columns, report)
+                texts = _as_strings(batch, columns, report)
+                share = (group + min((report.read - before) / of, 1)) / groups
+                report.progress(round(size * share))
+                yield texts
         except _DAMAGED as error:
             raise UserError(
                 f"{path}: damaged after row {report.read} ({_one_line(error)})"
             ) from error
-        report.progress(size * (group + 1) // groups)
     if report.read == 0:
         raise UserError(f"{path}: no rows; found {listed(file.schema_arrow.names)}")
 
