@@ -271,6 +271,21 @@ def test_the_reason_of_a_chain_that_may_be_either_is_that_of_its_kind():
     }
 
 
+# Other species
+
+
+def test_chains_of_another_species_are_noted():
+    """Of murine 4D5, the parent of trastuzumab (Carter et al. 1992); humanised it is not."""
+    murine = (
+        "EVQLQQSGPELVKPGASLKLSCTASGFNIKDTYIHWVKQRPEQGLEWIGRIYPTNGYTRYDPKFQDKATITADTSSNTAYLQVSRLTSEDT"
+        "AVYYCSRWGGDGFYAMDYWGQGASVTVSS"
+    )
+    rows, report = annotated_rows([murine, TRASTUZUMAB_VH, ADALIMUMAB_VH], "heavy")
+    assert len(rows) == 3 and rows[0]["v_identity_aa_heavy"] < 0.75
+    assert report.notes == {"heavy: less than 75% V identity: another species?": 1}
+    assert report.first["heavy: less than 75% V identity: another species?"] == "row 1"
+
+
 # OAS
 
 

@@ -16,6 +16,9 @@ _NEEDED = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gen
 _Finish = Callable[[], tuple[pa.RecordBatch, np.ndarray]]
 # Tasks of the annotator that wait for each process, so that none is idle while rows are read.
 _TASKS_AHEAD = 2
+# Of mouse V germlines two thirds are below (docs/annotation.md), of human chains those that are
+# mutated most.
+LOW_IDENTITY = 0.75
 _SECOND_DOMAIN = 80  # residues beside a V domain that may be one of the other chain
 
 
@@ -90,6 +93,7 @@ def _finished(
         given = batch if not reasons.any() else batch.filter(pa.array(reasons == ""))
         for chain in CHAINS:
             done = _with_second_domains(done, given, chain, start, report)
+        _note_low_identity(done, report)
         yield done
 
 
@@ -109,7 +113,9 @@ def _as_either(
     heavy, reasons = finish()
     if heavy.num_rows:
         accepted = batch.filter(pa.array(reasons == ""))
-        yield _with_second_domains(heavy, accepted, "heavy", start, report)
+        heavy = _with_second_domains(heavy, accepted, "heavy", start, report)
+        _note_low_identity(heavy, report)
+        yield heavy
     rest = batch.filter(pa.array(reasons != ""))
     if rest.num_rows == 0:
         return
@@ -117,7 +123,18 @@ def _as_either(
     both = zip(reasons[reasons != ""], second, strict=True)
     _reject(rest, np.array([_reason_of_either(*r) for r in both], object), report)
     if done.num_rows:
+        _note_low_identity(done, report)
         yield done
+
+
+def _note_low_identity(done: pa.RecordBatch, report: Report) -> None:
+    """Counts chains that resemble no human V gene much: of another species, as a rule."""
+    for chain in CHAINS:
+        identity = done[f"v_identity_aa_{chain}"].to_numpy(zero_copy_only=False)
+        low = np.flatnonzero(identity < LOW_IDENTITY)  # of no chain it is NaN
+        if len(low):
+            remark = f"{chain}: less than {LOW_IDENTITY:.0%} V identity: another species?"
+            report.note(remark, place_of(done, low[0]), len(low))
 
 
 def _as_other(batch: pa.RecordBatch, chain: str) -> pa.RecordBatch:
