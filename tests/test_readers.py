@@ -24,6 +24,7 @@ LIGHT = (
     "QSVLTQARSVSESPGKTVTISCTRSSGSIASNFVQWFQQRPGRAPTNVIYENYRRPSGVPDRFSGSIDTSSNSASLTISRLKSEDEADYYCQSNDG"
     "SPSWVFGGGTKLTVL"
 )
+PAIR = f"{HEAVY},{LIGHT}"
 HEADER = "sequence_id,sequence_aa_heavy,sequence_aa_light\n"
 
 
@@ -546,15 +547,9 @@ def test_real_files_are_recognised(shared_data):
 @pytest.mark.parametrize(
     ("text", "rows"),
     [
-        (
-            f"heavy,light,Species\n{HEAVY},{LIGHT},human\n{HEAVY},{LIGHT},Mus musculus\n{HEAVY},{LIGHT},\n",
-            1,
-        ),
-        (
-            f"heavy,organism,light\n{HEAVY},9606,{LIGHT}\n{HEAVY},10090,{LIGHT}\n{HEAVY},house mouse,{LIGHT}\n",
-            2,
-        ),
-        (f"heavy,light\n{HEAVY},{LIGHT}\n", 0),
+        (f"heavy,light,Species\n{PAIR},human\n{PAIR},Mus musculus\n{PAIR},\n", 1),
+        (f"organism,heavy,light\n9606,{PAIR}\n10090,{PAIR}\nhouse mouse,{PAIR}\n", 2),
+        (f"heavy,light\n{PAIR}\n", 0),
         (
             '"{""Species"": ""mouse_C57BL/6""}"\nsequence_alignment_aa_heavy,v_call_heavy,'
             f"sequence_alignment_aa_light\n{HEAVY},IGHV1,{LIGHT}\n{HEAVY},IGHV1,{LIGHT}\n",
