@@ -90,8 +90,8 @@ def _chosen(
     from moe_ablm.inference.numbers import nothing_chosen
 
     chosen = selection(regions, positions, numbering)
-    for antibody in given if chosen else ():
-        if reason := nothing_chosen(antibody, chosen):
+    for antibody in given:
+        if chosen and (reason := nothing_chosen(antibody, chosen)):
             raise UserError(f"antibodies: {antibody.where}: {reason}")
     return given, chosen
 

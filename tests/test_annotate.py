@@ -210,10 +210,12 @@ def test_framework_2_keeps_its_17_residues(at, cdr):
 # Both chains in one; what can be either
 
 
-def annotated_rows(sequences: list[str]) -> tuple[list[dict], Report]:
+def annotated_rows(sequences: list[str], chain: str = "") -> tuple[list[dict], Report]:
+    """Rows with one sequence, in the column of a chain, or that may be either."""
     report = Report("t", read=len(sequences))
-    columns = {"sequence_aa_heavy": sequences, "sequence_aa_light": [""] * len(sequences)}
-    columns |= {"_any_chain": [True] * len(sequences), "_line": [0] * len(sequences)}
+    columns = {f"sequence_aa_{c}": [""] * len(sequences) for c in CHAINS}
+    columns[f"sequence_aa_{chain or 'heavy'}"] = sequences
+    columns |= {"_any_chain": [not chain] * len(sequences), "_line": [0] * len(sequences)}
     columns["_row"] = list(range(1, len(sequences) + 1))
     batches = complete.annotated([pa.record_batch(columns)], report, all_columns=True)
     rows = [row for batch in batches for row in batch.to_pylist()]
@@ -238,6 +240,22 @@ def test_a_single_chain_fv_gives_both_domains():
     assert one["cdr3_aa_light"] == "QRYNRAPYT" and one["v_gene_light"] == "IGKV1-27"
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_single_chain_fv_in_the_column_of_a_chain_gives_both_domains(chain):
+    """One that holds two domains of a chain, or a constant domain, gives that chain's alone."""
+    linker, own, other = "GGGGS" * 3, ADALIMUMAB_VH, ADALIMUMAB_VL
+    if chain == "light":
+        own, other = other, own
+    both = [own + linker + other, other + linker + own]
+    constant = CONSTANT["heavy" if chain == "heavy" else "IGK"]
+    rows, report = annotated_rows([*both, own + linker + own, own + constant], chain)
+    assert [(r["sequence_aa_heavy"], r["sequence_aa_light"]) for r in rows] == (
+        [(ADALIMUMAB_VH, ADALIMUMAB_VL)] * 2
+        + [(ADALIMUMAB_VH, "") if chain == "heavy" else ("", ADALIMUMAB_VL)] * 2
+    )
+    assert report.notes == {"single-chain Fv: both domains": 2}
+
+
 def test_the_reason_of_a_chain_that_may_be_either_is_that_of_its_kind():
     wrong = [TRASTUZUMAB_VH[19:], TRASTUZUMAB_VL[19:], TRASTUZUMAB_VH[:-12], "QVQ"]
     wrong += [OTHER_FOLDS[1], CONSTANT["IGK"]]
@@ -251,6 +269,21 @@ def test_the_reason_of_a_chain_that_may_be_either_is_that_of_its_kind():
         "annotation: t_cell_receptor": 1,
         "annotation: constant_region": 1,
     }
+
+
+# Other species
+
+
+def test_chains_of_another_species_are_noted():
+    """Of murine 4D5, the parent of trastuzumab (Carter et al. 1992); humanised it is not."""
+    murine = (
+        "EVQLQQSGPELVKPGASLKLSCTASGFNIKDTYIHWVKQRPEQGLEWIGRIYPTNGYTRYDPKFQDKATITADTSSNTAYLQVSRLTSEDT"
+        "AVYYCSRWGGDGFYAMDYWGQGASVTVSS"
+    )
+    rows, report = annotated_rows([murine, TRASTUZUMAB_VH, ADALIMUMAB_VH], "heavy")
+    assert len(rows) == 3 and rows[0]["v_identity_aa_heavy"] < 0.75
+    assert report.notes == {"heavy: less than 75% V identity: another species?": 1}
+    assert report.first["heavy: less than 75% V identity: another species?"] == "row 1"
 
 
 # OAS
@@ -610,6 +643,22 @@ def test_empty_batch():
     assert done.num_rows == 0
     assert "v_call_light" in done.schema.names
     assert not rejected
+
+
+@pytest.mark.parametrize(
+    ("residue", "gene"),
+    [*[(r, "IGLJ3") for r in "WRG"], *[(r, "IGLJ2") for r in "VLM"]],
+)
+def test_codons_that_a_j_is_trimmed_in_tell_it_from_another(residue, gene):
+    """IGLJ2 begins (T) GTG GTA TTC, IGLJ3 (T) TGG GTG TTC: of one that lost bases of its first
+    codon .GG (arginine, glycine, tryptophan) or .TG (leucine, methionine, valine) is left."""
+    chain = (
+        "SYELTQPPSVSVSPGQTASITCSGDKLGDKYACWYQQKPGQSPVLVIYQDSKRPSGIPERFSGSNSGNTATLTISGTQAMDEADYYC"
+        f"QAWDSST{residue}VFGGGTKLTVL"
+    )
+    (found,) = annotate_chains([chain], "light")
+    assert isinstance(found, ChainAnnotation) and found.j_gene == gene
+    assert {"IGLJ2", "IGLJ3"} >= set(found.j_call.split("|"))
 
 
 # The verb

@@ -206,6 +206,32 @@ def test_a_malformed_file_is_refused_in_a_line(write, name, content, told):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+def test_malformed_rows_are_left_out_and_told_where_that_is_asked_for(write):
+    """Also those of FASTA and JSON; what is left is as if they had never been there."""
+    good = [("EVQLV", 1.5, "train", ""), ("EVA", 2, "test", ""), ("EVD", 3, "valid", "")]
+    bad = [("EVQ", "x", "train", ""), ("E-Q", 1, "train", ""), ("EVQ", 1, "dev", "")]
+    text = flip_csv([good[0], *bad, *good[1:]]) + "EVQ,1\n"
+    (task,) = read_tasks([write("a.csv", text)], "skip")
+    (clean,) = read_tasks([write("a.csv", flip_csv(good))])
+    assert [s.everyone() for s in task.splits] == [s.everyone() for s in clean.splits]
+    assert task.left_out == (
+        "a: 1 rows left out: wrong number of columns",
+        "a: 3 rows left out: malformed",
+    )
+    records = [("a", "train", "HHH"), ("b", "test", "HHC"), ("c", "test", "CC"), ("d", "", "CCC")]
+    lines = [f">{name} SET={part}\n{labels}\n" for name, part, labels in records]
+    write("sequences.fasta", ">a\nEVQ\n>b\nEVD\n>c\nEVA\n>d\nEVA\n")
+    paths = [write("s.fasta", "".join([*lines, ">\nEV\n"])), write("a.csv", flip_csv(good))]
+    residues, _ = read_tasks([*paths[:1], paths[0].parent / "sequences.fasta", paths[1]], "skip")
+    assert [p.target for p in residues.splits[0].everyone()] == ["HHH", "HHC"]
+    assert residues.left_out == ("s: 3 rows left out: malformed",)
+    found = [{"primary": s, "stability_score": v} for s, v in [("EV", 1), ("EV", "y"), ("E1", 2)]]
+    parts = [write(f"x_{part}.json", found) for part in ("train", "test")]
+    (task,) = read_tasks(parts, "skip")
+    assert [p.target for p in task.splits[0].everyone()] == [1.0, 1.0]
+    assert task.left_out == tuple(f"{p}: 2 rows left out: malformed" for p in ("train", "test"))
+
+
 # what is chosen
 
 

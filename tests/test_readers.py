@@ -24,6 +24,7 @@ LIGHT = (
     "QSVLTQARSVSESPGKTVTISCTRSSGSIASNFVQWFQQRPGRAPTNVIYENYRRPSGVPDRFSGSIDTSSNSASLTISRLKSEDEADYYCQSNDG"
     "SPSWVFGGGTKLTVL"
 )
+PAIR = f"{HEAVY},{LIGHT}"
 HEADER = "sequence_id,sequence_aa_heavy,sequence_aa_light\n"
 
 
@@ -541,3 +542,31 @@ def test_real_files_are_recognised(shared_data):
     ):
         rows, report = read(shared_data / name)
         assert report.format == form and len(rows) == report.read == count
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (f"heavy,light,Species\n{PAIR},human\n{PAIR},Mus musculus\n{PAIR},\n", 1),
+        (f"organism,heavy,light\n9606,{PAIR}\n10090,{PAIR}\nhouse mouse,{PAIR}\n", 2),
+        (f"heavy,light\n{PAIR}\n", 0),
+        (
+            '"{""Species"": ""mouse_C57BL/6""}"\nsequence_alignment_aa_heavy,v_call_heavy,'
+            f"sequence_alignment_aa_light\n{HEAVY},IGHV1,{LIGHT}\n{HEAVY},IGHV1,{LIGHT}\n",
+            2,
+        ),
+        (
+            '"{""Species"": ""human""}"\nsequence_alignment_aa_heavy,v_call_heavy,'
+            f"sequence_alignment_aa_light\n{HEAVY},IGHV1,{LIGHT}\n",
+            0,
+        ),
+    ],
+)
+def test_rows_said_to_be_of_another_species_are_noted(tmp_path, text, rows):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    (source,) = open_sources([str(path)])
+    found = [row for batch in source.batches() for row in batch.to_pylist()]
+    remark = "said to be of another species than man: germlines are human"
+    assert source.report.notes[remark] == rows
+    assert len(found) == source.report.read and "_species" not in found[0]

@@ -9,14 +9,17 @@ import pyarrow.compute as pc
 
 from moe_ablm.data.readers.columns import ANY_CHAIN, ROWS_PER_BATCH, place_of
 from moe_ablm.data.readers.report import Report
-from moe_ablm.data.regions import CHAINS
+from moe_ablm.data.regions import CHAINS, OTHER_CHAIN
 
 _NEEDED = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gene")
 # Waits for the annotated rows of a batch and the reasons of all its rows (see `start_annotation`).
 _Finish = Callable[[], tuple[pa.RecordBatch, np.ndarray]]
 # Tasks of the annotator that wait for each process, so that none is idle while rows are read.
 _TASKS_AHEAD = 2
-_SECOND_DOMAIN = 80  # residues beside a heavy V domain that may be a light one
+# Of mouse V germlines two thirds are below (docs/annotation.md), of human chains those that are
+# mutated most.
+LOW_IDENTITY = 0.75
+_SECOND_DOMAIN = 80  # residues beside a V domain that may be one of the other chain
 
 
 def annotated(
@@ -53,7 +56,7 @@ def annotated(
                 started.append(_as_either(either, start(either), start, report))
                 batch = batch.filter(pa.array(~undecided))
         if batch.num_rows and (all_columns or reannotate or not is_annotated(batch)):
-            started.append(_finished(batch, start(batch), report))
+            started.append(_finished(batch, start(batch), start, report))
         elif batch.num_rows:
             started.append(iter([batch]))
         while len(started) > ahead:
@@ -77,11 +80,20 @@ def is_annotated(batch: pa.RecordBatch) -> bool:
     return True
 
 
-def _finished(batch: pa.RecordBatch, finish: _Finish, report: Report) -> Iterator[pa.RecordBatch]:
+def _finished(
+    batch: pa.RecordBatch,
+    finish: _Finish,
+    start: Callable[[pa.RecordBatch], _Finish],
+    report: Report,
+) -> Iterator[pa.RecordBatch]:
     """The annotated rows of a batch, if any; the others are rejected."""
     done, reasons = finish()
     _reject(batch, reasons, report)
     if done.num_rows:
+        given = batch if not reasons.any() else batch.filter(pa.array(reasons == ""))
+        for chain in CHAINS:
+            done = _with_second_domains(done, given, chain, start, report)
+        _note_low_identity(done, report)
         yield done
 
 
@@ -101,22 +113,36 @@ def _as_either(
     heavy, reasons = finish()
     if heavy.num_rows:
         accepted = batch.filter(pa.array(reasons == ""))
-        yield _with_second_domains(heavy, accepted, start, report)
+        heavy = _with_second_domains(heavy, accepted, "heavy", start, report)
+        _note_low_identity(heavy, report)
+        yield heavy
     rest = batch.filter(pa.array(reasons != ""))
     if rest.num_rows == 0:
         return
-    done, second = start(_as_light(rest))()
+    done, second = start(_as_other(rest, "heavy"))()
     both = zip(reasons[reasons != ""], second, strict=True)
     _reject(rest, np.array([_reason_of_either(*r) for r in both], object), report)
     if done.num_rows:
+        _note_low_identity(done, report)
         yield done
 
 
-def _as_light(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The rows with the sequence of the heavy chain as light one, and no heavy one."""
+def _note_low_identity(done: pa.RecordBatch, report: Report) -> None:
+    """Counts chains that resemble no human V gene much: of another species, as a rule."""
+    for chain in CHAINS:
+        identity = done[f"v_identity_aa_{chain}"].to_numpy(zero_copy_only=False)
+        low = np.flatnonzero(identity < LOW_IDENTITY)  # of no chain it is NaN
+        if len(low):
+            remark = f"{chain}: less than {LOW_IDENTITY:.0%} V identity: another species?"
+            report.note(remark, place_of(done, low[0]), len(low))
+
+
+def _as_other(batch: pa.RecordBatch, chain: str) -> pa.RecordBatch:
+    """The rows with the sequence of a chain as that of the other one, and none of it."""
     empty = pa.array([""] * batch.num_rows, pa.string())
     columns = {n: batch[n] for n in batch.schema.names if not n.endswith(("_heavy", "_light"))}
-    columns |= {"sequence_aa_heavy": empty, "sequence_aa_light": batch["sequence_aa_heavy"]}
+    columns |= {f"sequence_aa_{c}": empty for c in CHAINS}
+    columns[f"sequence_aa_{OTHER_CHAIN[chain]}"] = batch[f"sequence_aa_{chain}"]
     return pa.record_batch(columns)
 
 
@@ -133,44 +159,63 @@ def _reason_of_either(heavy: str, light: str) -> str:
 
 
 def _with_second_domains(
-    heavy: pa.RecordBatch,
+    done: pa.RecordBatch,
     given: pa.RecordBatch,
+    chain: str,
     start: Callable[[pa.RecordBatch], _Finish],
     report: Report,
 ) -> pa.RecordBatch:
-    """Annotated heavy chains with the light V domain of those that hold one beside, scFv.
+    """Annotated rows with the other V domain of sequences that hold one beside a chain's, scFv.
 
     Args:
-      heavy: annotated rows.
+      done: annotated rows.
       given: the rows as they were read.
+      chain: where the sequence stands, without one of the other chain.
       start: of the annotation.
       report: counts them.
     """
-    rest = pc.subtract(*(pc.binary_length(b["sequence_aa_heavy"]) for b in (given, heavy)))
-    rows = np.flatnonzero(np.asarray(rest) >= _SECOND_DOMAIN)
+    other = OTHER_CHAIN[chain]
+    name, second = f"sequence_aa_{chain}", f"sequence_aa_{other}"
+    if not {name, second} <= set(given.schema.names):
+        return done
+    left = pc.subtract(*(pc.binary_length(batch[name]) for batch in (given, done)))
+    alone = pc.equal(given[second], "")
+    rows = np.flatnonzero(np.asarray(pc.and_(pc.greater_equal(left, _SECOND_DOMAIN), alone)))
+    likely = [_may_hold(given, done, int(row), name, other) for row in rows]
+    rows = rows[np.array(likely, bool)]
     if not len(rows):
-        return heavy
+        return done
     whole = given.take(pa.array(rows))
-    light, reasons = start(_as_light(whole))()
+    found, reasons = start(_as_other(whole, chain))()
     rows, whole = rows[reasons == ""], whole.filter(pa.array(reasons == ""))
     domains = zip(
-        whole["sequence_aa_heavy"].to_pylist(),
-        heavy["sequence_aa_heavy"].take(pa.array(rows)).to_pylist(),
-        light["sequence_aa_light"].to_pylist(),
+        whole[name].to_pylist(),
+        done[name].take(pa.array(rows)).to_pylist(),
+        found[second].to_pylist(),
         strict=True,
     )
-    apart = [
-        both.upper().replace(first, "", 1).find(second) >= 0 for both, first, second in domains
-    ]
-    rows, light = rows[apart], light.filter(pa.array(apart, pa.bool_()))
+    apart = [both.upper().replace(one, "", 1).find(two) >= 0 for both, one, two in domains]
+    rows, found = rows[apart], found.filter(pa.array(apart, pa.bool_()))
     if not len(rows):
-        return heavy
+        return done
     report.note("single-chain Fv: both domains", place_of(given, rows[0]), len(rows))
-    spread = np.full(heavy.num_rows, -1)
+    spread = np.full(done.num_rows, -1)
     spread[rows] = np.arange(len(rows))
     there = pa.array(spread, mask=spread < 0)
-    for i, name in enumerate(heavy.schema.names):
-        if name.endswith("_light"):
-            filled = light[name].take(there)
-            heavy = heavy.set_column(i, name, pc.coalesce(filled, heavy[name]))
-    return heavy
+    for i, column in enumerate(done.schema.names):
+        if column.endswith(f"_{other}") and column in found.schema.names:
+            filled = found[column].take(there)
+            done = done.set_column(i, column, pc.coalesce(filled, done[column]))
+    return done
+
+
+def _may_hold(given: pa.RecordBatch, done: pa.RecordBatch, row: int, name: str, other: str) -> bool:
+    """Whether what stands around a domain shares words with germlines of the other chain."""
+    from moe_ablm.data.align import MIN_SHARED_WORDS
+    from moe_ablm.data.germline_scores import encode, v_table, words
+
+    rest = given[name][row].as_py().upper().replace(done[name][row].as_py(), " ", 1)
+    table = v_table(other).has_word
+    return bool(
+        table[np.unique(words(encode(rest)))].sum(axis=0, dtype=int).max() >= MIN_SHARED_WORDS
+    )

@@ -20,10 +20,10 @@ from moe_ablm.data.germline_scores import (
     j_table,
     v_table,
 )
+from moe_ablm.data.regions import OTHER_CHAIN
 
 MAX_LENGTH = 2_000  # residues; a longer sequence is no antibody chain
 ROWS_AT_ONCE = 512
-OTHER_CHAIN = {"heavy": "light", "light": "heavy"}
 
 MIN_CDR3, MAX_CDR3 = 3, 50  # residues between C104 and W/F118
 # Log-odds that a framework 4 must reach. The best place in a random tail or in a constant region
@@ -256,13 +256,17 @@ def _ends_alike(seen: np.ndarray, germline: np.ndarray, length: np.ndarray) -> n
 
 
 def _cdr3_scores(tail: np.ndarray, cdr3_length: np.ndarray, table: JTable) -> np.ndarray:
-    """Log-odds `[n, J]` of the CDR3's end under each J, trimmed where that explains it best."""
+    """Log-odds `[n, J]` of the CDR3's end under each J, trimmed where that explains it best.
+
+    A J may be trimmed within a codon: then its nucleotides still say something of that residue.
+    """
     before, _, alleles = table.cdr3_scores.shape
     best = np.zeros((len(tail), alleles), np.int32)
     total = np.zeros_like(best)
     for i in range(before):
         at = cdr3_length - 1 - i
         code = np.where(at >= 0, tail[np.arange(len(tail)), np.maximum(at, 0)], OTHER)
+        np.maximum(best, total + table.cut_scores[i, code], out=best)
         total += table.cdr3_scores[i, code]
         np.maximum(best, total, out=best)
     return best

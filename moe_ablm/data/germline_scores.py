@@ -13,6 +13,7 @@ that a tie between alleles is a tie on every machine and in every batch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from moe_ablm.data.germline import (
     JAllele,
     VAllele,
     load_germlines,
+    translate,
 )
 from moe_ablm.data.semiglobal import AMINO_ACIDS, OTHER, Profile, profile
 
@@ -39,6 +41,9 @@ MULTIPLE_HIT_SHARE = 0.2
 # Probability that a residue of the germline V after C104 survives trimming, by its distance from
 # the V's last whole codon (0 is that codon).
 CDR3_KEPT = (0.4, 0.7, 0.85, 0.9, 0.95)
+# Share of residues at a trimmed end that follow neither nucleotides of the J nor chance alone.
+CUT_MISSED = 0.1
+TRIMMED = np.int16(-1000)  # a codon that a J does not have
 # Share of the J genes of a locus in human repertoires, roughly. Without their trimmed 5' ends and
 # with mutations some J cannot be told apart by protein (IGHJ1, 4 and 5); then usage decides which
 # one is named first.
@@ -163,6 +168,7 @@ class JTable:
     fr4_length: np.ndarray  # [J]
     fr4_scores: np.ndarray  # [11, 21, J] int16
     cdr3_scores: np.ndarray  # [9, 21, J] int16; index i is i + 1 residues before 118
+    cut_scores: np.ndarray  # [9, 21, J] int16: the same of a codon that is trimmed in part
 
 
 def _v_scores(alleles: list[VAllele], n: int) -> np.ndarray:
@@ -234,6 +240,24 @@ def v_table(chain: str) -> VTable:
     )
 
 
+def _cut_log_odds(kept: str) -> np.ndarray:
+    """Scores `[21]` of a residue of which the J gives the last one or two nucleotides.
+
+    The others are drawn, from A, C, G and T alike. The same is said of one as of two.
+    """
+    probability = np.zeros(OTHER)
+    ends = {kept[-n:] for n in range(1, len(kept) + 1)}
+    for end in ends:
+        codons = ["".join(c) for c in product("ACGT", repeat=3) if "".join(c).endswith(end)]
+        residues = [r for r in map(translate, codons) if r != "*"]
+        for residue in residues:
+            probability[AMINO_ACIDS.index(residue)] += 1 / len(residues) / len(ends)
+    probability = (1.0 - CUT_MISSED) * probability + CUT_MISSED * BACKGROUND
+    scores = np.zeros(CODES, np.int16)
+    scores[:OTHER] = np.rint(SCORE_SCALE * np.log(probability / BACKGROUND))
+    return scores
+
+
 def _j_prior(allele: JAllele) -> int:
     usage = J_USAGE[allele.locus]
     return round(SCORE_SCALE * float(np.log(usage[allele.gene] / sum(usage.values()))))
@@ -245,10 +269,11 @@ def j_table(chain: str) -> JTable:
     prior = {j: _j_prior(j) for j in load_germlines().j_of(*LOCI_OF_CHAIN[chain])}
     alleles = sorted(prior, key=lambda j: -prior[j])
     lengths = np.array([len(j.amino_acids) - j.motif for j in alleles])
-    before = max(j.motif for j in alleles)
+    before = max(j.motif + (j.frame > 0) for j in alleles)
     fr4 = np.full((len(alleles), lengths.max()), OTHER, np.uint8)
     fr4_scores = np.zeros((lengths.max(), CODES, len(alleles)), np.int16)
-    cdr3_scores = np.zeros((before, CODES, len(alleles)), np.int16)
+    cdr3_scores = np.full((before, CODES, len(alleles)), TRIMMED, np.int16)
+    cut_scores = np.full((before, CODES, len(alleles)), TRIMMED, np.int16)
     for i, j in enumerate(alleles):
         codons = _codon_codes(j.nucleotides[j.frame :])
         kept = np.full(len(codons), 1.0 - FRAMEWORK_MUTATION_RATE)
@@ -256,6 +281,10 @@ def j_table(chain: str) -> JTable:
         fr4[i, : lengths[i]] = encode(j.amino_acids[j.motif :])
         fr4_scores[: lengths[i], :, i] = scores[j.motif :]
         cdr3_scores[: j.motif, :, i] = scores[: j.motif][::-1]
+        # nucleotides of the CDR3, the last first, three to a codon
+        reversed_cdr3 = j.nucleotides[: j.motif_nucleotide][::-1]
+        for k in range(-(-len(reversed_cdr3) // 3)):
+            cut_scores[k, :, i] = _cut_log_odds(reversed_cdr3[3 * k : 3 * k + 2][::-1])
     return JTable(
         genes=tuple((j.gene,) for j in alleles),
         locus=_loci(alleles),
@@ -264,4 +293,5 @@ def j_table(chain: str) -> JTable:
         fr4_length=lengths,
         fr4_scores=fr4_scores,
         cdr3_scores=cdr3_scores,
+        cut_scores=cut_scores,
     )

@@ -276,14 +276,14 @@ def _in_segment(segment: Segment, places: list[Place], before: list[str]) -> lis
         return [str(n) for n in numbers if n not in segment.gone[:lacking]]
     own = [p for p in range(segment.first, segment.last + 1) if p not in segment.without]
     number_at = dict(zip(own, segment.numbers, strict=True))
-    last, more = _position(before[-1]) if before else 0, 0
+    last, inserted = _position(before[-1]) if before else 0, 0
     found = []
-    for position, inserted in places:
-        if not inserted and position in number_at:
-            last, more = number_at[position], 0
+    for position, behind in places:
+        if not behind and position in number_at:
+            last, inserted = number_at[position], 0
         else:
-            more += 1
-        found.append(f"{last}{_letter(more)}")
+            inserted += 1
+        found.append(f"{last}{_letter(inserted)}")
     return found
 
 

@@ -8,6 +8,7 @@ FR4 = REGIONS.index("FR4")
 CDR3 = REGIONS.index("CDR3")
 SEGMENTS = ("unknown", "V", "N", "D", "J")
 CHAINS = ("heavy", "light")
+OTHER_CHAIN = {"heavy": "light", "light": "heavy"}
 
 
 def region_names() -> tuple[str, ...]:

@@ -54,7 +54,9 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
       UserError: a malformed file, or a split that no task has.
     """
     results, notes = [], []
-    for task in chosen(read_tasks(subject.files_of("proteins")), settings.splits):
+    tasks = read_tasks(subject.files_of("proteins"), subject.on_bad_row)
+    for task in chosen(tasks, settings.splits):
+        notes += [f"{task.name}: {note}" for note in task.left_out]
         try:
             found, more_notes = evaluate_task(subject, task, settings)
         except Skipped as skipped:

@@ -8,10 +8,11 @@ of the same task, and in `mask.fasta` or `resolved.fasta` 0 where a label is not
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from moe_ablm.data.readers.report import Report
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member
 from moe_ablm.evaluation.formats.protein_tasks import PARTS, UNKNOWN, Protein, kind_of
-from moe_ablm.evaluation.formats.rows import TableRow, named, read_rows
+from moe_ablm.evaluation.formats.rows import TableRow, leaving_out, named, read_rows
 
 SEQUENCES, MASKS = "sequences", ("mask", "resolved")
 _FIELDS = ("TARGET", "SET", "VALIDATION", "MASK")
@@ -24,13 +25,13 @@ class FlipRecord(NamedTuple):
     row: TableRow
 
 
-def read_csv(member: Member) -> list[FlipRecord]:
-    """Records of a CSV split.
+def read_csv(member: Member, report: Report) -> list[FlipRecord]:
+    """Records of a CSV split; `report` counts them.
 
     Raises:
       UserError: a missing column, a malformed row, no row.
     """
-    header, rows = read_rows(member)
+    header, rows = read_rows(member, report)
     columns = {
         "sequence": named(header, ("sequence",), member.where),
         "TARGET": named(header, ("target",), member.where),
@@ -48,9 +49,14 @@ def read_csv(member: Member) -> list[FlipRecord]:
     return records
 
 
-def read_fasta(member: Member) -> list[FlipRecord]:
-    """Records of a FASTA; what stands below a header is under "sequence"."""
-    return [_record(member, *found) for found in _fasta(member)]
+def read_fasta(member: Member, report: Report) -> list[FlipRecord]:
+    """Records of a FASTA; what stands below a header is under "sequence"; `report` counts them."""
+    records = []
+    for line, header, text in _fasta(member):
+        report.read += 1
+        with leaving_out(report, TableRow(f"{member.where}: line {line}", {})):
+            records.append(_record(member, line, header, text))
+    return records
 
 
 def _fasta(member: Member) -> Iterator[tuple[int, str, str]]:
@@ -81,26 +87,28 @@ def _record(member: Member, line: int, header: str, text: str) -> FlipRecord:
 
 
 def proteins_of(
-    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]]
+    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]], report: Report
 ) -> tuple[str, dict[str, list[Protein]]]:
     """Kind and proteins by part of a split.
 
     Args:
       split: its records.
       others: all records of the task by the stem of their file, for sequences and masks.
+      report: counts malformed records, and leaves them out where it says so.
 
     Raises:
       UserError: a record without set, target or sequence, or labels that do not fit.
     """
-    rows = _joined(split, others)
+    rows = _joined(split, others, report)
     kind = kind_of([(row.values["sequence"].strip(), row.values["TARGET"]) for row in rows])
     parts: dict[str, list[Protein]] = {part: [] for part in PARTS}
     for row in rows:
-        sequence = row.sequence("sequence")
-        target = row.number("TARGET") if kind == "regression" else row.values["TARGET"]
-        if kind == "residue":
-            target = masked(row, "TARGET", len(sequence))
-        parts[_part(row)].append(Protein(sequence, target))
+        with leaving_out(report, row):
+            sequence = row.sequence("sequence")
+            target = row.number("TARGET") if kind == "regression" else row.values["TARGET"]
+            if kind == "residue":
+                target = masked(row, "TARGET", len(sequence))
+            parts[_part(row)].append(Protein(sequence, target))
     return kind, parts
 
 
@@ -121,20 +129,25 @@ def masked(row: TableRow, target: str, residues: int) -> str:
 
 
 def _joined(
-    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]]
+    split: Sequence[FlipRecord], others: Mapping[str, Sequence[FlipRecord]], report: Report
 ) -> list[TableRow]:
     """Rows with sequence, target and mask, wherever they are written."""
-    if all(record.row.values["TARGET"] for record in split):
+    lacking = [r.row for r in split if not r.row.values["TARGET"]]
+    if not lacking:
         return [record.row for record in split]
     if SEQUENCES not in others:
-        lacking = next(r.row for r in split if not r.row.values["TARGET"])
-        raise lacking.fail("TARGET", f"none, and the task has no file {SEQUENCES}.fasta")
+        for row in lacking:
+            with leaving_out(report, row):
+                raise row.fail("TARGET", f"none, and the task has no file {SEQUENCES}.fasta")
+        return [record.row for record in split if record.row.values["TARGET"]]
     sequences = {r.name: r.row.values["sequence"] for r in others[SEQUENCES]}
     masks = {r.name: r.row.values["sequence"] for stem in MASKS for r in others.get(stem, ())}
     rows = []
     for name, row in split:
         if name not in sequences:
-            raise UserError(f"{row.where}: {name} is not in {SEQUENCES}.fasta")
+            with leaving_out(report, row):
+                raise UserError(f"{row.where}: {name} is not in {SEQUENCES}.fasta")
+            continue
         found = {"TARGET": row.values["sequence"], "MASK": masks.get(name, "")}
         rows.append(TableRow(row.where, {**row.values, **found, "sequence": sequences[name]}))
     return rows

@@ -46,11 +46,13 @@ class Task:
       name: "flip_gb1", "fluorescence".
       kind: one of `head_inputs.KINDS`.
       splits: at least one.
+      left_out: notes on rows that were left out.
     """
 
     name: str
     kind: str
     splits: Sequence[Split]
+    left_out: tuple[str, ...] = ()
 
 
 def kind_of(pairs: Sequence[tuple[str, str]]) -> str:

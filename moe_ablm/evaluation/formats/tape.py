@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator
 
 from moe_ablm.data.readers.columns import listed
+from moe_ablm.data.readers.report import Report
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.flip import masked
 from moe_ablm.evaluation.formats.members import Member
 from moe_ablm.evaluation.formats.protein_tasks import Protein
-from moe_ablm.evaluation.formats.rows import TableRow
+from moe_ablm.evaluation.formats.rows import TableRow, leaving_out
 
 # in the order in which they are looked for: target, kind
 TARGETS = {
@@ -48,30 +49,36 @@ def part_of(member: Member) -> tuple[str, str]:
     return match["task"], {"val": "valid"}.get(match["part"], match["part"])
 
 
-def read_json(member: Member) -> tuple[str, list[Protein]]:
-    """Kind and proteins of a file.
+def read_json(member: Member, report: Report) -> tuple[str, list[Protein]]:
+    """Kind and proteins of a file; `report` counts its records.
 
     Raises:
       UserError: no JSON, a missing field, a malformed value.
     """
-    proteins, target = [], ""
+    proteins: list[Protein] = []
+    target = ""
     for number, record in enumerate(_records(member), start=1):
-        where = f"{member.where}: record {number}"
+        report.read += 1
+        row = TableRow(f"{member.where}: record {number}", {})
         if not target:
             target = next((key for key in TARGETS if key in record), "")
-        keys = [next((k for k in names if k in record), "") for names in (_SEQUENCES, (target,))]
-        if not all(keys):
-            raise UserError(
-                f"{where}: expected primary and one of {', '.join(TARGETS)}; found "
-                f"{listed([str(key) for key in record])}"
-            )
-        mask = next((record[k] for k in _MASKS if k in record), "")
-        values = {keys[0]: _text(record[keys[0]]), target: _text(record[target])}
-        row = TableRow(where, values | {"MASK": _text(mask)})
-        proteins.append(_protein(row, keys[0], target))
+        with leaving_out(report, row):
+            proteins.append(_protein_of(record, target, row))
     if not proteins:
         raise UserError(f"{member.where}: no record")
     return TARGETS[target], proteins
+
+
+def _protein_of(record: dict, target: str, row: TableRow) -> Protein:
+    keys = [next((k for k in names if k in record), "") for names in (_SEQUENCES, (target,))]
+    if not all(keys):
+        raise UserError(
+            f"{row.where}: expected primary and one of {', '.join(TARGETS)}; found "
+            f"{listed([str(key) for key in record])}"
+        )
+    mask = next((record[k] for k in _MASKS if k in record), "")
+    values = {keys[0]: _text(record[keys[0]]), target: _text(record[target])}
+    return _protein(TableRow(row.where, values | {"MASK": _text(mask)}), keys[0], target)
 
 
 def _protein(row: TableRow, sequence: str, target: str) -> Protein:
