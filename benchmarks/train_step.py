@@ -3,8 +3,8 @@
     pip install -e .[hf] && python benchmarks/train_step.py --sizes 8m 35m
 
 Prints tokens/s of each contender, the ratio to torch round by round, and CPU seconds. Ours runs
-with huge pages, as the trainer does by itself, and once with dropout of .1 everywhere; torch without
-dropout as it comes, and again with huge pages.
+with huge pages, as the trainer does by itself, and once with dropout of .1 everywhere; torch
+without dropout as it comes, and again with huge pages.
 """
 
 import argparse
