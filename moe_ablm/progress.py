@@ -172,4 +172,5 @@ def stability_lines(stability: Mapping) -> list[str]:
 def _told(event: Mapping) -> str:
     where = "loss" if event["layer"] is None else f"layer {event['layer']}"
     over = "not over" if event["until"] is None else f"over at step {event['until']}"
-    return f"{where}: {event['what']} {event['value']:.4g} from step {event['step']}, {over}"
+    value = "not finite" if event["value"] is None else f"{event['value']:.4g}"  # null in JSON
+    return f"{where}: {event['what']} {value} from step {event['step']}, {over}"

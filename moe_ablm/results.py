@@ -5,7 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from moe_ablm.files import write_atomically
+from moe_ablm.files import json_text, write_atomically
 
 
 def read_results(path: Path) -> list[dict]:
@@ -23,7 +23,7 @@ def read_results(path: Path) -> list[dict]:
 
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after `step`, atomically."""
-    kept = [json.dumps(r) for r in read_results(path) if r["step"] <= step]
+    kept = [json_text(r) for r in read_results(path) if r["step"] <= step]
     write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 

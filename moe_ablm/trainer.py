@@ -1,7 +1,6 @@
 """The trainer: one run as one story, from its first update or its newest checkpoint on."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import Diverged, UserError
 from moe_ablm.extension import Extension
 from moe_ablm.feed import Feed
-from moe_ablm.files import write_atomically
+from moe_ablm.files import write_json
 from moe_ablm.interop.load import Model, load_model
 from moe_ablm.interop.start import require_same_function
 from moe_ablm.model import flops
@@ -438,6 +437,6 @@ class Trainer:
 
     def _write_run(self, content: dict) -> None:
         if self.results is not None:
-            write_atomically(self.workdir / "run.json", json.dumps(content, indent=1) + "\n")
+            write_json(self.workdir / "run.json", content)
             self.results.close()
         self.checkpoints.close()

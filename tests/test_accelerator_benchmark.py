@@ -1,7 +1,6 @@
 """The accelerator benchmark on CPU: results of every kind of entry, failures, time, and checks that
 can fail."""
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import steps
 from accelerator_tables import line, tables
+from strict_json import read_strictly
 from waves import Budget, Entry, Runner, Worker, expected, run_wave
 
 from moe_ablm.model.experts import IMPLEMENTATIONS, Batched
@@ -26,15 +26,6 @@ from moe_ablm.training.spec import OptimizerSpec
 from moe_ablm.training.state import abstract_state
 
 BENCHMARKS = Path(accelerator.__file__).parent
-
-
-def strictly(text: str) -> list[dict]:
-    """JSON lines, without the NaN that is no JSON."""
-
-    def refuse(constant: str):
-        raise ValueError(constant)
-
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 # waves, with a worker that needs nothing to start
@@ -151,7 +142,7 @@ def test_the_script_survives_what_this_machine_has_not(script, tmp_path):
     only = "float32/products", "attention/cudnn", "dense/8m"
     code, printed = script("--tiny", "--minutes=5", f"--out={out}", "--only", *only)
     assert code == 0, printed
-    first, worker, *results = strictly(out.read_text())
+    first, worker, *results = read_strictly(out)
     assert first["versions"]["jax"] and first["arguments"][0] == "--tiny"
     assert worker["worker"] == "jax" and worker["device"] == "cpu"
     results = {r["entry"]: r for r in results}
@@ -171,7 +162,7 @@ def test_without_time_all_is_listed_and_nothing_started(script, tmp_path):
     out = tmp_path / "out.jsonl"
     code, printed = script("--minutes=0", f"--out={out}")
     assert code == 0
-    _, *results = strictly(out.read_text())
+    _, *results = read_strictly(out)
     assert {r["status"] for r in results} == {"skipped"}
     names = [r["entry"] for r in results]
     assert len(names) == len(set(names)) and "trainer" in names

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from planted import StandIn, arbitrary
 from small_datasets import random_records, write_dataset
+from strict_json import read_all_strictly
 from synthetic_evaluations import Settings
 from test_cli import refused
 from tiny_models import tiny_model
@@ -66,6 +67,8 @@ def test_a_suite_that_was_broken_off_goes_on_and_ends_the_same(evaluate, tmp_pat
     flags = ["--suite=perplexity,positions"]
     whole = evaluate(tmp_path / "whole", *flags)
     assert whole.returncode == 0, whole.stderr
+    written = read_all_strictly(tmp_path / "whole")
+    assert written == {"evaluation.json", "result.json", "results.json"}
     broken = evaluate(tmp_path / "broken", *flags, stop_after=100)
     assert broken.returncode == 130
     assert (tmp_path / "broken" / "perplexity" / "result.json").exists()

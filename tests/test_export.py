@@ -1,12 +1,14 @@
 """Export to `EsmForMaskedLM` directories, and back."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import run_command
 from random_models import logits_of, random_model, same
+from strict_json import read_all_strictly
 
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
@@ -59,6 +61,17 @@ def test_the_card_tells_what_a_reader_needs(tmp_path):
     export_esm2(model, tmp_path / "named", "cc-by-4.0")
     assert "license: cc-by-4.0" in (tmp_path / "named" / "README.md").read_text()
     assert import_directory(tmp_path / "named").facts["licence"] == "cc-by-4.0"
+
+
+def test_every_json_of_a_model_is_valid(tmp_path):
+    model = replace(random_model(), facts={"metrics": {"loss": math.nan}})
+    export_esm2(model, tmp_path / "out")
+    save_model(model, tmp_path / "saved")
+    assert read_all_strictly(tmp_path / "out") == {
+        "config.json", "special_tokens_map.json", "tokenizer_config.json"
+    }  # fmt: skip
+    assert read_all_strictly(tmp_path / "saved") == {"model.json"}
+    assert import_directory(tmp_path / "out").facts["metrics"] == {"loss": None}
 
 
 def test_the_tokenizer_files_hold_the_vocabulary(tmp_path):

@@ -1,12 +1,15 @@
 """Files written whole or not at all, and locks between processes."""
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from strict_json import read_strictly
 
-from moe_ablm.files import locked, replacing, write_atomically, write_json
+import moe_ablm
+from moe_ablm.files import json_text, locked, replacing, write_atomically, write_json
 
 
 def test_content_is_replaced_as_a_whole(tmp_path):
@@ -35,12 +38,25 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"\xc3\x85\n"
 
 
-def test_json_without_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"x": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, None]}
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    content = {"x": [1, None, nan], "y": {"z": (np.float64(inf), 2.5)}, "w": -inf, "v": "NaN"}
+    expected = {"x": [1, None, None], "y": {"z": [None, 2.5]}, "w": None, "v": "NaN"}
+    write_json(tmp_path / "a.json", content)
+    assert read_strictly(tmp_path / "a.json") == [expected]
+    (tmp_path / "a.jsonl").write_text(f"{json_text(content)}\n{json_text([0.1, True])}\n")
+    assert read_strictly(tmp_path / "a.jsonl") == [expected, [0.1, True]]
+
+
+def test_there_is_one_writer_of_json():
+    """Elsewhere JSON is only hashed, or a message between processes."""
+    package = Path(moe_ablm.__file__).parent
+    writers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "json.dump" in path.read_text()
+    }
+    assert writers == {"files.py", "config.py", "parallel/multihost.py"}
 
 
 HOLD = """

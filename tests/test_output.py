@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from strict_json import read_strictly
 
 from moe_ablm.errors import UserError
 from moe_ablm.inference.output import WRITERS, Output, vectors
@@ -57,6 +58,15 @@ def test_every_format_holds_the_same(tmp_path, suffix):
     assert found["x"][::2] == [0.5, -1.25]
     assert found["x"][1] is None or np.isnan(found["x"][1])
     assert {p.name for p in tmp_path.iterdir()} == {out.name, f".{out.name}.command.json"}
+
+
+def test_lines_of_jsonl_are_valid_json(tmp_path):
+    out = tmp_path / "a.jsonl"
+    with Output(out, COMMAND) as output:
+        values = pa.array([[1.0, np.nan], [np.inf, 2.0]], pa.list_(pa.float32()))
+        output.add(pa.table({"x": [np.nan, -np.inf], "v": values}), 2)
+        output.finish()
+    assert read_strictly(out) == [{"x": None, "v": [1.0, None]}, {"x": None, "v": [None, 2.0]}]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

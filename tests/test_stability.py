@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from strict_json import read_strictly
 
 from moe_ablm import command_line, train, trainer
 from moe_ablm.config import MoEConfig
+from moe_ablm.files import write_json
 from moe_ablm.model.families import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.model.moe import RouterWeights, router_logits
 from moe_ablm.model.routers import Tokens, plan
 from moe_ablm.model.routing import RouterStats, summarise
+from moe_ablm.progress import stability_lines
 from moe_ablm.training.stability import (
     StabilityWatch,
     Thresholds,
@@ -327,6 +330,16 @@ def impatient(monkeypatch):
     """Runs are given up after 20 updates of collapse instead of 200."""
     watch = functools.partial(StabilityWatch, thresholds=Thresholds(stop_after=20))
     monkeypatch.setattr(trainer, "StabilityWatch", watch)
+
+
+def test_a_signal_that_is_not_a_number_is_null_in_run_json(tmp_path):
+    watch = feed(watch_of(), [(100, stats(logit_rms=np.nan))])
+    write_json(tmp_path / "run.json", {"stability": watch.summary()})
+    [content] = read_strictly(tmp_path / "run.json")
+    assert [event["value"] for event in content["stability"]["events"]] == [None]
+    verdict, event = stability_lines(content["stability"])
+    assert verdict == "stability: collapse"
+    assert event.startswith("  layer 3: logit_rms not finite from step ")
 
 
 def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, monkeypatch):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO, tiny_config
+from strict_json import read_all_strictly
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from moe_ablm import trainer
@@ -24,6 +25,10 @@ def finished(tmp_path_factory):
     """Work directory and `run.json` of one complete tiny run."""
     workdir = tmp_path_factory.mktemp("run") / "w"
     return workdir, trainer.run(tiny_config(), workdir)
+
+
+def test_every_json_of_a_run_is_valid(finished):
+    assert read_all_strictly(finished[0]) >= {"run.json", "config.json", "results.jsonl"}
 
 
 def test_run_json_holds_what_scaling_needs(finished):

@@ -22,6 +22,7 @@ from moe_ablm.data import tokenizer
 from moe_ablm.data.chains import hash_chains
 from moe_ablm.data.regions import CHAINS, regions_from_cdr_mask, segments_from_mask
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -225,7 +226,7 @@ class DatasetWriter:
             **card,
             "shards": self._shards,
         }
-        (self._dir / "dataset.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self._dir / "dataset.json", content)
         try:
             self._dir.rename(self.out)
         except OSError as error:

@@ -1,7 +1,6 @@
 """Likelihood of every residue while it alone is masked, kept on disk as it comes in."""
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from moe_ablm.data.antibody import Antibody, row_of
 from moe_ablm.data.tokenizer import encode
 from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.files import json_text
 from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import Output
@@ -54,7 +54,7 @@ def exact_likelihoods(subject: Subject, everyone: Sequence[Annotated]) -> tuple[
         "precision": subject.engine.precision,
         "antibodies": _digest(everyone),
     }
-    name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json_text(command).encode()).hexdigest()[:12]
     file, start = subject.work / f"positions-{name}.parquet", time.monotonic()
     computed: list[Annotated] = []
     with Output(file, command) as output:

@@ -13,7 +13,6 @@ negatively.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from moe_ablm.evaluation.estimates import spearman_number
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Assay, Substitutions, read_assays
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.subject import Subject
+from moe_ablm.files import json_text
 from moe_ablm.inference.antibodies import windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import OnePosition
@@ -177,7 +177,7 @@ def antibody_scores(subject: Subject, assays: Sequence[Assay], rule: str) -> dic
         "rule": rule,
         "antibodies": hashlib.sha256("\n".join(everyone).encode()).hexdigest(),
     }
-    name = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json_text(command).encode()).hexdigest()[:16]
     path = subject.work / f"fitness-{name}.parquet"
     held = 4 * subject.engine.model.spec.vocabulary
     with Output(path, command) as output:

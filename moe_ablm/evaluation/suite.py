@@ -20,7 +20,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.subject import Subject
-from moe_ablm.files import replacing, write_atomically
+from moe_ablm.files import json_text, replacing, write_json
 
 SCHEMA = "moe_ablm.evaluation/1"
 # modules of this package, in the order in which they are done
@@ -103,7 +103,7 @@ def read_kept(directory: Path, settings: Mapping[str, Any] | None = None) -> dic
         content = json.loads((directory / "result.json").read_text())
         done = content["status"] == DONE and content["schema"] == SCHEMA
         if settings is not None:
-            done = done and content["settings"] == json.loads(json.dumps(settings))
+            done = done and content["settings"] == json.loads(json_text(settings))
         files = ["samples.parquet", *(picture["file"] for picture in content["pictures"])]
         done = done and all((directory / file).is_file() for file in files)
     except (OSError, ValueError, KeyError, TypeError):
@@ -131,7 +131,7 @@ def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> d
         (directory / "result.json").unlink(missing_ok=True)
         content |= {"status": DONE, "reason": "", **_kept(outcome, directory)}
     content["seconds"] = time.monotonic() - start
-    write_atomically(directory / "result.json", json.dumps(content, indent=1))
+    write_json(directory / "result.json", content)
     return content
 
 
@@ -185,7 +185,7 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
         for parts, kind in zip(columns.values(), empty, strict=True)
     ]
     table = pa.table(dict(zip(columns, arrays, strict=True)))
-    table = table.replace_schema_metadata({"samples": json.dumps(heads)})
+    table = table.replace_schema_metadata({"samples": json_text(heads)})
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 

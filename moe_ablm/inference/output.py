@@ -18,7 +18,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import locked, replacing, write_atomically
+from moe_ablm.files import json_text, locked, replacing, write_json
 
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
 
@@ -70,7 +70,7 @@ class Output:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
         try:
             self._check_same()
-            write_atomically(self._parts / "command.json", json.dumps(self._command))
+            write_json(self._parts / "command.json", self._command)
         except UserError:
             self._lock.close()
             raise
@@ -117,7 +117,7 @@ class Output:
             WRITERS[self.out.suffix](paths, temporary)
         size = self.out.stat().st_size
         record = {"command": self._command, "antibodies": self.done, "bytes": size}
-        write_atomically(self._record, json.dumps(record))
+        write_json(self._record, record)
         lines = sum(pq.read_metadata(path).num_rows for path in paths)
         self._lock.close()
         shutil.rmtree(self._parts)
@@ -211,11 +211,7 @@ def _to_jsonl(paths: list[Path], out: Path) -> None:
         for table in map(pq.read_table, paths):
             for batch in table.to_batches(max_chunksize=1024):
                 for line in batch.to_pylist():
-                    known = {  # JSON has no NaN
-                        name: None if isinstance(value, float) and np.isnan(value) else value
-                        for name, value in line.items()
-                    }
-                    stream.write(json.dumps(known) + "\n")
+                    stream.write(json_text(line) + "\n")
 
 
 def _to_parquet(paths: list[Path], out: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moe_ablm.data.tokenizer import NULL
+from moe_ablm.files import write_json
 from moe_ablm.interop.balm_config import BALM_VOCABULARY, balm_settings, encoder_spec
 from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_balm
 from moe_ablm.interop.card import model_card
@@ -26,12 +27,12 @@ from moe_ablm.interop.huggingface import (
     kept_for_import,
     some,
     sorted_out,
-    write_json,
     write_tokenizer,
 )
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import SINGLE, open_tensors, write_tensors
 from moe_ablm.model.spec import EncoderSpec
+from moe_ablm.training.state import path_name
 
 ARCHITECTURES = {"balm": "BalmForMaskedLM", "balm_moe": "BalmMoEForMaskedLM"}
 ABSENT = -1e4  # logit of <null_1>, which BALM's vocabulary lacks; its probability is 0
@@ -139,7 +140,7 @@ def _expected(
     """
     expected = {}
     for keys, variable in nnx.to_flat_state(shapes):
-        path, shape = "/".join(map(str, keys)), variable.get_value().shape
+        path, shape = path_name(keys), variable.get_value().shape
         if path in _BY_TOKEN:
             shape = (shape[0] - 1, *shape[1:])
         elif len(shape) == 2:

@@ -1,10 +1,10 @@
 """The model card of an export: architecture, training data and validation metrics."""
 
-import json
 from typing import Any
 
 from moe_ablm.config import MoEConfig
 from moe_ablm.data.tokenizer import VOCABULARY
+from moe_ablm.files import json_text
 from moe_ablm.interop.saved import Model
 from moe_ablm.model import flops
 
@@ -35,7 +35,7 @@ def model_card(model: Model, architecture: str, use: str, licence: str | None) -
         _licence(licence),
     ]
     if config:
-        parts.append(f"## Config\n\n```json\n{json.dumps(config, indent=1)}\n```\n")
+        parts.append(f"## Config\n\n```json\n{json_text(config, indent=1)}\n```\n")
     return "\n".join(parts)
 
 

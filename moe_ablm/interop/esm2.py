@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_ablm.data.tokenizer import MASK, PAD, VOCABULARY
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import (
     CONFIG,
@@ -20,12 +21,12 @@ from moe_ablm.interop.huggingface import (
     kept_for_import,
     some,
     sorted_out,
-    write_json,
     write_tokenizer,
 )
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import SINGLE, Tensors, open_tensors, write_tensors
 from moe_ablm.model.spec import EncoderSpec
+from moe_ablm.training.state import path_name
 
 ARCHITECTURE = "EsmForMaskedLM"
 OFFSET = 2  # of positions in max_position_embeddings, left over from RoBERTa
@@ -211,7 +212,7 @@ def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
     """Shapes that an encoder's arrays have in Hugging Face's form, by name."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, variable in nnx.to_flat_state(shapes):
-        name = "/".join(map(str, path))
+        name = path_name(path)
         shape = variable.get_value().shape
         shape = shape[::-1] if name.endswith("kernel") else shape
         names = _names(name)

@@ -1,6 +1,5 @@
 """What all directories in Hugging Face's form share: reading config.json, and checks of tensors."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
@@ -10,6 +9,7 @@ from flax import nnx
 
 from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 from moe_ablm.interop.saved import Model, read_json
 from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
 from moe_ablm.model.spec import EncoderSpec
@@ -233,11 +233,6 @@ def licence_of(directory: Path) -> str | None:
         if key.strip() == "license" and value.strip():
             return value.strip()
     return None
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes indented JSON that ends with a newline."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_tokenizer(

@@ -4,7 +4,6 @@
 its checkpoints instead.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,9 +21,11 @@ from flax import nnx
 from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 from moe_ablm.interop.tensors import TensorFile, write_tensors
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.spec import EncoderSpec, Execution
+from moe_ablm.training.state import params_sha256, path_name
 
 SCHEMA = "moe_ablm.model/1"
 MODEL_FILE, PARAMS_FILE = "model.json", "params.safetensors"
@@ -62,11 +63,7 @@ class Model:
     def digest(self) -> str:
         """SHA-256 of the parameters, the encoder, its layout and its length."""
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
-        digest = hashlib.sha256(about.encode())
-        for path, variable in sorted(nnx.to_flat_state(self.params), key=lambda i: str(i[0])):
-            digest.update(str(path).encode())
-            digest.update(np.asarray(variable.get_value()).tobytes())
-        return digest.hexdigest()
+        return params_sha256(self.params, about, str)
 
 
 def parameter_shapes(spec: EncoderSpec) -> nnx.State:
@@ -77,7 +74,7 @@ def parameter_shapes(spec: EncoderSpec) -> nnx.State:
 def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
     """Parameters as float32 arrays by path, such as "layers/0/attention/qkv/kernel"."""
     return {
-        "/".join(map(str, path)): np.asarray(v.get_value(), np.float32)
+        path_name(path): np.asarray(v.get_value(), np.float32)
         for path, v in nnx.to_flat_state(params)
     }
 
@@ -90,7 +87,7 @@ def fill(shapes: nnx.State, value: Callable[[str], np.ndarray]) -> nnx.State:
     """
     flat = {}
     for path, variable in nnx.to_flat_state(shapes):
-        name = "/".join(map(str, path))
+        name = path_name(path)
         array = np.asarray(value(name), np.float32)
         if array.shape != variable.get_value().shape:
             raise ValueError(f"{name}: found {array.shape}, expected {variable.get_value().shape}")
@@ -153,7 +150,7 @@ def write_model(model: Model, directory: Path) -> None:
         "notes": list(model.notes),
         "facts": dict(model.facts),
     }
-    (directory / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(directory / MODEL_FILE, content)
 
 
 def read_model(directory: Path) -> Model:
@@ -185,7 +182,7 @@ def read_model(directory: Path) -> Model:
     file = directory / PARAMS_FILE
     shapes = parameter_shapes(spec)
     with TensorFile(file) as tensors:
-        names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(shapes)}
+        names = {path_name(path) for path, _ in nnx.to_flat_state(shapes)}
         if names != set(tensors):
             differing = sorted(names ^ set(tensors))
             raise UserError(

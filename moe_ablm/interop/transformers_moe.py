@@ -10,6 +10,7 @@ from flax import nnx
 from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import MASK, PAD, VOCABULARY
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import (
     CONFIG,
@@ -21,7 +22,6 @@ from moe_ablm.interop.huggingface import (
     imported,
     kept_for_import,
     sorted_out,
-    write_json,
     write_tokenizer,
 )
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes

@@ -1,6 +1,5 @@
 """What a run reports: named metrics, speed, `results.jsonl` and TensorBoard events."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from moe_ablm.files import json_text
 from moe_ablm.model.routing import RouterStats
 from moe_ablm.parallel.mesh import global_batch
 from moe_ablm.results import keep_until
@@ -150,7 +150,7 @@ class Results:
     def write(self, kind: str, step: int, values: dict[str, Any], wall_time: float) -> None:
         """Appends a line to `results.jsonl`, and its scalars to TensorBoard under `kind/name`."""
         line = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_text(line) + "\n")
         self._file.flush()
         scalars = [Summary.Value(tag=k, simple_value=v) for k, v in _scalars(values, f"{kind}/")]
         self._events.add_event(

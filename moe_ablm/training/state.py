@@ -134,11 +134,26 @@ def state_sharding(
     return TrainState(step, params, moments, ema)
 
 
-def params_sha256(params: nnx.State) -> str:
-    """SHA-256 of the path and the little-endian float32 bytes of all parameters, in path order."""
-    flat = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(params)}
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.asarray(flat[name].get_value(), dtype="<f4").tobytes())
+def path_name(path: tuple) -> str:
+    """Name of a parameter, such as "layers/0/attention/qkv/kernel"."""
+    return "/".join(map(str, path))
+
+
+def params_sha256(
+    params: nnx.State, about: str = "", name: Callable[[tuple], str] = path_name
+) -> str:
+    """SHA-256 of the name and the little-endian float32 bytes of all parameters, in name order.
+
+    Without `about` it is `params_sha256` of `run.json`: equal for equal parameters.
+
+    Args:
+      params: of an encoder.
+      about: hashed before them; `Model.digest` gives the encoder and its rows.
+      name: of a path.
+    """
+    digest = hashlib.sha256(about.encode())
+    flat = {name(path): variable for path, variable in nnx.to_flat_state(params)}
+    for each in sorted(flat):
+        digest.update(each.encode())
+        digest.update(np.asarray(flat[each].get_value(), dtype="<f4").tobytes())
     return digest.hexdigest()

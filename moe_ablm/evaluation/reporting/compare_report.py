@@ -1,6 +1,5 @@
 """Tables, figure and sentences of a comparison: results.json, numbers.csv, report.html."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +26,7 @@ from moe_ablm.evaluation.reporting.report import (
 )
 from moe_ablm.evaluation.reporting.results import Evaluated
 from moe_ablm.evaluation.suite import as_json
-from moe_ablm.files import write_atomically
+from moe_ablm.files import write_atomically, write_json
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
 
 ACROSS = "kinds"
@@ -54,7 +53,7 @@ def write_comparison(
 ) -> list[Path]:
     """Writes results, numbers and report into `out`; returns the files."""
     results, numbers = out / "results.json", out / "numbers.csv"
-    write_atomically(results, json.dumps(as_content(comparison, claims), indent=1))
+    write_json(results, as_content(comparison, claims))
     write_atomically(numbers, results_csv(comparison.results))
     names = ", ".join(comparison.kinds)
     first = comparison.runs[0].content

@@ -15,6 +15,7 @@ from typing import Any
 from moe_ablm.evaluation.declared import CLAIMS
 from moe_ablm.evaluation.reporting.references import HEADLINES, Headline
 from moe_ablm.evaluation.suite import SKIPPED, module_of
+from moe_ablm.files import json_text
 from moe_ablm.page import cells_html, image_html, lines_html, write_page
 
 # longer tables are folded away
@@ -176,7 +177,7 @@ def _alone(name: str, kept: Kept, command: Sequence[str]) -> str:
     """How to do one evaluation again."""
     took = f"This evaluation alone ({kept['seconds']:.0f} s here)"
     settings, defaults = kept["settings"], dataclasses.asdict(module_of(name).Settings())
-    if settings == json.loads(json.dumps(defaults)):
+    if settings == json.loads(json_text(defaults)):
         line = shlex.join([*command, "--suite", name, "--out", f"evaluation-{name}"])
         return f'<p class="faint">{took}:</p><pre>{escape(line)}</pre>'
     line = shlex.join([*command, "--suite", f"{name}.py", "--out", f"evaluation-{name}"])

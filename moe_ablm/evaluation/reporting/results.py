@@ -17,7 +17,7 @@ from moe_ablm.evaluation.declared import CLAIMS, declared
 from moe_ablm.evaluation.estimates import Number, Sample, ratio, scaled
 from moe_ablm.evaluation.reporting.report import write_report
 from moe_ablm.evaluation.suite import DONE, SCHEMA, read_samples
-from moe_ablm.files import write_atomically
+from moe_ablm.files import json_text, write_atomically, write_json
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
 from moe_ablm.model import flops
@@ -78,7 +78,7 @@ def same_command(
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(about, indent=1))
+        write_json(file, about)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return about
@@ -86,7 +86,7 @@ def same_command(
 
 def _deciding(about: Mapping[str, Any]) -> dict[str, Any]:
     """Without names of places: a run and a dataset may move."""
-    content = json.loads(json.dumps(about))
+    content = json.loads(json_text(about))
     content.pop(CLAIMS, None)
     content["model"] = [content["model"]["sha256"], content["model"].get("null", "")]
     content["dataset"] = content["dataset"] and content["dataset"]["sha256"]
@@ -118,7 +118,7 @@ def write_results(
     """
     installed = {"python": platform.python_version(), **versions(*PACKAGES)}
     content = {**about, "versions": installed, "evaluations": dict(found)}
-    write_atomically(out / "results.json", json.dumps(content, indent=1))
+    write_json(out / "results.json", content)
     write_atomically(out / "numbers.csv", numbers_csv(found))
     return [out / "results.json", out / "numbers.csv", write_report(out, content, command)]
 
