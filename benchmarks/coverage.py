@@ -124,6 +124,7 @@ def inside(case: str, seed: int) -> dict[str, dict[str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first table")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
     args = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
             entry = json.loads(line)
             done[entry["case"], entry["seed"]] = entry["inside"]
     for case in args.case or CASES:
-        for seed in range(args.sets):
+        for seed in range(args.first, args.first + args.sets):
             if (case, seed) not in done:
                 done[case, seed] = inside(case, seed)
                 entry = {"case": case, "seed": seed, "inside": done[case, seed]}

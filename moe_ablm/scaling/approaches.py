@@ -39,7 +39,7 @@ def bias_notes(fit: ParabolaFit) -> list[str]:
     columns = dict(fit.runs.columns)
     columns["loss"] = surface.predict(params=columns["params"], tokens=columns["tokens"])
     again = fit_parabolas(
-        Runs(columns, fit.runs.source), IsoFlop(), draws=0, target=fit.target
+        Runs(columns, fit.runs.source), fit.law, draws=0, target=fit.target
     ).derived
     off = []
     for name, value in again.items():
@@ -86,7 +86,7 @@ def approaches(runs: Runs, target: Target, draws: int, seed: int) -> list[Approa
     for name, fitted in (
         ("1: envelope of training curves", lambda: fit_envelope(runs, draws, seed, target)),
         ("2: parabolas at equal compute", lambda: fit_parabolas(
-            runs, IsoFlop(), None, draws, seed, target)),
+            runs, IsoFlop.for_runs(runs.columns), None, draws, seed, target)),
         ("3: surface E + A N^-alpha + B D^-beta", lambda: fit_law(
             runs, "chinchilla", target=target)),
     ):  # fmt: skip

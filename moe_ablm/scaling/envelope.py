@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.inputs import Target, check_inputs
-from moe_ablm.scaling.parabolas import Envelope, line
+from moe_ablm.scaling.minima import line
+from moe_ablm.scaling.parabolas import Envelope
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
 

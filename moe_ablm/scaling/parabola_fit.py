@@ -1,27 +1,19 @@
 """Fitting parabolas and the line through their minima, with intervals from few points."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.compute import cost_of
 from moe_ablm.scaling.inputs import Target, check_inputs
+from moe_ablm.scaling.minima import SKEWS, Parabolas, split
 from moe_ablm.scaling.noise import pure_error
-from moe_ablm.scaling.parabolas import (
-    IsoFlop,
-    Parabola,
-    Quadratic,
-    coefficients_of,
-    interior,
-    quantities,
-    split,
-)
+from moe_ablm.scaling.parabolas import Quadratic
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.runs import Runs
 
-LINE = ("slope", "intercept")
+LINE = ("slope", "intercept", "slope_tokens", "intercept_tokens")
 NORMAL = 1.959964  # quantile of the normal distribution at 97.5 %
 
 
@@ -49,6 +41,29 @@ class Noise:
         return float(stdtrit(min(self.freedom, 1e6), 0.975))
 
 
+@dataclass(frozen=True)
+class Solved:
+    """Parabolas at their minimum: skews `[...]` and coefficients `[..., G, 3]`."""
+
+    parabolas: Parabolas
+    skew: np.ndarray
+    abc: np.ndarray
+
+    @staticmethod
+    def of(parabolas: Parabolas, loss: np.ndarray) -> "Solved":
+        """Least squares on losses `[..., n]`."""
+        skew = parabolas.skew(loss)
+        return Solved(parabolas, skew, parabolas.coefficients(loss, skew))
+
+    def moved(self, noise: np.ndarray, loss: np.ndarray) -> "Solved":
+        """The same for losses on the parabolas plus noise `[draws, n]`."""
+        return Solved.of(self.parabolas, self.parabolas.fitted(loss, float(self.skew)) + noise)
+
+    def minima(self) -> np.ndarray:
+        """Natural logs of the best sizes, `[..., G]`."""
+        return self.parabolas.minima(self.abc, self.skew)
+
+
 def fit_parabolas(
     runs: Runs,
     law: Quadratic,
@@ -60,55 +75,39 @@ def fit_parabolas(
 ) -> ParabolaFit:
     """Parabolas, their minima, the line through the minima, and a parametric bootstrap of all.
 
-    Noise is `seed_sd` (of one run's loss, in the units of the loss), else the sd between
-    replicates, else the pooled residual of the parabolas. A measured sd is drawn as well (scaled
-    inverse chi-square), so that few degrees of freedom give wide t intervals. Draws without a
-    minimum count as an open end.
+    Local parabolas have one in log10 D besides each in log10 N. Noise is `seed_sd` (of one run's
+    loss, in the units of the loss), else the sd between replicates, else the pooled residual of the
+    parabolas. A measured sd is drawn as well (scaled inverse chi-square), so that few degrees of
+    freedom give wide t intervals. Draws without a minimum count as an open end.
     """
     if seed_sd is not None and not 0 < seed_sd < np.inf:
         raise UserError(f"--seed-sd {seed_sd}: expected a positive number")
     law.require(runs)
-    if isinstance(law, IsoFlop):
-        law.cost = cost_of(runs.columns)
     target = target or Target()
     check_inputs("--target", target)
-    parabolas, notes = split(law, runs)
     loss = runs["loss"]
-    abc = coefficients_of(parabolas, loss)
-    residual = np.concatenate(
-        [
-            loss[p.members] - np.polyval(row, np.log10(runs["params"][p.members]))
-            for p, row in zip(parabolas, abc, strict=True)
-        ]
-    )
+    parabolas, notes = _groups(law, runs)
+    solved = Solved.of(parabolas, loss)
+    residual = _residual(solved, loss)
     noise = measure_noise(runs, parabolas, residual, seed_sd)
-    usable = [i for i, p in enumerate(parabolas) if interior(law, p, abc[i], runs)]
-    estimates = quantities(law, parabolas, usable, abc, target)
-    coefficients, verdicts = _verdicts(law, parabolas, abc, noise, runs, notes)
+    coefficients, verdicts = _verdicts(law, solved, noise, notes)
+    usable = [i for i in range(len(parabolas.parts)) if _interior(law, solved, i)]
+    both = [solved, *_in_tokens(law, runs, parabolas, loss)]
+    estimates = quantities(law, both, usable, target)
+    through = [verdicts[f"a[{parabolas.parts[i].key}]"] for i in usable]
     for name in LINE:
         if name in estimates:
             coefficients[name] = float(estimates.pop(name))
-            through = [parabolas[i].key for i in usable]
-            vague = [key for key in through if verdicts[f"a[{key}]"].startswith("not id")]
-            verdicts[name] = (
-                f"not identified: it goes through the minimum of {vague[0]}"
-                if vague
-                else "identified"
-            )
+            verdicts[name] = _verdict_of_line(through, [parabolas.parts[i].key for i in usable])
     if len(usable) < 2:
         notes.append(f"{len(usable)} {law.group} with a minimum: no line through minima")
     notes += _misfit(noise, residual, parabolas)
+    identifiable = {n: v == "identified" for n, v in verdicts.items() if v != "fixed"}
     intervals = {}
     if noise is not None and draws > 0:
-        moved = abc + coefficients_of(parabolas, _noise_draws(noise, loss.size, draws, seed))
-        intervals = {
-            name: (percentile_interval(drawn, level, noise, name not in LINE),)
-            for name, drawn in quantities(law, parabolas, usable, moved, target).items()
-        }
-        for p in parabolas:
-            if p.freedom == 0 and noise.from_residuals:
-                intervals.pop(f"N_star[{p.key}]", None)
-    identifiable = {n: v == "identified" for n, v in verdicts.items()}
+        errors = _noise_draws(noise, loss.size, draws, seed)
+        moved = quantities(law, [s.moved(errors, loss) for s in both], usable, target)
+        intervals = _intervals(moved, noise, level, parabolas)
     return ParabolaFit(
         law=law,
         n=len(runs),
@@ -116,9 +115,10 @@ def fit_parabolas(
         objective=float(np.sum(residual**2)),
         huber_delta=float("inf"),
         delta_source="least squares on the loss, as published",
-        status=_status(parabolas, abc[:, 0] > 0, identifiable),
+        status=_status(parabolas, solved.abc[:, 0] > 0, identifiable),
         identifiable=identifiable,
         verdicts=verdicts,
+        fixed={k: coefficients[k] for k, v in verdicts.items() if v == "fixed"},
         intervals=intervals,
         derived={k: float(np.exp(v)) for k, v in estimates.items()},
         target=target.copy(),
@@ -129,32 +129,105 @@ def fit_parabolas(
     )
 
 
+def _groups(law: Quadratic, runs: Runs) -> tuple[Parabolas, list[str]]:
+    try:
+        return split(law.groups(runs), runs["params"], runs["loss"], law.group, law.local)
+    except UserError as error:
+        raise UserError(f"law {law.name}: {error}") from None
+
+
+def _in_tokens(law: Quadratic, runs: Runs, parabolas: Parabolas, loss: np.ndarray) -> list[Solved]:
+    """The parabolas of the same runs in log10 D, where the law is local; else none."""
+    if not law.local or "tokens" not in runs:
+        return []
+    tokens = np.log10(runs["tokens"])
+    parts = tuple(replace(p, z=tokens[p.members]) for p in parabolas.parts)
+    middle = float(np.mean(np.concatenate([p.z for p in parts])))
+    return [Solved.of(Parabolas(parts, middle, parabolas.skewed), loss)]
+
+
+def _residual(solved: Solved, loss: np.ndarray) -> np.ndarray:
+    """What the parabolas miss, of every run that one of them has."""
+    missed = loss - solved.parabolas.fitted(loss, float(solved.skew))
+    return missed[np.concatenate([p.members for p in solved.parabolas.parts])]
+
+
+def _interior(law: Quadratic, solved: Solved, i: int) -> bool:
+    """Whether a parabola has a minimum, within the sizes that were run where it is local."""
+    log_n, z = solved.minima()[i], solved.parabolas.parts[i].z * np.log(10.0)
+    return bool(np.isfinite(log_n)) and (not law.local or bool(z.min() <= log_n <= z.max()))
+
+
+def quantities(
+    law: Quadratic, both: list[Solved], usable: list[int], target: Target
+) -> dict[str, np.ndarray]:
+    """Logs of derived quantities of parabolas in N (and in D), each `[...]`; lines as they are.
+
+    The line goes through the `usable` parabolas, those that have a minimum in the runs; where one
+    of them has none in a draw, the line of that draw is nan.
+    """
+    parts = both[0].parabolas.parts
+    log_size = np.log([parts[i].size for i in usable])
+    out: dict[str, np.ndarray] = {}
+    for solved, star, through in zip(
+        both, ("N_star", "D_star"), (law.through_minima, law.through_tokens), strict=False
+    ):
+        log_best = solved.minima()
+        out |= {f"{star}[{p.key}]": log_best[..., i] for i, p in enumerate(parts)}
+        if len(usable) > 1:
+            log_best = log_best[..., usable]
+            out |= through(log_best, np.broadcast_to(log_size, log_best.shape), target)
+    return out
+
+
+def _verdict_of_line(through: list[str], keys: list[str]) -> str:
+    vague = [k for k, verdict in zip(keys, through, strict=True) if verdict.startswith("not id")]
+    if vague:
+        return f"not identified: it goes through the minimum of {vague[0]}"
+    return "identified"
+
+
+def _intervals(
+    moved: Mapping[str, np.ndarray], noise: Noise, level: float, parabolas: Parabolas
+) -> dict[str, tuple[Interval, ...]]:
+    """Of every quantity; not of exact parabolas whose noise is their own residual."""
+    exact = {p.key for p in parabolas.parts if p.freedom == 0 and noise.from_residuals}
+    return {
+        name: (percentile_interval(drawn, level, noise, name not in LINE),)
+        for name, drawn in moved.items()
+        if name.partition("[")[2].rstrip("]") not in exact
+    }
+
+
 def band(fit: ParabolaFit, size: float, params: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """95 % band `[m]` of the parabola at one data size (or budget); None without known noise."""
+    """95 % band `[m]` of the parabola at one data size (or budget); None without known noise.
+
+    That of the parabola's own coefficients, at the skew as fitted.
+    """
     if not np.isfinite(fit.noise_sd):
         return None
-    for p in split(fit.law, fit.runs)[0]:
+    skew = fit.coefficients.get("skew", 0.0)
+    parabolas = _groups(fit.law, fit.runs)[0]
+    for p in parabolas.parts:
         if p.key == f"{size:.15g}":
-            z = np.log10(params)
-            basis = np.stack([z**2, z, np.ones_like(z)], axis=1)
-            half = NORMAL * fit.noise_sd * np.linalg.norm(basis @ p.solve, axis=1)
+            basis = replace(p, z=np.log10(params)).basis(skew, parabolas.middle)
+            solve = p.solve(skew, parabolas.middle)
+            half = NORMAL * fit.noise_sd * np.linalg.norm(basis @ solve, axis=1)
             abc = np.array([fit.coefficients[f"{name}[{p.key}]"] for name in "abc"])
             return basis @ abc - half, basis @ abc + half
     return None
 
 
-def _status(
-    parabolas: list[Parabola], convexity: np.ndarray, identifiable: Mapping[str, bool]
-) -> str:
+def _status(parabolas: Parabolas, convexity: np.ndarray, identifiable: Mapping[str, bool]) -> str:
     if any(not convex for convex in convexity):
         return "not_convex"
-    if all(p.freedom == 0 for p in parabolas):
+    if all(p.freedom == 0 for p in parabolas.parts):
         return "exact"
     return "converged" if all(identifiable.values()) else "not_identifiable"
 
 
 def measure_noise(
-    runs: Runs, parabolas: list[Parabola], residual: np.ndarray, seed_sd: float | None
+    runs: Runs, parabolas: Parabolas, residual: np.ndarray, seed_sd: float | None
 ) -> Noise | None:
     """The sd of one run's loss; None where nothing measures it."""
     if seed_sd is not None:
@@ -162,7 +235,7 @@ def measure_noise(
     sd, freedom = pure_error(runs)
     if freedom > 0:
         return Noise(sd * float(np.mean(runs["loss"])), freedom, "replicates")
-    freedom = sum(p.freedom for p in parabolas)
+    freedom = parabolas.freedom
     if freedom == 0:
         return None
     sd = float(np.sqrt(np.sum(residual**2) / freedom))
@@ -170,11 +243,11 @@ def measure_noise(
     return Noise(sd, freedom, source, from_residuals=True)
 
 
-def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]) -> list[str]:
+def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: Parabolas) -> list[str]:
     """A note where the parabolas miss by more than the noise, if that is known independently."""
     from scipy.special import chdtrc
 
-    freedom = sum(p.freedom for p in parabolas)
+    freedom = parabolas.freedom
     if noise is None or freedom == 0 or noise.from_residuals or noise.sd == 0.0:
         return []
     statistic = float(np.sum(residual**2)) / noise.sd**2
@@ -189,17 +262,12 @@ def _misfit(noise: Noise | None, residual: np.ndarray, parabolas: list[Parabola]
 
 
 def _verdicts(
-    law: Quadratic,
-    parabolas: list[Parabola],
-    abc: np.ndarray,
-    noise: Noise | None,
-    runs: Runs,
-    notes: list[str],
+    law: Quadratic, solved: Solved, noise: Noise | None, notes: list[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Coefficients by name, and whether each parabola has a minimum that the noise allows."""
     coefficients: dict[str, float] = {}
     verdicts: dict[str, str] = {}
-    for p, row in zip(parabolas, abc, strict=True):
+    for i, (p, row) in enumerate(zip(solved.parabolas.parts, solved.abc, strict=True)):
         for name, value in zip("abc", row, strict=True):
             coefficients[f"{name}[{p.key}]"] = float(value)
         if p.freedom == 0:
@@ -207,25 +275,38 @@ def _verdicts(
                 f"data size or budget {p.key}: three sizes for three coefficients: the parabola is "
                 "exact and its residual says nothing about its error"
             )
-        verdict = "identified"
-        if row[0] <= 0:
-            verdict = "not convex: the parabola has no minimum"
-            notes.append(f"data size or budget {p.key}: {verdict}")
-        elif noise is not None:
-            half = noise.quantile() * noise.sd * float(np.linalg.norm(p.solve[0]))
-            if half >= row[0]:
-                verdict = f"not identified: curvature {row[0]:.3g} +- {half:.2g} reaches zero"
-        log10_n = -row[1] / (2 * row[0]) if row[0] > 0 else np.nan
-        seen = np.log10(runs["params"][p.members])
-        if row[0] > 0 and not seen.min() <= log10_n <= seen.max():
-            outside = "its minimum lies outside the sizes that were run"
-            notes.append(f"data size or budget {p.key}: {outside}")
-            if law.local:
-                verdict = f"not identified: {outside}, and the line leaves it out"
-        verdicts[f"a[{p.key}]"] = verdict
+        verdicts[f"a[{p.key}]"] = _verdict(law, solved, i, noise, notes)
         # three sizes always determine the other two
         verdicts |= {f"{name}[{p.key}]": "identified" for name in "bc"}
+    if solved.parabolas.skewed:
+        skew, end = float(solved.skew), float(SKEWS[-1])
+        coefficients |= {"skew": skew, "N0": float(10.0**solved.parabolas.middle)}
+        at_end = f"not identified: at the end of the range that is tried, {skew:g}"
+        verdicts |= {"skew": at_end if abs(skew) >= end else "identified", "N0": "fixed"}
     return coefficients, verdicts
+
+
+def _verdict(law: Quadratic, solved: Solved, i: int, noise: Noise | None, notes: list[str]) -> str:
+    """Of the curvature of one parabola."""
+    parabolas = solved.parabolas
+    p, curvature = parabolas.parts[i], solved.abc[i, 0]
+    if not np.isfinite(solved.minima()[i]):
+        verdict = "not convex: the parabola has no minimum"
+        notes.append(f"data size or budget {p.key}: {verdict}")
+        return verdict
+    verdict = "identified"
+    if noise is not None:
+        solve = p.solve(float(solved.skew), parabolas.middle)
+        half = noise.quantile() * noise.sd * float(np.linalg.norm(solve[0]))
+        if half >= curvature:
+            verdict = f"not identified: curvature {curvature:.3g} +- {half:.2g} reaches zero"
+    log10_n = solved.minima()[i] / np.log(10.0)
+    if not p.z.min() <= log10_n <= p.z.max():
+        outside = "its minimum lies outside the sizes that were run"
+        notes.append(f"data size or budget {p.key}: {outside}")
+        if law.local:
+            verdict = f"not identified: {outside}, and the line leaves it out"
+    return verdict
 
 
 def _noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:

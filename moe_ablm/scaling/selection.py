@@ -93,7 +93,7 @@ def compare(
 
 def _fit(runs: Runs, name: str, huber_delta: float | None) -> Fit:
     if name in PARABOLIC:
-        return fit_parabolas(runs, PARABOLIC[name](), draws=0)
+        return fit_parabolas(runs, PARABOLIC[name].for_runs(runs.columns), draws=0)
     return fit_law(runs, name, huber_delta)
 
 
@@ -252,7 +252,7 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     if name in PARABOLIC:
         if question.fixed:
             raise UserError(f"--fix: law {name} has no coefficients that can be held")
-        law = PARABOLIC[name]()
+        law = PARABOLIC[name].for_runs(runs.columns)
         settings = (question.draws, question.seed, question.target, question.level)
         if law.needs_curves:
             return Analysis(fit_envelope(runs, *settings))
