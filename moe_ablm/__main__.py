@@ -34,6 +34,7 @@ VERBS = {
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
     "compare": "evaluations of several models and seeds: differences, and what holds",
     "fit": "a table of runs -> a scaling law",
+    "curves": "runs of a sweep -> clusters of the courses of a metric",
 }
 TRAIN = "train"  # has a command line of its own, with the keys of a config
 # modules of several verbs

@@ -17,6 +17,8 @@ SMOOTH = (
     "moe_granularity",
     "moe_sparsity",
     "joint",
+    "annealing",
+    "annealing_sizes",
 )
 
 
@@ -34,6 +36,8 @@ def columns(size=40, seed=0):
         "router": np.where(experts > 1, rng.choice(["soft", "topk"], size), "dense"),
         "granularity": rng.choice([1.0, 2.0, 4.0], size),
         "sparsity": rng.choice([0.0, 0.5, 0.9], size),
+        "lr_area": np.exp(rng.normal(0, 1, size)),
+        "lr_recent": np.exp(rng.normal(-8, 1, size)),
     }
 
 

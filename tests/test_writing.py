@@ -38,6 +38,8 @@ def inputs(tmp_path_factory, run_quickly):
     loss = 1.8 + 480 * n**-0.35 + 2100 * d**-0.37
     rows = "".join(f"{a},{b},{c}\n" for a, b, c in zip(n, d, loss, strict=True))
     (folder / "runs.csv").write_text("params,tokens,loss\n" + rows)
+    rows = "".join(f"{run},{step},{run + 1 / step}\n" for run in range(3) for step in (1, 2, 4))
+    (folder / "curves.csv").write_text("run,step,loss\n" + rows)
     return folder
 
 
@@ -59,6 +61,7 @@ WRITE = {
         ("--input", "{runs.csv}", "--law", "chinchilla", "--bootstrap", "0", "--huber-delta", "1"),
         "fit",
     ),
+    "curves": (("--input", "{curves.csv}"), "c"),
 }
 
 

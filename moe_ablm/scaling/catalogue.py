@@ -15,6 +15,7 @@ from moe_ablm.scaling.laws_dense import (
 )
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
+from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes
 from moe_ablm.scaling.parabolas import Envelope, IsoFlop, Quadratic
 
 SMOOTH: dict[str, type[SmoothLaw]] = {
@@ -28,6 +29,8 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
         MoeGranularity,
         MoeSparsity,
         Joint,
+        Annealing,
+        AnnealingSizes,
     )
 }
 PARABOLIC: dict[str, type[Quadratic]] = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}

@@ -23,6 +23,8 @@ INPUTS = (
     "router",
     "granularity",
     "sparsity",
+    "lr_area",
+    "lr_recent",
 )
 
 
@@ -38,6 +40,8 @@ class Target(TypedDict, total=False):
     router: str
     granularity: float
     sparsity: float
+    lr_area: float
+    lr_recent: float
 
 
 def make_target(where: str, values: Mapping[str, object]) -> Target:
@@ -84,7 +88,8 @@ class Inputs:
 
     `n` active parameters / N0, `n_total` all parameters / N0, `d` tokens / D0, `u` unique tokens
     / D0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a log), `router` index
-    into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S).
+    into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S), `lr_area` and
+    `lr_recent` the logs of the sum of learning rates and of the recent one.
     """
 
     size: int
@@ -97,6 +102,8 @@ class Inputs:
     router: np.ndarray
     granularity: np.ndarray
     density: np.ndarray
+    lr_area: np.ndarray
+    lr_recent: np.ndarray
 
     def take(self, index: np.ndarray) -> "Inputs":
         """The runs at `index`."""
@@ -139,4 +146,6 @@ def make_inputs(
         router=np.array([index.get(str(r), -1) for r in names]),
         granularity=log("granularity", 0.0),
         density=density,
+        lr_area=log("lr_area", 0.0),
+        lr_recent=log("lr_recent", 0.0),
     )

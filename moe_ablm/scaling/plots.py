@@ -20,6 +20,7 @@ from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
 from moe_ablm.scaling.parabola_fit import ParabolaFit, band
 from moe_ablm.scaling.parabolas import IsoFlop
+from moe_ablm.scaling.plots_schedule import loss_against_area
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Analysis
@@ -350,6 +351,7 @@ def envelope(analysis: Analysis) -> Figure:
 
 # by `figure` of a law
 OF_LOSS: dict[str, Callable[[Analysis], Figure]] = {
+    "loss_against_area": loss_against_area,
     "loss_against_params": loss_against_params,
     "loss_against_experts": loss_against_experts,
     "envelope": envelope,

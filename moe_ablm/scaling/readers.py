@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.schedules import KEYS, path_of, rates
 
 # Fields of `run.json` by the role they play in a law.
 RUN_FIELDS = {
@@ -198,6 +199,7 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
         lines = results.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{results}: cannot be read: {error}") from None
+    path = _rates_of(file.with_name("config.json"))
     for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -212,7 +214,23 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
             row["tokens_seen"] = seen
             if total and values.get("flops"):
                 row["flops"] = values["flops"] * seen / total
+        if path is not None and isinstance(row["step"], int) and 0 < row["step"] <= path[0].size:
+            row["lr_area"], row["lr_recent"] = (float(p[row["step"] - 1]) for p in path)
         yield Row(f"{results}, row {i}", row)
+
+
+def _rates_of(config: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `path_of` says of the run's schedule; None where it is not known."""
+    if not config.exists():
+        return None
+    try:
+        train = _read_json(config)["config"]["train"]
+        return path_of(rates(train))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{config}: the schedule is not readable ({error!r}); expected config.train with "
+            f"{', '.join(KEYS)}"
+        ) from None
 
 
 class BadValue(Exception):

@@ -41,6 +41,8 @@ NUMBERS = (
     "lr",
     "batch",
     "weight_decay",
+    "lr_area",
+    "lr_recent",
 )
 TUNED = ("lr", "batch", "weight_decay")  # settings that are tuned: runs that differ are no seeds
 # their columns, where they are not mapped

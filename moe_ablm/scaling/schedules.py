@@ -1,0 +1,40 @@
+"""What a run has had of its learning-rate schedule: the area under it, and the rate of late.
+
+Of update t with rates eta: the area S1 = sum of eta_1 ... eta_t, and the recent rate
+r_t = m r_(t-1) + (1 - m) eta_t, which starts at the peak. With Tissue et al. 2024, eq. 1, the area
+of annealing is S2 = (peak - r_t) / (1 - m), m their lambda: what annealing has taken off the rate.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+MEMORY = 0.99  # lambda; the paper finds .99 to .999
+KEYS = ("steps", "lr", "warmup", "schedule", "decay_share")  # of `config.train`
+
+
+def rates(train: Mapping[str, Any]) -> np.ndarray:
+    """Learning rate of every update `[steps]`, of the keys `KEYS` of a run's `config.train`.
+
+    The warm-up counts at the peak, as in the paper (section 3.4): a short one costs no progress.
+    """
+    steps, warmup = int(train["steps"]), int(train["warmup"])
+    done = np.arange(steps) - warmup  # since the warm-up
+    rest = max(steps - warmup, 1)
+    if train["schedule"] == "linear":
+        share = 1.0 - done / rest
+    elif train["schedule"] == "cosine":
+        share = 0.5 * (1.0 + np.cos(np.pi * done / rest))
+    else:
+        decay = max(round(float(train["decay_share"]) * steps), 1)
+        share = (rest - done) / decay
+    return float(train["lr"]) * np.where(done < 0, 1.0, np.clip(share, 0.0, 1.0))
+
+
+def path_of(eta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area and recent rate after every update, both `[steps]`; the first rate is the peak."""
+    from scipy.signal import lfilter
+
+    recent, _ = lfilter([1.0 - MEMORY], [1.0, -MEMORY], eta, zi=[MEMORY * eta[0]])
+    return np.cumsum(eta), recent
