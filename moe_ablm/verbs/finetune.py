@@ -169,9 +169,9 @@ def _write(
         "versions": versions(*PACKAGES),
     }
     write_json(directory / "results.json", content)
-    names: Sequence[Any] = assay.targets
+    names: Sequence[Any] = assay.targets.tolist()
     if assay.classes:
-        names = [assay.classes[i] for i in assay.targets]
+        names = [assay.classes[i] for i in names]
     shown = {
         "sequence_id": [antibody.name for antibody in assay.antibodies],
         "target": names,

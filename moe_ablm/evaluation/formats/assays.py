@@ -116,7 +116,7 @@ def _columns(source: Source, wanted: Mapping[str, tuple[str, str]]) -> dict[str,
             once(header, column, name)
         return {key: column for key, (_, column) in wanted.items()}
 
-    found = {}
+    found: dict[str, Mapping[str, str]] = {}
     for batch in read_rows(source.paths[0], Report(name, "skip"), choose):
         columns = {key: batch[key].to_pylist() for key in wanted}
         for row in range(batch.num_rows):

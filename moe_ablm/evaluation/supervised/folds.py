@@ -100,11 +100,11 @@ def annotated(antibodies: Sequence[Antibody]) -> list[Annotated]:
 
 
 def _plain(antibody: Antibody, number: int) -> Annotated:
-    chains = [
+    heavy, light = (
         Chain(letters, letters, *(np.zeros(len(letters), np.uint8),) * 3, "", "")
         for letters in (antibody.heavy, antibody.light)
-    ]
-    return Annotated(str(number), str(number), number, *chains)
+    )
+    return Annotated(str(number), str(number), number, heavy, light)
 
 
 def drawn(antibodies: Sequence[Annotated], most: int, seed: int) -> list[Annotated]:

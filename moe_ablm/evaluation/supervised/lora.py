@@ -4,6 +4,8 @@ They are added to the parameters, not to the layers: attention, FFNs, routers an
 expert has factors of its own - are adapted by one rule, and the encoder computes as it always does.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flax import nnx
 ADAPTED = ("kernel", "router", "up", "down")  # weights of layers; not biases and norms
 SCALE = 2.0  # alpha / rank
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 Factors = dict[str, tuple[jax.Array, jax.Array]]
 
 
