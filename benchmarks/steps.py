@@ -76,7 +76,9 @@ def speed(seconds: float, spec: EncoderSpec, rows: Rows, kind: str, devices: int
 class OurStep:
     """The trainer's own step on all devices, from tracing to timing."""
 
-    def __init__(self, spec: EncoderSpec, execution: Execution, rows: Rows):
+    def __init__(
+        self, spec: EncoderSpec, execution: Execution, rows: Rows, optimizer: str = "adamw"
+    ):
         import jax
 
         from moe_ablm.parallel.mesh import batch_sharding, make_mesh
@@ -86,13 +88,14 @@ class OurStep:
         from moe_ablm.training.step import make_train_step
 
         self.spec, self.execution, self.rows = spec, execution, rows
-        optimizer = make_optimizer(
-            OptimizerSpec(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
+        settings = OptimizerSpec(
+            *(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0), optimizer=optimizer
         )
         start, mesh = time.perf_counter(), make_mesh(-1, 1, 1)
         definition = states.make_definition(spec, execution)
-        step = jax.jit(make_train_step(definition, optimizer, spec, 1, 0.0), donate_argnums=0)
-        self._state = states.abstract_state(spec, optimizer, False, mesh)
+        made = make_optimizer(settings)
+        step = jax.jit(make_train_step(definition, made, spec, 1, 0.0), donate_argnums=0)
+        self._state = states.abstract_state(spec, made, False, mesh)
         self._sharding = batch_sharding(mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding),

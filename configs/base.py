@@ -84,7 +84,10 @@ def get_config() -> ConfigDict:
     train.steps = 10_000
     train.batch = 32  # rows per update, over all devices; packed rows have several antibodies
     train.accumulate = 1  # micro-batches per update
-    train.lr = 4e-4  # peak
+    train.optimizer = "adamw"  # or muon: matrices of layers by Muon, all else by AdamW
+    train.lr = 4e-4  # peak, of AdamW
+    train.muon_lr = 0.02  # muon: peak of the matrices
+    train.router_lr = 1.0  # times the rate of routers; 0: they stay as they are
     train.warmup = 500  # steps
     train.schedule = "linear"  # linear, cosine, wsd (warm-up, stable, decay), constant
     train.decay_share = 0.2  # wsd: share of the steps that is decay
@@ -94,6 +97,9 @@ def get_config() -> ConfigDict:
     train.eps = 1e-6
     train.weight_decay = 0.01
     train.clip = 1.0  # of the gradient's global norm; 0: off
+    # updates whose gradient's norm is n sd above the mean of the last 100 are skipped; 0: off
+    train.skip_spikes = 0.0
+    train.z_loss = 0.0  # weight of log^2 of the output's partition function; 0: off
     train.ema = 0.0  # decay of an average of the weights, which is evaluated instead; 0: off
     train.patience = 0  # stop after n evaluations without improvement; 0: off
     # stop a run whose routing or loss stays collapsed (docs/training.md), with exit code 1

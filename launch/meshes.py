@@ -260,7 +260,7 @@ def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -
       UserError: the batch or the devices cannot be split, or nothing fits.
     """
     spec = config.model.spec()
-    floor = least(spec, where.devices, 0, config.data.length)
+    floor = least(spec, where.devices, 0, config.data.length, config.train.optimizer)
     if floor > where.usable:  # of so many layers not even the shapes would be known in time
         raise UserError(
             f"it does not fit {where.name}: {params_total(spec):,} parameters with gradients and "
@@ -325,7 +325,8 @@ def _weigh(
     execution = replace(execution, remat=remat or execution.remat)
     shape, ema = (rows, config.data.length), config.train.ema > 0
     mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
-    need = needed(config.model.spec(), execution, mesh, shape, ema, parts)
+    optimizer = config.train.optimizer
+    need = needed(config.model.spec(), execution, mesh, shape, ema, parts, optimizer)
     return Plan(where, data, expert, fsdp, rows, execution.remat, need)
 
 

@@ -31,6 +31,8 @@ VERBS = {
     "scan": "all single mutants, scored",
     "route": "experts of every residue and layer",
     "attention": "attention between heavy and light chain",
+    "finetune": "a head for a laboratory's assay, tested between clones and kept",
+    "predict": "what a fine-tuned model says of new antibodies",
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
     "compare": "evaluations of several models and seeds: differences, and what holds",
     "fit": "a table of runs -> a scaling law",
@@ -39,7 +41,9 @@ VERBS = {
 TRAIN = "train"  # has a command line of its own, with the keys of a config
 # modules of several verbs
 SHARED = {
-    **dict.fromkeys(("embed", "score", "infill", "scan", "route", "attention"), "asking"),
+    **dict.fromkeys(
+        ("embed", "score", "infill", "scan", "route", "attention", "predict"), "asking"
+    ),
     **dict.fromkeys(("import", "export", "upcycle"), "weights"),
 }
 # what is kept of an interrupted command
@@ -86,6 +90,9 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    if any(SHARED.get(verb, verb) in ("asking", "evaluate", TRAIN) for verb in sys.argv[1:2]):
+    if any(
+        SHARED.get(verb, verb) in ("asking", "evaluate", "finetune", TRAIN)
+        for verb in sys.argv[1:2]
+    ):
         restart_with_huge_pages()
     sys.exit(main(sys.argv))

@@ -21,7 +21,7 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.families import FAMILIES, Router, TokenChoice
 from moe_ablm.model.spec import ACTIVATIONS, PRECISIONS, REMAT, SIZES, EncoderSpec
-from moe_ablm.training.spec import SCHEDULES, OptimizerSpec
+from moe_ablm.training.spec import OPTIMIZERS, SCHEDULES, OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class TrainConfig(OptimizerSpec):
     ema: float
     patience: int
     stop_on_collapse: bool
+    z_loss: float
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,11 @@ LATER: dict[str, Any] = {
     "config.train.init": None,
     "config.train.freeze": 0,
     "config.train.restarts": (),
+    "config.train.optimizer": "adamw",
+    "config.train.muon_lr": 0.02,
+    "config.train.router_lr": 1.0,
+    "config.train.skip_spikes": 0.0,
+    "config.train.z_loss": 0.0,
     "config.log.profile": None,
 }
 # what our keys are called elsewhere
@@ -535,6 +541,8 @@ def _check(c: Config) -> None:
     layers = spec.layers
     _require(0 <= c.train.freeze <= layers, "train.freeze", c.train.freeze,
              f"0 (off) to the number of layers ({layers})")  # fmt: skip
+    _require(spec.moe is not None or c.train.router_lr == 1, "train.router_lr", c.train.router_lr,
+             "1 with model.moe.router='none', which has no routers")  # fmt: skip
     _require(not (c.train.freeze and c.model.moe.balance_rate), "model.moe.balance_rate",
              c.model.moe.balance_rate, "0 with train.freeze, which it would not obey")  # fmt: skip
 
@@ -549,12 +557,19 @@ def _check_profile(profile: str | None, steps: int) -> None:
 
 
 def _check_optimizer(t: TrainConfig) -> None:
-    """Values at which AdamW is another algorithm, or none, without a word."""
-    _require(t.lr > 0, "train.lr", t.lr, "a positive number")
+    """Values at which an optimizer is another algorithm, or none, without a word."""
+    _choice("train.optimizer", t.optimizer, OPTIMIZERS)
+    for name in ("lr", "muon_lr"):
+        _require(getattr(t, name) > 0, f"train.{name}", getattr(t, name), "a positive number")
+    default = LATER["config.train.muon_lr"]
+    _require(t.optimizer == "muon" or t.muon_lr == default, "train.muon_lr", t.muon_lr,
+             f"{default} with train.optimizer={t.optimizer!r}, which does not use it")  # fmt: skip
     for name in ("beta1", "beta2"):
         _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "0 to below 1")
+    _require(t.skip_spikes == 0 or t.skip_spikes >= 1, "train.skip_spikes", t.skip_spikes,
+             "0 (off), or standard deviations, 1 or more")  # fmt: skip
     _require(t.eps > 0, "train.eps", t.eps, "a positive number")
-    for name in ("weight_decay", "clip"):
+    for name in ("weight_decay", "clip", "z_loss", "router_lr"):
         _require(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "0 (off) or more")
     rising = sorted(set(t.restarts)) == list(t.restarts) and min(t.restarts, default=1) > 0
     _require(rising and max(t.restarts, default=0) < t.steps, "train.restarts", t.restarts,

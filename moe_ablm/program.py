@@ -52,7 +52,7 @@ def make_program(config: Config, execution: Execution) -> Program:
     spec, t = config.model.spec(), config.train
     definition = make_definition(spec, execution)
     optimizer = make_optimizer(t)
-    step = make_train_step(definition, optimizer, spec, t.accumulate, t.ema, config.seed)
+    step = make_train_step(definition, optimizer, spec, t.accumulate, t.ema, config.seed, t.z_loss)
     return Program(definition, optimizer, jax.jit(step, donate_argnums=0))
 
 

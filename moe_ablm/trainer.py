@@ -146,7 +146,8 @@ def execution_of(config: Config, spec: EncoderSpec, mesh: Mesh) -> Execution:
         return execution
     axes = abstract_mesh(*mesh.axis_sizes)
     rows = batch_rows(config) // config.train.accumulate // mesh.size
-    return fitting_remat(spec, execution, axes, (rows, config.data.length), memory)
+    shape, optimizer = (rows, config.data.length), config.train.optimizer
+    return fitting_remat(spec, execution, axes, shape, memory, optimizer)
 
 
 def _check_divides(config: Config, mesh: Mesh) -> None:
@@ -168,7 +169,8 @@ def _check_size(config: Config, mesh: Mesh) -> None:
     """Refuses what no setting makes fit, before anything is built."""
     spec, rows = config.model.spec(), batch_rows(config) // config.train.accumulate // mesh.size
     shared = config.mesh.expert * config.mesh.fsdp
-    needs, has = least(spec, shared, rows, config.data.length), memory_limit()
+    needs = least(spec, shared, rows, config.data.length, config.train.optimizer)
+    has = memory_limit()
     if needs > has:
         raise UserError(
             f"an update needs at least {needs / 1e9:,.1f} GB a device, which has {has / 1e9:,.1f}: "
@@ -314,6 +316,8 @@ class Trainer:
             "model_flops_per_second": flop_rate,
             "matmul_peak_share": flop_rate / self.peak.flops,
         }  # fmt: skip
+        if metrics.skipped is not None:
+            values["skipped_updates"] = int(metrics.skipped)
         if metrics.router is not None:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
         self._log("train", step, values)
@@ -429,7 +433,8 @@ class Trainer:
         batching, accumulate = self.feed.mixture.batching, self.config.train.accumulate
         rows = batching.rows // accumulate // self.mesh.size
         axes, ema = abstract_mesh(*self.mesh.axis_sizes), self.config.train.ema > 0
-        needs = needed(self.spec, self.execution, axes, (rows, batching.length), ema)
+        shape, optimizer = (rows, batching.length), self.config.train.optimizer
+        needs = needed(self.spec, self.execution, axes, shape, ema, optimizer=optimizer)
         return out_of_memory(error, self.config, self.execution, needs, device_memory())
 
     def _execution(self) -> dict:

@@ -16,7 +16,7 @@ from moe_ablm.evaluation.supervised.head_inputs import (
     HeadInputs,
     inputs_of,
 )
-from moe_ablm.evaluation.supervised.heads import Training, fit
+from moe_ablm.evaluation.supervised.heads import Training, fit, settled
 
 CLASSES = Head("classification", 2)
 SHORT = Training(epochs=30, batch=16, lr=1e-2)
@@ -122,6 +122,17 @@ def test_full_fine_tuning_changes_the_encoder_and_frozen_does_not(motif, tuned):
     assert (tuned(test).argmax(1) == truth).mean() > 0.85
     jax.tree.map(np.testing.assert_array_equal, before, base.model.params)
     assert "encoder" not in fit(base, train, classes, CLASSES, Training(epochs=1)).params
+
+
+def test_a_settled_predictor_says_the_same_on_a_model_that_can_be_saved(motif, tuned):
+    """But for hidden states that are kept as float16."""
+    test = motif[1][0]
+    found = settled(tuned)
+    jax.tree.map(np.testing.assert_array_equal, found.engine.model.params, tuned.params["encoder"])
+    assert set(found.params) == {"head"}
+    np.testing.assert_allclose(np.exp(found(test)), np.exp(tuned(test)), atol=0.02)
+    frozen = fit(engine(), test[:8], np.arange(8) % 2, CLASSES, Training(epochs=1))
+    assert settled(frozen) is frozen
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -10,7 +10,6 @@ from tiny_models import engine
 
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation import proteins
 from moe_ablm.evaluation.formats import tape
 from moe_ablm.evaluation.formats.protein_choice import chosen, drawn, fitting, without_common_ends
 from moe_ablm.evaluation.formats.protein_files import read_tasks
@@ -390,7 +389,7 @@ def test_the_window_sees_neighbours():
 
 
 def test_without_scikit_learn_there_are_no_baselines_and_a_note(subject, write, monkeypatch):
-    monkeypatch.setattr(proteins, "has_baselines", lambda: False)
+    monkeypatch.setattr(baselines, "has_sklearn", lambda: False)
     rows = split_rows(sequences(40), range(40), 10)
     outcome = evaluate(subject(write("a.csv", flip_csv(rows))), Settings(steps=1))
     assert Counter(n.labels["predictor"] for n in outcome.numbers) == {"model": 1}

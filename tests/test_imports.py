@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "model": {"parallel"},
     "training": {"model", "parallel", "results"},
-    "evaluation": {"model", "data", "inference", "results", "page"},
+    "evaluation": {"model", "data", "inference", "interop", "results", "page"},
     "interop": {"model", "data", "training", "config"},
     "inference": {"model", "data", "interop", "parallel", "cache"},
     "scaling": {"page"},

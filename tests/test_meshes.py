@@ -17,6 +17,7 @@ from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.training import memory
 from moe_ablm.training.optimizer import make_optimizer
+from moe_ablm.training.spec import OPTIMIZERS
 from moe_ablm.training.state import init_state
 
 TINY = EncoderSpec(4, 16, 32, 2, moe=TopK(experts=4))
@@ -58,12 +59,15 @@ def test_unknown_names(name):
 # memory, from shapes
 
 
-def test_a_state_on_one_device_is_as_large_as_a_real_one():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_on_one_device_is_as_large_as_a_real_one(name):
     mesh = make_mesh(-1, 1, 1)
+    optimizer = make_optimizer(replace(memory._ADAM, optimizer=name))
     with jax.set_mesh(mesh):
-        state = init_state(TINY, make_optimizer(memory._ADAM), 0, False, mesh)
+        state = init_state(TINY, optimizer, 0, False, mesh)
     real = [sum(x.nbytes for x in jax.tree.leaves(t)) for t in (state.params, state)]
-    assert memory.state_bytes(TINY, memory.abstract_mesh(1, 1, 1)) == tuple(real)
+    assert memory.state_bytes(TINY, memory.abstract_mesh(1, 1, 1), False, name) == tuple(real)
+    assert memory.least(TINY, 1, 0, 8, name) <= real[0] + real[1]  # with gradients
 
 
 def test_axes_divide_what_they_shard():

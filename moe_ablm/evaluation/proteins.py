@@ -8,7 +8,6 @@ learns from the same proteins: ridge regression on residues, logistic regression
 on a window of 15 residues. A protein is shown to the encoder as one chain.
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +66,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         raise Skipped("; ".join(notes))
     how = "encoder and head trained" if settings.full else "a head on the frozen encoder"
     notes.append(f"model: {how}, the epoch of least loss on the validation set, if there is one")
-    if not has_baselines():
+    if not baselines.has_sklearn():
         notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
     return shown(results, notes)
 
@@ -146,7 +145,7 @@ def evaluate_split(
     predictor = fit(subject.engine, of(split.train), targets, head, training, checked)
     tested = [p for test in split.tests.values() for p in test]
     found = {"model": best(task.kind, predictor(of(tested)))}
-    if has_baselines():
+    if baselines.has_sklearn():
         name = baselines.NAMES[task.kind]
         found[name] = baseline(task.kind, split.train, targets, tested, subject.seed)
     results, first = [], 0
@@ -201,11 +200,6 @@ def best(kind: str, outputs):
     if kind == "residue":
         return [each.argmax(1) for each in outputs]
     return outputs.argmax(1) if kind == "classification" else outputs
-
-
-def has_baselines() -> bool:
-    """Whether scikit-learn is there."""
-    return importlib.util.find_spec("sklearn") is not None
 
 
 def baseline(kind: str, train: Sequence[Protein], targets, test: Sequence[Protein], seed: int):

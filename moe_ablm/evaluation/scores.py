@@ -176,9 +176,10 @@ def score_numbers(
                 numbers.append(
                     _number(metric, value[name][metric], drawn[name][metric], about, units)
                 )
-            spread = [np.std([f[metric][0] for f in each], ddof=1) for each in held]
-            sd = float(np.mean(spread))
-            numbers.append(Number(f"{metric}, sd of folds", sd, about, n=len(held[0])))
+            if len(held[0]) > 1:
+                spread = [np.std([f[metric][0] for f in each], ddof=1) for each in held]
+                sd = float(np.mean(spread))
+                numbers.append(Number(f"{metric}, sd of folds", sd, about, n=len(held[0])))
             if name != baseline:
                 gain, of_draws = (x[name][metric] - x[baseline][metric] for x in (value, drawn))
                 numbers.append(_number(f"{metric} over baseline", gain, of_draws, about, units))

@@ -27,7 +27,7 @@ SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
 # recomputes it; fused kernels hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
 _ROWS = 16  # rows traced at a time, since experts' rows come in whole blocks
-# any AdamW has the same two moments
+# any AdamW has the same two moments; of what Muon moves there is one
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
 _KINDS = {
     "tokens": "int32", "targets": "int32", "segment": "int32", "region": "int32",
@@ -41,9 +41,12 @@ def abstract_mesh(data: int, expert: int, fsdp: int) -> AbstractMesh:
 
 
 @cache
-def state_bytes(spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False) -> tuple[int, int]:
+def state_bytes(
+    spec: EncoderSpec, mesh: AbstractMesh, ema: bool = False, optimizer: str = "adamw"
+) -> tuple[int, int]:
     """Bytes per device of the parameters, and of the whole state that a checkpoint holds."""
-    state: TrainState = abstract_state(spec, make_optimizer(_ADAM), ema, mesh)
+    made = make_optimizer(replace(_ADAM, optimizer=optimizer))
+    state: TrainState = abstract_state(spec, made, ema, mesh)
     return _bytes(state.params), _bytes(state)
 
 
@@ -88,6 +91,7 @@ def needed(
     rows: tuple[int, int],
     ema: bool = False,
     accumulate: int = 1,
+    optimizer: str = "adamw",
 ) -> Needed:
     """Memory of a training step.
 
@@ -98,9 +102,10 @@ def needed(
       rows: number of rows of a micro-batch on one device, and tokens of a row.
       ema: whether there is an average of the weights.
       accumulate: micro-batches of a step.
+      optimizer: one of `spec.OPTIMIZERS`.
     """
     count, length = rows
-    params, state = state_bytes(spec, mesh, ema)
+    params, state = state_bytes(spec, mesh, ema, optimizer)
     kept = activation_bytes(spec, execution, length)
     whole = activation_bytes(spec, replace(execution, remat="none"), length)
     activations = kept.layers + max(kept.rest, round(WORK * whole.largest))
@@ -118,27 +123,32 @@ def fitting_remat(
     mesh: AbstractMesh,
     rows: tuple[int, int],
     memory: float,
+    optimizer: str = "adamw",
 ) -> Execution:
     """`execution`, with remat "full" where its own remat does not fit `memory` bytes per device."""
-    if needed(spec, execution, mesh, rows).total <= memory:
+    if needed(spec, execution, mesh, rows, optimizer=optimizer).total <= memory:
         return execution
     return replace(execution, remat="full")
 
 
-def least(spec: EncoderSpec, devices: int, rows: int, length: int) -> float:
+def least(
+    spec: EncoderSpec, devices: int, rows: int, length: int, optimizer: str = "adamw"
+) -> float:
     """Lower bound of the bytes that a device needs, whatever is recomputed.
 
-    It is the larger of two: parameters, gradients and both moments in float32, sharded over all
-    devices; and the input of every layer in bfloat16. It traces nothing, so it also works for sizes
-    that could not be traced.
+    It is the larger of two: parameters, gradients and moments in float32 (two of AdamW; of Muon
+    one, which most weights have), sharded over all devices; and the input of every layer in
+    bfloat16. It traces nothing, so it also works for sizes that could not be traced.
 
     Args:
       spec: the encoder.
       devices: over which the state may be sharded.
       rows: rows of a micro-batch on one device.
       length: tokens of a row.
+      optimizer: one of `spec.OPTIMIZERS`.
     """
-    state = 4 * 4 * params_total(spec) / devices
+    moments = 1 if optimizer == "muon" else 2
+    state = 4 * (2 + moments) * params_total(spec) / devices
     return max(state, 2.0 * rows * length * spec.d_model * spec.layers)
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW with clipping and a schedule; keys are explained in configs/base.py."""
+    """An optimizer with clipping and a schedule; keys are explained in configs/base.py."""
 
     steps: int
     lr: float
@@ -21,6 +22,10 @@ class OptimizerSpec:
     clip: float
     freeze: int = field(default=0, kw_only=True)
     restarts: tuple[int, ...] = field(default=(), kw_only=True)
+    optimizer: str = field(default="adamw", kw_only=True)
+    muon_lr: float = field(default=0.02, kw_only=True)
+    router_lr: float = field(default=1.0, kw_only=True)
+    skip_spikes: float = field(default=0.0, kw_only=True)
 
     @property
     def cycles(self) -> tuple[int, ...]:

@@ -124,14 +124,20 @@ def state_sharding(
     params = params_sharding(shapes.params, mesh)
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        # a part of an optimizer has nothing in the place of parameters that another part moves
+        lambda x, sharding: x if _is_masked(x) else sharding,
         shapes.opt_state,
         split_trained(params)[0],
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_masked,
     )
     ema = None if shapes.ema is None else params
     step: Any = replicated(mesh)  # a TrainState of shardings instead of arrays
     return TrainState(step, params, moments, ema)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def path_name(path: tuple) -> str:

@@ -82,6 +82,7 @@ class StepMetrics(NamedTuple):
     update_norm: jax.Array
     param_norm: jax.Array
     router: RouterStats | None
+    skipped: jax.Array | None  # updates of the run so far that were spikes; None: none is skipped
 
 
 def forward(
@@ -92,6 +93,17 @@ def forward(
     if "position" in batch:
         packing = Packing(batch["antibody"], batch["position"])
     return model(batch["tokens"], batch["segment"] > 0, packing, training, key)
+
+
+def logit_z_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Sum over the masked positions of log^2 of the partition function (Chowdhery et al. 2022).
+
+    Args:
+      logits: float32 `[B, L, V]`.
+      batch: with `loss_mask [B, L]`.
+    """
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(batch["loss_mask"], normaliser**2, 0.0).sum()
 
 
 def auxiliary_loss(stats: RouterStats, moe: Router) -> jax.Array:
@@ -110,6 +122,7 @@ def make_train_step(
     accumulate: int,
     ema: float,
     seed: int = 0,
+    z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function that updates a state by a batch.
 
@@ -124,6 +137,7 @@ def make_train_step(
       accumulate: micro-batches of a batch.
       ema: decay of the average of the weights; not used if the state has none.
       seed: seed of jitter and dropout.
+      z_loss: weight of `logit_z_loss`, which is not in the reported loss.
     """
     moe = spec.moe
     random = spec.drops or bool(moe and moe.noise)
@@ -132,6 +146,8 @@ def make_train_step(
         output = forward(nnx.merge(definition, trained, fixed), batch, training=True, key=key)
         sums = region_sums(output.logits, batch)
         loss = sums.loss.sum() / masked
+        if z_loss:
+            loss = loss + z_loss * logit_z_loss(output.logits, batch) / masked
         router = None
         if moe and output.routing is not None:
             router = output.routing.stats
@@ -182,6 +198,7 @@ def make_train_step(
             update_norm=optax.tree.norm(measured[0]),
             param_norm=optax.tree.norm(measured[1]),
             router=router,
+            skipped=optax.tree.get(opt_state, "skipped"),
         )
         return TrainState(state.step + 1, params, opt_state, average), metrics
 

@@ -1,4 +1,4 @@
-"""The verbs that ask a model about antibodies: embed, score, infill, scan, route, attention.
+"""Verbs that ask a model about antibodies: embed, score, infill, scan, route, attention, predict.
 
 They share their flags and the way from sequences to results (`ask`); each adds a `Question`.
 """
@@ -476,6 +476,19 @@ def attention(args: argparse.Namespace) -> None:
     ask(args, question)
 
 
+def predict(args: argparse.Namespace) -> None:
+    """Writes what the head of a fine-tuned model says of every antibody."""
+    from moe_ablm.evaluation.supervised.saved_head import cost, read_head, table
+
+    saved = read_head(args.run)
+    question = Question(
+        {"head": saved.digest()},
+        lambda engine, antibodies: table(saved, engine, antibodies),
+        cost,
+    )
+    ask(args, question)
+
+
 VERBS = {
     "embed": (add_embed_arguments, embed),
     "score": (add_score_arguments, score),
@@ -483,4 +496,5 @@ VERBS = {
     "scan": (add_scan_arguments, scan),
     "route": (add_route_arguments, route),
     "attention": (add_attention_arguments, attention),
+    "predict": (add_asking_arguments, predict),
 }

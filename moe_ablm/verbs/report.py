@@ -1,4 +1,7 @@
-"""`python -m moe_ablm report --run DIR`: the table and figures of a run, from its results alone."""
+"""`python -m moe_ablm report --run DIR`: the table and figures of a run, from its results alone.
+
+With `--run` several times: all of them in one figure and one table (`curves`).
+"""
 
 import argparse
 import json
@@ -16,18 +19,50 @@ from moe_ablm.files import all_or_none
 from moe_ablm.model import flops
 from moe_ablm.progress import region_table, stability_lines
 from moe_ablm.results import read_results
+from moe_ablm.verbs import run_curves
 from moe_ablm.verbs.writing import out_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--run", type=Path, required=True, help="work directory of a run")
-    parser.add_argument("--out", type=out_directory, help="where figures go (default: RUN/figures)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        action="append",
+        required=True,
+        help="work directory of a run; repeatable: curves of all in one figure",
+    )
+    parser.add_argument(
+        "--out",
+        type=out_directory,
+        help="where figures go (default: RUN/figures; of several runs it must be given)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints how the run stands, its newest evaluation and stability; draws loss and routing."""
-    file = args.run / "results.jsonl"
+    """Prints how the run stands, its newest evaluation and stability; draws loss and routing.
+
+    Of several runs: a line each, and their curves.
+    """
+    if len(args.run) > 1:
+        _together(args.run, args.out)
+    else:
+        _alone(args.run[0], args.out)
+
+
+def _together(runs: list[Path], out: Path | None) -> None:
+    if out is None:
+        raise UserError("--out is missing: of several runs, say where the figure is to go")
+    found = run_curves.read_curves(runs)
+    with all_or_none(out) as directory:
+        run_curves.draw(found, directory / "curves.png")
+        run_curves.write_csv(found, directory / "runs.csv")
+    Console().print(run_curves.table(found))
+    print(f"curves: {out / 'curves.png'}, table: {out / 'runs.csv'}")
+
+
+def _alone(run: Path, out: Path | None) -> None:
+    file = run / "results.jsonl"
     records = read_results(file)
     evaluations = [r for r in records if r["kind"] == "eval"]
     if not evaluations:
@@ -35,10 +70,10 @@ def run(args: argparse.Namespace) -> None:
             f"{file}: {'holds no evaluation yet' if file.exists() else 'is not there'}; --run must "
             "be the work directory of a run that has evaluated at least once"
         )
-    print(standing(args.run, records))
+    print(standing(run, records))
     Console().print(region_table(evaluations[-1]))
-    print("\n".join(_stability(args.run / "run.json")))
-    out = args.out or args.run / "figures"
+    print("\n".join(_stability(run / "run.json")))
+    out = out or run / "figures"
     routed = evaluations[-1].get("routed")
     with all_or_none(out) as directory:
         draw_loss(records, directory / "loss.png")

@@ -4,6 +4,7 @@ Of antibodies, a classifier that sees no sequence, only what V genes, mutation c
 length give away; of proteins, regressions on the sequence alone.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,17 +60,50 @@ def predictions(
     Raises:
       Skipped: scikit-learn is not installed.
     """
-    linear_model, extraction = require_sklearn()
+    require_sklearn()
+    count = int(classes.max()) + 1
 
     def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
-        table = extraction.DictVectorizer()
-        x = table.fit_transform([known[i] for i in train])
-        model = linear_model.LogisticRegression(max_iter=1000).fit(x, classes[train])
-        found = np.zeros((len(held), classes.max() + 1))
-        found[:, model.classes_] = model.predict_proba(table.transform([known[i] for i in held]))
-        return found
+        learned, asked = ([known[i] for i in rows] for rows in (train, held))
+        return by_genes(learned, classes[train], asked, count)
 
     return out_of_fold(predict, folds)
+
+
+def by_genes(
+    train: Sequence[Mapping[str, str]],
+    classes: np.ndarray,
+    test: Sequence[Mapping[str, str]],
+    count: int,
+) -> np.ndarray:
+    """Probabilities of `count` classes by logistic regression on one-hot features, `[n, count]`."""
+    linear_model, extraction = require_sklearn()
+    table = extraction.DictVectorizer()
+    x = table.fit_transform(train)
+    model = linear_model.LogisticRegression(max_iter=1000).fit(x, classes)
+    return _shares(model, table.transform(test), count)
+
+
+def values_by_genes(
+    train: Sequence[Mapping[str, str]], targets: np.ndarray, test: Sequence[Mapping[str, str]]
+) -> np.ndarray:
+    """Ridge regression on one-hot features, its penalty chosen by leave-one-out, float64 `[n]`."""
+    linear_model, extraction = require_sklearn()
+    table = extraction.DictVectorizer(sparse=False)
+    x = table.fit_transform(train)
+    return linear_model.RidgeCV(PENALTIES).fit(x, targets).predict(table.transform(test))
+
+
+def _shares(model: Any, x: Any, count: int) -> np.ndarray:
+    """Probabilities of all classes, 0 of those that a model has not seen."""
+    found = np.zeros((x.shape[0], count))
+    found[:, model.classes_] = model.predict_proba(x)
+    return found
+
+
+def has_sklearn() -> bool:
+    """Whether scikit-learn is there."""
+    return importlib.util.find_spec("sklearn") is not None
 
 
 def require_sklearn() -> tuple[Any, Any]:
@@ -90,6 +124,7 @@ NAMES = {
     "classification": "logistic on composition",
     "residue": "logistic on a window of 15 residues",
 }
+PENALTIES = np.logspace(-3, 3, 13)  # of ridge regressions
 _AROUND = 7  # residues on either side of one
 _MOST_RESIDUES = 20_000  # of the training set
 _AT_ONCE = 1 << 16
@@ -112,17 +147,28 @@ def regression(train: Sequence[str], targets: np.ndarray, test: Sequence[str]) -
     varied = x.std(0) > 0
     if not varied.any():
         return np.full(len(y), targets.mean())
-    return RidgeCV(np.logspace(-3, 3, 13)).fit(x[:, varied], targets).predict(y[:, varied])
+    return RidgeCV(PENALTIES).fit(x[:, varied], targets).predict(y[:, varied])
 
 
 def classification(train: Sequence[str], classes: np.ndarray, test: Sequence[str]) -> np.ndarray:
     """Multinomial logistic regression on composition and length, int64 `[n]`."""
+    return _logistic(train, classes).predict(_composition(test))
+
+
+def composition(
+    train: Sequence[str], classes: np.ndarray, test: Sequence[str], count: int
+) -> np.ndarray:
+    """Probabilities of `count` classes by the same, float64 `[n, count]`."""
+    return _shares(_logistic(train, classes), _composition(test), count)
+
+
+def _logistic(train: Sequence[str], classes: np.ndarray) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return model.fit(_composition(train), classes).predict(_composition(test))
+    return model.fit(_composition(train), classes)
 
 
 def residue(

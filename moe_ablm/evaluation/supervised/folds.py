@@ -9,6 +9,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from moe_ablm.data.annotate import annotate_batch
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers import open_sources
 from moe_ablm.data.regions import CDR3, CHAINS, regions_from_cdr_mask
 from moe_ablm.data.split import hash64, link, record_keys
@@ -82,6 +83,28 @@ def _chain(letters: str, germline: str, cdr: str, mutated: str, v_gene: str, j_g
     region = regions_from_cdr_mask(codes, np.array([0, len(codes)]))
     mutations = np.frombuffer(mutated.encode(), np.uint8) - np.uint8(ord("0"))
     return Chain(letters, germline, region, mutations, np.zeros_like(region), v_gene, j_gene)
+
+
+def annotated(antibodies: Sequence[Antibody]) -> list[Annotated]:
+    """Antibodies with what annotation finds, in their order; without where it finds no V domain."""
+    n = len(antibodies)
+    columns = {
+        "sequence_id": [str(i) for i in range(n)],
+        "sequence_aa_heavy": [a.heavy for a in antibodies],
+        "sequence_aa_light": [a.light for a in antibodies],
+        "label": [""] * n,
+    }
+    batch = pa.record_batch({k: pa.array(v, pa.string()) for k, v in columns.items()})
+    found = {int(a.name): a for a in _annotated(batch)}
+    return [found.get(i) or _plain(a, i) for i, a in enumerate(antibodies)]
+
+
+def _plain(antibody: Antibody, number: int) -> Annotated:
+    heavy, light = (
+        Chain(letters, letters, *(np.zeros(len(letters), np.uint8),) * 3, "", "")
+        for letters in (antibody.heavy, antibody.light)
+    )
+    return Annotated(str(number), str(number), number, heavy, light)
 
 
 def drawn(antibodies: Sequence[Annotated], most: int, seed: int) -> list[Annotated]:

@@ -1,4 +1,6 @@
-"""Supervised heads: a small network on an encoder's hidden states, with the encoder frozen or not.
+"""Supervised heads: a small network on an encoder's hidden states.
+
+The encoder is frozen, or trained with the head, as a whole or by low-rank adapters.
 
 The last layer gives a vector a residue. They are standardised, pooled - by attention with one
 learned query, or as their mean - and go through a hidden layer with GELU. Special tokens are
@@ -6,7 +8,7 @@ context, but have no part in it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from moe_ablm.evaluation.supervised.head_inputs import (
     inputs_of,
     scale_of,
 )
+from moe_ablm.evaluation.supervised.lora import adapted, adapters
 from moe_ablm.inference.buckets import Engine, alone
 from moe_ablm.inference.embed import HiddenStates
 from moe_ablm.model.encoder import Encoder, Observe
@@ -43,9 +46,10 @@ class Training:
       epochs: passes over the training set.
       batch: antibodies of a step.
       lr: of the head.
-      encoder_lr: of the encoder, where `full`.
+      encoder_lr: of the encoder, where `full`, or of its adapters.
       weight_decay: of the head's matrices.
       full: the encoder is trained, too.
+      rank: of adapters of the encoder, which are trained instead of it; 0: none.
       seed: of the head's weights and of the order.
     """
 
@@ -56,13 +60,19 @@ class Training:
     weight_decay: float = 0.01
     full: bool = False
     seed: int = 0
+    rank: int = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the encoder is trained."""
+        return not (self.full or self.rank)
 
 
 @dataclass(frozen=True)
 class _Network:
     """Outputs of a batch; hashable, so that what is compiled for it is used again.
 
-    `definition`: of the encoder where it is trained, else None.
+    `definition`: of the encoder where it or its adapters are trained, else None.
     """
 
     head: Head
@@ -71,7 +81,7 @@ class _Network:
     def __call__(self, params: dict, batch: dict) -> jax.Array:
         """float32 `[B, outputs]`, of residues `[B, R, outputs]`: log-probabilities or values."""
         p, mask = params["head"], batch["mask"][..., None]
-        x = batch["states"] if "states" in batch else self._encoded(params["encoder"], batch)
+        x = batch["states"] if "states" in batch else self._encoded(params, batch)
         x = x.astype(jnp.float32)
         centre, spread = (jax.lax.stop_gradient(p[name]) for name in ("centre", "spread"))
         if self.head.kind != "residue":
@@ -86,9 +96,9 @@ class _Network:
         x = jnp.matmul(x, p["outer"], precision=_PRECISION) + p["outer_bias"]
         return x if self.head.kind == "regression" else jax.nn.log_softmax(x, axis=-1)
 
-    def _encoded(self, params: nnx.State, batch: dict) -> jax.Array:
+    def _encoded(self, params: dict, batch: dict) -> jax.Array:
         assert self.definition is not None  # batches of a frozen encoder hold its states
-        encoder = nnx.merge(self.definition, params)
+        encoder = nnx.merge(self.definition, encoder_of(params))
         states = encoder(
             batch["tokens"].astype(jnp.int32), batch["valid"], observe=Observe(hidden=True)
         ).hidden[-1]
@@ -104,6 +114,11 @@ class _Network:
         return (each * weight).sum(), weight.sum()
 
 
+def encoder_of(params: dict) -> nnx.State:
+    """Parameters of the encoder, its adapters added to them."""
+    return adapted(params["encoder"], params["lora"]) if "lora" in params else params["encoder"]
+
+
 @partial(jax.jit, static_argnames="network")
 def _outputs(network: _Network, params: dict, batch: dict) -> jax.Array:
     return network(params, batch)
@@ -115,9 +130,11 @@ def _loss_sums(network: _Network, params: dict, batch: dict) -> tuple[jax.Array,
 
 
 @partial(jax.jit, static_argnames=("network", "weight_decay"))
-def _update(network: _Network, weight_decay: float, params, state, batch: dict, rates: dict):
+def _update(
+    network: _Network, weight_decay: float, params, state, batch: dict, rates: dict, fixed: dict
+):
     def objective(params):
-        total, count = network.loss(params, batch)
+        total, count = network.loss(params | fixed, batch)
         return total / jnp.maximum(count, 1)
 
     gradient = jax.grad(objective)(params)
@@ -195,22 +212,58 @@ def fit(
       training: how.
       valid: antibodies and targets; the epoch of least loss on them is kept, else the last one.
     """
-    inputs = _inputs(engine, antibodies, head, training.full)
+    inputs = _inputs(engine, antibodies, head, not training.frozen)
     definition = None
-    if training.full:
+    if not training.frozen:
         spec = alone(engine.model.spec)
         definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[0]
     network, scale = _Network(head, definition), scale_of(targets, head)
     params: dict[str, Any] = {"head": _initial(engine, inputs, head, training.seed)}
+    fixed = {}
     if training.full:
         params["encoder"] = engine.model.params
+    elif training.rank:
+        params["lora"] = adapters(engine.model.params, training.rank, training.seed)
+        fixed["encoder"] = engine.model.params
     goals = goals_of(targets, scale, head)
     checked = None
     if valid is not None:
-        given = _inputs(engine, valid[0], head, training.full)
+        given = _inputs(engine, valid[0], head, not training.frozen)
         checked = given, goals_of(valid[1], scale, head)
-    params = _trained(network, params, inputs, goals, training, checked)
+    params = _trained(network, params, fixed, inputs, goals, training, checked) | fixed
     return Predictor(engine, network, params, training.batch, scale)
+
+
+def predictor_of(
+    engine: Engine,
+    head: Head,
+    weights: dict[str, jax.Array],
+    batch: int,
+    scale: tuple[np.ndarray, np.ndarray],
+) -> Predictor:
+    """The predictor of a head that was trained before, on an encoder that is not trained.
+
+    Args:
+      engine: the encoder.
+      head: what is predicted.
+      weights: of the head, by name.
+      batch: antibodies that it computes at once.
+      scale: mean and standard deviation of a regression's targets.
+    """
+    return Predictor(engine, _Network(head, None), {"head": weights}, batch, scale)
+
+
+def settled(predictor: Predictor) -> Predictor:
+    """The same head on an encoder that is not trained any more: with it a model can be saved.
+
+    Adapters are added to the weights; hidden states are the engine's, as with a frozen encoder.
+    """
+    if predictor.network.definition is None:
+        return predictor
+    params = jax.jit(encoder_of)({k: v for k, v in predictor.params.items() if k != "head"})
+    engine = predictor.engine.with_model(replace(predictor.engine.model, params=params))
+    head, weights = predictor.network.head, predictor.params["head"]
+    return predictor_of(engine, head, weights, predictor.batch, predictor.scale)
 
 
 def _inputs(
@@ -224,6 +277,7 @@ def _inputs(
 def _trained(
     network: _Network,
     params: dict,
+    fixed: dict,
     inputs: HeadInputs,
     goals: list,
     training: Training,
@@ -240,10 +294,13 @@ def _trained(
         for first in range(0, len(order), size):
             batch = batch_of(inputs, order[first : first + size], size, goals)
             share = min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1), 1)
-            rates = {"head": share * training.lr, "encoder": share * training.encoder_lr}
-            params, state = _update(network, training.weight_decay, params, state, batch, rates)
+            rates = {"head": share * training.lr}
+            rates |= dict.fromkeys(("encoder", "lora"), share * training.encoder_lr)
+            params, state = _update(
+                network, training.weight_decay, params, state, batch, rates, fixed
+            )
             step += 1
-        loss = _mean_loss(network, params, *checked, size) if checked else -step
+        loss = _mean_loss(network, params | fixed, *checked, size) if checked else -step
         if loss < least:
             best, least = params, loss
     return best

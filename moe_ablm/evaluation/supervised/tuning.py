@@ -1,0 +1,303 @@
+"""A head for a laboratory's assay: cross-validated between clones, then trained on all of it.
+
+Out-of-fold predictions of the head are compared with what was measured, with intervals over groups
+(clones), beside predictions that need no language model: what they reach is no merit of the model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from moe_ablm.errors import UserError
+from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
+from moe_ablm.evaluation.formats.assays import Assay
+from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
+from moe_ablm.evaluation.supervised import baselines
+from moe_ablm.evaluation.supervised.folds import (
+    annotated,
+    clonal_folds,
+    clones,
+    joined,
+    numbered,
+    out_of_fold,
+)
+from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs, inputs_of
+from moe_ablm.evaluation.supervised.heads import Predictor, Training, fit, settled
+from moe_ablm.inference.buckets import Engine
+
+CLONE, SEQUENCE = "clone", "sequence"  # groups; else the name of a column
+FEWEST = 10  # antibodies to train on
+FEWEST_TESTED = 3
+MODEL = "model"
+# from indices to train on and indices held out to predictions of the latter
+Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How heads are trained and tested.
+
+    Attributes:
+      training: but for its epochs, which follow from `steps`.
+      steps: at least so many, in whole passes over the training set.
+      folds: of the cross-validation, where the assay has no parts.
+      groups: `CLONE`, `SEQUENCE`, or a column: what is never in two folds.
+    """
+
+    training: Training
+    steps: int = 1000
+    folds: int = 5
+    groups: str = CLONE
+
+    def training_of(self, antibodies: int) -> Training:
+        """The training on so many antibodies."""
+        passes = -(-self.steps // -(-antibodies // self.training.batch))
+        return replace(self.training, epochs=passes)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A trained head and how it was tested.
+
+    Attributes:
+      predictor: trained on all antibodies, or on the assay's training set; its encoder is settled.
+      folds: where each antibody was held out, int64 `[n]`; -1 where it was not.
+      held_out: predictions of what was trained without it: values `[n]`, or log-probabilities
+        `[n, C]`; NaN where it was not held out.
+      numbers: of the head and of the baselines.
+      notes: sentences for the reader.
+    """
+
+    predictor: Predictor
+    folds: np.ndarray
+    held_out: np.ndarray
+    numbers: list[Number]
+    notes: list[str]
+
+
+def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], None]) -> Tuned:
+    """Tests a way of training by cross-validation, or on the assay's test set, and trains it.
+
+    Args:
+      engine: the model.
+      assay: antibodies and targets.
+      settings: how.
+      say: told what is being done.
+
+    Raises:
+      UserError: too few antibodies, groups or classes.
+      Skipped: hidden states do not fit into memory.
+    """
+    bench = Bench(engine, assay, settings)
+    if assay.parts:
+        folds, predictor, tested = bench.tested(say)
+    else:
+        folds, predictor, tested = bench.cross_validated(say)
+    numbers = bench.numbers(folds, tested)
+    held_out = np.full((len(folds), *tested[MODEL].shape[1:]), np.nan, np.float32)
+    held_out[folds >= 0] = tested[MODEL]
+    return Tuned(predictor, folds, held_out, numbers, bench.notes)
+
+
+class Bench:
+    """An assay with its groups, and hidden states that are computed once."""
+
+    def __init__(self, engine: Engine, assay: Assay, settings: Settings):
+        """Raises: UserError where there is too little to learn from."""
+        self._engine, self._assay, self._settings = engine, assay, settings
+        self.notes: list[str] = []
+        _require_targets(assay)
+        found = annotated(assay.antibodies)
+        pairs = numbered([(a.heavy, a.light) for a in assay.antibodies])
+        if assay.groups:
+            self._groups = joined(numbered(assay.groups), pairs)
+        else:
+            self._groups = pairs if settings.groups == SEQUENCE else clones(found)
+        self._known = [baselines.features(a) for a in found]
+        if not any(a.heavy.v_gene or a.light.v_gene for a in found):
+            self._known = []
+            self.notes.append("no V domain among the sequences: no clones, no baseline of V genes")
+        self._head = Head(assay.task, max(len(assay.classes), 1))
+        self._frozen = settings.training.frozen
+        if assay.parts:
+            _require_parts(assay)
+        else:
+            self._require_folds()
+        self._inputs = inputs_of(engine, assay.antibodies, self._head, not self._frozen)
+
+    def _require_folds(self) -> None:
+        assay, count = self._assay, self._settings.folds
+        what = f"groups (--groups {self._settings.groups})"
+        classes = assay.targets if assay.classes else np.zeros(len(assay.targets), int)
+        for index in np.unique(classes).tolist():
+            members = self._groups[classes == index]
+            groups = len(np.unique(members))
+            if groups < count:
+                of = f"class {assay.classes[index]!r}: " if assay.classes else ""
+                raise UserError(
+                    f"{of}{len(members):,} antibodies are of {groups} {what}, expected at least "
+                    f"{count}, one a fold: set --folds, or --groups {SEQUENCE} (or a column), "
+                    "which tells how well other variants of the same clones are predicted"
+                )
+
+    def cross_validated(
+        self, say: Callable[[str], None]
+    ) -> tuple[np.ndarray, Predictor, dict[str, np.ndarray]]:
+        """Folds, the predictor that has seen all, and out-of-fold predictions by predictor."""
+        assay, settings = self._assay, self._settings
+        folds = clonal_folds(
+            self._groups,
+            _strata(assay),
+            settings.folds,
+            np.random.default_rng(settings.training.seed),
+        )
+        done = 0
+
+        def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
+            nonlocal done
+            done += 1
+            say(f"fold {done} of {settings.folds}: {len(train):,} to train on, {len(held):,} not")
+            return self._outputs(self._fitted(train), held)
+
+        tested = {MODEL: _out_of_fold(predict, folds)}
+        tested |= {k: _out_of_fold(each, folds) for k, each in self._baselines().items()}
+        say(f"all {len(folds):,} antibodies")
+        sizes = ", ".join(map(str, np.bincount(folds)))
+        groups = len(np.unique(self._groups))
+        self.notes.append(
+            f"{len(folds):,} antibodies in {groups:,} groups ({settings.groups}), none of them in "
+            f"two folds; folds of {sizes}; intervals are over groups"
+        )
+        return folds, self._fitted(np.arange(len(folds))), tested
+
+    def tested(
+        self, say: Callable[[str], None]
+    ) -> tuple[np.ndarray, Predictor, dict[str, np.ndarray]]:
+        """The test set as the one fold (0), the predictor, and its predictions of the test set."""
+        parts = np.array(self._assay.parts)
+        train, valid, test = (np.flatnonzero(parts == part) for part in ("train", "valid", "test"))
+        say(f"{len(train):,} to train on, {len(valid):,} to validate, {len(test):,} to test")
+        predictor = self._fitted(train, valid)
+        tested = {MODEL: self._outputs(predictor, test)}
+        tested |= {name: each(train, test) for name, each in self._baselines().items()}
+        folds = np.where(parts == "test", 0, -1)
+        shared = np.isin(self._groups[test], self._groups[train]).sum()
+        self.notes.append(
+            f"{len(train):,} antibodies to train on, {len(valid):,} to validate, {len(test):,} to "
+            f"test, of which {shared:,} are in a group ({self._settings.groups}) of the training "
+            "set; intervals are over groups"
+        )
+        return folds, predictor, tested
+
+    def _fitted(self, train: np.ndarray, valid: np.ndarray | None = None) -> Predictor:
+        targets, checked = self._assay.targets, None
+        if valid is not None and len(valid):
+            checked = self._inputs.take(valid), targets[valid]
+        training = self._settings.training_of(len(train))
+        inputs = self._inputs.take(train)
+        return settled(fit(self._engine, inputs, targets[train], self._head, training, checked))
+
+    def _outputs(self, predictor: Predictor, rows: np.ndarray) -> np.ndarray:
+        inputs: HeadInputs | list = self._inputs.take(rows)
+        if not self._frozen:  # hidden states are those of a new encoder
+            inputs = [self._assay.antibodies[i] for i in rows.tolist()]
+        return np.asarray(predictor(inputs))
+
+    def _baselines(self) -> dict[str, Predict]:
+        if not baselines.has_sklearn():
+            self.notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
+            return {}
+        assay, known = self._assay, self._known
+        letters = [a.heavy + a.light for a in assay.antibodies]
+
+        def some(values: list, rows: np.ndarray) -> list:
+            return [values[i] for i in rows.tolist()]
+
+        count = len(assay.classes)
+        learn: Callable = baselines.regression
+        by_genes: Callable = baselines.values_by_genes
+        if assay.classes:
+            learn = partial(baselines.composition, count=count)
+            by_genes = partial(baselines.by_genes, count=count)
+        found: dict[str, Predict] = {}
+        if known:
+            found[baselines.BASELINE] = lambda train, held: by_genes(
+                some(known, train), assay.targets[train], some(known, held)
+            )
+        found[baselines.NAMES[assay.task]] = lambda train, held: learn(
+            some(letters, train), assay.targets[train], some(letters, held)
+        )
+        return found
+
+    def numbers(self, folds: np.ndarray, tested: Mapping[str, np.ndarray]) -> list[Number]:
+        """Scores of all predictors on what was held out."""
+        held = folds >= 0
+        truth, units = self._assay.targets[held], [f"group {g}" for g in self._groups[held]]
+        if not self._assay.classes:
+            found = []
+            for name, values in tested.items():
+                about, error = {"predictor": name}, np.abs(values - truth)
+                found.append(spearman_number(values, truth, units, about))
+                sample = Sample("mean absolute error", units, error, np.ones(len(error)), about)
+                found.append(sample.number())
+            return found
+        shares = {MODEL: np.exp(tested[MODEL].astype(np.float64))[None]}
+        shares |= {name: found[None] for name, found in tested.items() if name != MODEL}
+        found = [
+            accuracy_sample(truth, p, units, {"predictor": name}).number()
+            for name, p in shares.items()
+        ]
+        last = list(shares)[-1]
+        return found + score_numbers(truth, shares, last, units, folds[held][None], {})
+
+
+def _out_of_fold(predict: Predict, folds: np.ndarray) -> np.ndarray:
+    """As `out_of_fold`, of values `[n]`, too."""
+    shapes = []
+
+    def matrix(train: np.ndarray, held: np.ndarray) -> np.ndarray:
+        found = predict(train, held)
+        shapes.append(found.shape[1:])
+        return found.reshape(len(found), -1)
+
+    return out_of_fold(matrix, folds).reshape(-1, *shapes[0])
+
+
+def _strata(assay: Assay) -> np.ndarray:
+    """Classes that folds should have equally many of; of values quarters, int64 `[n]`."""
+    if assay.classes:
+        return assay.targets
+    cuts = np.quantile(assay.targets, [0.25, 0.5, 0.75])
+    return np.searchsorted(cuts, assay.targets, side="right")
+
+
+def _require_targets(assay: Assay) -> None:
+    distinct = len(np.unique(assay.targets))
+    if distinct < 2:
+        only = assay.classes[0] if assay.classes else f"{assay.targets[0]:g}"
+        raise UserError(
+            f"--target: all {len(assay.targets):,} antibodies have the one value {only!r}: "
+            "expected two different ones or more, to be told apart"
+        )
+    if len(assay.targets) < FEWEST:
+        raise UserError(
+            f"--input: {len(assay.targets):,} antibodies with a target, expected at least {FEWEST}"
+        )
+
+
+def _require_parts(assay: Assay) -> None:
+    parts = np.array(assay.parts)
+    for part, fewest in (("train", FEWEST), ("test", FEWEST_TESTED)):
+        found = int((parts == part).sum())
+        if found < fewest:
+            raise UserError(f"--split: {found} rows are {part}, expected at least {fewest}")
+    trained = assay.targets[parts == "train"]
+    if len(np.unique(trained)) < 2:
+        raise UserError("--split: all antibodies of the part train have one target, expected two")
+    if assay.classes:
+        missing = set(np.unique(assay.targets)) - set(np.unique(trained))
+        if missing:
+            name = assay.classes[int(min(missing))]
+            raise UserError(f"--split: no antibody of class {name!r} is in the part train")

@@ -1,0 +1,212 @@
+"""`python -m moe_ablm finetune`: a head on a model for a laboratory's assay, tested and kept."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_ablm.data.readers import open_sources
+from moe_ablm.errors import ArgumentError, UserError
+from moe_ablm.files import write_json
+from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.verbs.reading import add_format_arguments, reading_of
+from moe_ablm.verbs.writing import out_directory
+
+if TYPE_CHECKING:  # jax only when there is something to compute
+    from moe_ablm.evaluation.estimates import Number
+    from moe_ablm.evaluation.formats.assays import Assay
+    from moe_ablm.evaluation.supervised.tuning import Settings, Tuned
+
+SCHEMA = "moe_ablm.finetune/1"
+HEAD, LORA, WHOLE = "head", "lora", "whole"
+# what is trained -> learning rate of the encoder or its adapters
+ENCODER_LR = {HEAD: 0.0, LORA: 1e-3, WHOLE: 1e-4}
+PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn")  # what computes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="a trained run, or an import")
+    add("--input", required=True, metavar="FILE", help="a table of antibodies")
+    add("--target", required=True, metavar="COLUMN", help="what was measured")
+    add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
+    add("--task", choices=("regression", "classification"), help="default: what the values say")
+    add("--tune", choices=tuple(ENCODER_LR), default=HEAD,
+        help="head (default): on the frozen encoder; lora: with adapters of its attention, FFNs, "
+        "experts and routers; whole: with all of it")  # fmt: skip
+    add("--rank", type=int, default=8, help="of the adapters (default 8)")
+    add("--folds", type=int, default=5, help="of the cross-validation (default 5)")
+    add("--groups", default="clone", metavar="clone|sequence|COLUMN",
+        help="what is never divided among folds (default: clone)")  # fmt: skip
+    add("--split", metavar="COLUMN",
+        help="train, valid or test of each row, instead of folds")  # fmt: skip
+    add("--steps", type=int, default=1000, help="updates at least (default 1000)")
+    add("--batch", type=int, default=32, help="antibodies of an update (default 32)")
+    add("--lr", type=float, default=3e-3, help="of the head (default 0.003)")
+    add("--encoder-lr", type=float,
+        help="of the encoder or its adapters (default: lora 0.001, whole 0.0001)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of folds, head and adapters")
+    add("--precision", choices=tuple(PRECISIONS), default="float32", help="of a frozen encoder")
+    add_format_arguments(
+        parser,
+        "stop at a row that is malformed, too long or without a target (default), or leave it out "
+        "and count it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, tests, trains and writes; a failure leaves nothing behind.
+
+    Raises:
+      UserError: flags, model or table are wrong.
+    """
+    _check(args)
+    from moe_ablm.inference.antibodies import LETTERS
+
+    (source,) = open_sources(
+        [args.input],
+        format=args.format,
+        on_bad_row=args.on_bad_row,
+        letters=LETTERS,
+        reading=reading_of(args),
+    )
+    from moe_ablm.evaluation.formats.assays import read_assay
+    from moe_ablm.evaluation.outcome import Skipped
+    from moe_ablm.evaluation.supervised.tuning import tune
+    from moe_ablm.inference.buckets import Engine
+    from moe_ablm.interop.load import load_model
+    from moe_ablm.interop.saved import new_directory
+
+    with new_directory(args.out) as directory:
+        engine = Engine(load_model(args.run), args.precision)
+        settings = _settings(args)
+        assay = read_assay(
+            *(source, args.target, engine.model.layout, engine.model.length),
+            *(args.task, args.split, _column_of_groups(settings)),
+        )
+        try:
+            tuned = tune(engine, assay, settings, lambda line: print(line, flush=True))
+        except Skipped as skipped:
+            raise UserError(f"--input {args.input}: {skipped}") from skipped
+        notes = [f"left out {rows:,}: {why}" for why, rows in source.report.rejected.items()]
+        tuned = dataclasses.replace(tuned, notes=[*notes, *tuned.notes])
+        _write(args, directory, settings, assay, tuned)
+    _print(args.out, assay, tuned)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("rank", 1), ("folds", 2), ("steps", 1), ("batch", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ArgumentError(name, getattr(args, name), f"expected {least} or more")
+    for name in ("lr", "encoder_lr"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ArgumentError(name, value, "expected a number above 0")
+    if args.encoder_lr is not None and args.tune == HEAD:
+        raise UserError(
+            "--encoder-lr: the encoder is frozen; expected it with --tune lora or whole"
+        )
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    from moe_ablm.evaluation.supervised.heads import Training
+    from moe_ablm.evaluation.supervised.tuning import Settings
+
+    training = Training(
+        batch=args.batch,
+        lr=args.lr,
+        encoder_lr=args.encoder_lr or ENCODER_LR[args.tune],
+        full=args.tune == WHOLE,
+        rank=args.rank if args.tune == LORA else 0,
+        seed=args.seed,
+    )
+    return Settings(training, args.steps, args.folds, args.groups)
+
+
+def _column_of_groups(settings: "Settings") -> str | None:
+    from moe_ablm.evaluation.supervised.tuning import CLONE, SEQUENCE
+
+    return None if settings.groups in (CLONE, SEQUENCE) else settings.groups
+
+
+def _write(
+    args: argparse.Namespace, directory: Path, settings: "Settings", assay: "Assay", tuned: "Tuned"
+) -> None:
+    """The model, its head, results and predictions."""
+    import pyarrow as pa
+
+    from moe_ablm.evaluation.suite import as_json
+    from moe_ablm.evaluation.supervised.saved_head import SavedHead, columns, fitted, write_head
+    from moe_ablm.inference.output import file_identity, write_csv
+    from moe_ablm.interop.saved import save_model
+    from moe_ablm.results import versions
+
+    predictor = tuned.predictor
+    model = predictor.engine.model
+    how = {HEAD: "as it was", LORA: "with adapters", WHOLE: "tuned"}[args.tune]
+    source = f"{model.source}; {how}, with a head for {args.target} of {Path(args.input).name}"
+    save_model(dataclasses.replace(model, source=source), directory)
+    saved = SavedHead.of(predictor, assay.classes, args.target)
+    write_head(saved, directory)
+    content = {
+        "schema": SCHEMA,
+        "run": str(args.run),
+        "model": model.source,
+        "input": file_identity(Path(args.input)),
+        "target": args.target,
+        "task": assay.task,
+        "classes": list(assay.classes),
+        "tune": args.tune,
+        "split": args.split,
+        "settings": dataclasses.asdict(settings),
+        "numbers": [as_json(number) for number in tuned.numbers],
+        "notes": tuned.notes,
+        "versions": versions(*PACKAGES),
+    }
+    write_json(directory / "results.json", content)
+    names: Sequence[Any] = assay.targets.tolist()
+    if assay.classes:
+        names = [assay.classes[i] for i in names]
+    shown = {
+        "sequence_id": [antibody.name for antibody in assay.antibodies],
+        "target": names,
+        "fold": [None if fold < 0 else fold for fold in tuned.folds.tolist()],
+        **_held_out(columns(saved.head, assay.classes, tuned.held_out, "held_out"), tuned),
+        **columns(saved.head, assay.classes, fitted(predictor, assay.antibodies), "prediction"),
+    }
+    with (directory / "predictions.csv").open("wb") as stream:
+        write_csv(pa.table(shown), stream, header=True)
+
+
+def _held_out(predicted: dict, tuned: "Tuned") -> dict:
+    """Predictions of what was held out; empty for the others."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    held = pa.array(tuned.folds >= 0)
+    return {k: pc.if_else(held, v, pa.scalar(None, v.type)) for k, v in predicted.items()}
+
+
+def _print(out: Path, assay: "Assay", tuned: "Tuned") -> None:
+    by_metric: dict[str, dict[str, Number]] = {}
+    for number in tuned.numbers:
+        if not number.metric.endswith((", sd of folds", " over baseline")):
+            by_metric.setdefault(number.metric, {})[number.labels["predictor"]] = number
+    table = Table(title="on what was held out [95 % interval]")
+    for name in ("predictor", *by_metric):
+        table.add_column(name)
+    for predictor in next(iter(by_metric.values())):
+        table.add_row(predictor, *(_cell(found[predictor]) for found in by_metric.values()))
+    Console().print(table)
+    for note in tuned.notes:
+        print(note)
+    print(f"{out}: predict with it by python -m moe_ablm predict --run {out} --input FILE")
+
+
+def _cell(number: "Number") -> str:
+    return f"{number.value:.3f} [{number.low:.3f}, {number.high:.3f}]"

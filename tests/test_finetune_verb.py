@@ -1,0 +1,229 @@
+"""`finetune` and `predict`: from a table to a head, its honest test, and the same numbers again."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from tiny_models import HEAVY, LIGHT, engine, tiny_model
+
+from moe_ablm.evaluation.formats.assays import Assay
+from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
+from moe_ablm.evaluation.proteins import Settings as ProteinSettings
+from moe_ablm.evaluation.proteins import evaluate_task
+from moe_ablm.evaluation.subject import Subject
+from moe_ablm.evaluation.supervised.heads import Training
+from moe_ablm.evaluation.supervised.tuning import Settings, tune
+from moe_ablm.interop.saved import flat_arrays, read_model, save_model
+
+BEFORE, AFTER = HEAVY[: HEAVY.index("AKDRG")], "FDYWGQGTLVTVSS"
+CLONES = 24
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def measured(clones: int = CLONES) -> list[dict]:
+    """Pairs of relatives: their affinity is the number of W in CDRH3, and relatives share it."""
+    rng, rows = np.random.default_rng(0), []
+    for clone in range(clones):
+        count = clone % 5
+        letters = rng.permutation(list("W" * count) + list(rng.choice(list("AGSTY"), 11 - count)))
+        for relative in range(2):
+            heavy = BEFORE.replace("VQLVES", "VQLVDS" if relative else "VQLVES")
+            heavy += "AK" + "".join(letters) + AFTER
+            rows.append(
+                {
+                    "name": f"c{clone}r{relative}",
+                    "heavy": heavy,
+                    "light": LIGHT,
+                    "kd": count + relative / 10,
+                    "binds": "yes" if count > 1 else "no",
+                    "part": ("train", "train", "test", "valid")[clone % 4],
+                }
+            )
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    save_model(dense(), folder / "dense")
+    save_model(experts(), folder / "topk")
+    table(folder / "assay.csv", measured())
+    return folder
+
+
+def dense():
+    return tiny_model(layers=1)
+
+
+def experts():
+    return tiny_model("topk", layers=1)
+
+
+def read(path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(directory) -> dict:
+    content = json.loads((directory / "results.json").read_text())
+    return {(n["metric"], n["labels"]["predictor"]): n for n in content["numbers"]}
+
+
+QUICK = ("--steps", "40", "--batch", "8", "--lr", "0.01")
+
+
+@pytest.fixture
+def finetune(place, main):
+    def run(out, *flags, run="dense", input="assay.csv"):
+        paths = "--run", place / run, "--input", place / input, "--out", place / out
+        return main("finetune", *paths, *flags)
+
+    return run
+
+
+def test_values_are_cross_validated_between_clones_and_predicted_again(place, main, finetune):
+    pytest.importorskip("sklearn")
+    done = finetune("values", "--target", "kd", "--folds", "3", *QUICK)
+    assert done.returncode == 0, done.stderr
+    rows, found = read(place / "values" / "predictions.csv"), numbers(place / "values")
+    assert [row["sequence_id"] for row in rows] == [row["name"] for row in measured()]
+    folds = {}
+    for row in rows:
+        folds.setdefault(row["sequence_id"].partition("r")[0], set()).add(row["fold"])
+    assert len(folds) == CLONES and all(len(of) == 1 for of in folds.values())
+    assert {fold for of in folds.values() for fold in of} == {"0", "1", "2"}
+    held, target = ([float(row[name]) for row in rows] for name in ("held_out", "target"))
+    spearman = found["spearman", "model"]
+    assert spearman["value"] == pytest.approx(stats.spearmanr(held, target)[0], abs=1e-6)
+    assert spearman["low"] < spearman["value"] < spearman["high"]
+    error = found["mean absolute error", "model"]
+    assert error["value"] == pytest.approx(np.abs(np.subtract(held, target)).mean(), abs=1e-5)
+    names = {"model", "ridge on residues", "V genes, mutations, CDRH3 length"}
+    assert {name for _, name in found} == names
+    assert "spearman" in done.stdout and "24 groups (clone)" in done.stdout
+    # the same numbers, bit for bit, from disk
+    flags = "--run", place / "values", "--input", place / "assay.csv"
+    again = main("predict", *flags, "--out", place / "again.csv")
+    assert again.returncode == 0, again.stderr
+    assert [(r["sequence_id"], r["prediction"]) for r in read(place / "again.csv")] == [
+        (r["sequence_id"], r["prediction"]) for r in rows
+    ]
+    # every other verb reads the directory as the model that it was
+    kept = read_model(place / "values")
+    for name, array in flat_arrays(kept.params).items():
+        np.testing.assert_array_equal(array, flat_arrays(dense().params)[name])
+
+
+def test_classes_with_adapters_on_a_split_and_predicted_again(place, main, finetune):
+    flags = "--target", "binds", "--split", "part", "--tune", "lora", "--rank", "2"
+    done = finetune("classes", *flags, "--steps", "12", run="topk")
+    assert done.returncode == 0, done.stderr
+    rows = read(place / "classes" / "predictions.csv")
+    for row, given in zip(rows, measured(), strict=True):
+        assert (row["held_out"] != "") == (given["part"] == "test") == (row["fold"] == "0")
+        shares = [float(row[f"prediction {name}"]) for name in ("no", "yes")]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == ("no", "yes")[int(np.argmax(shares))]
+    tested = [row for row in rows if row["fold"]]
+    accuracy = np.mean([row["held_out"] == row["target"] for row in tested])
+    assert numbers(place / "classes")["accuracy", "model"]["value"] == pytest.approx(accuracy)
+    # one that was tested is what is kept
+    assert all(row["held_out yes"] == row["prediction yes"] for row in tested)
+    flags = "--run", place / "classes", "--input", place / "assay.csv"
+    again = main("predict", *flags, "--out", place / "again_classes.csv")
+    assert again.returncode == 0, again.stderr
+    kept = [name for name in rows[0] if name == "sequence_id" or name.startswith("prediction")]
+    assert [[row[name] for name in kept] for row in rows] == [
+        [row[name] for name in kept] for row in read(place / "again_classes.csv")
+    ]
+    before, after = (flat_arrays(m.params) for m in (experts(), read_model(place / "classes")))
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert moved and all(
+        name.split("/")[-1] in ("kernel", "router", "up", "down") for name in moved
+    )
+    assert any("router" in name for name in moved) and not any("head" in name for name in moved)
+
+
+def test_the_same_head_on_the_same_split_scores_as_in_evaluate(tmp_path):
+    rng = np.random.default_rng(4)
+    letters = ["".join(rng.choice(list("ACDWY"), 30)) for _ in range(60)]
+    proteins = [Protein(s, float(s.count("W"))) for s in letters]
+    split = Split(proteins[:30], proteins[30:40], {"toy": proteins[40:]})
+    subject = Subject(engine(), None, tmp_path, seed=3)
+    settings = ProteinSettings(steps=30, lr=1e-2)
+    expected, _ = evaluate_task(subject, Task("toy", "regression", [split]), settings)
+    (evaluated,) = [n for n in expected if n.labels["predictor"] == "model"]
+    parts = ("train",) * 30 + ("valid",) * 10 + ("test",) * 20
+    targets = np.array([p.target for p in proteins])
+    assay = Assay("regression", tuple(p.antibody for p in proteins), targets, parts=parts)
+    tuned = tune(engine(), assay, Settings(Training(lr=1e-2, seed=3), steps=30), print)
+    (found,) = [
+        n for n in tuned.numbers if (n.metric, n.labels["predictor"]) == ("spearman", "model")
+    ]
+    assert found.value == evaluated.value and found.n == 20
+
+
+def changed(**columns) -> list[dict]:
+    """Rows with other values: of all rows, or of the first by a list."""
+    rows = measured(8)
+    for name, value in columns.items():
+        for i, row in enumerate(rows):
+            if not isinstance(value, list):
+                row[name] = value
+            elif i < len(value):
+                row[name] = value[i]
+    return rows
+
+
+WRONG = {
+    "column": ({}, ["--target", "kdd"], "--target kdd: no such column; found columns 'name', "),
+    "number": ({"kd": ["strong"]}, ["--target", "kd"], "column kd holds 'strong', expected a num"),
+    "nan": ({"kd": ["nan"]}, ["--target", "kd"], "no target: column kd holds 'nan'"),
+    "infinite": ({"kd": ["inf"]}, ["--target", "kd"], "no number: column kd holds 'inf'"),
+    "one class": ({"binds": "yes"}, ["--target", "binds"], "antibodies have the one value 'yes'"),
+    "constant": ({"kd": 2}, ["--target", "kd", "--task", "regression"], "have the one value '2'"),
+    "letters": ({"heavy": ["EVQ1VES" * 12]}, ["--target", "kd"], "row 1 (line 2)"),
+    "nothing": ({"kd": ""}, ["--target", "kd", "--on-bad-row", "skip"], "no antibody is left"),
+    "few clones": (
+        {},
+        ["--target", "binds", "--folds", "7"],
+        "class 'no': 8 antibodies are of 4 gro",
+    ),
+    "part": ({"part": ["rest"]}, ["--target", "kd", "--split", "part"], "part holds 'rest'"),
+    "no test": ({"part": "train"}, ["--target", "kd", "--split", "part"], "0 rows are test"),
+    "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 or more"),
+    "frozen": ({}, ["--target", "kd", "--encoder-lr", "1"], "--encoder-lr: the encoder is frozen"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_learned_from_is_refused_in_a_line(name, place, finetune, tmp_path):
+    columns, flags, words = WRONG[name]
+    path = table(tmp_path / "wrong.csv", changed(**columns))
+    done = finetune("refused", *flags, input=path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not [p for p in place.iterdir() if "refused" in p.name]
+
+
+def test_too_few_rows(finetune, tmp_path):
+    path = table(tmp_path / "few.csv", measured(4))
+    done = finetune("few", "--target", "kd", input=path)
+    assert (
+        done.returncode == 2 and "8 antibodies with a target, expected at least 10" in done.stderr
+    )
+
+
+def test_a_model_without_a_head_predicts_nothing(place, main):
+    flags = "--run", place / "dense", "--input", place / "assay.csv"
+    done = main("predict", *flags)
+    assert done.returncode == 2 and "holds no head.json: expected a directory that" in done.stderr
