@@ -15,7 +15,7 @@ from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
-from sweeps.cost import DEVICES, Rate, print_cells
+from sweeps.cost import DEVICES, Rate, cost_table, wide_console
 from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned, write_plan
 
@@ -90,7 +90,7 @@ def _run(study: Study, argv: list[str] | None) -> int:
     states = [state_of(p.cell) for p in cells]
     done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)
     rate = Rate(options.device, options.mfu)
-    print_cells(cells, rate, done)
+    wide_console().print(cost_table(cells, rate, done))
     if study.repairs:
         from sweeps.check import design_lines
 
