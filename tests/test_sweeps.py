@@ -34,7 +34,7 @@ from sweeps.grid import Recipe
 from sweeps.plan import plan, unplanned_flags
 from sweeps.planned import Planned, read_plan, write_plan
 from sweeps.status import standing
-from sweeps.study import Study, main
+from sweeps.study import Study, _new_or_kept, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 STUDIES = studies.STUDIES | {s.name: s for s in (scaling.study, compare_routers.study)}
@@ -646,3 +646,26 @@ def test_tables_keep_numbers_and_reasons_on_a_narrow_terminal(width):
         assert words in shown, words
     assert f"{LONG}: {REASON}" in shown.replace("\n", "") and "\u2026" not in shown
     assert max(map(len, shown.splitlines())) <= width
+
+
+def test_a_launcher_that_refuses_leaves_no_folder(tmp_path):
+    """As SLURM's commands without a cluster; what was there before, or launched, stays."""
+    out = tmp_path / "runs" / "sweep"
+
+    def attempt(launched: str | None = None):
+        with pytest.raises(UserError), _new_or_kept(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "sweep.json").write_text("{}")
+            (out / "logs").mkdir(exist_ok=True)
+            (out / "logs" / ".slurm-lock").write_text("")
+            if launched:
+                (out / "logs" / launched).write_text("")
+            raise UserError("squeue refused")
+
+    attempt()
+    assert not out.exists()
+    attempt("slurm-7.sh")
+    assert (out / "sweep.json").exists() and (out / "logs" / "slurm-7.sh").exists()
+    (out / "logs" / "slurm-7.sh").unlink()
+    attempt()  # the folder was there
+    assert (out / "sweep.json").exists()
