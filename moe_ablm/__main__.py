@@ -13,7 +13,7 @@ import sys
 from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import ArgumentError
-from moe_ablm.preemption import Interrupts
+from moe_ablm.preemption import Interrupts, leave
 
 # each in the module of moe_ablm.verbs of its name, imported only for that verb
 VERBS = {
@@ -95,4 +95,4 @@ if __name__ == "__main__":
         for verb in sys.argv[1:2]
     ):
         restart_with_huge_pages()
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

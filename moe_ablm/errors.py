@@ -28,6 +28,11 @@ class Diverged(Exception):
     """A metric of a run is no longer finite."""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 row", "2,000 rows"."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,6 +1,7 @@
 """Self-contained HTML pages: tables, sentences and figures; no script, no link to elsewhere."""
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -47,9 +48,14 @@ details::details-content{content-visibility:visible;block-size:auto}}
 """
 
 
+def text_html(text: str) -> str:
+    """Plain text as HTML; what stands in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
     """A table of plain text."""
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    cells = ["".join(f"<td>{text_html(cell)}</td>" for cell in row) for row in rows]
     return cells_html([f"<th>{escape(name)}</th>" for name in head], cells, title)
 
 
@@ -63,7 +69,7 @@ def cells_html(head: Sequence[str], rows: Sequence[str], title: str = "") -> str
 
 def lines_html(lines: Sequence[str]) -> str:
     """Sentences as an HTML list."""
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    return "<ul>" + "".join(f"<li>{text_html(line)}</li>" for line in lines) + "</ul>"
 
 
 def image_html(file: Path, name: str) -> str:

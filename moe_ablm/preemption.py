@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_ablm.endings import INTERRUPTED
 
@@ -37,9 +36,10 @@ class Interrupts:
 
     A thread answers at once: Python's own handlers wait for the main thread, which may be inside a
     compiler for minutes, and an exception that they raise may end in a callback of a library that
-    swallows it. Where nothing has to be saved, KeyboardInterrupt is raised, and what is not over
-    after `GRACE` is ended from outside; under `stop_flag` the command saves, and a second Ctrl-C
-    ends it without. Files are written whole or not at all, whichever way it ends.
+    swallows it. Where nothing has to be saved, KeyboardInterrupt is raised, and a command that is
+    not over after `GRACE` is ended from outside; under `stop_flag` the command saves, and a second
+    Ctrl-C ends it without. Files are written whole or not at all, whichever way it ends. A process
+    that goes on after the command, since Python called it, is left alone (`leave` ends others).
 
     Use as a context manager around the command, in the main thread.
 
@@ -52,6 +52,7 @@ class Interrupts:
 
     def __init__(self, name: str = "moe_ablm", after: str = "give the same command again"):
         self.after, self.heard, self.saves = after, 0, False
+        self._over = threading.Event()
         self._name = name
 
     def __enter__(self) -> "Interrupts":
@@ -65,6 +66,7 @@ class Interrupts:
         return self
 
     def __exit__(self, *_) -> None:
+        self._over.set()
         Interrupts.current = None
         sys.unraisablehook = sys.__unraisablehook__
         signal.set_wakeup_fd(self._before[1])
@@ -85,7 +87,7 @@ class Interrupts:
                 self._tell("heard Ctrl-C, saving; again: end without saving")
             else:
                 self._tell(f"interrupted: {self.after}")
-                threading.Thread(target=_end_late, daemon=True).start()
+                threading.Thread(target=_end_late, args=(self._over,), daemon=True).start()
         os.close(self._read)
 
     def _tell(self, text: str) -> None:
@@ -104,9 +106,19 @@ def _without_interrupts(told: Any) -> None:
         sys.__unraisablehook__(told)
 
 
-def _end_late() -> None:
-    time.sleep(GRACE)
-    os._exit(INTERRUPTED)
+def _end_late(over: threading.Event) -> None:
+    if not over.wait(GRACE):
+        os._exit(INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a command line with its code; after Ctrl-C within `GRACE`.
+
+    Threads and workers of libraries may want more time than that.
+    """
+    if code == INTERRUPTED:
+        threading.Thread(target=_end_late, args=(threading.Event(),), daemon=True).start()
+    sys.exit(code)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from moe_ablm import outcome
 from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.endings import INTERRUPTED, end, is_full_disk, obstacle
 from moe_ablm.errors import Diverged, UserError
-from moe_ablm.preemption import Interrupts, again, requeue_job
+from moe_ablm.preemption import Interrupts, again, leave, requeue_job
 
 
 def main(argv: list[str]) -> int:
@@ -115,4 +115,4 @@ def _status_of(error: Exception) -> str:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

@@ -35,13 +35,18 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def print_cells(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = frozenset()) -> None:
-    """Prints a line a cell and the total; `done` are the names of cells that are complete."""
-    table = Table(title=f"hours: {rate}", title_justify="left", caption_justify="left")
-    table.add_column("cell", no_wrap=True)
+def cost_table(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = frozenset()) -> Table:
+    """A line a cell and the total; `done` are the names of cells that are complete.
+
+    Whatever the width, names are folded before a number is.
+    """
+    title = f"hours: {rate}"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None)
+    table.add_column("cell", overflow="fold", min_width=8)
     for name in ("parameters", "active", "tokens", "epochs", "FLOPs", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    if done:
+        table.add_column("", no_wrap=True)
     for p in cells:
         cell = p.cell
         table.add_row(
@@ -52,10 +57,10 @@ def print_cells(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = fro
             f"{cell.tokens / p.corpus_tokens:.3g}",
             f"{cell.flops:.3g}",
             f"{rate.hours(cell.flops):.3g}",
-            "complete" if cell.name in done else "",
+            *(["complete" if cell.name in done else ""] if done else []),
         )
     tokens, flops = (sum(getattr(p.cell, k) for p in cells) for k in ("tokens", "flops"))
     table.add_section()
     total = f"{len(cells)} cells, {len(done)} complete"
     table.add_row(total, "", "", f"{tokens:.3g}", "", f"{flops:.3g}", f"{rate.hours(flops):.3g}")
-    wide_console().print(table)
+    return table

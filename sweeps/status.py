@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -26,16 +27,18 @@ EVERY = 5.0  # seconds
 STYLES = {COMPLETE: "green", "running": "cyan", FAILED: "red", "damaged": "red"}
 
 
-def status_table(study: str, cells: list[Planned], states: list[State]) -> Table:
-    """State, step, loss and time left of each cell, and how many there are of each state."""
+def standing(study: str, cells: list[Planned], states: list[State]) -> Group:
+    """State, step, loss and time left of each cell, how many there are of each state, and notes.
+
+    Whatever the width, names are folded before a number is, and notes stand below the table.
+    """
     count = Counter(state.name for state in states)
     counts = ", ".join(f"{count[name]} {name}" for name in STATES if count[name])
     table = Table(title=f"{study}: {counts}", title_justify="left")
-    for name in ("cell", "state"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("state", no_wrap=True)
     for name in ("step", "loss", "left"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
     for p, state in zip(cells, states, strict=True):
         table.add_row(
             p.cell.name,
@@ -43,9 +46,13 @@ def status_table(study: str, cells: list[Planned], states: list[State]) -> Table
             "" if state.step is None else f"{state.step}/{p.steps}",
             "" if state.loss is None else f"{state.loss:.4f}",
             "" if state.seconds_left is None else _duration(state.seconds_left),
-            Text(state.note),  # no markup: it holds what processes print
         )
-    return table
+    notes = [
+        Text(f"{p.cell.name}: {state.note}", overflow="fold")  # no markup: processes print it
+        for p, state in zip(cells, states, strict=True)
+        if state.note
+    ]
+    return Group(table, *notes)
 
 
 def _duration(seconds: float) -> str:
@@ -69,16 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         study, cells = read_plan(options.dir)
         states = _states(cells)
         if options.watch:
-            with Live(
-                status_table(study, cells, states), console=console, auto_refresh=False
-            ) as live:
+            with Live(standing(study, cells, states), console=console, auto_refresh=False) as live:
                 while any(s.name in ("running", "waiting", "interrupted") for s in states):
                     time.sleep(EVERY)
                     study, cells = read_plan(options.dir)
                     states = _states(cells)
-                    live.update(status_table(study, cells, states), refresh=True)
+                    live.update(standing(study, cells, states), refresh=True)
         else:
-            console.print(status_table(study, cells, states))
+            console.print(standing(study, cells, states))
     except UserError as error:
         print(f"sweeps: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,10 @@ python sweeps/STUDY.py [--data DIR] [--out DIR] [--seeds N] [--launcher NAME] [-
 
 import argparse
 import importlib
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,9 @@ from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
-from sweeps.cost import DEVICES, Rate, print_cells
+from sweeps.cost import DEVICES, Rate, cost_table, wide_console
 from sweeps.grid import Point, Recipe
-from sweeps.planned import Planned, write_plan
+from sweeps.planned import PLAN, Planned, write_plan
 
 LAUNCHERS = ("local", "slurm", "jobset", "print")
 DATA = "data/pairs"  # --data of most studies
@@ -90,7 +92,7 @@ def _run(study: Study, argv: list[str] | None) -> int:
     states = [state_of(p.cell) for p in cells]
     done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)
     rate = Rate(options.device, options.mfu)
-    print_cells(cells, rate, done)
+    wide_console().print(cost_table(cells, rate, done))
     if study.repairs:
         from sweeps.check import design_lines
 
@@ -104,13 +106,27 @@ def _run(study: Study, argv: list[str] | None) -> int:
         )
     if options.dry_run:
         return 0
-    write_plan(options.out, study.name, cells)
-    print(f"{len(left)} of {len(cells)} cells to run", flush=True)
-    code = launcher.launch(left, options) if left else 0
+    with _new_or_kept(options.out):
+        write_plan(options.out, study.name, cells)
+        print(f"{len(left)} of {len(cells)} cells to run", flush=True)
+        code = launcher.launch(left, options) if left else 0
     states = [state_of(p.cell) for p in cells]
     if study.report and any(s.name == COMPLETE for s in states):
         print(study.report(cells, states))
     return code or int(failed)
+
+
+@contextmanager
+def _new_or_kept(out: Path) -> Iterator[None]:
+    """Removes a folder made within the block if that is refused before anything was launched."""
+    made = not out.exists()
+    try:
+        yield
+    except UserError:
+        files = {path.name for path in out.rglob("*") if path.is_file()}
+        if made and all(name == PLAN or name.startswith(".") for name in files):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _options(study: Study, argv: list[str] | None):

@@ -80,7 +80,7 @@ def test_a_shape_is_compiled_once(capsys, monkeypatch):
     for _ in range(2):
         computed(some, ROWS[:1], HiddenStates(0))
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "compiled for 1 rows of 16 tokens" in told[0]
+    assert len(told) == 1 and "compiled for 1 row of 16 tokens" in told[0]
 
 
 @pytest.mark.parametrize(

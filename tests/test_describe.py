@@ -1,5 +1,7 @@
 """A dataset in words and pictures."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -10,7 +12,8 @@ from moe_ablm.__main__ import main
 from moe_ablm.data.dataset import SPLITS, Dataset
 from moe_ablm.data.prepare import prepare_batches
 from moe_ablm.data.simulate import simulate
-from moe_ablm.data.summary import IDENTITY_BINS, summarise
+from moe_ablm.data.summary import IDENTITY_BINS, LONGEST_CDR3, summarise
+from moe_ablm.verbs.describe import _draw_identity, _draw_lengths
 
 PAIRS = 300
 
@@ -132,3 +135,16 @@ def test_no_dataset_is_one_line(tmp_path, capsys):
     assert main(["moe_ablm", "describe", "--input", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert "is not there" in error and error.count("\n") == 1
+
+
+def test_bins_that_hold_the_rest_say_so():
+    identity = dict.fromkeys(("heavy", "light"), np.ones(len(IDENTITY_BINS) - 1, np.int64))
+    lengths = np.ones((3, LONGEST_CDR3 + 1), np.int64)
+    summary = SimpleNamespace(identity=identity, cdrh3_length=lengths)
+    for draw, place, name in (
+        (_draw_identity, IDENTITY_BINS[0], "below 0.71"),
+        (_draw_lengths, LONGEST_CDR3, "40 or more"),
+    ):
+        (axis,) = draw(summary).axes
+        names = [label.get_text() for label in axis.get_xticklabels()]
+        assert names[list(axis.get_xticks()).index(place)] == name

@@ -227,3 +227,14 @@ def test_medians_and_their_intervals_are_those_of_drawn_copies():
     assert (number.low, number.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
     alone = positions.median_number("m", ["a", "a"], np.array([1.0, 2.0]), {}, "nats")
     assert alone.value == 1.5 and np.isnan(alone.low)
+
+
+@pytest.mark.parametrize("order", [("low", "high"), ("high", "low")])
+def test_no_panel_cuts_off_what_another_has_room_for(order, monkeypatch):
+    """Panels share an axis, whose limits are those of all of them."""
+    monkeypatch.setattr(positions, "has_seaborn", lambda: False)
+    values = {"low": np.array([0.1, 0.2, 0.3]), "high": np.array([1.0, 4.0, 9.0])}
+    figure = positions.letter_values({name: {"FRH1": values[name]} for name in order}, "nats")
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        assert low == 0 and high >= 9

@@ -5,6 +5,8 @@ import json
 import pytest
 from public_headers import H, L
 
+from moe_ablm.page import lines_html, table_html, text_html
+
 TABLE = f"id,heavy,light\na,{H},{L}\nb,{H[:50]}*,{L}\nc,ND,{L}\nd,,\ne,{H[30:]},{L}\n"
 
 
@@ -56,3 +58,9 @@ def test_a_page_and_names_that_are_refused(tmp_path, pairs, main):
         done = main("annotate", *options, "--out", tmp_path / "b.parquet", "--report", path)
         assert done.returncode == 2 and told in done.stderr
         assert not (tmp_path / "b.parquet").exists()
+
+
+def test_backticks_become_code_and_nothing_else_html():
+    assert text_html("a `x<y` & `b") == "a <code>x&lt;y</code> &amp; `b"
+    assert "<td>column <code>cluster</code></td>" in table_html(["h"], [["column `cluster`"]])
+    assert lines_html(["`a`"]) == "<ul><li><code>a</code></li></ul>"

@@ -65,6 +65,31 @@ def test_a_main_thread_that_does_not_listen(work):
     assert process.stderr.read() == ""
 
 
+def test_python_that_called_a_command_goes_on():
+    """The command is over; who called it has handled Ctrl-C, and is not ended for it later."""
+    body = (
+        "import time\ntry:\n    with Interrupts():\n        print('ready', flush=True)\n"
+        "        time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n"
+        "time.sleep(GRACE + 1)\nprint('went on', flush=True)\n"
+    )
+    process = start(code="from moe_ablm.preemption import GRACE\n" + HEAD + body)
+    assert process.stdout.readline() == "ready\n"
+    press(process)
+    assert "interrupted" in answer(process)
+    assert process.stdout.readline() == "went on\n" and process.wait(timeout=60) == 0
+
+
+def test_what_hangs_after_a_command_line_is_ended():
+    body = (
+        "import threading, time\nfrom moe_ablm.preemption import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "print('ready', flush=True)\nleave(130)\n"
+    )
+    process, began = start(code=body), time.monotonic()
+    assert process.stdout.readline() == "ready\n"
+    assert code_of(process) == 130 and time.monotonic() - began < 50
+
+
 def test_a_second_time_while_saving_ends_at_once():
     body = (
         "import time\nwith Interrupts(after='resume'), stop_flag() as heard:\n"

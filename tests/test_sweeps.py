@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import io
 import json
 import math
 import re
@@ -11,14 +12,16 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, command, run_command
+from rich.console import Console
 
 from launch.cell import REPOSITORY, config_of
 from launch.ended import outcome_of
-from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, state_of
+from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, State, state_of
 from moe_ablm import config as configs
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
@@ -26,11 +29,12 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling.runs import read_runs
 from sweeps import collect, compare_routers, grid, nested_data, scaling, status, studies
 from sweeps.check import design_lines
-from sweeps.cost import Rate
+from sweeps.cost import Rate, cost_table
 from sweeps.grid import Recipe
 from sweeps.plan import plan, unplanned_flags
 from sweeps.planned import Planned, read_plan, write_plan
-from sweeps.study import Study, main
+from sweeps.status import standing
+from sweeps.study import Study, _new_or_kept, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 STUDIES = studies.STUDIES | {s.name: s for s in (scaling.study, compare_routers.study)}
@@ -616,3 +620,52 @@ def test_the_commands_of_the_docs_start(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "--max-gpu-hours" in done.stdout
+
+
+LONG = "150m-quarter-expert_choice-experts8-placement-last_3-lr0.0004-seed1"
+REASON = "config.train.batch=32 cannot be split over 3 devices: use a multiple of 3 [red]x[/red]"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_numbers_and_reasons_on_a_narrow_terminal(width):
+    cell = SimpleNamespace(name=LONG, tokens=1.234e11, flops=5.67e21)
+    sizes = {"params_total": 1_234_567_890, "params_active": 234_567_890, "corpus_tokens": 1.5e9}
+    planned = SimpleNamespace(cell=cell, steps=100_000, **sizes)
+    states = [
+        State("failed", step=31_234, loss=2.5, note=REASON),
+        State("running", step=99_999, loss=12.3456, seconds_left=359_999.0),
+    ]
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    console.print(standing("scaling", [planned] * 2, states))
+    console.print(cost_table([planned] * 2, Rate("core", 0.5)))
+    shown = out.getvalue()
+    for words in ("31234/100000", "2.5000", "99999/100000", "12.3456", "99:59:59", "failed",
+                  "1,234,567,890", "234,567,890", "1.23e+11", "82.3", "5.67e+21", "3.94e+06",
+                  "2 cells, 0"):  # fmt: skip
+        assert words in shown, words
+    assert f"{LONG}: {REASON}" in shown.replace("\n", "") and "\u2026" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_a_launcher_that_refuses_leaves_no_folder(tmp_path):
+    """As SLURM's commands without a cluster; what was there before, or launched, stays."""
+    out = tmp_path / "runs" / "sweep"
+
+    def attempt(launched: str | None = None):
+        with pytest.raises(UserError), _new_or_kept(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "sweep.json").write_text("{}")
+            (out / "logs").mkdir(exist_ok=True)
+            (out / "logs" / ".slurm-lock").write_text("")
+            if launched:
+                (out / "logs" / launched).write_text("")
+            raise UserError("squeue refused")
+
+    attempt()
+    assert not out.exists()
+    attempt("slurm-7.sh")
+    assert (out / "sweep.json").exists() and (out / "logs" / "slurm-7.sh").exists()
+    (out / "logs" / "slurm-7.sh").unlink()
+    attempt()  # the folder was there
+    assert (out / "sweep.json").exists()

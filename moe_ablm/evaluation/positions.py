@@ -315,7 +315,8 @@ def letter_values(panels: Mapping[str, Mapping[str, np.ndarray]], axis_label: st
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)
     for axis, (title, groups) in zip(axes[:, 0], panels.items(), strict=True):
         _draw(axis, groups)
-        axis.set(title=title, ylabel=axis_label, ylim=(0, None))
+        axis.set(title=title, ylabel=axis_label)
+    axes[0, 0].set_ylim(0, None)  # of all panels; set before all are drawn it would be the first's
     return figure
 
 

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from moe_ablm.cache import keep_compilations
 from moe_ablm.data.tokenizer import PAD
-from moe_ablm.errors import ArgumentError
+from moe_ablm.errors import ArgumentError, counted
 from moe_ablm.interop.load import Model
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.flops import params_total
@@ -180,7 +180,8 @@ class Engine:
         if seconds >= REPORTED_FROM:
             rows, length = arrays[0].shape
             print(
-                f"moe_ablm: compiled for {rows} rows of {length} tokens in {seconds:.1f} s (once)",
+                f"moe_ablm: compiled for {counted(rows, 'row')} of {length} tokens in "
+                f"{seconds:.1f} s (once)",
                 file=sys.stderr,
             )
         return compiled

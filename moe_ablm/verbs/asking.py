@@ -19,7 +19,7 @@ from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.readers import Reading, Source, open_sources
 from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.tokenizer import MASKED
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import WatchedBar
 from moe_ablm.verbs.reading import Course, add_format_arguments, add_numbering, reading_of
@@ -187,7 +187,8 @@ def _write(
             print(f"{args.out} is complete: remove it to compute it again")
             return
         if output.done:
-            print(f"{args.out}: going on after {output.done:,} antibodies", file=sys.stderr)
+            done = counted(output.done, "antibody", "antibodies")
+            print(f"{args.out}: going on after {done}", file=sys.stderr)
         before = output.done
         # antibodies whose results are kept are read again, but not computed
         left = itertools.islice(antibodies, output.done, None)
@@ -203,7 +204,8 @@ def _write(
         lines = output.finish()
     seconds = time.monotonic() - started
     print(
-        f"{args.out}: {output.done:,} antibodies, {lines:,} lines, {seconds:,.1f} s "
+        f"{args.out}: {counted(output.done, 'antibody', 'antibodies')}, "
+        f"{counted(lines, 'line')}, {seconds:,.1f} s "
         f"({(output.done - before) / seconds:,.1f} antibodies/s)"
     )
 

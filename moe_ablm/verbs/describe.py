@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS
-from moe_ablm.data.summary import IDENTITY_BINS, Summary, summarise
+from moe_ablm.data.summary import IDENTITY_BINS, LONGEST_CDR3, Summary, summarise
 from moe_ablm.files import all_or_none
 from moe_ablm.verbs.writing import out_directory
 
@@ -147,6 +147,8 @@ def _draw_lengths(summary: Summary) -> "Figure":
             axes.step(np.arange(len(counts)), counts / counts.sum(), where="mid", label=name)
             axes.legend(frameon=False)
     axes.set(xlabel="CDRH3 length (residues)", ylabel="share of heavy chains")
+    ticks = range(0, LONGEST_CDR3 + 1, 10)  # the last bin has the rest
+    axes.set_xticks(ticks, [*map(str, ticks[:-1]), f"{LONGEST_CDR3} or more"])
     return figure
 
 
@@ -177,4 +179,7 @@ def _draw_identity(summary: Summary) -> "Figure":
     axes.set(
         xlabel="V identity with germline (amino acids)", ylabel="share of chains", yscale="log"
     )
+    first, *ticks = IDENTITY_BINS[::5]  # the first bin has the rest
+    names = [f"below {IDENTITY_BINS[1]:.2f}", *(f"{tick:.2f}" for tick in ticks)]
+    axes.set_xticks([first, *ticks], names)
     return figure

@@ -16,7 +16,7 @@ from moe_ablm.evaluation.declared import CLAIMS
 from moe_ablm.evaluation.reporting.references import HEADLINES, Headline
 from moe_ablm.evaluation.suite import SKIPPED, module_of
 from moe_ablm.files import json_text
-from moe_ablm.page import cells_html, image_html, lines_html, write_page
+from moe_ablm.page import cells_html, image_html, lines_html, text_html, write_page
 
 # longer tables are folded away
 LONG = 40
@@ -116,7 +116,7 @@ def _summary(found: Mapping[str, Kept]) -> str:
         if kept["status"] == SKIPPED:
             rows.append(
                 f'{title}<td colspan="3"><span class="tag open">skipped</span> '
-                f"{escape(kept['reason'])}</td>"
+                f"{text_html(kept['reason'])}</td>"
             )
             continue
         lines = [_line(headline, number) for headline, number in headlines(name, kept["numbers"])]
