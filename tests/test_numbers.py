@@ -1,16 +1,20 @@
 """Numbers and regions beside residues, and residues chosen by them, in what verbs compute."""
 
+import csv
+
 import numpy as np
 import pytest
-from tiny_models import HEAVY, LIGHT, engine
+from tiny_models import HEAVY, LIGHT, engine, tiny_model
 
 from moe_ablm import api
+from moe_ablm.__main__ import main
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.positions import selection
 from moe_ablm.errors import UserError
 from moe_ablm.inference import infill, route, scan, score
 from moe_ablm.inference.numbers import chosen, masked, nothing_chosen, numbered_labels
 from moe_ablm.inference.sampling import Sampling
+from moe_ablm.interop.saved import save_model
 
 PAIR, ALONE = Antibody("a", HEAVY, LIGHT), Antibody("a", HEAVY, "")
 MODEL = engine("topk")
@@ -87,3 +91,26 @@ def test_in_python():
         api.scan(MODEL, [("", LIGHT)], regions="CDRH3")
     with pytest.raises(UserError, match="positions='3': '3' is no position"):
         api.infill(MODEL, [(HEAVY, "")], positions="3")
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    """An antibody without the chosen residues is a bad row; the command goes on where it was."""
+    save_model(tiny_model("topk"), tmp_path / "run")
+    source, out = tmp_path / "a.csv", tmp_path / "out.csv"
+    source.write_text(f"id,heavy,light\na,{HEAVY},\nb,,{LIGHT}\n")
+    flags = ["--run", tmp_path / "run", "--input", source, "--method", "wild-type-marginal"]
+    flags += ["--regions", "CDRH3", "--positions", "H103", "--numbering", "kabat", "--out", out]
+    scan_verb = ["moe_ablm", "scan", *map(str, flags)]
+    assert main(scan_verb) == 2
+    error = capsys.readouterr().err
+    assert "row 2 (line 3): b: nothing chosen" in error and not out.exists()
+    assert main([*scan_verb, "--on-bad-row", "skip"]) == 0
+    assert "left out 1: nothing chosen" in capsys.readouterr().err
+    with out.open() as lines:
+        found = list(csv.DictReader(lines))
+    assert {line["sequence_id"] for line in found} == {"a"} and len(found) == 19 * 13
+    assert found[-1]["number"] == "103" and found[0]["number"] == "93"
+    assert main([*scan_verb, "--on-bad-row", "skip", "--positions", "H104"]) == 2
+    assert "is there already (other options)" in capsys.readouterr().err
+    assert main([*scan_verb[:-1], str(tmp_path / "new.csv"), "--regions", "CDR4"]) == 2
+    assert "--regions CDR4: expected some of FRH1" in capsys.readouterr().err

@@ -46,6 +46,7 @@ def test_insertions_stand_behind_their_number_elsewhere():
 
 def test_what_has_no_number_is_not_chosen():
     assert chosen(["", "1", "2", ""], "L1-L9", "imgt", "light") == "1 2"
+    assert chosen([], "H1-H9", "imgt") == ""
 
 
 def test_regions_and_positions_together():

@@ -51,7 +51,8 @@ class Selection:
         for span in self.spans:
             if span.chain == chain:
                 first, last = self._key(span.first), self._key(span.last)
-                here |= [key is not None and first <= key <= last for key in keys]
+                inside = [key is not None and first <= key <= last for key in keys]
+                here |= np.array(inside, bool)
         return here
 
     def _key(self, number: str) -> tuple[int, int]:
