@@ -1,32 +1,68 @@
-"""What a sweep costs: the table of its cells, and device-hours at a stated share of the peak."""
+"""What a sweep costs: the table of its cells, and device-hours, as recorded or as planned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from launch.cell import REPOSITORY, Cell
+from moe_ablm.errors import UserError
 from moe_ablm.training.peaks import PEAKS
 from sweeps.planned import Planned
+from sweeps.recorded import Recorded, read_recorded
 
 # peak FLOP/s; "core": measured, one core of a Xeon with AMX (1024 x 1024 matmul of bfloat16
 # operands through XLA)
 DEVICES = PEAKS | {"core": 0.8e12}
 
 
+# seconds until a run trains: process, data, compiled program from the cache. The 105 runs of
+# benchmarks/results/xeon-2-cores/micro_scaling.csv took 2.06 core-hours, 1.69 of them training
+START = 12.0
+RECORDED = {"core": REPOSITORY / "benchmarks/results/xeon-2-cores/micro_scaling.csv"}
+
+
 @dataclass(frozen=True)
 class Rate:
-    """Model FLOP/s that training is expected to reach on one device: `mfu` of its peak."""
+    """Model FLOP/s that training is expected to reach on one device, and what a start takes.
+
+    As `recorded` runs had, else `mfu` of the device's peak. `start` is in seconds.
+    """
 
     device: str
     mfu: float
+    start: float = START
+    recorded: Recorded | None = None
 
-    def hours(self, flops: float) -> float:
-        """Device-hours of so many model FLOPs."""
-        return flops / (DEVICES[self.device] * self.mfu) / 3600
+    def hours(self, cell: Cell) -> float:
+        """Device-hours of a cell."""
+        speed = DEVICES[self.device] * self.mfu
+        if self.recorded is not None:
+            speed = self.recorded.at(cell.flops / cell.tokens)
+        return (cell.flops / speed + self.start) / 3600
 
     def __str__(self) -> str:
-        return f"{self.device} at {self.mfu:.0%} of {DEVICES[self.device] / 1e12:g} TFLOP/s"
+        speed = f"{self.device} at {self.mfu:.0%} of {DEVICES[self.device] / 1e12:g} TFLOP/s"
+        if self.recorded is not None:
+            speed = f"{self.device} as fast as {self.recorded.source}"
+        return f"{speed}, {self.start:g} s a start"
+
+
+def rate_of(
+    device: str, mfu: float | None, usual: float, start: float, calibrate: Sequence[Path]
+) -> Rate:
+    """The rate that the options ask for: recorded runs, else a share of the peak.
+
+    Without either, runs that were recorded on the device, else the `usual` share.
+    """
+    if calibrate and mfu is not None:
+        raise UserError("--calibrate and --mfu: give one of them")
+    known = RECORDED.get(device)
+    files = calibrate or ([known] if known and known.exists() and mfu is None else [])
+    recorded = read_recorded(files, device) if files else None
+    return Rate(device, usual if mfu is None else mfu, start, recorded)
 
 
 def wide_console() -> Console:
@@ -56,11 +92,12 @@ def cost_table(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = froz
             f"{cell.tokens:.3g}",
             f"{cell.tokens / p.corpus_tokens:.3g}",
             f"{cell.flops:.3g}",
-            f"{rate.hours(cell.flops):.3g}",
+            f"{rate.hours(cell):.3g}",
             *(["complete" if cell.name in done else ""] if done else []),
         )
     tokens, flops = (sum(getattr(p.cell, k) for p in cells) for k in ("tokens", "flops"))
     table.add_section()
     total = f"{len(cells)} cells, {len(done)} complete"
-    table.add_row(total, "", "", f"{tokens:.3g}", "", f"{flops:.3g}", f"{rate.hours(flops):.3g}")
+    hours = sum(rate.hours(p.cell) for p in cells)
+    table.add_row(total, "", "", f"{tokens:.3g}", "", f"{flops:.3g}", f"{hours:.3g}")
     return table

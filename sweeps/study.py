@@ -1,7 +1,7 @@
 """The command line that all studies share: plan, table, checks, launch.
 
 python sweeps/STUDY.py [--data DIR] [--out DIR] [--seeds N] [--launcher NAME] [--dry-run]
-    [--max-gpu-hours H] [--device NAME --mfu SHARE] [--config.KEY=VALUE ...]
+    [--max-gpu-hours H] [--device NAME] [--mfu SHARE | --calibrate RUNS] [--config.KEY=VALUE ...]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from launch.cell import Cell
 from launch.state import COMPLETE, State, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
-from sweeps.cost import DEVICES, Rate, cost_table, wide_console
+from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
 from sweeps.grid import Point, Recipe
 from sweeps.planned import PLAN, Planned, write_plan
 
@@ -91,14 +91,14 @@ def _run(study: Study, argv: list[str] | None) -> int:
     cells, offered = _plan(study, options, extra)
     states = [state_of(p.cell) for p in cells]
     done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)
-    rate = Rate(options.device, options.mfu)
+    rate = rate_of(options.device, options.mfu, study.mfu, options.start_seconds, options.calibrate)
     wide_console().print(cost_table(cells, rate, done))
     if study.repairs:
         from sweeps.check import design_lines
 
         print("\n".join(design_lines(cells, offered)))
     left, failed = _to_launch(cells, states)
-    hours = rate.hours(sum(cell.flops for cell in left))
+    hours = sum(rate.hours(cell) for cell in left)
     if options.max_gpu_hours is not None and not hours <= options.max_gpu_hours:
         raise UserError(
             f"{hours:.4g} hours are left to run, --max-gpu-hours allows {options.max_gpu_hours:g}: "
@@ -148,7 +148,20 @@ def _options(study: Study, argv: list[str] | None):
     add("--dry-run", action="store_true", help="print the table and stop")
     add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more")
     add("--device", choices=DEVICES, default=study.device, help="for hours; default %(default)s")
-    add("--mfu", type=float, default=study.mfu, help="share of its peak; default %(default)s")
+    add(
+        "--mfu",
+        type=float,
+        help=f"share of its peak; default: recorded runs of the device, else {study.mfu}",
+    )
+    add(
+        "--calibrate",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.csv|RUNS",
+        help="hours at the speed of recorded runs on the device; repeatable",
+    )
+    add("--start-seconds", type=float, default=START, help="of each cell; default %(default)s")
     study.add_arguments(parser)
     module.add_arguments(parser)
     options, rest = parser.parse_known_args(argv)
@@ -156,7 +169,9 @@ def _options(study: Study, argv: list[str] | None):
 
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: expected 1 or more")
-    if not 0 < options.mfu <= 1:
+    if not 0 <= options.start_seconds < float("inf"):
+        raise UserError(f"--start-seconds {options.start_seconds:g}: expected 0 or more")
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu:g}: expected above 0, at most 1")
     return options, module, unplanned_flags(rest)
 

@@ -178,7 +178,8 @@ def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
 
 def test_cost_of_a_plan_by_hand(tmp_path):
     (planned,) = tiny_plan(tmp_path, seed=[0])
-    assert Rate("h100", 0.5).hours(989e12 * 0.5 * 7200) == pytest.approx(2.0)
+    cell = dataclasses.replace(planned.cell, flops=989e12 * 0.5 * 7200)
+    assert Rate("h100", 0.5, start=36.0).hours(cell) == pytest.approx(2.01)
     # 12 updates of 8 antibodies of some 240 tokens
     assert planned.cell.tokens == pytest.approx(12 * 8 * 236, rel=0.03)
     assert planned.steps == 12
@@ -204,6 +205,9 @@ def test_the_same_run_twice_is_planned_once(tmp_path):
         (["--max-gpu-hours=1e-9"], "--max-gpu-hours"),
         (["--max-gpu-hours=nan"], "--max-gpu-hours"),
         (["--mfu=2"], "--mfu"),
+        (["--start-seconds=nan"], "--start-seconds"),
+        (["--calibrate=nowhere.csv"], "--calibrate nowhere.csv"),
+        (["--calibrate=nowhere.csv", "--mfu=.3"], "give one of them"),
         (["--seeds=0"], "--seeds"),
         (["--data=/nowhere/pairs"], "/nowhere/pairs"),
         (["--jobs=1000"], "--jobs"),

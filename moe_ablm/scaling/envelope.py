@@ -37,16 +37,13 @@ def fit_envelope(
     law.require(runs)
     target = target or Target()
     check_inputs("--target", target)
-    curves, params = _curves(runs)
+    curves, params = training_curves(runs)
     if np.unique(params).size < FEWEST_SIZES:
         raise UserError(
             f"law envelope: training curves of {np.unique(params).size} sizes; it needs at least "
             f"{FEWEST_SIZES}, each with two or more steps (give run= and step=, or results.jsonl)"
         )
-    low, high = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
-    grid = np.linspace(low, high, BUDGETS)
-    # A curve is not extrapolated: beyond its ends it cannot be the lowest.
-    losses = np.stack([np.interp(grid, c, y, left=np.inf, right=np.inf) for c, y in curves])
+    grid, losses = on_grid(curves)
     values = _regress(grid, losses, params, np.arange(len(curves)), target)
     if values is None:
         raise UserError("law envelope: the lowest curve passes from size to size fewer than twice")
@@ -107,7 +104,7 @@ def _intervals(
     return out
 
 
-def _curves(runs: Runs) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+def training_curves(runs: Runs) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     """Curves (ln C, loss), each with at least two points, and the size of each."""
     label = runs["run"] if "run" in runs else runs["params"].astype(str)
     log_c = np.log(runs.flops())
@@ -119,6 +116,16 @@ def _curves(runs: Runs) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray
             curves.append((c, runs["loss"][members][first]))
             params.append(runs["params"][members[0]])
     return curves, np.array(params)
+
+
+def on_grid(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of ln C `[g]` and the loss of each curve there `[curves, g]`.
+
+    A curve is not extrapolated: beyond its ends it is infinite, and cannot be the lowest.
+    """
+    low, high = min(c[0][0] for c in curves), max(c[0][-1] for c in curves)
+    grid = np.linspace(low, high, BUDGETS)
+    return grid, np.stack([np.interp(grid, c, y, left=np.inf, right=np.inf) for c, y in curves])
 
 
 def _regress(

@@ -4,6 +4,7 @@ Drawn without pyplot: no global state, no backend, no display.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from matplotlib.typing import RcKeyType
 
 from moe_ablm.files import replacing
 from moe_ablm.scaling.compute import Cost
+from moe_ablm.scaling.envelope import on_grid, training_curves
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
+from moe_ablm.scaling.optimum_plots import optimum_of_budgets, optimum_of_surface
 from moe_ablm.scaling.parabola_fit import ParabolaFit, band
 from moe_ablm.scaling.parabolas import IsoFlop
 from moe_ablm.scaling.plots_schedule import loss_against_area
@@ -28,6 +31,8 @@ from moe_ablm.scaling.selection import Analysis
 # Loss, and both ends of its band where there is one, `[m]` each.
 Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 MARKERS = "os^Dv<>P"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+LOSS = "loss L (nats)"
 GROUPS = 6  # most curves in one panel
 SIZES_OF_A_BUDGET = 3  # that make it an isoFLOP budget
 MOST_VECTORS = 5000  # most points of a vector line in an SVG; longer lines are rasterised
@@ -47,11 +52,16 @@ def draw_all(analysis: Analysis) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     with rc_context(STYLE):
         figures[made.law.figure] = OF_LOSS[made.law.figure](analysis)
+        if isinstance(made, ParabolaFit) and made.law.group == "flops":
+            figures["optimum"] = optimum_of_budgets(made)
         if isinstance(made, SmoothFit):
             figures["residuals"] = residuals(made)
             if "tokens" in made.law.needs:
-                figures["isoflop"] = isoflop(analysis)
+                if _budgets(made.runs).size:
+                    figures["isoflop"] = isoflop(analysis)
                 figures["frontier"] = frontier(analysis)
+                optimum = optimum_of_surface(made, analysis.boot)
+                figures |= {} if optimum is None else {"optimum": optimum}
         if analysis.profiles:
             figures["profiles"] = profile_panels(analysis)
     return figures
@@ -125,9 +135,11 @@ def _sizes(runs: Runs) -> np.ndarray:
     return np.geomspace(runs["params"].min() / 1.5, runs["params"].max() * 1.5, 120)
 
 
-def _paint(axes: Axes, x: np.ndarray, curve: Curve, color: np.ndarray, label: str) -> None:
+def _paint(
+    axes: Axes, x: np.ndarray, curve: Curve, color: Any, label: str, line: Any = "-"
+) -> None:
     middle, low, high = curve
-    axes.plot(x, middle, color=color, lw=1.3, label=label)
+    axes.plot(x, middle, color=color, lw=1.3, ls=line, label=label)
     if low is not None and high is not None:
         axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
 
@@ -149,35 +161,80 @@ def loss_against_params(analysis: Analysis) -> Figure:
     axes = figure.add_subplot()
     # a parabola is that of its own size or budget: nothing to bin
     groups = data_groups(runs, role, np.inf if isinstance(made, ParabolaFit) else GROUPS)
-    markers = _markers(runs)
-    colors = colormaps["viridis"](np.linspace(0, 0.88, len(groups)))
-    for (label, members, value), color in zip(groups, colors, strict=True):
-        for kind, marker in markers.items():
-            mine = members & (runs["router"] == kind) if "router" in runs else members
-            axes.plot(runs["params"][mine], runs["loss"][mine], marker, ms=4, color=color)
-        if isinstance(made, ParabolaFit) and f"a[{value:.15g}]" not in made.coefficients:
-            continue
-        inputs = {**_middle(runs, members), role: np.asarray(value)}
-        drawn = _curve(analysis, _along_params(inputs, _sizes(runs)))
+    kinds = _kinds(runs)
+    for (label, members, value), color in zip(groups, _colors(len(groups)), strict=True):
+        for kind in kinds:
+            here = members & kind.members
+            axes.plot(runs["params"][here], runs["loss"][here], kind.marker, ms=4, color=color)
         if isinstance(made, ParabolaFit):
-            drawn = (drawn[0], *(band(made, value, _sizes(runs)) or (None, None)))
-        _paint(axes, _sizes(runs), drawn, color, label)
-        best = made.derived.get(f"N_star[{value:.15g}]")
-        if best is not None:
-            axes.axvline(best, color=color, lw=0.8, ls=":")
+            _paint_parabola(axes, made, runs["params"][members], value, color, label)
+            continue
+        # a law that knows kinds has a curve for each
+        drawn = kinds if made.law.routers else kinds[:1]
+        for kind in drawn:
+            here = members & kind.members if made.law.routers else members
+            if here.any():
+                inputs = {**_middle(runs, here), role: np.asarray(value)}
+                sizes = _sizes(runs.take(here))
+                curve = _curve(analysis, _along_params(inputs, sizes))
+                _paint(axes, sizes, curve, color, label if kind is drawn[0] else "_", kind.line)
     _frame(axes, runs["loss"])
-    for kind, marker in markers.items() if len(markers) > 1 else ():
-        axes.plot([], [], marker, ms=4, color="0.4", label=kind)
-    axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
-    title = f"unique {made.data_unit}" if role == "unique_tokens" else role
-    axes.legend(title=title, fontsize=7, title_fontsize=7)
+    _name_kinds(axes, kinds, lines=bool(made.law.routers))
+    axes.set(xscale="log", xlabel="parameters N", ylabel=LOSS)
+    unit = {"unique_tokens": f"unique {made.data_unit}", "flops": "FLOPs", "tokens": "tokens D"}
+    axes.legend(title=unit[role], fontsize=7, title_fontsize=7, ncols=1 + (len(groups) > 8))
     return figure
 
 
-def _markers(runs: Runs) -> dict[str, str]:
-    """A marker for each router."""
-    kinds = np.unique(runs["router"]).tolist() if "router" in runs else [""]
-    return {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(kinds)}
+def _paint_parabola(
+    axes: Axes, made: ParabolaFit, params: np.ndarray, size: float, color: Any, label: str
+) -> None:
+    """A parabola over the sizes of its runs, its band and its minimum, where it has been fitted."""
+    if f"a[{size:.15g}]" not in made.coefficients:
+        return
+    sizes = np.geomspace(params.min() / 1.5, params.max() * 1.5, 120)
+    middle = made.predict(params=sizes, **{made.law.group: size})
+    _paint(axes, sizes, (middle, *(band(made, size, sizes) or (None, None))), color, label)
+    best = made.derived.get(f"N_star[{size:.15g}]")
+    if best is not None and sizes[0] < best < sizes[-1]:
+        axes.axvline(best, color=color, lw=0.8, ls=":")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A router and number of experts: its runs (a mask), marker and line style."""
+
+    name: str
+    members: np.ndarray
+    marker: str
+    line: Any
+
+
+def _kinds(runs: Runs) -> list[Kind]:
+    """What tells the models of the runs apart besides their size, at most as many as markers."""
+    router = runs["router"].astype(str) if "router" in runs else np.full(len(runs), "")
+    experts = runs["experts"] if "experts" in runs else np.ones(len(runs))
+    names = np.array(
+        [f"{r} {e:g}".strip() if e > 1 else r for r, e in zip(router, experts, strict=True)]
+    )
+    found = np.unique(names).tolist()
+    if len(found) > len(MARKERS):
+        names, found = router, np.unique(router).tolist()
+    return [
+        Kind(name, names == name, MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
+        for i, name in enumerate(found)
+    ]
+
+
+def _name_kinds(axes: Axes, kinds: list[Kind], lines: bool = False) -> None:
+    """Entries of the legend for the markers (and line styles) of several kinds."""
+    for kind in kinds if len(kinds) > 1 else ():
+        style = {"ls": kind.line, "lw": 1.2} if lines else {"ls": "none"}
+        axes.plot([], [], marker=kind.marker, ms=4, color="0.4", label=kind.name, **style)
+
+
+def _colors(count: int) -> np.ndarray:
+    return colormaps["viridis"](np.linspace(0, 0.88, count))
 
 
 def loss_against_experts(analysis: Analysis) -> Figure:
@@ -201,30 +258,31 @@ def loss_against_experts(analysis: Analysis) -> Figure:
             }
             _paint(axes, experts, _curve(analysis, columns), color, f"{size:.3g}")
         axes.set(xscale="log", xlabel="experts E", title=router)
-    panels[0].set_ylabel("loss")
+    panels[0].set_ylabel(LOSS)
     panels[-1].legend(title="parameters", fontsize=7, title_fontsize=7)
     return figure
 
 
 def isoflop(analysis: Analysis) -> Figure:
-    """Loss against N at constant compute, with the law's minimum of each curve."""
+    """Loss against N at each compute budget of the runs, with the law's minimum of each curve."""
     runs = analysis.fit.runs
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
-    flops = runs.flops()
     cost = _cost(analysis)
-    budgets = _budgets(runs)
-    colors = colormaps["viridis"](np.linspace(0, 0.88, len(budgets)))
-    sizes = _sizes(runs)
-    for budget, color in zip(budgets, colors, strict=True):
+    groups, budgets = IsoFlop().groups(runs), _budgets(runs)
+    kinds, sizes = _kinds(runs), _sizes(runs)
+    for budget, color in zip(budgets, _colors(budgets.size), strict=True):
         loss = _surface(analysis, sizes, np.exp(cost.log_tokens(budget, np.log(sizes))))
         axes.plot(sizes, loss, color=color, lw=1.2, label=f"{budget:.1e}")
         best = int(np.argmin(loss))
-        axes.plot(sizes[best], loss[best], "*", color=color, ms=9)
-        near = np.abs(np.log(flops / budget)) < 0.2
-        axes.plot(runs["params"][near], runs["loss"][near], "o", ms=3, color=color)
+        if 0 < best < sizes.size - 1:
+            axes.plot(sizes[best], loss[best], "*", color=color, ms=9)
+        for kind in kinds:
+            here = kind.members & (groups == budget)
+            axes.plot(runs["params"][here], runs["loss"][here], kind.marker, ms=3, color=color)
     _frame(axes, runs["loss"])
-    axes.set(xscale="log", xlabel="parameters N", ylabel="loss")
+    axes.set(xscale="log", xlabel="parameters N", ylabel=LOSS)
+    _name_kinds(axes, kinds)
     axes.legend(title=f"FLOPs, {cost}", fontsize=7, title_fontsize=7)
     return figure
 
@@ -258,19 +316,20 @@ def frontier(analysis: Analysis) -> Figure:
     if "unique_tokens" in analysis.fit.law.needs:
         title = f"at {runs['unique_tokens'].max():.3g} unique {analysis.fit.data_unit}"
     axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D", title=title)
+    axes.set(xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1]))
     axes.legend(fontsize=7)
     return figure
 
 
 def _budgets(runs: Runs) -> np.ndarray:
-    """The compute budgets of the runs, where they have a few of several sizes; else a range."""
-    flops = runs.flops()
+    """The compute budgets that at least three sizes of one kind share; none is made up."""
     groups = IsoFlop().groups(runs)
-    sizes = {g: np.unique(runs["params"][groups == g]).size for g in np.unique(groups)}
-    given = np.array([g for g, count in sizes.items() if count >= SIZES_OF_A_BUDGET])
-    if given.size >= 2 and np.isin(groups, given).mean() > 0.8:
-        return given[np.linspace(0, given.size - 1, min(GROUPS, given.size)).round().astype(int)]
-    return np.geomspace(np.quantile(flops, 0.05), np.quantile(flops, 0.95), GROUPS)
+    found = []
+    for budget in np.unique(groups):
+        masks = [kind.members & (groups == budget) for kind in _kinds(runs)]
+        if max(np.unique(runs["params"][m]).size for m in masks) >= SIZES_OF_A_BUDGET:
+            found.append(budget)
+    return np.array(found if len(found) > 1 else [])
 
 
 def _cost(analysis: Analysis) -> Cost:
@@ -332,19 +391,26 @@ def residuals(made: SmoothFit) -> Figure:
 
 
 def envelope(analysis: Analysis) -> Figure:
-    """All training curves and the fitted envelope."""
+    """All training curves, the lowest at each compute, and the law through their envelope."""
     made, runs = analysis.fit, analysis.fit.runs
     figure = Figure(figsize=(5.6, 3.8))
     axes = figure.add_subplot()
-    label = runs["run"] if "run" in runs else runs["params"].astype(str)
-    flops = runs.flops()
-    for name in np.unique(label):
-        members = np.flatnonzero(label == name)
-        order = members[np.argsort(flops[members])]
-        axes.plot(flops[order], runs["loss"][order], lw=0.8, color="0.6")
-    grid = np.geomspace(flops.min(), flops.max(), 100)
-    axes.plot(grid, made.predict(params=grid, flops=grid), "r--", lw=1.3, label="envelope")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss")
+    curves, params = training_curves(runs)
+    sizes = np.unique(params)
+    for (log_c, loss), size in zip(curves, params, strict=True):
+        color = _colors(sizes.size)[np.searchsorted(sizes, size)]
+        axes.plot(np.exp(log_c), loss, lw=0.8, color=color)
+    grid, losses = on_grid(curves)
+    lowest = losses.min(axis=0)
+    seen = np.isfinite(lowest)
+    axes.plot(np.exp(grid[seen]), lowest[seen], "k-", lw=1.6, label="lowest curve")
+    flops = np.exp(grid[seen])
+    law = made.predict(params=flops, flops=flops)
+    axes.plot(flops, law, "r--", lw=1.3, label="power law of C")
+    for size in sizes[[0, -1]]:
+        axes.plot([], [], color=_colors(2)[int(size == sizes[-1])], label=f"N = {size:.3g}")
+    _frame(axes, np.concatenate([loss for _, loss in curves]))
+    axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel=LOSS)
     axes.legend(fontsize=7)
     return figure
 
