@@ -16,6 +16,7 @@ SMOOTH = (
     "moe_clark",
     "moe_granularity",
     "moe_sparsity",
+    "moe_experts",
     "joint",
     "annealing",
     "annealing_sizes",

@@ -13,6 +13,7 @@ from moe_ablm.scaling.laws_dense import (
     DataConstrainedB2,
     DataConstrainedB3,
 )
+from moe_ablm.scaling.laws_experts import MoeExperts
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
 from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes
@@ -28,6 +29,7 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
         MoeClark,
         MoeGranularity,
         MoeSparsity,
+        MoeExperts,
         Joint,
         Annealing,
         AnnealingSizes,

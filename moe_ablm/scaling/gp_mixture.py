@@ -12,7 +12,7 @@ sticks and concentration alone. Starts have 1, 2, 3 ... clusters; the best bound
 `N` curves, `P` points of a curve (padded), `M` knots of a cluster mean, `K` clusters at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ START = np.log([1.0, 0.3, 0.3, 0.4, 0.1])
 BOUNDS = np.log([(0.05, 20.0), (1.5 * SPACING, 2.0), (1e-3, 5.0), (SPACING, 4.0), (1e-3, 3.0)])
 SETTLED = 0.3  # nats; a start whose bound rises by less is at its optimum
 PRIOR_SD = 1.5  # of the ln of each hyperparameter, around its start
-AXES = {"linear": lambda step: step, "log": np.log1p}
+AXES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"linear": np.asarray, "log": np.log1p}
 
 
 @dataclass(frozen=True)

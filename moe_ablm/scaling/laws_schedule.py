@@ -9,7 +9,7 @@ E, A, ALPHA, C, B, BETA = range(6)
 
 
 class Annealing(SmoothLaw):
-    """Tissue et al. 2024, equation 1, for runs of one size.
+    """Tissue et al. 2024 for runs of one size.
 
     Theirs is L = L0 + A S1^-alpha - C2 S2. With r = peak - (1 - m) S2, the recent rate, this is
     L = E + A S1^-alpha + C r, where C = C2 / (1 - m) and E = L0 - C peak: the same law for runs of
@@ -18,7 +18,7 @@ class Annealing(SmoothLaw):
 
     name = "annealing"
     equation = "L = E + A S1^-alpha + C r, S1 = sum of rates, r = rate averaged over 100 updates"
-    source = "Tissue et al. 2024, Scaling law with learning rate annealing, eq. 1"
+    source = "Tissue et al. 2024, Scaling law with learning rate annealing, arXiv 2408.11029"
     needs: tuple[str, ...] = ("params", "lr_area", "lr_recent", "loss")
     needs_curves = True
     figure = "loss_against_area"
@@ -43,11 +43,11 @@ class Annealing(SmoothLaw):
 
 
 class AnnealingSizes(Annealing):
-    """Tissue et al. 2024, section 4, with the term of Hoffmann et al. 2022 in parameters."""
+    """The law of Tissue et al. 2024 with the term of Hoffmann et al. 2022 in parameters."""
 
     name = "annealing_sizes"
     equation = "L = E + A S1^-alpha + C r + B N^-beta, S1 = sum of rates, r = recent rate"
-    source = "Tissue et al. 2024, Scaling law with learning rate annealing, eq. 1 and section 4"
+    source = "Tissue et al. 2024, Scaling law with learning rate annealing, arXiv 2408.11029"
     parameters = (
         *Annealing.parameters,
         coefficient("B", "size of the term in parameters"),

@@ -1,7 +1,7 @@
 """What a run has had of its learning-rate schedule: the area under it, and the rate of late.
 
 Of update t with rates eta: the area S1 = sum of eta_1 ... eta_t, and the recent rate
-r_t = m r_(t-1) + (1 - m) eta_t, which starts at the peak. With Tissue et al. 2024, eq. 1, the area
+r_t = m r_(t-1) + (1 - m) eta_t, which starts at the peak. With Tissue et al. 2024 (arXiv 2408.11029) the area
 of annealing is S2 = (peak - r_t) / (1 - m), m their lambda: what annealing has taken off the rate.
 """
 
@@ -17,7 +17,7 @@ KEYS = ("steps", "lr", "warmup", "schedule", "decay_share")  # of `config.train`
 def rates(train: Mapping[str, Any]) -> np.ndarray:
     """Learning rate of every update `[steps]`, of the keys `KEYS` of a run's `config.train`.
 
-    The warm-up counts at the peak, as in the paper (section 3.4): a short one costs no progress.
+    The warm-up counts at the peak, as in the paper: a short one costs no progress.
     """
     steps, warmup = int(train["steps"]), int(train["warmup"])
     done = np.arange(steps) - warmup  # since the warm-up

@@ -85,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--next-run", metavar="GRID", help="table of candidate cells to rank")
     add("--design", action="store_true", help="check a planned grid (no losses) and stop")
     add(
+        "--power",
+        type=int,
+        metavar="DRAWS",
+        help="with --design --law joint: simulate whether the grid tells tau = 0 from 1",
+    )
+    add(
         "--out", type=out_directory, required=True, metavar="DIR", help="fit.json, report.html, ..."
     )
 
@@ -105,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file or a pipe has room for whole tables
         console = Console(width=PIPE_WIDTH)
     laws = args.law or [COMPARE]
+    if args.power is not None and not args.design:
+        raise UserError(f"--power {args.power} needs --design")
     _check_numbers(args)
     reading = Reading(
         columns=_pairs("--columns", [args.columns]),
@@ -296,6 +304,22 @@ def _design(
     }
     values["condition"] = design.condition if design.condition < float("inf") else None
     write_json(out / "design.json", {"schema": "moe_ablm.design/1", **values})
+    if args.power is not None:
+        _power(console, runs, names[0], args, out)
+
+
+def _power(console: "Console", runs: "Runs", law: str, args: argparse.Namespace, out: Path) -> None:
+    from moe_ablm.scaling import power
+
+    if law != "joint":
+        raise UserError(f"--power: law {law} has no tau; use --law joint")
+    seed_sd = 1e-3 if args.seed_sd is None else args.seed_sd
+    table = power.power_table(runs, seed_sd, args.power, args.seed)
+    console.print(power.shown(table, seed_sd))
+    console.print(power.needed(table), markup=False, highlight=False)
+    rows = [vars(p) | {"power": p.power} for p in table]
+    content = {"schema": "moe_ablm.power/1", "seed_sd": seed_sd, "seed": args.seed, "rows": rows}
+    write_json(out / "power.json", content)
 
 
 def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
