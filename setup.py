@@ -53,6 +53,10 @@ setup(
             "types-PyYAML",
         ],
         "eval": ["scikit-learn>=1.6,<2", "umap-learn>=0.5.7,<1", "seaborn>=0.13.2,<1"],
+        # trackers of experiments (`log.tracker`), one of them
+        "wandb": ["wandb>=0.31,<1"],
+        "trackio": ["trackio>=0.43,<1"],
+        "mlflow": ["mlflow-skinny>=3.17,<4"],
         "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],
         "aot": [  # compilers for TPUs and GPUs that are not here; versions follow jax's
             "jax[tpu,cuda12-local]",

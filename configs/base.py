@@ -115,6 +115,7 @@ def get_config() -> ConfigDict:
 
     c.log = log = ConfigDict()
     log.every = 10  # steps
+    log.tracker = placeholder(str)  # wandb, trackio or mlflow (docs/training.md); None: none
     log.profile = placeholder(str)  # updates to trace, "20:24"; None: none (docs/training.md)
 
     # below: how a run is computed, outside its identity

@@ -22,6 +22,7 @@ from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.families import FAMILIES, Router, TokenChoice
 from moe_ablm.model.spec import ACTIVATIONS, PRECISIONS, REMAT, SIZES, EncoderSpec
 from moe_ablm.training.spec import OPTIMIZERS, SCHEDULES, OptimizerSpec
+from moe_ablm.training.tracking import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class CheckpointConfig:
 class LogConfig:
     every: int
     profile: str | None
+    tracker: str | None
 
     @property
     def window(self) -> tuple[int, int] | None:
@@ -244,6 +246,7 @@ LATER: dict[str, Any] = {
     "config.train.skip_spikes": 0.0,
     "config.train.z_loss": 0.0,
     "config.log.profile": None,
+    "config.log.tracker": None,
 }
 # what our keys are called elsewhere
 ELSEWHERE = {
@@ -532,6 +535,8 @@ def _check(c: Config) -> None:
     _require(0 <= c.train.ema < 1, "train.ema", c.train.ema, "0 (off) to below 1")
     _require(0 < c.train.decay_share <= 1, "train.decay_share", c.train.decay_share, "in (0, 1]")
     _check_wsd(c.train)
+    if c.log.tracker is not None:
+        _choice("log.tracker", c.log.tracker, TRACKERS)
     _check_profile(c.log.profile, c.train.steps)
     _require(c.train.patience >= 0, "train.patience", c.train.patience, "0 (off) or more")
     _require(c.train.batch % c.train.accumulate == 0, "train.accumulate", c.train.accumulate,

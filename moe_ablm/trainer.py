@@ -51,6 +51,7 @@ from moe_ablm.training.optimizer import make_schedule
 from moe_ablm.training.stability import StabilityWatch
 from moe_ablm.training.step import Batch, StepMetrics, make_eval_step
 from moe_ablm.training.trace import Trace
+from moe_ablm.training.tracking import require_tracker
 from moe_ablm.workdir import finished_run, work_directory
 
 
@@ -74,6 +75,8 @@ def run(config: Config, workdir: Path, extension: Extension | None = None) -> di
     mesh = make_mesh(config.mesh.data, config.mesh.expert, config.mesh.fsdp)
     _check_divides(config, mesh)
     _check_size(config, mesh)
+    if config.log.tracker is not None:
+        require_tracker(config.log.tracker)
     model = starting_model(config)
     start, licence = (model.params, model.facts.get("licence")) if model else (None, None)
     identity = "" if start is None else states.params_sha256(start)
@@ -214,7 +217,9 @@ class Trainer:
         """
         steps = self.config.train.steps
         state = self._restore_or_init()
-        self.results = Results(self.workdir, self.step) if multihost.is_first() else None
+        if multihost.is_first():
+            flat = configs.flatten(configs.to_dict(self.config))
+            self.results = Results(self.workdir, self.step, self.config.log.tracker, flat)
         self.peak = peak(self.execution.operands)
         self._announce()
         batches = self.feed.train_batches(self.step)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from moe_ablm.files import json_text
 from moe_ablm.model.routing import RouterStats
 from moe_ablm.parallel.mesh import global_batch
-from moe_ablm.results import keep_until
+from moe_ablm.results import keep_until, read_results
 from moe_ablm.training.stability import dead_experts, max_min_load
 from moe_ablm.training.step import CELLS, REGIONS, SEEN_LEVELS
+from moe_ablm.training.tracking import Tracker, scalars
 
 
 def loss_metrics(sums: Iterable[jax.Array | np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
@@ -132,17 +133,27 @@ class Clock:
 
 
 class Results:
-    """`results.jsonl` and TensorBoard events of a work directory.
+    """`results.jsonl` and TensorBoard events of a work directory, and a tracker if there is one.
 
     On opening at a step, everything reported after this step is dropped: the run that continues
     from there reports it again.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        tracker: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        """Args: work directory; updates done; one of `tracking.TRACKERS` and a flat config."""
         self.path = workdir / "results.jsonl"
         keep_until(self.path, step)
         self._file = self.path.open("a")
         self._events = EventFileWriter(str(workdir / "tensorboard"))
+        self._tracker = None
+        if tracker is not None:
+            self._tracker = Tracker(tracker, workdir, config or {}, read_results(self.path))
         self._events.add_event(
             Event(wall_time=0, step=step + 1, session_log=SessionLog(status=SessionLog.START))
         )
@@ -152,23 +163,17 @@ class Results:
         line = {"kind": kind, "step": step, **values}
         self._file.write(json_text(line) + "\n")
         self._file.flush()
-        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in _scalars(values, f"{kind}/")]
-        self._events.add_event(
-            Event(wall_time=wall_time, step=step, summary=Summary(value=scalars))
-        )
+        shown = [Summary.Value(tag=k, simple_value=v) for k, v in scalars(values, f"{kind}/")]
+        self._events.add_event(Event(wall_time=wall_time, step=step, summary=Summary(value=shown)))
+        if self._tracker:
+            self._tracker.put(line)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes both files, and sends what is still to be sent."""
         self._file.close()
         self._events.close()
-
-
-def _scalars(values: dict, prefix: str):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{key}", value
+        if self._tracker:
+            self._tracker.close()
 
 
 class ValidationSums(NamedTuple):
