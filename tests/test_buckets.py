@@ -74,6 +74,16 @@ def test_batches_hold_every_row_once_in_two_shapes_a_bucket():
     assert shapes == {(16, 32), (32, 16), (32, 1), (304, 1)}
 
 
+@pytest.mark.parametrize("tokens", [200_000, 10**30])
+def test_room_for_more_tokens_does_not_compute_rows_one_by_one(tokens):
+    """However much more room there is than the rows of a bucket need."""
+    lengths = [16] * 5_000
+    usual, roomy = (engine("topk", batch_tokens=n)._batches(lengths) for n in (None, tokens))
+    batches = list(roomy)
+    assert sorted(np.concatenate([m for m, *_ in batches]).tolist()) == list(range(5_000))
+    assert len(batches) <= len(list(usual)) < 50
+
+
 def test_a_shape_is_compiled_once(capsys, monkeypatch):
     monkeypatch.setattr(buckets, "REPORTED_FROM", 0.0)
     some = Engine(tiny_model(layers=1), batch_tokens=64)

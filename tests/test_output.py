@@ -148,3 +148,19 @@ def test_nothing_is_left_where_nothing_was_computed(tmp_path):
 def test_names_that_are_no_result(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         Output(tmp_path / name, COMMAND)
+
+
+def test_lines_have_the_digits_of_float32(tmp_path):
+    """Read again they are the same float32; 0.1 is no 0.10000000149011612."""
+    x = pa.array([0.1, None, float("nan"), 1e-30], pa.float32())
+    v = vectors(np.array([[0.1, 1 / 3], [2.0, -1e8], [0.7, 0.0], [1.5, 2.5]], np.float32))
+    with Output(tmp_path / "o.jsonl", COMMAND) as output:
+        output.add(pa.table({"x": x, "v": v, "n": [1, 2, 3, 4]}), 4)
+        output.finish()
+    text = (tmp_path / "o.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["x"] for line in lines] == [0.1, None, None, 1e-30]
+    assert [line["n"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["v"] == [0.1, 0.33333334] and lines[1]["v"] == [2.0, -1e8]
+    found = np.array([line["v"] for line in lines], np.float32)
+    assert found.tobytes() == np.array(v.to_pylist(), np.float32).tobytes()

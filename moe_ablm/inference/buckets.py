@@ -85,7 +85,8 @@ class Engine:
             raise ArgumentError("batch_tokens", batch_tokens, "expected at least 1")
         self.model, self.precision = model, precision
         self._mesh = _mesh(devices)
-        self._tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 65_536)
+        self._usual = BATCH_TOKENS.get(jax.default_backend(), 65_536)
+        self._tokens = batch_tokens or self._usual
         execution = Execution(*PRECISIONS[precision], backend=jax.default_backend())
         spec = alone(model.spec)
         self._definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[
@@ -151,6 +152,8 @@ class Engine:
         for length in np.unique(buckets).tolist():
             members = np.flatnonzero(buckets == length)
             full = max(self._tokens // length // devices, 1) * devices
+            if len(members) <= full // 4:  # all would be a remainder, computed one by one
+                full = min(full, max(self._usual // length // devices, 1) * devices)
             last = len(members) % full
             few = 0 < last <= full // 4
             whole = len(members) - last if few else len(members)

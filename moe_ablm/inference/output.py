@@ -210,8 +210,25 @@ def _to_jsonl(paths: list[Path], out: Path) -> None:
     with out.open("w") as stream:
         for table in map(pq.read_table, paths):
             for batch in table.to_batches(max_chunksize=1024):
-                for line in batch.to_pylist():
-                    stream.write(json_text(line) + "\n")
+                columns = [_plain(column) for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    line = dict(zip(batch.schema.names, values, strict=True))
+                    stream.write(json_text(line) + "
+")
+
+
+def _plain(column: pa.Array) -> list:
+    """Python values; of float32 the fewest digits that tell it from its neighbours."""
+    if pa.types.is_float32(column.type):
+        shortest = column.to_numpy(zero_copy_only=False).astype(str).astype(np.float64)
+        return [
+            value if valid else None
+            for value, valid in zip(shortest.tolist(), column.is_valid().to_pylist(), strict=True)
+        ]
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(kind(column.type) for kind in kinds) and pa.types.is_float32(column.type.value_type):
+        return [_plain(item.values) if item.is_valid else None for item in column]
+    return column.to_pylist()
 
 
 def _to_parquet(paths: list[Path], out: Path) -> None:

@@ -75,7 +75,8 @@ def _facts(content: Mapping[str, Any]) -> dict[str, str]:
         "Null": model.get("null", ""),
         "Parameters": parameters_written(model),
         "Trained on": ", ".join(filter(None, (tokens, model["regime"]))),
-        "Weights": f"sha256 {model['sha256'][:16]}",
+        "Weights": f"sha256 {model['sha256'][:16]}, of encoder, row and parameters "
+        "(params_sha256 of run.json is of the parameters alone)",
         "Dataset": f"{dataset['path']}, sha256 {dataset['sha256'][:16]}" if dataset else "none",
         "Files": ", ".join(files),
         "Seed of all draws": str(content["seed"]),
