@@ -132,7 +132,7 @@ def test_an_input_is_never_replaced(tmp_path, run_quickly):
         ("prepare", "d.parquet", (".parquet",)),
         ("report", "a_file", ("a_file is a file: name a directory",)),
         ("fit", "a_file/x", ("a_file is not a directory",)),
-        ("annotate", "a.tsv", ("ends in .parquet",)),
+        ("annotate", "a.json", ("ends in .parquet, .csv, .tsv",)),
         ("embed", "e.txt", (".csv, .parquet, .jsonl, .npz",)),
         ("describe", "", ("the name is empty",)),
         ("export", "n" * 300, ("too long",)),

@@ -169,10 +169,9 @@ def table(
         "sequence_id": pa.array([c.antibody.name for c, _ in each], pa.string()),
         "sample": pa.array([c.sample for c, _ in each], pa.int64()),
     }
-    for name in ("chain", "position", "number", "region"):
+    for name in ("chain", "position", "residue", "number", "region"):
         kind = pa.int64() if name == "position" else pa.string()
         columns[name] = pa.array([labels[name][i] for i in line], kind)
-    columns["residue"] = pa.array([f.residue for _, f in each], pa.string())
     columns["probability"] = pa.array([f.probability for _, f in each], pa.float64())
     for rank in range(sampling.top):
         best = [f.candidates[rank] for _, f in each]
