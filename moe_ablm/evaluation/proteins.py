@@ -56,10 +56,10 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     results, notes = [], []
     for task in chosen(read_tasks(subject.files_of("proteins")), settings.splits):
         try:
-            found, more_notes = evaluate_task(subject, task, settings)
+            more, more_notes = evaluate_task(subject, task, settings)
         except Skipped as skipped:
-            found, more_notes = [], [str(skipped)]
-        results += found
+            more, more_notes = [], [str(skipped)]
+        results += more
         notes += more_notes
     if not results:
         raise Skipped("; ".join(notes))
@@ -76,15 +76,15 @@ def shown(results: Sequence[Number | Sample], notes: Sequence[str]) -> Outcome:
     samples = [r for r in results if isinstance(r, Sample)]
     parts = {"Spearman's correlation": numbers, "Accuracy": [s.number() for s in samples]}
     rows, tables, pictures = ("task", "split"), [], []
-    for title, found in parts.items():
-        if found:
-            metric = found[0].metric
+    for title, estimated in parts.items():
+        if estimated:
+            metric = estimated[0].metric
             tables.append(Table(f"{title}, test sets", (metric,), rows, "predictor"))
             pictures.append(
                 Picture(
                     metric,
                     f"{title} on test sets, 95 % intervals over proteins.",
-                    partial(dots, found, rows, "predictor", title),
+                    partial(dots, estimated, rows, "predictor", title),
                 )
             )
     return Outcome(samples, numbers, tables, pictures, notes)
@@ -108,8 +108,8 @@ def evaluate_task(
     places = {sequence: i for i, sequence in enumerate(known)}
     results = []
     for split in splits:
-        found, more_notes = evaluate_split(subject, task, split, settings, inputs, places)
-        results += found
+        more, more_notes = evaluate_split(subject, task, split, settings, inputs, places)
+        results += more
         notes += [f"{task.name}: {each}" for each in more_notes]
     return results, notes
 
@@ -143,14 +143,14 @@ def evaluate_split(
     checked = (of(valid), targets_of(task.kind, valid, names)) if valid else None
     predictor = fit(subject.engine, of(split.train), targets, head, training, checked)
     tested = [p for test in split.tests.values() for p in test]
-    found = {"model": best(task.kind, predictor(of(tested)))}
+    predictions = {"model": best(task.kind, predictor(of(tested)))}
     if has_baselines():
         name = baselines.NAMES[task.kind]
-        found[name] = baseline(task.kind, split.train, targets, tested, subject.seed)
+        predictions[name] = baseline(task.kind, split.train, targets, tested, subject.seed)
     results, first = [], 0
     for name, proteins in split.tests.items():
         truth = targets_of(task.kind, proteins, names)
-        for predictor_name, predicted in found.items():
+        for predictor_name, predicted in predictions.items():
             about = {"task": task.name, "split": name, "predictor": predictor_name}
             part = predicted[first : first + len(proteins)]
             results.append(compared(task.kind, proteins, truth, part, about))
@@ -167,8 +167,8 @@ def classes_of(kind: str, train: Sequence[Protein]) -> list[str]:
     if kind == "regression":
         return []
     parts = [str(p.target) for p in train]
-    found = set("".join(parts)) - {UNKNOWN} if kind == "residue" else set(parts)
-    return sorted(found)
+    classes = set("".join(parts)) - {UNKNOWN} if kind == "residue" else set(parts)
+    return sorted(classes)
 
 
 def targets_of(kind: str, proteins: Sequence[Protein], names: Sequence[str]):
@@ -216,16 +216,16 @@ def baseline(kind: str, train: Sequence[Protein], targets, test: Sequence[Protei
 
 
 def compared(
-    kind: str, proteins: Sequence[Protein], truth, found, about: Mapping[str, str]
+    kind: str, proteins: Sequence[Protein], truth, predicted, about: Mapping[str, str]
 ) -> Number | Sample:
     """Spearman's correlation, or accuracy a protein or residue."""
     units = [p.sequence for p in proteins]
     if kind == "regression":
-        return spearman_number(np.asarray(found, float), truth, units, about)
+        return spearman_number(np.asarray(predicted, float), truth, units, about)
     if kind == "classification":
-        hits, counts = (found == truth).astype(float), np.ones(len(truth))
+        hits, counts = (predicted == truth).astype(float), np.ones(len(truth))
     else:
-        pairs = [(t != IGNORED, t == f) for t, f in zip(truth, found, strict=True)]
+        pairs = [(t != IGNORED, t == f) for t, f in zip(truth, predicted, strict=True)]
         counts = np.array([known.sum() for known, _ in pairs], float)
         hits = np.array([(known & right).sum() for known, right in pairs], float)
     return Sample("accuracy", units, hits, counts, about, unit="share")

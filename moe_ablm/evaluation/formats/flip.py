@@ -50,7 +50,7 @@ def read_csv(member: Member) -> list[FlipRecord]:
 
 def read_fasta(member: Member) -> list[FlipRecord]:
     """Records of a FASTA; what stands below a header is under "sequence"."""
-    return [_record(member, *found) for found in _fasta(member)]
+    return [_record(member, *entry) for entry in _fasta(member)]
 
 
 def _fasta(member: Member) -> Iterator[tuple[int, str, str]]:
@@ -135,8 +135,8 @@ def _joined(
     for name, row in split:
         if name not in sequences:
             raise UserError(f"{row.where}: {name} is not in {SEQUENCES}.fasta")
-        found = {"TARGET": row.values["sequence"], "MASK": masks.get(name, "")}
-        rows.append(TableRow(row.where, {**row.values, **found, "sequence": sequences[name]}))
+        columns = {"TARGET": row.values["sequence"], "MASK": masks.get(name, "")}
+        rows.append(TableRow(row.where, {**row.values, **columns, "sequence": sequences[name]}))
     return rows
 
 

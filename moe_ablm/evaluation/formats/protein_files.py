@@ -27,8 +27,8 @@ def read_tasks(paths: Sequence[Path]) -> list[Task]:
                 parts.setdefault(name or _folder(path), {})[part] = tape.read_json(member)
             else:
                 _read_flip(member, splits.setdefault(_folder(path), {}))
-    found = [task for name, files in splits.items() for task in _flip_tasks(name, files)]
-    return found + [_tape_task(name, found) for name, found in parts.items()]
+    tasks = [task for name, files in splits.items() for task in _flip_tasks(name, files)]
+    return tasks + [_tape_task(name, of_task) for name, of_task in parts.items()]
 
 
 def _folder(path: Path) -> str:
@@ -64,7 +64,9 @@ def _tape_task(name: str, parts: dict[str, tuple[str, list[Protein]]]) -> Task:
     kinds = {kind for kind, _ in parts.values()}
     if len(kinds) > 1:
         raise UserError(f"task {name}: its files have targets of different kinds")
-    tests = {part: found for part, (_, found) in parts.items() if part not in ("train", "valid")}
+    tests = {
+        part: proteins for part, (_, proteins) in parts.items() if part not in ("train", "valid")
+    }
     _, train = parts.get("train", ("", []))
     _, valid = parts.get("valid", ("", []))
     _require(f"task {name}", {"train": train, "test": [p for t in tests.values() for p in t]})

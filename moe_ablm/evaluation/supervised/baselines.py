@@ -65,9 +65,11 @@ def predictions(
         table = extraction.DictVectorizer()
         x = table.fit_transform([known[i] for i in train])
         model = linear_model.LogisticRegression(max_iter=1000).fit(x, classes[train])
-        found = np.zeros((len(held), classes.max() + 1))
-        found[:, model.classes_] = model.predict_proba(table.transform([known[i] for i in held]))
-        return found
+        probabilities = np.zeros((len(held), classes.max() + 1))
+        probabilities[:, model.classes_] = model.predict_proba(
+            table.transform([known[i] for i in held])
+        )
+        return probabilities
 
     return out_of_fold(predict, folds)
 
