@@ -21,7 +21,7 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.evaluation.cohort import Annotated, annotated
-from moe_ablm.evaluation.estimates import Sample, kinds_of
+from moe_ablm.evaluation.estimates import Sample
 from moe_ablm.evaluation.experts import position_only
 from moe_ablm.evaluation.experts.assignments import Assignments, assigned, groups_of, routed
 from moe_ablm.evaluation.experts.beyond import PositionOnly, References, hardest
@@ -29,6 +29,7 @@ from moe_ablm.evaluation.experts.matching import match, p_value
 from moe_ablm.evaluation.experts.specialisation import enrichment
 from moe_ablm.evaluation.experts.specialists import halves, specialists
 from moe_ablm.evaluation.experts.traits import CHAIN_AND_RESIDUE, contrasts
+from moe_ablm.evaluation.kinds import kinds_of
 from moe_ablm.evaluation.nulls import POSITION, SHUFFLED, UNTRAINED, untrained
 from moe_ablm.evaluation.reporting.claims import (
     BEYOND,

@@ -8,6 +8,7 @@ from scipy import stats
 
 from moe_ablm.evaluation.estimates import (
     Sample,
+    blurred,
     draw_counts,
     interval,
     merged,
@@ -15,6 +16,7 @@ from moe_ablm.evaluation.estimates import (
     ratio,
     redrawn,
     scaled,
+    welch,
 )
 
 RNG = np.random.default_rng(0)
@@ -131,3 +133,21 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         ).number(400)  # fmt: skip
         held += number.low <= 1 <= number.high
     assert 0.90 <= held / 300 <= 0.98
+
+
+def test_the_welch_interval_is_that_of_scipy():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0, 0.1, 3), rng.normal(1, 3.0, 4)
+    error, degrees = welch([b.std(ddof=1), a.std(ddof=1)], [4, 3])
+    expected = stats.ttest_ind(b, a, equal_var=False)
+    assert (b.mean() - a.mean()) / error == pytest.approx(expected.statistic)
+    assert degrees == pytest.approx(expected.df)
+    assert np.isnan(welch([math.nan, 0.1], [1, 3])[0])
+
+
+@pytest.mark.parametrize("apart", [1e-17, 1e-15, 1e-12])
+def test_seeds_that_differ_by_rounding_alone_have_an_interval(apart):
+    """Antibodies that are all alike: draws do not vary, and the ends are the value."""
+    low, high = blurred(np.full(1000, 0.3), apart, 3)
+    assert (low, high) == pytest.approx((0.3, 0.3), abs=1e-11)
+    assert low <= 0.3 <= high

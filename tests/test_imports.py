@@ -213,3 +213,36 @@ def test_the_picture_of_the_architecture_is_what_the_sources_do():
         (room, other) for room in ROOMS for p in sources(room) for other in own(p) if other in ROOMS
     }
     assert drawn == {(room, other) for room, other in real if room != other}
+
+
+# stays of a walk that take what is before them from a file, and by name
+HANDED_OVER = {"moe_ablm/config.py", "sweeps/collect.py", "moe_ablm/scaling/readers.py"}
+WALKS = dict(
+    re.findall(
+        r"^\*\*([\w ]+)\.\*\* (.+?)(?:\n\n|\Z)",
+        (REPO / "docs" / "architecture.md").read_text().partition("## Five walks")[2],
+        re.M | re.S,
+    )
+)
+
+
+def test_there_are_five_walks():
+    assert set(WALKS) == {
+        "Antibody to gradient", "Logits to combine", "Config key to effect", "Run to law",
+        "Foreign weight to encoder",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_walk_goes_along_imports(walk):
+    """Each file is there, and imports or is imported by one before it."""
+    stays = re.findall(r"`([\w/]+\.py)`", WALKS[walk])
+    assert 4 <= len(stays) <= 9
+    module = {stay: stay.removesuffix(".py").replace("/", ".") for stay in stays}
+    imported = {stay: imports(REPO / stay) for stay in stays}
+    for i, stay in enumerate(stays[1:], 1):
+        linked = any(
+            module[stay] in imported[other] or module[other] in imported[stay]
+            for other in stays[:i]
+        )
+        assert linked or stay in HANDED_OVER, stay

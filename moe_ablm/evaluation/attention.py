@@ -131,17 +131,17 @@ def attention_sums(
     model = engine.model
     pairs = [pair for pair in pairs if tokens_of(pair[2], model.layout) <= model.length]
     sums = np.zeros((len(members), len(CHAINS), len(REGIONS), 2, 2))
-    for index, found in mean_attention(engine, [antibody for *_, antibody in pairs], layer):
+    for index, cross in mean_attention(engine, [antibody for *_, antibody in pairs], layer):
         heavy, light, _ = pairs[index]
-        to_heavy, to_light = received(found)
+        to_heavy, to_light = received(cross)
         sums[heavy, 0] = chain_sums(members[heavy].heavy, to_heavy)
         sums[light, 1] = chain_sums(members[light].light, to_light)
     return sums
 
 
-def received(found: CrossAttention) -> tuple[np.ndarray, np.ndarray]:
+def received(cross: CrossAttention) -> tuple[np.ndarray, np.ndarray]:
     """Attention that the residues of heavy and light chain receive, float64 `[n]` each."""
-    to_heavy, to_light = found.light_to_heavy, found.heavy_to_light
+    to_heavy, to_light = cross.light_to_heavy, cross.heavy_to_light
     return to_heavy.mean(0, dtype=np.float64), to_light.mean(0, dtype=np.float64)
 
 
@@ -209,21 +209,21 @@ def _formulas() -> list[tuple[dict[str, str], dict[str, Formula]]]:
             attention_per_residue(s, chains, regions), attention_per_residue(s, *to)
         )
 
-    found: list[tuple[dict[str, str], dict[str, Formula]]] = []
+    labelled: list[tuple[dict[str, str], dict[str, Formula]]] = []
     for direction, chains in DIRECTIONS.items():
         formulas: dict[str, Formula] = {
             "cdr_over_fr": partial(cdr_over_fr, chains=chains),
             "cdr_over_all": over(chains, CDR, chains, CDR + FR),
             "cysteine_over_other": partial(cysteine_over_other, chains=chains),
         }
-        found.append(({"direction": direction}, formulas))
+        labelled.append(({"direction": direction}, formulas))
     for number, name in enumerate(region_names()):
         chain, region = (number // FR4,), (number % FR4 + 1,)
         formulas = {"region_over_chain": over(chain, region, chain, CDR + FR)}
         if region[0] in CDR:
             formulas["each_cdr_over_fr"] = over(chain, region, (0, 1), FR)
-        found.append(({"region": name}, formulas))
-    return found
+        labelled.append(({"region": name}, formulas))
+    return labelled
 
 
 def _samples(units: Sequence[str], sums: dict[str, np.ndarray]) -> list[Sample]:

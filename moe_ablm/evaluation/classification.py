@@ -74,8 +74,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         if reason:
             notes.append(f"task {name}: {reason}: left out")
             continue
-        found = bench.task(name, members)
-        samples, numbers, notes = samples + found[0], numbers + found[1], notes + found[2]
+        more_samples, more_numbers, more_notes = bench.task(name, members)
+        samples, numbers, notes = samples + more_samples, numbers + more_numbers, notes + more_notes
     if not numbers:
         counts = ", ".join(f"{name} {len(rows):,}" for name, rows in sorted(by_class.items()))
         raise Skipped(
@@ -158,8 +158,8 @@ class Bench:
         )
         units, about = [f"clone {g}" for g in groups], {"task": name}
         samples = [
-            accuracy_sample(classes, found, units, about | {"predictor": predictor})
-            for predictor, found in predicted.items()
+            accuracy_sample(classes, guessed, units, about | {"predictor": predictor})
+            for predictor, guessed in predicted.items()
         ]
         numbers = score_numbers(classes, predicted, baselines.BASELINE, units, folds, about)
         note = (

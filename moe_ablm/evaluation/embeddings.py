@@ -113,18 +113,18 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         raise Skipped("the dataset has neither V genes nor germline: prepare it with annotation")
     chains = embedded_chains(subject.engine, everyone)
     samples, numbers = [], []
-    for chain, found in chains.items():
-        for group, members in groups_of(found).items():
+    for chain, embedded in chains.items():
+        for group, members in groups_of(embedded).items():
             about = {"chain": chain, "group": group}
             more, reason = of_genes(members, settings.neighbours, about)
             if reason:
                 notes.append(f"{group} {chain} chains: {reason}: no purity")
             samples += more
             numbers += [_above_chance(more, about)] if more else []
-        of_mutation, reason = of_mutations(subject, found, settings.neighbours, {"chain": chain})
+        of_mutation, reason = of_mutations(subject, embedded, settings.neighbours, {"chain": chain})
         numbers += of_mutation
         notes += [f"{chain} chains: {reason}: no correlation with mutations"] if reason else []
-        notes.append(f"{len(found):,} {chain} chains")
+        notes.append(f"{len(embedded):,} {chain} chains")
     pictures, picture_notes = _pictures(chains, settings.neighbours, subject.seed)
     return Outcome(samples, numbers, TABLES, pictures, [*notes, *picture_notes])
 
@@ -132,7 +132,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
 def embedded_chains(engine: Engine, everyone: Sequence[Annotated]) -> dict[str, Embedded]:
     """Mean final-layer embeddings by chain; a chain that none has is left out."""
     vectors = embed(engine, [a.antibody for a in everyone], "chain")
-    found = {}
+    by_chain = {}
     for name in CHAINS:
         rows = [
             (vector, a.unit, chain)
@@ -145,7 +145,7 @@ def embedded_chains(engine: Engine, everyone: Sequence[Annotated]) -> dict[str, 
             numbered = (units, [chain.letters for chain in members])
             # without annotation nothing is known to be unmutated
             counts = [float(c.mutations) if c.region.any() else np.nan for c in members]
-            found[name] = Embedded(
+            by_chain[name] = Embedded(
                 np.stack(parts),
                 np.array(units),
                 tuple(np.unique(texts, return_inverse=True)[1] for texts in numbered),
@@ -153,40 +153,40 @@ def embedded_chains(engine: Engine, everyone: Sequence[Annotated]) -> dict[str, 
                 # a dataset without germline has no mutations at all
                 np.array(counts) if np.nansum(counts) > 0 else np.full(len(rows), np.nan),
             )
-    return found
+    return by_chain
 
 
-def groups_of(found: Embedded) -> dict[str, Embedded]:
+def groups_of(embedded: Embedded) -> dict[str, Embedded]:
     """All, and where mutations are known those with none and those with some."""
-    groups = {"all": found}
-    if not np.isnan(found.mutations).all():
-        groups["unmutated"] = found.where(found.mutations == 0)
-        groups["mutated"] = found.where(found.mutations > 0)
+    groups = {"all": embedded}
+    if not np.isnan(embedded.mutations).all():
+        groups["unmutated"] = embedded.where(embedded.mutations == 0)
+        groups["mutated"] = embedded.where(embedded.mutations > 0)
     return groups
 
 
-def of_genes(found: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sample], str]:
+def of_genes(embedded: Embedded, k: int, about: dict[str, str]) -> tuple[list[Sample], str]:
     """Purity, what it is by chance and at best, and silhouettes; or why there are none."""
-    found = found.where(found.genes != "")
-    genes, codes = np.unique(found.genes, return_inverse=True)
+    embedded = embedded.where(embedded.genes != "")
+    genes, codes = np.unique(embedded.genes, return_inverse=True)
     if not len(genes):
         return [], "no V gene is known"
-    if len(found) <= k:
-        return [], f"{len(found)} with a V gene, more than {k} are needed"
+    if len(embedded) <= k:
+        return [], f"{len(embedded)} with a V gene, more than {k} are needed"
     if len(genes) == 1:
         return [], f"{genes[0]} is the only V gene"
-    purity = share_like_me(nearest(found.vectors, found.groups, k), codes)
-    same, others = others_like_me(found.groups, codes)
+    purity = share_like_me(nearest(embedded.vectors, embedded.groups, k), codes)
+    same, others = others_like_me(embedded.groups, codes)
     parts = {
         "purity": purity,
         "purity_by_chance": ratio(same, others),
         "purity_at_best": ratio(np.minimum(same, k), np.minimum(others, k)),
-        "silhouette": silhouettes(found.vectors, codes),
+        "silhouette": silhouettes(embedded.vectors, codes),
     }
     known = np.isfinite(purity)
     if not known.any():
         return [], KIN
-    units = found.units[known]
+    units = embedded.units[known]
     return [
         Sample(metric, units, values[known], np.ones(len(units)), about, unit="share")
         for metric, values in parts.items()
@@ -201,33 +201,35 @@ def _above_chance(samples: Sequence[Sample], about: dict[str, str]) -> Number:
 
 
 def of_mutations(
-    subject: Subject, found: Embedded, k: int, about: dict[str, str]
+    subject: Subject, embedded: Embedded, k: int, about: dict[str, str]
 ) -> tuple[list[Number], str]:
     """Correlations of mutations with those of neighbours and with distances; or why not."""
-    found = found.where(np.isfinite(found.mutations))
-    if len(np.unique(found.mutations)) < 2:
+    embedded = embedded.where(np.isfinite(embedded.mutations))
+    if len(np.unique(embedded.mutations)) < 2:
         return [], "mutations are not known or all the same"
-    if len(found) <= k:
-        return [], f"{len(found)} with known mutations, more than {k} are needed"
-    predicted = mean_of_neighbours(nearest(found.vectors, found.groups, k), found.mutations)
+    if len(embedded) <= k:
+        return [], f"{len(embedded)} with known mutations, more than {k} are needed"
+    predicted = mean_of_neighbours(
+        nearest(embedded.vectors, embedded.groups, k), embedded.mutations
+    )
     known = np.isfinite(predicted)
     if not known.any():
         return [], KIN
-    units = found.units[known]
+    units = embedded.units[known]
     by_neighbours = _correlation(
-        "mutations_by_neighbours", (predicted[known], found.mutations[known]), units, about
+        "mutations_by_neighbours", (predicted[known], embedded.mutations[known]), units, about
     )
     rng = subject.generator(f"distances of {about['chain']} chains")
-    drawn = np.sort(rng.permutation(len(found))[:COMPARED])
-    return [by_neighbours, _by_distance(found.where(drawn), about)], ""
+    drawn = np.sort(rng.permutation(len(embedded))[:COMPARED])
+    return [by_neighbours, _by_distance(embedded.where(drawn), about)], ""
 
 
-def _by_distance(found: Embedded, about: dict[str, str]) -> Number:
+def _by_distance(embedded: Embedded, about: dict[str, str]) -> Number:
     """Of all pairs of chains that are not kin; a draw counts a pair as often as both chains."""
-    distances = np.concatenate([part for _, part in cosine_distances(found.vectors)])
-    first, second = np.nonzero(np.triu(~kin(found.groups, slice(None))))
-    pairs = distances[first, second], np.abs(found.mutations[first] - found.mutations[second])
-    return _correlation("mutations_by_distance", pairs, found.units, about, (first, second))
+    distances = np.concatenate([part for _, part in cosine_distances(embedded.vectors)])
+    first, second = np.nonzero(np.triu(~kin(embedded.groups, slice(None))))
+    pairs = distances[first, second], np.abs(embedded.mutations[first] - embedded.mutations[second])
+    return _correlation("mutations_by_distance", pairs, embedded.units, about, (first, second))
 
 
 def _correlation(
@@ -254,9 +256,9 @@ def _pictures(
     for method in METHODS:
         try:
             places = {
-                chain: coordinates(method, found.vectors, neighbours, seed)
-                for chain, found in chains.items()
-                if len(found) > neighbours
+                chain: coordinates(method, embedded.vectors, neighbours, seed)
+                for chain, embedded in chains.items()
+                if len(embedded) > neighbours
             }
         except ImportError as error:
             notes.append(f"no picture by {method} ({error}): pip install 'moe_ablm[eval]'")

@@ -1,20 +1,19 @@
-"""Numbers with uncertainty: means, rank correlations, and differences between kinds of model.
+"""Numbers of one model with their uncertainty: means, ratios and rank correlations.
 
-Intervals are percentiles of a bootstrap over units (clonal clusters): equal units are drawn equally
+Intervals are percentiles of a bootstrap over units (clonal clusters). Equal units are drawn equally
 often for every model and metric, so that comparisons are paired.
 
-Between kinds of model both antibodies and training seeds vary. Two or three seeds of a kind are too
-few to be drawn with replacement - with two, a nominal 95 % interval covers the truth about 70 times
-in 100 - so the error of a mean of seeds is drawn from Student's t with the standard deviation
-between seeds of each kind (Davison & Hinkley 1997, section 3.8 on hierarchical data; Welch 1947,
-with Satterthwaite's degrees of freedom: kinds differ in how much their seeds vary).
+A mean of a few repeats or training seeds has an error of its own. Two or three are too few to be
+drawn with replacement: with two, a nominal 95 % interval covers the truth about 70 times in 100. So
+Student's t with the standard deviation between them is added to every bootstrap value (Davison &
+Hinkley 1997, section 3.8 on hierarchical data).
 """
 
 import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import optimize, special
@@ -184,6 +183,38 @@ def repeated_interval(drawn: np.ndarray, repeats: Sequence[float]) -> tuple[floa
     return blurred(drawn, error, degrees) if error > 0 else interval(drawn)
 
 
+def welch(sds: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Standard error of a sum of means of `counts` values with standard deviations `sds`.
+
+    Returns:
+      The error and its degrees of freedom (Satterthwaite 1946); NaN and 0 where a count is 1.
+    """
+    parts = np.square(np.asarray(sds, float)) / np.asarray(counts)
+    total = float(parts.sum())
+    if not total > 0:
+        return total, 0.0
+    return math.sqrt(total), float(total**2 / (parts**2 / (np.asarray(counts) - 1)).sum())
+
+
+def blurred(drawn: np.ndarray, error: float, degrees: float) -> tuple[float, float]:
+    """Percentile interval of bootstrap values, to each of which error x Student's t is added."""
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return math.nan, math.nan
+    ends = []
+    for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
+        shift = error * special.stdtrit(degrees, level)
+
+        def beyond(x: float, level: float = level) -> float:
+            return special.stdtr(degrees, (x - drawn) / error).mean() - level
+
+        low, high = float(drawn.min()) + shift, float(drawn.max()) + shift
+        # ends of the bracket have the right sign but for rounding
+        margin = 1e-6 * error + 4 * np.spacing(max(abs(low), abs(high)))
+        ends.append(optimize.brentq(beyond, low - margin, high + margin, xtol=1e-4 * error))
+    return ends[0], ends[1]
+
+
 def derived(
     metric: str,
     units: Units,
@@ -263,182 +294,3 @@ def spearman_number(
     low, high = interval(np.array([correlate(count[index]) for count in counts]))
     value = correlate(np.ones(len(x), int))
     return Number("spearman", value, labels, low, high, len(x))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The mean of a kind, or a difference between two kinds.
-
-    Attributes:
-      value: mean over seeds.
-      low, high: ends of the 95 % interval; with one seed of a kind it is of these models alone.
-      units: how many the models have in common.
-      seeds: fewest of a kind that went into it.
-      seed_sd: standard deviation between seeds of the kind; NaN with one.
-      reference_sd: the same of the kind that is subtracted; NaN where none is.
-      p: two-sided, of the value being 0; NaN with one seed of a kind.
-    """
-
-    value: float
-    low: float
-    high: float
-    units: int
-    seeds: int
-    seed_sd: float
-    reference_sd: float = math.nan
-    p: float = math.nan
-
-    def turned(self) -> "Estimate":
-        """The difference the other way round."""
-        turned = replace(self, value=-self.value, low=-self.high, high=-self.low)
-        return replace(turned, seed_sd=self.reference_sd, reference_sd=self.seed_sd)
-
-
-@dataclass(frozen=True, eq=False)
-class Kinds:
-    """One metric of models of several kinds on the units that all have.
-
-    Attributes:
-      values: of each kind `[seeds]`.
-      drawn: of each kind, bootstrap means over its seeds `[draws]`.
-      units: how many there are.
-    """
-
-    values: Mapping[str, np.ndarray]
-    drawn: Mapping[str, np.ndarray]
-    units: int
-
-    def seed_sd(self, kind: str) -> float:
-        """Between seeds of a kind."""
-        return float(self.values[kind].std(ddof=1)) if len(self.values[kind]) > 1 else math.nan
-
-    def mean(self, kind: str) -> Estimate:
-        """Of a kind."""
-        return self._estimate({kind: 1})
-
-    def difference(self, kind: str, reference: str) -> Estimate:
-        """A kind minus the reference kind."""
-        return self._estimate({kind: 1, reference: -1})
-
-    def _estimate(self, signs: Mapping[str, int]) -> Estimate:
-        value = sum(sign * float(self.values[kind].mean()) for kind, sign in signs.items())
-        drawn = np.sum([sign * self.drawn[kind] for kind, sign in signs.items()], axis=0)
-        seeds = [len(self.values[kind]) for kind in signs]
-        sds = [self.seed_sd(kind) for kind in signs]
-        error, degrees = welch(sds, seeds)
-        ends = blurred(drawn, error, degrees) if error > 0 else interval(drawn)
-        p = blurred_p(drawn, error, degrees) if min(seeds) > 1 else math.nan
-        reference_sd = sds[1] if len(sds) > 1 else math.nan
-        return Estimate(value, *ends, self.units, min(seeds), sds[0], reference_sd, p)
-
-
-def welch(sds: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Standard error of a sum of means of `counts` values with standard deviations `sds`.
-
-    Returns:
-      The error and its degrees of freedom (Satterthwaite 1946); NaN and 0 where a count is 1.
-    """
-    parts = np.square(np.asarray(sds, float)) / np.asarray(counts)
-    total = float(parts.sum())
-    if not total > 0:
-        return total, 0.0
-    return math.sqrt(total), float(total**2 / (parts**2 / (np.asarray(counts) - 1)).sum())
-
-
-def over_seeds(values: Sequence[float], widths: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of one number a seed, and its 95 % interval: Student's t over the seeds.
-
-    What the antibodies are, which all seeds share, is no part of what seeds differ by: its error is
-    added, as squares are.
-
-    Args:
-      values: of each seed.
-      widths: of each seed's interval over antibodies.
-
-    Returns:
-      Mean, low, high; without ends where there is one seed.
-    """
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return mean, math.nan, math.nan
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    half = math.hypot(special.stdtrit(n - 1, (1 + LEVEL) / 2) * error, float(np.mean(widths)) / 2)
-    return mean, mean - half, mean + half
-
-
-def blurred_p(drawn: np.ndarray, error: float, degrees: float) -> float:
-    """Two-sided p of 0 among bootstrap values, to each of which error x Student's t is added.
-
-    The number of draws bounds it from below, as they cannot tell what is rarer.
-    """
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return math.nan
-    if error > 0:
-        below = float(special.stdtr(degrees, -drawn / error).mean())
-        above = float(special.stdtr(degrees, drawn / error).mean())
-    else:
-        below, above = float((drawn <= 0).mean()), float((drawn >= 0).mean())
-    return min(max(2 * min(below, above), 1 / (len(drawn) + 1)), 1.0)
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """P-values adjusted for their number by Holm (1979); NaN stays and does not count."""
-    values = np.asarray(p, float)
-    known = np.flatnonzero(np.isfinite(values))
-    order = known[np.argsort(values[known], kind="stable")]
-    adjusted = np.full(values.shape, math.nan)
-    steps = np.arange(len(order), 0, -1) * values[order]
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
-    return adjusted
-
-
-def blurred(drawn: np.ndarray, error: float, degrees: float) -> tuple[float, float]:
-    """Percentile interval of bootstrap values, to each of which error x Student's t is added."""
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return math.nan, math.nan
-    ends = []
-    for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
-        shift = error * special.stdtrit(degrees, level)
-
-        def beyond(x: float, level: float = level) -> float:
-            return special.stdtr(degrees, (x - drawn) / error).mean() - level
-
-        low, high = float(drawn.min()) + shift, float(drawn.max()) + shift
-        # ends of the bracket have the right sign but for rounding
-        margin = 1e-6 * error + 4 * np.spacing(max(abs(low), abs(high)))
-        ends.append(optimize.brentq(beyond, low - margin, high + margin, xtol=1e-4 * error))
-    return ends[0], ends[1]
-
-
-def kinds_of(samples: Mapping[str, Sequence[Sample]], draws: int = DRAWS) -> Kinds | None:
-    """A metric of each seed of each kind, on the units that all models have.
-
-    Args:
-      samples: of each kind, one a seed.
-      draws: bootstrap draws.
-
-    Returns:
-      None where they have fewer than two units in common.
-    """
-    tables = [merged(s.units, s.total, s.weight) for each in samples.values() for s in each]
-    names = np.array(tables[0].units, dtype=np.str_)
-    for table in tables[1:]:
-        if table.units != tables[0].units:
-            names = np.intersect1d(names, np.array(table.units, dtype=np.str_))
-    if len(names) < 2:
-        return None
-    places = [np.searchsorted(np.array(t.units, dtype=np.str_), names) for t in tables]
-    total = np.stack([t.total[at] for t, at in zip(tables, places, strict=True)], 1)
-    weight = np.stack([t.weight[at] for t, at in zip(tables, places, strict=True)], 1)
-    counts = draw_counts(tuple(names.tolist()), draws).astype(float)
-    scale = next(iter(samples.values()))[0].scale
-    values = scaled(ratio(total.sum(0), weight.sum(0)), scale)
-    drawn = scaled(ratio(counts @ total, counts @ weight), scale)
-    ends = np.cumsum([len(each) for each in samples.values()])[:-1]
-    return Kinds(
-        dict(zip(samples, np.split(values, ends), strict=True)),
-        {k: d.mean(1) for k, d in zip(samples, np.split(drawn, ends, axis=1), strict=True)},
-        len(names),
-    )

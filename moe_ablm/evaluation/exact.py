@@ -85,8 +85,10 @@ def _part(engine: Engine, members: Sequence[Annotated], first: int) -> pa.Table:
     columns: dict[str, list] = {
         name: [] for name in ("antibody", "log_likelihood", "germline_log_likelihood", "right")
     }
-    found = masked_log_probabilities(engine, rows)
-    for i, (annotated, row, log_probabilities) in enumerate(zip(members, rows, found, strict=True)):
+    by_row = masked_log_probabilities(engine, rows)
+    for i, (annotated, row, log_probabilities) in enumerate(
+        zip(members, rows, by_row, strict=True)
+    ):
         truth = row.tokens[row.places].astype(int)
         letters = "".join(chain.germline for _, chain in annotated.chains())
         germline = encode(np.frombuffer(letters.encode(), np.uint8)).astype(int)

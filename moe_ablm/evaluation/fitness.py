@@ -157,9 +157,9 @@ def masked_at(engine: Engine, wild_type: Antibody, sites: Sequence[int]) -> np.n
     copies = np.tile(row.tokens, (len(sites), 1))
     at = row.places[np.asarray(sites, int)]
     copies[np.arange(len(sites)), at] = MASK
-    for i, found in engine.run(OnePosition(), list(copies), at):
-        amino_acids = found[FIRST_AMINO_ACID : FIRST_AMINO_ACID + len(AMINO_ACIDS)]
-        odds[sites[i]] = amino_acids - found[row.tokens[at[i]]]
+    for i, logits in engine.run(OnePosition(), list(copies), at):
+        amino_acids = logits[FIRST_AMINO_ACID : FIRST_AMINO_ACID + len(AMINO_ACIDS)]
+        odds[sites[i]] = amino_acids - logits[row.tokens[at[i]]]
     return odds
 
 
@@ -183,8 +183,8 @@ def antibody_scores(subject: Subject, assays: Sequence[Assay], rule: str) -> dic
     with Output(path, command) as output:
         rest = [] if output.complete else list(everyone.values())[output.done :]
         for some in windows(rest, lambda a: (a.residues, a.residues * held)):
-            found = score(subject.engine, some, one_pass=rule == "one-pass")
-            means = [float(np.nanmean(values, dtype=np.float64)) for values in found]
+            by_antibody = score(subject.engine, some, one_pass=rule == "one-pass")
+            means = [float(np.nanmean(values, dtype=np.float64)) for values in by_antibody]
             output.add(pa.table({"log_likelihood": means}), len(some))
         if not output.complete:
             output.finish()

@@ -58,9 +58,9 @@ def from_germline(
 ) -> tuple[list[Sample], list[Number]]:
     """Ranking of positions, and top-1 accuracy of class and residue, beside baselines."""
     samples, numbers, units = [], [], [a.unit for a in everyone]
-    for chain, found in predicted(subject, everyone).items():
-        within, pooled = _positions(found, units, {"chain": chain})
-        samples += [*within, *_substitutes(found, units, {"chain": chain})]
+    for chain, predictions in predicted(subject, everyone).items():
+        within, pooled = _positions(predictions, units, {"chain": chain})
+        samples += [*within, *_substitutes(predictions, units, {"chain": chain})]
         numbers += pooled
     return samples, numbers
 
@@ -108,26 +108,30 @@ def _of_chain(number: int, chain: Chain, probabilities: np.ndarray) -> tuple[np.
 
 
 def _positions(
-    found: Predicted, units: Sequence[str], labels: dict[str, str]
+    predictions: Predicted, units: Sequence[str], labels: dict[str, str]
 ) -> tuple[list[Sample], list[Number]]:
     """Where mutations are: over all residues, and the mean over antibodies of each one's own."""
     numbers = []
     # a baseline that knows of a residue its region only, and how often regions mutate here
     hits, all_of = (
-        np.bincount(found.region, w) for w in (found.mutated, np.ones(len(found.owner)))
+        np.bincount(predictions.region, w)
+        for w in (predictions.mutated, np.ones(len(predictions.owner)))
     )
-    by_region = (hits / np.maximum(all_of, 1))[found.region]
-    for predictor, scores in ((MODEL, found.score), ("region", by_region)):
-        ranking = Ranking.of(found.mutated, scores)
+    by_region = (hits / np.maximum(all_of, 1))[predictions.region]
+    for predictor, scores in ((MODEL, predictions.score), ("region", by_region)):
+        ranking = Ranking.of(predictions.mutated, scores)
         for metric, compute in _metrics(ranking):
-            low, high = _interval(compute, units, found.owner)
+            low, high = _interval(compute, units, predictions.owner)
             about = labels | {"predictor": predictor}
-            n = len(found.owner)
+            n = len(predictions.owner)
             numbers.append(Number(metric, compute(), about, low, high, n, "share"))
     values = np.full((len(units), 2), np.nan)
-    owners, first = np.unique(found.owner, return_index=True)  # owners ascend
+    owners, first = np.unique(predictions.owner, return_index=True)  # owners ascend
     each = zip(
-        owners, np.split(found.mutated, first[1:]), np.split(found.score, first[1:]), strict=True
+        owners,
+        np.split(predictions.mutated, first[1:]),
+        np.split(predictions.score, first[1:]),
+        strict=True,
     )
     for owner, mutated, scores in each:
         values[owner] = [compute() for _, compute in _metrics(Ranking.of(mutated, scores))]
@@ -149,24 +153,26 @@ def _interval(compute, units: Sequence[str], owner: np.ndarray) -> tuple[float, 
     return interval(np.array([compute(draw[index][owner]) for draw in counts]))
 
 
-def _substitutes(found: Predicted, units: Sequence[str], labels: dict[str, str]) -> list[Sample]:
+def _substitutes(
+    predictions: Predicted, units: Sequence[str], labels: dict[str, str]
+) -> list[Sample]:
     """What mutated residues become: share of them whose class, and whose residue, is right."""
     _, unit = np.unique(np.asarray(units, dtype=np.str_), return_inverse=True)
-    whose, nowhere = unit[found.whose], np.zeros(len(found.whose), int)
-    truth = {"class": CLASS_OF[found.truth], "residue": found.truth}
-    guesses = {("class", MODEL): found.chemistry, ("residue", MODEL): found.residue}
+    whose, nowhere = unit[predictions.whose], np.zeros(len(predictions.whose), int)
+    truth = {"class": CLASS_OF[predictions.truth], "residue": predictions.truth}
+    guesses = {("class", MODEL): predictions.chemistry, ("residue", MODEL): predictions.residue}
     for what, size in (("class", len(CHEMISTRY)), ("residue", len(AMINO_ACIDS))):
-        for predictor, context in ((COMMON, nowhere), (BY_RESIDUE, found.germline)):
+        for predictor, context in ((COMMON, nowhere), (BY_RESIDUE, predictions.germline)):
             counts = counts_of_others(whose, context, truth[what], size)
             if what == "residue":
-                counts[np.arange(len(counts)), found.germline] = -1
+                counts[np.arange(len(counts)), predictions.germline] = -1
             guesses[what, predictor] = counts.argmax(1)
-    weight = np.bincount(found.whose, minlength=len(units)).astype(float)
+    weight = np.bincount(predictions.whose, minlength=len(units)).astype(float)
     return [
         Sample(
             f"{what}_accuracy",
             units,
-            np.bincount(found.whose, guess == truth[what], len(units)),
+            np.bincount(predictions.whose, guess == truth[what], len(units)),
             weight,
             labels | {"predictor": predictor},
             unit="share",

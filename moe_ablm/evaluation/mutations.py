@@ -64,11 +64,11 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
                 f"{drawn.count(None):,} {masked} chains have no random partner: no other pair has "
                 "another sequence and clonal cluster"
             )
-        found = {
+        by_partner = {
             p: masked_sums(subject, everyone, masked, partner_letters(everyone, masked, p, drawn))
             for p in PARTNERS
         }
-        across = across_chains([a.unit for a in everyone], masked, found)
+        across = across_chains([a.unit for a in everyone], masked, by_partner)
         samples += across
         numbers += ratios(across)
     predictions = from_germline(subject, everyone)
@@ -152,16 +152,18 @@ def mutated_pairs(subject: Subject, settings: Settings) -> tuple[list[Annotated]
     return everyone, notes
 
 
-def across_chains(units: Sequence[str], masked: str, found: dict[str, np.ndarray]) -> list[Sample]:
+def across_chains(
+    units: Sequence[str], masked: str, by_partner: dict[str, np.ndarray]
+) -> list[Sample]:
     """Cross-entropy and likelihoods by partner, and gains.
 
     Args:
       units: clonal cluster of each antibody.
       masked: the chain whose mutations are masked.
-      found: `partners.masked_sums` by partner.
+      by_partner: `partners.masked_sums` by partner.
     """
     samples = []
-    for partner, sums in found.items():
+    for partner, sums in by_partner.items():
         of = dict(zip(SUMS, sums.T, strict=True))
         about = {"masked": masked, "partner": partner}
         likelihoods = {
@@ -180,7 +182,7 @@ def across_chains(units: Sequence[str], masked: str, found: dict[str, np.ndarray
         ]
         if partner != NATIVE:
             # the same residues are masked: the difference of means is the mean of differences
-            gain = np.where(weight > 0, of["cross_entropy"] - found[NATIVE][:, 0], 0)
+            gain = np.where(weight > 0, of["cross_entropy"] - by_partner[NATIVE][:, 0], 0)
             samples.append(Sample("gain", units, gain, weight, about, unit="nats"))
     return samples
 

@@ -38,14 +38,14 @@ def kin(groups: Sequence[np.ndarray], rows: slice) -> np.ndarray:
 
 def nearest(vectors: np.ndarray, groups: Sequence[np.ndarray], k: int) -> np.ndarray:
     """The `k` nearest by cosine that share no group, int64 `[n, k]`, in no order; -1: no more."""
-    found = np.full((len(vectors), k), -1)
+    indices = np.full((len(vectors), k), -1)
     for rows, distances in cosine_distances(vectors):
         distances[kin(groups, rows)] = np.inf
         take = min(k, len(vectors))
         chosen = np.argpartition(distances, take - 1, axis=1)[:, :take]
         reachable = np.isfinite(np.take_along_axis(distances, chosen, axis=1))
-        found[rows, :take] = np.where(reachable, chosen, -1)
-    return found
+        indices[rows, :take] = np.where(reachable, chosen, -1)
+    return indices
 
 
 def share_like_me(neighbours: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def silhouettes(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """
     _, codes, sizes = np.unique(codes, return_inverse=True, return_counts=True)
     members = np.eye(len(sizes))[codes]
-    found = np.empty(len(codes))
+    values = np.empty(len(codes))
     for rows, distances in cosine_distances(vectors):
         own = codes[rows]
         distances[np.arange(len(own)), np.arange(rows.start, rows.stop)] = 0
@@ -98,5 +98,5 @@ def silhouettes(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
         b = means.min(1)
         larger = np.maximum(a, b)
         silhouette = (b - a) / np.where(larger > 0, larger, 1)
-        found[rows] = np.where(sizes[own] > 1, silhouette, 0)
-    return found
+        values[rows] = np.where(sizes[own] > 1, silhouette, 0)
+    return values

@@ -87,9 +87,9 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
             notes.append(f"negatives {kind}: too few: left out")
             continue
         case = Case(everyone, partner, groups, folds, {"negatives": kind})
-        found = recognition(subject, case, settings)
-        samples += [*found[0], *preference(subject, case, natives)]
-        numbers += found[1]
+        recognised, more_numbers = recognition(subject, case, settings)
+        samples += [*recognised, *preference(subject, case, natives)]
+        numbers += more_numbers
     if not samples:
         raise Skipped("no light chain can be dealt out again: the pairs are too few or too alike")
     gains = tuple(f"{metric} over baseline" for metric in METRICS)
@@ -146,8 +146,8 @@ def deal(pairs: Sequence[Annotated], strata: np.ndarray, rng: np.random.Generato
             order = np.lexsort((rng.random(len(members)), rng.permutation(len(names))[which]))
             ring = members[order]
             given = np.roll(ring, -int(counts.max()))
-            found = zip(heavy[ring].tolist(), light[given].tolist(), strict=True)
-            good = np.array([pair not in native for pair in found])
+            dealt = zip(heavy[ring].tolist(), light[given].tolist(), strict=True)
+            good = np.array([pair not in native for pair in dealt])
             if good.all():
                 partner[ring] = given
                 break
@@ -204,7 +204,7 @@ def recognition(
     classes, baseline = baseline_of(case)
     head = Head("classification", 2)
     inputs = inputs_of(subject.engine, [a.antibody for a in both], head, False)
-    found = [
+    by_repeat = [
         cross_validated(subject.engine, inputs, classes, folds, training)
         for repeat in range(settings.repeats)
         for training in [
@@ -213,8 +213,8 @@ def recognition(
     ]
     # the baseline has no seed: the same in every repeat
     predicted = {
-        HEAD: np.stack(found),
-        baselines.PAIRED_BASELINE: np.stack([baseline] * len(found)),
+        HEAD: np.stack(by_repeat),
+        baselines.PAIRED_BASELINE: np.stack([baseline] * len(by_repeat)),
     }
     units = [f"group {g}" for g in groups]
     samples = [
@@ -226,7 +226,7 @@ def recognition(
         predicted,
         baselines.PAIRED_BASELINE,
         units,
-        np.stack([folds] * len(found)),
+        np.stack([folds] * len(by_repeat)),
         case.labels,
     )
     return samples, numbers
@@ -261,8 +261,8 @@ def preference(subject: Subject, case: Case, natives: Sequence[np.ndarray]) -> l
 
 def chain_sums(pairs: Sequence[Annotated], scores: Sequence[np.ndarray]) -> np.ndarray:
     """Sum and number of the residues' log-likelihoods, float64 `[n, chain, 2]`, heavy first."""
-    found = np.zeros((len(pairs), len(CHAINS), 2))
+    sums = np.zeros((len(pairs), len(CHAINS), 2))
     for i, (pair, residues) in enumerate(zip(pairs, scores, strict=True)):
         for c, part in enumerate(np.split(residues.astype(np.float64), [len(pair.heavy)])):
-            found[i, c] = np.nansum(part), np.isfinite(part).sum()
-    return found
+            sums[i, c] = np.nansum(part), np.isfinite(part).sum()
+    return sums

@@ -60,7 +60,7 @@ def random_partners(
     _, units = np.unique([a.unit for a in everyone], return_inverse=True)
     _, sequences = np.unique(letters, return_inverse=True)
     lengths = np.array([len(text) for text in letters])
-    found: list[int | None] = []
+    drawn: list[int | None] = []
     for i, annotated in enumerate(everyone):
         room = longest - len(getattr(annotated, masked))
         fits = (units != units[i]) & (sequences != sequences[i]) & (lengths <= room)
@@ -69,8 +69,8 @@ def random_partners(
             of_seed = mix(np.asarray(seed + CHAINS.index(masked), np.uint64))
             salt = mix(keys[i : i + 1] + of_seed)
             order = mix(keys[at] ^ salt)
-        found.append(int(at[order.argmin()]) if len(at) else None)
-    return found
+        drawn.append(int(at[order.argmin()]) if len(at) else None)
+    return drawn
 
 
 def partner_letters(

@@ -52,10 +52,10 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         if not members:
             notes.append(f"no antibody with what the test set {name} needs: left out")
             continue
-        found = masked_sums(subject, members, settings.repeats)
-        samples += _samples(members, found, {"test set": name})
+        sums = masked_sums(subject, members, settings.repeats)
+        samples += _samples(members, sums, {"test set": name})
         its = np.array([of_key[a.key] for a in members])
-        samples += _by_chain(members, found, its, {"test set": name})
+        samples += _by_chain(members, sums, its, {"test set": name})
     metrics = ("loss", "accuracy", "perplexity")
     tables = (
         Table("Test sets", metrics, ("test set",), where=(("region", "all"),)),
@@ -93,9 +93,9 @@ def masked_sums(subject: Subject, members: Sequence[Annotated], repeats: int) ->
         for i, log_probabilities in subject.engine.run(EveryPosition(), corrupted):
             at = rows[i].places[chosen[i]]
             truth = rows[i].tokens[at]
-            found = log_probabilities[at]
-            loss = -np.take_along_axis(found, truth[:, None].astype(int), axis=1)[:, 0]
-            values = np.stack([loss, found.argmax(1) == truth, np.ones(len(at))], 1)
+            predicted = log_probabilities[at]
+            loss = -np.take_along_axis(predicted, truth[:, None].astype(int), axis=1)[:, 0]
+            values = np.stack([loss, predicted.argmax(1) == truth, np.ones(len(at))], 1)
             np.add.at(sums[i], cells[i][chosen[i]], values)
     return sums
 

@@ -189,15 +189,15 @@ def seen_groups(
 def _samples(
     units: Sequence[str],
     owner: np.ndarray,
-    found: Likelihoods,
+    likelihoods: Likelihoods,
     labels: Mapping[str, str],
     inside: np.ndarray,
 ) -> list[Sample]:
     """Means over the residues of a group; none where it is empty."""
-    values = {"cross_entropy": -found.log_likelihood, "accuracy": found.right}
+    values = {"cross_entropy": -likelihoods.log_likelihood, "accuracy": likelihoods.right}
     if labels.get("residues") == "mutated":
-        values["likelihood"] = np.exp(found.log_likelihood)
-        values["germline_likelihood"] = np.exp(found.germline)
+        values["likelihood"] = np.exp(likelihoods.log_likelihood)
+        values["germline_likelihood"] = np.exp(likelihoods.germline)
     at, n = owner[inside], len(units)
     weight = np.bincount(at, minlength=n).astype(float)
     return [
@@ -242,7 +242,7 @@ def region_medians(
 ) -> list[tuple[dict[str, str], np.ndarray, np.ndarray]]:
     """(labels, antibodies, the median cross-entropy of each) by region and state of the chain."""
     states = [state for state in STATES if (residues.state == state).any()]
-    found = []
+    groups = []
     for state in states or [""]:
         for number, region in enumerate(region_names()):
             inside = (residues.region == number) & (residues.state == state)
@@ -250,8 +250,8 @@ def region_medians(
                 owners, values = group_medians(
                     residues.owner[inside], -likelihoods.log_likelihood[inside]
                 )
-                found.append(({"region": region, "chains": state or "all"}, owners, values))
-    return found
+                groups.append(({"region": region, "chains": state or "all"}, owners, values))
+    return groups
 
 
 def _drawn(medians: Sequence[tuple[dict[str, str], np.ndarray, np.ndarray]]) -> Figure:

@@ -125,11 +125,11 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
             slots.add(index, routing)
     for index, routing in routed(untrained(subject.engine), antibodies):
         references.add_untrained(index, assigned(routing, experts)[0])
-    found = findings(compared, sums.tables, layers)
+    all_findings = findings(compared, sums.tables, layers)
     numbers = slots.numbers() if slots else gate_shares(sums, compared[0], layers)
-    cells, cell_notes = bounded([n for finding in found for n in cell_numbers(finding)])
+    cells, cell_notes = bounded([n for finding in all_findings for n in cell_numbers(finding)])
     numbers += cells
-    for finding in found:
+    for finding in all_findings:
         numbers += information_numbers(finding)
         numbers += specialist_numbers(finding) if finding.contrast.trait == "region" else []
     choices = float(sums.load.sum() / len(layers) / sum(a.antibody.residues for a in antibodies))
@@ -140,7 +140,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     if len(sums.gates) == 1:
         notes.append("one clonal cluster: no intervals, nor information, whose bias is not known")
     else:
-        regions = (f for f in found if f.contrast.regional)
+        regions = (f for f in all_findings if f.contrast.regional)
         for i, finding in enumerate(regions):
             own = specialists(finding.halves, finding.contrast)
             theirs = references.specialists(i), positional.specialists[i]
@@ -154,9 +154,9 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         samples + (slots.samples() if slots else []),
         numbers,
         TABLES + (SLOT_TABLES if slots else ()),
-        [picture(f) for f in found if (f.contrast.trait, f.contrast.matched) in SHOWN]
+        [picture(f) for f in all_findings if (f.contrast.trait, f.contrast.matched) in SHOWN]
         + ([slots.picture()] if slots else []),
-        notes + cell_notes + remarks(found),
+        notes + cell_notes + remarks(all_findings),
     )
 
 
@@ -190,11 +190,11 @@ def findings(
     compared: Sequence[Contrast], tables: Sequence[np.ndarray], layers: Sequence[int]
 ) -> list[Finding]:
     """What each contrast says."""
-    found, seen = [], set()
+    by_contrast, seen = [], set()
     for contrast, table in zip(compared, tables, strict=True):
-        found.append(Finding.of(contrast, table, layers, contrast.trait not in seen))
+        by_contrast.append(Finding.of(contrast, table, layers, contrast.trait not in seen))
         seen.add(contrast.trait)
-    return found
+    return by_contrast
 
 
 def bounded(cells: list[Number]) -> tuple[list[Number], list[str]]:
@@ -278,10 +278,10 @@ def picture(finding: Finding) -> Picture:
     )
 
 
-def remarks(found: Sequence[Finding]) -> list[str]:
+def remarks(all_findings: Sequence[Finding]) -> list[str]:
     """How many excesses are flagged, and where matching leaves little to compare."""
     notes = []
-    for finding in found:
+    for finding in all_findings:
         c, flagged = finding.contrast, int((finding.adjusted < FALSE_DISCOVERIES).sum())
         notes.append(
             f"{c.trait} matched on {c.matched}: {flagged:,} of {finding.adjusted.size:,} excesses "

@@ -80,7 +80,7 @@ def scores(
     classes = probabilities.shape[1]
     positives = [1] if classes == 2 else range(classes)
     ranked = [ranking_scores(truth == c, probabilities[:, c], weights) for c in positives]
-    auc, aupr = (np.mean([found[i] for found in ranked], axis=0) for i in range(2))
+    auc, aupr = (np.mean([pair[i] for pair in ranked], axis=0) for i in range(2))
     cells = truth * classes + probabilities.argmax(1)
     confusion = (weights @ np.eye(classes**2)[cells]).reshape(-1, classes, classes)
     accuracy, f1, mcc = _confusion_scores(confusion)
@@ -114,8 +114,8 @@ def ranking_scores(
       weights: `[W, n]`.
     """
     ranking = Ranking.of(positive, score)
-    found = [(ranking.auroc(each), ranking.average_precision(each)) for each in weights]
-    auc, precision = np.array(found, float).reshape(-1, 2).T
+    by_draw = [(ranking.auroc(each), ranking.average_precision(each)) for each in weights]
+    auc, precision = np.array(by_draw, float).reshape(-1, 2).T
     return auc, precision
 
 
@@ -155,7 +155,7 @@ def score_numbers(
     drawn: dict[str, dict[str, np.ndarray]] = {}  # `[draws]`
     for name, repeats in predicted.items():
         each = [scores(truth, p) for p in repeats]
-        value[name] = {k: np.array([found[k][0] for found in each]) for k in METRICS}
+        value[name] = {k: np.array([metrics[k][0] for metrics in each]) for k in METRICS}
         parts = [
             [scores(truth, p, counts[i : i + _AT_ONCE][:, index]) for p in repeats]
             for i in range(0, len(counts), _AT_ONCE)

@@ -60,13 +60,17 @@ class Subject:
         """
         if self.dataset is None:
             raise Skipped("no dataset was given (--input DIR)")
-        found = annotated(self.dataset, sample_rows(self.dataset, split, count, self.seed, within))
-        both = [a for a in found if a.paired or not paired]
+        candidates = annotated(
+            self.dataset, sample_rows(self.dataset, split, count, self.seed, within)
+        )
+        both = [a for a in candidates if a.paired or not paired]
         layout, longest = self.engine.model.layout, self.engine.model.length
         kept = [a for a in both if tokens_of(a.antibody, layout) <= longest]
         notes = []
-        if len(both) < len(found):
-            notes.append(f"{len(found) - len(both):,} of {len(found):,} have one chain: left out")
+        if len(both) < len(candidates):
+            notes.append(
+                f"{len(candidates) - len(both):,} of {len(candidates):,} have one chain: left out"
+            )
         if len(kept) < len(both):
             notes.append(
                 f"{len(both) - len(kept):,} are longer than the {longest} tokens that the model "
@@ -92,17 +96,17 @@ class Subject:
         own = data.get("sha256") == self.dataset.identity and data.get("fraction") in FRACTIONS
         fraction = data["fraction"] if own else "full"
         rows = self.dataset.rows("train", fraction)
-        found = []
+        by_chain = []
         for chain in CHAINS:
             letters = [getattr(a, chain).letters for a in antibodies]
             tokens = encode(np.frombuffer("".join(letters).encode(), np.uint8))
             hashes = hash_sequences(tokens, np.cumsum([0, *map(len, letters)]))
-            found.append(np.isin(hashes, self.dataset.chain_hashes[chain][rows]) & (hashes != 0))
+            by_chain.append(np.isin(hashes, self.dataset.chain_hashes[chain][rows]) & (hashes != 0))
         whose = (
             f"{fraction}, as of the model's run" if own else "all of it: the model is no run on it"
         )
         note = f"seen chains: those that the training split of {self.dataset.path} has ({whose})"
-        return np.stack(found, axis=1), note
+        return np.stack(by_chain, axis=1), note
 
     def files_of(self, name: str) -> tuple[Path, ...]:
         """Files given under a name.

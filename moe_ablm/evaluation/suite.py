@@ -69,7 +69,7 @@ def run_suite(
       For each evaluation what `out/NAME/result.json` holds: status "done" or "skipped", reason,
       seconds, settings, numbers, tables, pictures, notes.
     """
-    found = {}
+    evaluations = {}
     for name, settings in suite.items():
         directory = out / name
         kept = read_kept(directory, dataclasses.asdict(settings))
@@ -77,13 +77,13 @@ def run_suite(
             tell(f"{name} ...")
             kept = _carry_out(name, subject, settings, directory)
         tell(f"{name}: {status_line(kept)}")
-        found[name] = kept
-    return found
+        evaluations[name] = kept
+    return evaluations
 
 
-def with_earlier(found: Mapping[str, dict], out: Path) -> dict[str, dict]:
+def with_earlier(evaluations: Mapping[str, dict], out: Path) -> dict[str, dict]:
     """What a suite found and what others finished in `out` before, in the order of EVALUATIONS."""
-    both = {name: found.get(name) or read_kept(out / name) for name in EVALUATIONS}
+    both = {name: evaluations.get(name) or read_kept(out / name) for name in EVALUATIONS}
     return {name: kept for name, kept in both.items() if kept is not None}
 
 

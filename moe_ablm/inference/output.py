@@ -213,8 +213,7 @@ def _to_jsonl(paths: list[Path], out: Path) -> None:
                 columns = [_plain(column) for column in batch.columns]
                 for values in zip(*columns, strict=True):
                     line = dict(zip(batch.schema.names, values, strict=True))
-                    stream.write(json_text(line) + "
-")
+                    stream.write(json_text(line) + "\n")
 
 
 def _plain(column: pa.Array) -> list:

@@ -13,22 +13,11 @@ from flax import nnx
 
 from moe_ablm.data.tokenizer import NULL
 from moe_ablm.files import write_json
+from moe_ablm.interop import huggingface
 from moe_ablm.interop.balm_config import BALM_VOCABULARY, balm_settings, encoder_spec
 from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_balm
 from moe_ablm.interop.card import model_card
-from moe_ablm.interop.huggingface import (
-    CONFIG,
-    OURS,
-    HuggingFaceConfig,
-    check_tensors,
-    check_vocabulary,
-    dtype_notes,
-    imported,
-    kept_for_import,
-    some,
-    sorted_out,
-    write_tokenizer,
-)
+from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import SINGLE, open_tensors, write_tensors
 from moe_ablm.model.spec import EncoderSpec
@@ -79,16 +68,18 @@ def import_balm(directory: Path, layout: str | None = None) -> Model:
     model = config.expect("model_type", None, *ARCHITECTURES)
     config.architecture(ARCHITECTURES[model])
     spec, notes = encoder_spec(config)
-    check_vocabulary(directory, config, BALM_VOCABULARY)
+    huggingface.check_vocabulary(directory, config, BALM_VOCABULARY)
     tensors = open_tensors(directory)
-    names, ignored = sorted_out(tensors, lambda n: None if n.endswith("inv_freq") else n)
+    names, ignored = huggingface.sorted_out(
+        tensors, lambda n: None if n.endswith("inv_freq") else n
+    )
     if ignored:
-        notes.append(f"ignored, as they are computed anew: {some(ignored)}")
+        notes.append(f"ignored, as they are computed anew: {huggingface.some(ignored)}")
     shapes = parameter_shapes(spec)
     biases = config["ffn_bias"] is not False, config["expert_bias"] is not False
-    check_tensors(tensors, names, _expected(shapes, spec, model, biases))
-    notes += dtype_notes(tensors, names)
-    return imported(
+    huggingface.check_tensors(tensors, names, _expected(shapes, spec, model, biases))
+    notes += huggingface.dtype_notes(tensors, names)
+    return huggingface.imported(
         config,
         spec,
         _params(shapes, spec, model, tensors),
@@ -168,9 +159,13 @@ def export_balm(model: Model, out: Path, licence: str | None = None) -> None:
     kind = settings["model_type"]
     with new_directory(out) as directory:
         write_tensors(directory / SINGLE, _to_balm(model, kind))
-        config = {"architectures": [ARCHITECTURES[kind]], **settings, OURS: kept_for_import(model)}
+        config = {
+            "architectures": [ARCHITECTURES[kind]],
+            **settings,
+            OURS: huggingface.kept_for_import(model),
+        }
         write_json(directory / CONFIG, config)
-        write_tokenizer(directory, "BalmTokenizer", BALM_VOCABULARY, "bos_token")
+        huggingface.write_tokenizer(directory, "BalmTokenizer", BALM_VOCABULARY, "bos_token")
         use = _USE.replace("{model}", ARCHITECTURES[kind])
         card = model_card(model, ARCHITECTURES[kind], use, licence)
         (directory / "README.md").write_text(card)

@@ -9,20 +9,9 @@ from flax import nnx
 from moe_ablm.data.tokenizer import MASK, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
+from moe_ablm.interop import huggingface
 from moe_ablm.interop.card import model_card
-from moe_ablm.interop.huggingface import (
-    CONFIG,
-    OURS,
-    HuggingFaceConfig,
-    check_tensors,
-    check_vocabulary,
-    dtype_notes,
-    imported,
-    kept_for_import,
-    some,
-    sorted_out,
-    write_tokenizer,
-)
+from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import SINGLE, Tensors, open_tensors, write_tensors
 from moe_ablm.model.spec import EncoderSpec
@@ -122,16 +111,18 @@ def import_esm2(directory: Path, layout: str | None = None) -> Model:
     """
     config = HuggingFaceConfig(directory)
     spec = _spec(config)
-    check_vocabulary(directory, config, VOCABULARY)
+    huggingface.check_vocabulary(directory, config, VOCABULARY)
     tensors = open_tensors(directory)
-    names, ignored = sorted_out(tensors, _canonical)
-    notes = [f"ignored, as the language model does not use them: {some(ignored)}"] * bool(ignored)
+    names, ignored = huggingface.sorted_out(tensors, _canonical)
+    notes = [
+        f"ignored, as the language model does not use them: {huggingface.some(ignored)}"
+    ] * bool(ignored)
     if spec.tied and DECODER in names:
         _check_tied(tensors, names)
     shapes = parameter_shapes(spec)
-    check_tensors(tensors, names, _expected(shapes))
-    notes += dtype_notes(tensors, names.values())
-    return imported(
+    huggingface.check_tensors(tensors, names, _expected(shapes))
+    notes += huggingface.dtype_notes(tensors, names.values())
+    return huggingface.imported(
         config,
         spec,
         params_from_huggingface(shapes, _Renamed(tensors, names)),
@@ -249,7 +240,7 @@ def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
     with new_directory(out) as directory:
         write_tensors(directory / SINGLE, params_to_huggingface(model.params))
         write_json(directory / CONFIG, _config(model))
-        write_tokenizer(directory, "EsmTokenizer")
+        huggingface.write_tokenizer(directory, "EsmTokenizer")
         card = model_card(model, ARCHITECTURE, _USE, licence)
         (directory / "README.md").write_text(card)
 
@@ -278,7 +269,7 @@ def _config(model: Model) -> dict:
         "mask_token_id": MASK,
         "pad_token_id": PAD,
         "torch_dtype": "float32",
-        OURS: kept_for_import(model),
+        OURS: huggingface.kept_for_import(model),
     }
 
 

@@ -118,7 +118,7 @@ class PositionOnly:
             for c in traits.values()
         ]
         self.profiles: dict[float, np.ndarray] = {}
-        found: list[dict[str, list]] = [{} for _ in regional]
+        collected: list[dict[str, list]] = [{} for _ in regional]
         for scale in scales:
             profiles: list[np.ndarray] = []
             parts: list[dict[str, list]] = [{} for _ in regional]
@@ -130,10 +130,10 @@ class PositionOnly:
                     for metric, values in drawn_of.items():
                         part.setdefault(metric, []).append(values)
             self.profiles[scale] = np.concatenate(profiles)
-            for whole, part in zip(found, parts, strict=True):
+            for whole, part in zip(collected, parts, strict=True):
                 for metric, chunks in part.items():
                     whole.setdefault(metric, []).append(np.concatenate(chunks))
-        self.specialists = [{m: np.stack(v) for m, v in each.items()} for each in found]
+        self.specialists = [{m: np.stack(v) for m, v in each.items()} for each in collected]
 
     def correlations(self) -> list[Number]:
         """Matched correlations of pairs of unrelated routers (`matching.stability` uses them)."""
@@ -162,9 +162,9 @@ def beyond_numbers(
         for x, region in enumerate(contrast.names):
             about = {"region": region, "matched": contrast.matched}
             mine = own[metric][x]
-            found = {null: _one(mine, of[metric][x]) for null, of in references.items()}
-            found[POSITION] = _many(mine, positional[metric][..., x])
-            for null, (under, above) in found.items():
+            tails = {null: _one(mine, of[metric][x]) for null, of in references.items()}
+            tails[POSITION] = _many(mine, positional[metric][..., x])
+            for null, (under, above) in tails.items():
                 labels = about | {"null": null}
                 numbers.append(Number(f"null_{metric}", *_shown(under, labels), unit=unit))
                 numbers.append(Number(f"beyond_null_{metric}", *_shown(above, labels), unit=unit))

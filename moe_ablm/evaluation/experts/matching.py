@@ -56,14 +56,14 @@ def position_correlations(profiles: np.ndarray, scale: float) -> list[Number]:
     ]
 
 
-def p_value(found: float, nulls: Sequence[np.ndarray]) -> float:
-    """Share of unrelated pairs as alike as `found`, itself counted among them, of the worst null.
+def p_value(correlation: float, nulls: Sequence[np.ndarray]) -> float:
+    """Share of unrelated pairs with at least this `correlation`, itself counted, of the worst null.
 
     Args:
-      found: a mean matched correlation.
+      correlation: a mean matched correlation.
       nulls: those of pairs, an array a null.
     """
-    return max((1 + (null >= found - 1e-12).sum()) / (1 + len(null)) for null in nulls)
+    return max((1 + (null >= correlation - 1e-12).sum()) / (1 + len(null)) for null in nulls)
 
 
 def best(similar: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
     nulls = [*unrelated(results_a), *unrelated(results_b)]
     if not (unrelated(results_a) and unrelated(results_b)):
         nulls = []
-    found = []
+    numbers = []
     for layer in sorted(a.keys() & b.keys(), key=int):
         classes = sorted(set.intersection(*(set(p) for x in (a, b) for p in x[layer].values())))
         if len(classes) < 3:
@@ -103,19 +103,19 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
         one, other = (
             np.array([[p[c] for c in classes] for p in x[layer].values()]) for x in (a, b)
         )
-        found += _numbers(layer, match(one, other), nulls)
-    return found
+        numbers += _numbers(layer, match(one, other), nulls)
+    return numbers
 
 
-def _numbers(layer: str, found: Match, nulls: Sequence[np.ndarray]) -> list[Number]:
-    labels, n = {"layer": layer}, len(found.pairs)
-    mean = float(found.correlation.mean())
+def _numbers(layer: str, matched: Match, nulls: Sequence[np.ndarray]) -> list[Number]:
+    labels, n = {"layer": layer}, len(matched.pairs)
+    mean = float(matched.correlation.mean())
     numbers = [Number("matched_correlation", mean, labels, n=n)]
     if nulls:
         most = max(nulls, key=lambda null: float(null.mean()))
         ends = interval(most)
         numbers.append(Number("chance_correlation", float(most.mean()), labels, *ends, n))
-    numbers.append(Number("random_correlation", found.unmatched, labels, n=n))
+    numbers.append(Number("random_correlation", matched.unmatched, labels, n=n))
     if nulls:
         numbers.append(Number("matched_p", p_value(mean, nulls), labels, n=n))
     return numbers
@@ -132,11 +132,11 @@ def unrelated(results: Mapping) -> list[np.ndarray]:
 
 def profiles(results: Mapping) -> dict[str, dict[int, dict[tuple[str, str], float]]]:
     """Enrichments by layer, expert and class (trait, name), from an evaluation's numbers."""
-    found: dict = {}
+    by_layer: dict = {}
     for number in results["numbers"]:
         labels = number["labels"]
         if number["metric"] != "enrichment" or labels["trait"] not in PROFILE:
             continue
-        expert = found.setdefault(labels["layer"], {}).setdefault(int(labels["expert"]), {})
+        expert = by_layer.setdefault(labels["layer"], {}).setdefault(int(labels["expert"]), {})
         expert[labels["trait"], labels["class"]] = number["value"]
-    return {layer: dict(sorted(experts.items())) for layer, experts in found.items()}
+    return {layer: dict(sorted(experts.items())) for layer, experts in by_layer.items()}

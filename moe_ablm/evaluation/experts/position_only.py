@@ -117,10 +117,10 @@ def specialists_of(
     excesses: list[np.ndarray] = []
     for half in counts:
         table = (half @ drawn.reshape(-1, *drawn.shape[-2:])).astype(np.float64)
-        found, expected = observed(table, contrast), matched(table, contrast)
+        taken, expected = observed(table, contrast), matched(table, contrast)
         for values, each in (
-            (gains, quotient(found - expected, found.sum(-1, keepdims=True))),
-            (excesses, log_ratio(found, expected)),
+            (gains, quotient(taken - expected, taken.sum(-1, keepdims=True))),
+            (excesses, log_ratio(taken, expected)),
         ):
             # the specialist is sought in all layers: `[R, X, M x E]`
             each = np.moveaxis(each.reshape(*drawn.shape[:2], *each.shape[1:]), 1, 2)

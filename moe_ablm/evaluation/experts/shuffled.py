@@ -15,15 +15,15 @@ def recipients(antibodies: Sequence[Annotated]) -> np.ndarray:
     A permutation among chains of one length, of other clones as far as there are enough of them; a
     chain whose length no other clone has keeps its own, and one that is not there has -1.
     """
-    found = np.full((len(antibodies), len(CHAINS)), -1)
+    others = np.full((len(antibodies), len(CHAINS)), -1)
     for c, chain in enumerate(CHAINS):
         lengths = np.array([len(getattr(a, chain)) for a in antibodies])
         for length in np.unique(lengths[lengths > 0]).tolist():
             members = np.flatnonzero(lengths == length).tolist()
             ring = sorted(members, key=lambda i: (antibodies[i].unit, i))
             largest = max(Counter(antibodies[i].unit for i in ring).values())
-            found[ring, c] = np.roll(ring, -(largest % len(ring)))
-    return found
+            others[ring, c] = np.roll(ring, -(largest % len(ring)))
+    return others
 
 
 def chain_places(antibodies: Sequence[Annotated]) -> np.ndarray:

@@ -68,7 +68,7 @@ class Slots:
     def numbers(self) -> list[Number]:
         """Mass of the dispatch by layer, expert and region, and over that of a plain mean."""
         antibodies = np.bincount(self._group)[:, None, None]
-        found = []
+        numbers = []
         for m, layer in enumerate(self._layers):
             for metric, unit, over in (
                 ("dispatch_share", "share", np.broadcast_to(antibodies, self.plain[:, None].shape)),
@@ -77,7 +77,7 @@ class Slots:
                 table = np.concatenate([self.mass[:, m], over], axis=1)
                 estimate = jackknife(table, lambda t: quotient(t[:, :-1], t[:, -1:]))
                 low, high = estimate.interval()
-                found += [
+                numbers += [
                     Number(
                         metric,
                         float(estimate.value[e, r]),
@@ -90,7 +90,7 @@ class Slots:
                     for e, r in np.ndindex(estimate.value.shape)
                     if self.plain[:, r].any()
                 ]
-        return found
+        return numbers
 
     def picture(self) -> Picture:
         """Mass of the dispatch over that of a plain mean, as a heat map."""

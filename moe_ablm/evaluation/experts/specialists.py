@@ -81,19 +81,21 @@ def specialists(
       (`relative` less the mean of all other classes' specialists); the last two only of contrasts
       whose strata leave them to be compared.
     """
-    found: dict[str, list] = {"excess": [], "share": [], "relative": [], "over_others": []}
+    by_metric: dict[str, list] = {"excess": [], "share": [], "relative": [], "over_others": []}
     most = exclusive(contrast)
     for direction in zip(*layers, strict=True):
         experts = [_choice(direction, label) for label in range(len(most))]
         for metric in ("excess", "share"):
             parts = [getattr(direction[m], metric).at(x, e) for x, (m, e) in enumerate(experts)]
-            found[metric].append(Replicates(*(np.stack(p, -1) for p in zip(*parts, strict=True))))
-        relative = found["excess"][-1].map(lambda value: value / most)
-        found["relative"].append(relative)
-        found["over_others"].append(relative.map(over_others))
+            by_metric[metric].append(
+                Replicates(*(np.stack(p, -1) for p in zip(*parts, strict=True)))
+            )
+        relative = by_metric["excess"][-1].map(lambda value: value / most)
+        by_metric["relative"].append(relative)
+        by_metric["over_others"].append(relative.map(over_others))
     if not np.isfinite(most).all():
-        del found["relative"], found["over_others"]
-    return {name: _mean(*both) for name, both in found.items()}
+        del by_metric["relative"], by_metric["over_others"]
+    return {name: _mean(*both) for name, both in by_metric.items()}
 
 
 def _choice(direction: Sequence[Half], label: int) -> tuple[int, int]:

@@ -91,15 +91,15 @@ def traits(antibodies: Sequence[Annotated]) -> dict[str, Trait]:
     cdr3 = [region_names().index(name) for name in ("CDRH3", "CDRL3")]
     state = np.where(np.isin(region, cdr3), 2, np.where(region < 0, -1, state))
     names, gene = v_genes(antibodies)
-    found = {
+    by_name = {
         "region": Trait(region_names(), region),
         "chain": Trait(CHAINS, which),
         "residue": Trait(tuple(AMINO_ACIDS), code[letters]),
         "V gene": Trait(names, np.repeat(gene, lengths)),
     }
     if (state == 1).any():
-        found["germline state"] = Trait(STATES, state)
-    return found
+        by_name["germline state"] = Trait(STATES, state)
+    return by_name
 
 
 def v_genes(antibodies: Sequence[Annotated]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -148,11 +148,11 @@ def _substitutions(
             if row.lacks(mutated):
                 report.reject("no sequence", row.place)
                 continue
-            variant, found = _reverted(row, mutant, mutated)
+            variant, reverted = _reverted(row, mutant, mutated)
             if not wild_type:
-                wild_type, first = found, row.place
-            elif found != wild_type:
-                raise row.fail(mutated, f"{_difference(found, wild_type)} {first} reverted")
+                wild_type, first = reverted, row.place
+            elif reverted != wild_type:
+                raise row.fail(mutated, f"{_difference(reverted, wild_type)} {first} reverted")
             if row.lacks(score):
                 report.reject(f"no {score}", row.place)
             else:
@@ -174,7 +174,7 @@ def _reverted(row: TableRow, mutant: str, mutated: str) -> tuple[tuple[Substitut
     letters, text = list(row.sequence(mutated)), row.values[mutant].strip()
     if text.lower() in WILD_TYPE:
         return (), "".join(letters)
-    found: list[Substitution] = []
+    substitutions: list[Substitution] = []
     for part in text.split(":"):
         match = _SUBSTITUTION.fullmatch(part)
         if not match:
@@ -182,20 +182,20 @@ def _reverted(row: TableRow, mutant: str, mutated: str) -> tuple[tuple[Substitut
         wild, at, new = match[1], int(match[2]) - 1, match[3]
         if not 0 <= at < len(letters):
             raise row.fail(mutant, f"{part}: the sequence has {len(letters)} residues")
-        if at in {place for place, *_ in found}:
+        if at in {place for place, *_ in substitutions}:
             raise row.fail(mutant, f"{text[:60]}: residue {at + 1} is substituted twice")
         if letters[at] != new:
             raise row.fail(mutant, f"{part}: residue {at + 1} of {mutated} is {letters[at]}")
         letters[at] = wild
-        found.append((at, wild, new))
-    return tuple(found), "".join(letters)
+        substitutions.append((at, wild, new))
+    return tuple(substitutions), "".join(letters)
 
 
-def _difference(found: str, wild_type: str) -> str:
-    if len(found) != len(wild_type):
-        return f"{len(found)} residues, but {len(wild_type)} in"
-    at = next(i for i, (a, b) in enumerate(zip(found, wild_type, strict=True)) if a != b)
+def _difference(reverted: str, wild_type: str) -> str:
+    if len(reverted) != len(wild_type):
+        return f"{len(reverted)} residues, but {len(wild_type)} in"
+    at = next(i for i, (a, b) in enumerate(zip(reverted, wild_type, strict=True)) if a != b)
     return (
-        f"with its mutations reverted residue {at + 1} of the wild type is {found[at]}, but "
+        f"with its mutations reverted residue {at + 1} of the wild type is {reverted[at]}, but "
         f"{wild_type[at]} in"
     )

@@ -75,24 +75,24 @@ def fitting(subject: Subject, task: Task, train: int, test: int) -> tuple[list[S
         splits, notes = without_common_ends(splits, room)
     kept = []
     for split in splits:
-        found = each_part(split, lambda ps, _: [p for p in ps if len(p.sequence) <= room])
+        short = each_part(split, lambda ps, _: [p for p in ps if len(p.sequence) <= room])
         name, before = ", ".join(split.tests), len(split.everyone())
-        left_out = before - len(found.everyone())
+        left_out = before - len(short.everyone())
         if left_out:
             notes.append(
                 f"{name}: {left_out:,} of {before:,} proteins are longer than the {longest} tokens "
                 "that the model was trained for: left out"
             )
-        tests = {name: test for name, test in found.tests.items() if len(test) >= FEWEST}
-        targets: set[float | str] = {p.target for p in found.train}
+        tests = {name: test for name, test in short.tests.items() if len(test) >= FEWEST}
+        targets: set[float | str] = {p.target for p in short.train}
         if task.kind == "residue":
             targets = {c for labels in targets for c in str(labels) if c != UNKNOWN}
         if tests and len(targets) > 1:
-            kept.append(replace(found, tests=tests))
+            kept.append(replace(short, tests=tests))
         else:
             notes.append(
-                f"{name}: skipped: {len(found.train)} proteins to train on, with {len(targets)} "
-                f"different targets, and {sum(map(len, found.tests.values()))} to test on"
+                f"{name}: skipped: {len(short.train)} proteins to train on, with {len(targets)} "
+                f"different targets, and {sum(map(len, short.tests.values()))} to test on"
             )
     return kept, notes
 

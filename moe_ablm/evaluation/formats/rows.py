@@ -139,8 +139,8 @@ def named(header: list[str], names: tuple[str, ...], where: str) -> str:
     Raises:
       UserError: none, or several of that name.
     """
-    found = next((h for name in names for h in header if h.lower() == name.lower()), None)
-    if found is None:
+    column = next((h for name in names for h in header if h.lower() == name.lower()), None)
+    if column is None:
         raise UserError(f"{where}: no column {' or '.join(names)}; found {listed(header)}")
-    once(header, found, where)
-    return found
+    once(header, column, where)
+    return column

@@ -106,7 +106,7 @@ def _records(member: Member) -> Iterator[dict]:
         gap = _GAP.match(text, at)
         at = gap.end() if gap else at
         try:
-            found, at = decoder.raw_decode(text, at)
+            record, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             more = member.text.read(_PIECE)
             text, at = text[at:] + more, 0
@@ -115,7 +115,7 @@ def _records(member: Member) -> Iterator[dict]:
             if not more or len(text) > _LONGEST_RECORD or isinstance(error, RecursionError):
                 raise UserError(f"{member.where}: record {number}: no JSON ({error})") from error
             continue
-        if not isinstance(found, dict):
+        if not isinstance(record, dict):
             raise UserError(f"{member.where}: record {number}: expected an object of fields")
-        yield found
+        yield record
         number += 1

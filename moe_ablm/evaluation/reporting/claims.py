@@ -12,7 +12,8 @@ from itertools import product
 
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.evaluation.declared import CLAIMS, EXPERTS, PAIRING, SPECIALISATION
-from moe_ablm.evaluation.estimates import Number, over_seeds
+from moe_ablm.evaluation.estimates import Number
+from moe_ablm.evaluation.kinds import over_seeds
 from moe_ablm.evaluation.nulls import NULLS
 from moe_ablm.evaluation.reporting.compare import Comparison
 from moe_ablm.evaluation.reporting.report import interval_written
@@ -131,8 +132,8 @@ def specialisation(comparison: Comparison) -> Claim:
         if router in TOKEN_CHOICE:
             findings += [_beyond_nulls(kind, runs), *_excesses(kind, runs)]
         elif router != DENSE:
-            found = [_beyond_nulls(kind, runs), *_excesses(kind, runs)[:1]]
-            notes += [f"For comparison {kind} ({router}): {f.sentence}." for f in found]
+            beside = [_beyond_nulls(kind, runs), *_excesses(kind, runs)[:1]]
+            notes += [f"For comparison {kind} ({router}): {f.sentence}." for f in beside]
     none = Evidence("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
     return Claim(
         SPECIALISATION,
@@ -184,10 +185,12 @@ def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Evidence:
         widths[metric] = [n.high - n.low for n in own if n]
         for null in NULLS:
             labels = {"matched": MATCHED[0], "region": "CDRH3", "null": null}
-            found = [_first(r.numbers("routing", f"beyond_null_{metric}", **labels)) for r in runs]
-            if not (all(found) and all(own)):
+            numbers = [
+                _first(r.numbers("routing", f"beyond_null_{metric}", **labels)) for r in runs
+            ]
+            if not (all(numbers) and all(own)):
                 return Evidence(kind, NONE, _why_no_nulls(runs, own))
-            values[metric, null] = [n.value for n in found if n]
+            values[metric, null] = [n.value for n in numbers if n]
     parts = []
     for metric, (_, words) in BEYOND.items():
         told = []
@@ -295,24 +298,24 @@ def experts_against_dense(comparison: Comparison) -> Claim:
 def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evidence:
     decides = region == "all"
     labels = {"test set": "paired", "region": region}
-    found = comparison.difference("perplexity", "loss", dense, kind, **labels)
-    if found is None:
+    difference = comparison.difference("perplexity", "loss", dense, kind, **labels)
+    if difference is None:
         runs = [*comparison.kinds[kind], *comparison.kinds[dense]]
         why = f"{region} residues: {why_not(runs, 'perplexity')}"
         return Evidence(kind, NONE if decides else BESIDE, why)
     counts, sds = (
         (len(comparison.kinds[k]) for k in (dense, kind)),
-        (found.seed_sd, found.reference_sd),
+        (difference.seed_sd, difference.reference_sd),
     )
     seeds = ", ".join(
         f"{name} {count} seeds, sd {sd:.4f}" if count > 1 else f"{name} one run"
         for name, count, sd in zip((dense, kind), counts, sds, strict=True)
     )
-    if found.seeds < LEAST_SEEDS:
+    if difference.seeds < LEAST_SEEDS:
         seeds += ": what another seed would change is not in the interval"
     where = "all residues" if decides else region
-    sentence = f"nats gained on {where}: {interval_written(vars(found))} ({seeds})"
-    verdict = verdict_of(found.low, found.high, SMALLEST_LOSS, found.seeds)
+    sentence = f"nats gained on {where}: {interval_written(vars(difference))} ({seeds})"
+    verdict = verdict_of(difference.low, difference.high, SMALLEST_LOSS, difference.seeds)
     pairs = list(product(*(comparison.kinds[k] for k in (kind, dense))))
     for what, name in (("active parameters", "params_active"), ("tokens seen", "tokens_seen")):
         unequal = [(a.model[name], b.model[name]) for a, b in pairs]

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from moe_ablm.evaluation.estimates import Estimate, Number, Sample, holm, kinds_of
+from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.experts.matching import stability as seed_agreement
+from moe_ablm.evaluation.kinds import Estimate, holm, kinds_of
 from moe_ablm.evaluation.reporting.results import Evaluated, key
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
 
@@ -130,14 +131,14 @@ def _compared(evaluation: str, kinds: Mapping[str, Sequence[Evaluated]]) -> list
 
 
 def _estimates(evaluation: str, samples: Mapping[str, Sequence[Sample]]) -> list[Compared]:
-    found = kinds_of(samples) if samples else None
-    if found is None:
+    by_kind = kinds_of(samples) if samples else None
+    if by_kind is None:
         return []
     head = next(iter(samples.values()))[0]
     about = (evaluation, head.metric, dict(head.labels), head.unit)
-    means = [Compared(*about, kind, "", found.mean(kind)) for kind in samples]
+    means = [Compared(*about, kind, "", by_kind.mean(kind)) for kind in samples]
     return means + [
-        Compared(*about, kind, reference, found.difference(kind, reference))
+        Compared(*about, kind, reference, by_kind.difference(kind, reference))
         for reference, kind in combinations(samples, 2)
     ]
 

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_ablm.data.regions import region_names
-from moe_ablm.evaluation.estimates import Estimate, Number
+from moe_ablm.evaluation.estimates import Number
+from moe_ablm.evaluation.kinds import Estimate
 from moe_ablm.evaluation.outcome import Table
 from moe_ablm.evaluation.reporting.claims import HOLDS, NOT, Claim
 from moe_ablm.evaluation.reporting.compare import Compared, Comparison, as_content, results_csv
@@ -115,8 +116,8 @@ def _models(runs: Sequence[Evaluated]) -> str:
     rows["tokens seen"] = [tokens_written(run.model) or "not known" for run in runs]
     for name, headline in _headlines():
         about = {"evaluation": name, "metric": headline.metric}
-        found = (n for run in runs for n in run.numbers(**about, **dict(headline.labels)))
-        if first := next(found, None):
+        shown = (n for run in runs for n in run.numbers(**about, **dict(headline.labels)))
+        if first := next(shown, None):
             each = [run.numbers(**about, **first.labels) for run in runs]
             text = headline_written(headline, first.labels)
             rows[text] = [written(numbers[0].value) if numbers else "-" for numbers in each]
@@ -186,7 +187,7 @@ def _cells(result: Compared, labels: Mapping[str, str]) -> list[Number]:
 def _forest(comparison: Comparison, out: Path) -> list[str]:
     """The picture of differences by region, [] where there are none."""
     kinds = list(comparison.kinds)
-    found = {
+    by_kind = {
         kind: [
             comparison.difference(
                 "perplexity", "loss", kind, kinds[0], **{"test set": "paired", "region": region}
@@ -195,9 +196,9 @@ def _forest(comparison: Comparison, out: Path) -> list[str]:
         ]
         for kind in kinds[1:]
     }
-    if not any(any(each) for each in found.values()):
+    if not any(any(each) for each in by_kind.values()):
         return []
-    figure = draw_forest(found, ("all", *region_names()), kinds[0])
+    figure = draw_forest(by_kind, ("all", *region_names()), kinds[0])
     file = out / "loss_by_region.png"
     figure.savefig(file, dpi=130)
     caption = (
@@ -209,17 +210,17 @@ def _forest(comparison: Comparison, out: Path) -> list[str]:
 
 
 def draw_forest(
-    found: Mapping[str, Sequence[Estimate | None]], names: Sequence[str], reference: str
+    by_kind: Mapping[str, Sequence[Estimate | None]], names: Sequence[str], reference: str
 ) -> Figure:
     """A line an entry of `names`, a colour a kind; bars are intervals."""
     figure = Figure(figsize=(7.5, 1.2 + 0.36 * len(names)), layout="constrained")
     axis = figure.subplots()
-    step = 0.7 / len(found)
-    for place, (kind, estimates) in enumerate(found.items()):
+    step = 0.7 / len(by_kind)
+    for place, (kind, estimates) in enumerate(by_kind.items()):
         kept = [(y, e) for y, e in enumerate(estimates) if e is not None]
         if not kept:
             continue
-        y = np.array([y for y, _ in kept]) + step * (place - (len(found) - 1) / 2)
+        y = np.array([y for y, _ in kept]) + step * (place - (len(by_kind) - 1) / 2)
         value, low, high = np.array([(e.value, e.low, e.high) for _, e in kept]).T
         axis.errorbar(value, y, xerr=[value - low, high - value], fmt="o", ms=4, label=kind)
     axis.axvline(0, color="0.4", lw=0.8)

@@ -40,17 +40,17 @@ def write_report(out: Path, content: Mapping[str, Any], command: Sequence[str]) 
       content: what `out/results.json` holds.
       command: the command line without its suite.
     """
-    found = content["evaluations"]
+    evaluations = content["evaluations"]
     name = content["model"]["source"].split(",")[0]
     parts = [
         f"<h1>Evaluation of {escape(name)}</h1>",
         facts_html(_facts(content)),
-        _contents(found),
+        _contents(evaluations),
         '<h2 id="summary">Summary</h2>',
-        _summary(found),
+        _summary(evaluations),
         f'<p class="faint">{escape(READING)}</p>',
     ]
-    for each, kept in found.items():
+    for each, kept in evaluations.items():
         parts += section(each, kept, out / each, command)
     return write_page(out / "report.html", f"Evaluation of {name}", parts)
 
@@ -66,8 +66,8 @@ def _facts(content: Mapping[str, Any]) -> dict[str, str]:
     tokens = f"{tokens_written(model)} tokens" if model["tokens_seen"] else ""
     files = [
         f"{name}: {Path(file['name']).name}"
-        for name, found in content["files"].items()
-        for file in found
+        for name, identities in content["files"].items()
+        for file in identities
     ]
     return {
         "Model": model["source"],
@@ -103,16 +103,16 @@ def headline_written(headline: Headline, labels: Mapping[str, str]) -> str:
     return headline.text + (f" ({', '.join(others)})" if others else "")
 
 
-def _contents(found: Mapping[str, Kept]) -> str:
-    links = [("summary", "Summary"), *((name, kept["title"]) for name, kept in found.items())]
+def _contents(evaluations: Mapping[str, Kept]) -> str:
+    links = [("summary", "Summary"), *((name, kept["title"]) for name, kept in evaluations.items())]
     items = "".join(f'<li><a href="#{escape(a)}">{escape(b)}</a></li>' for a, b in links)
     return f"<nav><ol>{items}</ol></nav>"
 
 
-def _summary(found: Mapping[str, Kept]) -> str:
+def _summary(evaluations: Mapping[str, Kept]) -> str:
     """A line for each headline of each evaluation."""
     rows = []
-    for name, kept in found.items():
+    for name, kept in evaluations.items():
         title = f'<th><a href="#{escape(name)}">{escape(kept["title"])}</a></th>'
         if kept["status"] == SKIPPED:
             rows.append(

@@ -103,32 +103,32 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def write_results(
-    out: Path, about: Mapping[str, Any], found: Mapping[str, dict], command: Sequence[str]
+    out: Path, about: Mapping[str, Any], evaluations: Mapping[str, dict], command: Sequence[str]
 ) -> list[Path]:
     """Writes all numbers and the report.
 
     Args:
       out: directory of the evaluation.
       about: of `same_command`.
-      found: of `suite.run_suite`.
+      evaluations: of `suite.run_suite`.
       command: the command line without its suite and output, shown in the report.
 
     Returns:
       Files that were written.
     """
     installed = {"python": platform.python_version(), **versions(*PACKAGES)}
-    content = {**about, "versions": installed, "evaluations": dict(found)}
+    content = {**about, "versions": installed, "evaluations": dict(evaluations)}
     write_json(out / "results.json", content)
-    write_atomically(out / "numbers.csv", numbers_csv(found))
+    write_atomically(out / "numbers.csv", numbers_csv(evaluations))
     return [out / "results.json", out / "numbers.csv", write_report(out, content, command)]
 
 
-def numbers_csv(found: Mapping[str, dict]) -> str:
+def numbers_csv(evaluations: Mapping[str, dict]) -> str:
     """A line a number; a column a label."""
     rows = [
         {"evaluation": name, **{k: v for k, v in number.items() if k != "labels"}}
         | number["labels"]
-        for name, kept in found.items()
+        for name, kept in evaluations.items()
         for number in kept["numbers"]
     ]
     fixed = ["evaluation", "metric", "value", "low", "high", "n", "unit"]
@@ -198,9 +198,9 @@ class Evaluated:
         """
         if evaluation not in self._samples:
             file = self.directory / evaluation / "samples.parquet"
-            found = read_samples(file)
-            _check(found, self.numbers(evaluation), file)
-            self._samples[evaluation] = found
+            read = read_samples(file)
+            _check(read, self.numbers(evaluation), file)
+            self._samples[evaluation] = read
         return self._samples[evaluation]
 
 

@@ -32,7 +32,7 @@ def read_labelled(paths: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
     Raises:
       UserError: no such file, an unknown format, or no label.
     """
-    found: dict[int, Annotated] = {}
+    by_key: dict[int, Annotated] = {}
     labels: dict[int, set[str]] = {}
     read = kept = 0
     for source in open_sources([str(path) for path in paths], on_bad_row="skip"):
@@ -44,14 +44,14 @@ def read_labelled(paths: Sequence[Path]) -> tuple[list[Annotated], list[str]]:
                 )
             for antibody in _annotated(batch):
                 kept += 1
-                found.setdefault(antibody.key, antibody)
+                by_key.setdefault(antibody.key, antibody)
                 labels.setdefault(antibody.key, set()).add(antibody.label)
         read += source.report.read
-    certain = [a for key, a in found.items() if len(labels[key]) == 1 and a.label]
+    certain = [a for key, a in by_key.items() if len(labels[key]) == 1 and a.label]
     lost = {
         "malformed or without annotation": read - kept,
-        "equal to another one": kept - len(found),
-        "without a label, or with several": len(found) - len(certain),
+        "equal to another one": kept - len(by_key),
+        "without a label, or with several": len(by_key) - len(certain),
     }
     notes = [f"{n:,} of {read:,} rows are {what}: left out" for what, n in lost.items() if n]
     return certain, notes
@@ -131,14 +131,14 @@ def clones(antibodies: Sequence[Annotated], identity: float = IDENTITY) -> np.nd
     """
     members: dict[int, list[int]] = {}
     label: list = [None] * len(antibodies)
-    found = [cdr3_of(a.heavy) for a in antibodies]
-    for i, (antibody, cdr3) in enumerate(zip(antibodies, found, strict=True)):
+    cdr3s = [cdr3_of(a.heavy) for a in antibodies]
+    for i, (antibody, cdr3) in enumerate(zip(antibodies, cdr3s, strict=True)):
         if antibody.heavy.v_gene and cdr3:
             members.setdefault(len(cdr3), []).append(i)
         else:
             label[i] = (antibody.heavy.letters, antibody.light.letters)
     for length, rows in members.items():
-        keys = [(antibodies[i].heavy.v_gene, found[i]) for i in rows]
+        keys = [(antibodies[i].heavy.v_gene, cdr3s[i]) for i in rows]
         distinct = sorted(set(keys))
         letters = np.frombuffer("".join(c for _, c in distinct).encode(), np.uint8)
         group = np.array([hash64(gene) for gene, _ in distinct], np.uint64)
