@@ -18,10 +18,9 @@ from rich.table import Table
 
 from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
 from moe_ablm.scaling.catalogue import SMOOTH
-from moe_ablm.scaling.uncertainty import bootstrap_intervals
+from moe_ablm.scaling.resampling import bootstrap_intervals
 
 Columns = dict[str, np.ndarray]
-DRAWS = 400
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 REPEATED = DENSE | {"P": 0.05, "delta": 0.6, "kappa": 0.7}
 ROUTED = {"a[x]": -0.08, "b[x]": -0.12, "c[x]": 0.011, "d[x]": 1.1}
@@ -104,12 +103,12 @@ def simulate(case: str, seed: int) -> Runs:
     return Runs(columns | {"loss": loss * np.exp(noise)}, tuple(map(str, range(loss.size))))
 
 
-def inside(case: str, seed: int) -> dict[str, dict[str, bool]]:
+def inside(case: str, seed: int, draws: int) -> dict[str, dict[str, bool]]:
     """Whether the truth is in each interval, by method and coefficient."""
     name, _, truth, _, within = CASES[case]
     made = fit_law(simulate(case, seed), name, huber_delta=within if within > 1e-3 else None)
     found = {p.quantity.name: p.interval(0.95) for p in profiles(made)}
-    drawn = bootstrap_intervals(made, bootstrap(made, DRAWS, seed))
+    drawn = bootstrap_intervals(made, bootstrap(made, draws, seed)) if draws else {}
     methods = {"profile": found, "bootstrap": {k: v[0] for k, v in drawn.items()}}
     return {
         method: {
@@ -125,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first table")
+    parser.add_argument("--draws", type=int, default=400, help="of the bootstrap; 0: profiles only")
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
     args = parser.parse_args()
@@ -136,7 +136,7 @@ def main() -> None:
     for case in args.case or CASES:
         for seed in range(args.first, args.first + args.sets):
             if (case, seed) not in done:
-                done[case, seed] = inside(case, seed)
+                done[case, seed] = inside(case, seed, args.draws)
                 entry = {"case": case, "seed": seed, "inside": done[case, seed]}
                 with args.out.open("a") as file:
                     file.write(json.dumps(entry) + "\n")

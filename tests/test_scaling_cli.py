@@ -55,11 +55,11 @@ def test_a_fit_writes_everything_and_reloads(dense_csv, tmp_path, capsys):
     assert {i["method"] for i in saved["intervals"]["alpha"]} == {"bootstrap", "profile"}
     assert {i["method"] for i in saved["intervals"]["N_opt"]} == {"bootstrap", "profile"}
     assert load(out).predict(params=1e9, tokens=1e11).item() == pytest.approx(2.3, abs=0.2)
-    for name in ("loss_against_params", "isoflop", "frontier", "profiles", "residuals"):
+    for name in ("loss_against_params", "isoflop", "frontier", "optimum", "profiles", "residuals"):
         assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (out / "figures" / f"{name}.svg").read_bytes()
     page = (out / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 5
+    assert page.count("data:image/svg+xml;base64,") == 6
     assert "<script" not in page and "http://" not in page and 'src="data:' in page
     assert not list(out.rglob(".*"))
 

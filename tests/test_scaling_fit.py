@@ -9,10 +9,11 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling import load
 from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.profile_likelihood import critical_root, profiles
+from moe_ablm.scaling.resampling import bootstrap, resample
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import _conditional
-from moe_ablm.scaling.uncertainty import bootstrap, critical_root, profiles, resample
 
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 TRUTH = {

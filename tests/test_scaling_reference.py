@@ -9,11 +9,11 @@ from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.parabola_fit import fit_parabolas
 from moe_ablm.scaling.parabolas import Quadratic
 from moe_ablm.scaling.published import STUDIES, published_objective, rounded_objective
-from moe_ablm.scaling.runs import Reading, read_runs
+from moe_ablm.scaling.quantities import quantities
+from moe_ablm.scaling.reading import Reading, read_runs
 from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import minimise
 from moe_ablm.scaling.tables import published_lines
-from moe_ablm.scaling.uncertainty import quantities
 
 PUBLISHED_B1 = {
     "A": np.exp(6.255414),

@@ -10,7 +10,7 @@ import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.noise import pure_error
-from moe_ablm.scaling.runs import Reading, read_runs
+from moe_ablm.scaling.reading import Reading, read_runs
 
 GOOD = """params,tokens,unique_tokens,loss
 8e6,1e9,1e9,3.1

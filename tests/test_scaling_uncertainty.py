@@ -10,23 +10,15 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling.fit import fit_law, prepare
 from moe_ablm.scaling.identify import scores
 from moe_ablm.scaling.inputs import Centre
+from moe_ablm.scaling.laws import with_gradient
 from moe_ablm.scaling.laws_dense import Chinchilla
 from moe_ablm.scaling.noise import delta_sensitivity, lack_of_fit, pure_error
+from moe_ablm.scaling.profile_likelihood import Walk, critical_root, likelihood_scale, profiles
+from moe_ablm.scaling.quantities import quantities
+from moe_ablm.scaling.resampling import bootstrap, bootstrap_intervals, resample, resample_rows
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Question, analyse
 from moe_ablm.scaling.solver import minimise
-from moe_ablm.scaling.uncertainty import (
-    Walk,
-    bootstrap,
-    bootstrap_intervals,
-    critical_root,
-    likelihood_scale,
-    profiles,
-    quantities,
-    resample,
-    resample_rows,
-    with_gradient,
-)
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
 FLOPS = 1e22
@@ -406,3 +398,40 @@ def test_a_positive_coefficient_has_the_error_of_its_log():
     natural = made.law.shift(boot.theta, made.centre)[:, 2]
     assert found["B"][0].se_log == pytest.approx(natural.std(ddof=1))
     assert found["alpha"][0].se_log is None
+
+
+def test_errors_with_checkpoints_are_those_of_the_jackknife_over_runs():
+    """Leaving out each run in turn and fitting anew; Efron's variance of the 20 fits."""
+    n = np.repeat(np.geomspace(4e7, 1e10, 10), 16)
+    d = np.tile(np.geomspace(1e9, 3e11, 8), 20)
+    run = np.repeat(np.arange(20), 8)
+    rng = np.random.default_rng(3)
+    noise = 4e-3 * rng.standard_normal(20)[run] + 5e-4 * rng.standard_normal(160)
+    loss = (1.8 + 480 * n**-0.35 + 2100 * d**-0.37) * np.exp(noise)
+    columns = {"params": n, "tokens": d, "loss": loss, "run": run.astype(str)}
+    runs = Runs(columns, tuple(map(str, range(160))))
+    made = fit_law(runs, "chinchilla", huber_delta=np.inf)
+    names = ("E", "alpha", "beta")
+    left = [
+        fit_law(runs.take(run != g), "chinchilla", huber_delta=np.inf, start=made.coefficients)
+        for g in range(20)
+    ]
+    values = np.array([[f.coefficients[name] for name in names] for f in left])
+    jackknife = np.sqrt(19 / 20 * np.sum((values - values.mean(axis=0)) ** 2, axis=0))
+    ours = [made.standard_errors[name] for name in names]
+    np.testing.assert_allclose(ours, jackknife, rtol=0.15)
+
+
+def test_delta_is_the_misfit_where_that_is_far_above_seed_noise():
+    """A law that is wrong by 2 % (a wave in N), seeds that differ by .04 %."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(4e7, 1e10, 7), np.geomspace(1e9, 3e11, 7)))
+    wave = 0.02 * np.sin(3 * np.log(n)) + 0.02 * np.cos(2 * np.log(d))
+    n, d, wave = np.tile(n, 2), np.tile(d, 2), np.tile(wave, 2)
+    noise = 4e-4 * np.random.default_rng(0).standard_normal(n.size)
+    loss = (1.8 + 480 * n**-0.35 + 2100 * d**-0.37) * np.exp(wave + noise)
+    runs = Runs({"params": n, "tokens": d, "loss": loss}, tuple(map(str, range(n.size))))
+    made = analyse(runs, Question("chinchilla", draws=0)).fit
+    assert 0.01 < made.huber_delta < 0.04 and made.delta_source == "misfit of the law"
+    assert any("times the seed sd" in note for note in made.notes)
+    given = analyse(runs, Question("chinchilla", huber_delta=4e-4, draws=0)).fit
+    assert given.huber_delta == 4e-4 and any("least absolute" in note for note in given.notes)

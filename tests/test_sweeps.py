@@ -26,7 +26,7 @@ from moe_ablm import config as configs
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.runs import read_runs
+from moe_ablm.scaling.reading import read_runs
 from sweeps import collect, compare_routers, grid, nested_data, scaling, status, studies
 from sweeps.check import design_lines
 from sweeps.cost import Rate, cost_table

@@ -14,9 +14,9 @@ from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.inputs import Target
 from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
 from moe_ablm.scaling.parabolas import IsoFlop
+from moe_ablm.scaling.resampling import bootstrap, bootstrap_intervals
 from moe_ablm.scaling.result import Fit, Interval, SmoothFit
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.uncertainty import bootstrap, bootstrap_intervals
 
 BIASED = 0.03  # relative error of a minimum that is worth a warning
 EXPONENT = "exponent of N_opt in C"

@@ -12,11 +12,11 @@ from moe_ablm.scaling.compute import along_sizes, excess
 from moe_ablm.scaling.fit import Setup, prepare
 from moe_ablm.scaling.identify import by_error, null_space, prior_precision
 from moe_ablm.scaling.inputs import make_inputs
-from moe_ablm.scaling.laws import Derived
+from moe_ablm.scaling.laws import Derived, with_gradient
 from moe_ablm.scaling.noise import pure_error
+from moe_ablm.scaling.resampling import Bootstrap
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
-from moe_ablm.scaling.uncertainty import Bootstrap, with_gradient
 
 EQUAL = 0.01  # relative spread below which a column counts as one value
 SIZES = 96  # model sizes tried, log-spaced

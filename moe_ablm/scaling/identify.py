@@ -78,7 +78,7 @@ class Scores:
     """The sandwich covariance of the free parameters and its parts."""
 
     inverse_hessian: np.ndarray  # (J' diag(E psi') J + prior)^-1
-    covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian, n / (n - K)
+    covariance: np.ndarray  # inverse_hessian (sum psi_i^2 J_i J_i') inverse_hessian n / (n - K)
     scale: float  # E psi^2 / E psi', if all runs were equally noisy
     floor: float  # of the scale of a likelihood ratio: that, or 0 for checkpoints of runs
 
@@ -86,9 +86,11 @@ class Scores:
 def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) -> Scores:
     """Huber 1981, section 7.6, with heteroscedastic noise (White 1980).
 
-    With clusters their sums take the place of runs (Liang and Zeger 1986), so that checkpoints
-    of one run may be correlated in any way. Parameters that have no meaning, and those that are
-    `held [K]`, are known. Directions in the null space get a pseudo-inverse: see `judge` first.
+    With clusters their sums take the place of runs, so that checkpoints of one run may be
+    correlated in any way; each sum is that of the fit without the run (Bell and McCaffrey 2002,
+    the jackknife, CR3), because a run of an extreme size draws the fit to itself. Parameters that
+    have no meaning, and those that are `held [K]`, are known. Directions in the null space get a
+    pseudo-inverse: see `judge` first.
     """
     jacobian = problem.law.jacobian(theta[None], problem.x)[0][:, problem.free]
     known = np.isin(problem.law.names, list(meaningless(problem, theta)))
@@ -104,7 +106,12 @@ def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) 
     root = 1.0 / np.sqrt(np.maximum(np.diag(hessian), 1e-300))
     scaled = hessian * np.outer(root, root)
     inverse = np.linalg.pinv(scaled, rcond=1e-13, hermitian=True) * np.outer(root, root)
-    meat = _meat(jacobian * psi[:, None], problem.clusters) * (residuals.size / spare)
+    score = jacobian * psi[:, None]
+    if problem.clusters is None:
+        meat = score.T @ score * (residuals.size / spare)
+    else:
+        weighted = jacobian * inside[:, None]
+        meat = _clustered_meat(score, jacobian, weighted, inverse, problem.clusters)
     scale = float(np.sum(psi**2)) / spare / max(float(inside.mean()), 1.0 / residuals.size)
     # The prior is information too: it adds its share to the variance of the score.
     meat = meat + problem.prior_scale * scale * prior
@@ -113,14 +120,29 @@ def scores(problem: Problem, theta: np.ndarray, held: np.ndarray | None = None) 
     return Scores(inverse, inverse @ meat @ inverse, scale, floor)
 
 
-def _meat(score: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
-    """Sum of outer products of the scores `[n, K]`, or of their sums over clusters."""
-    if clusters is None:
-        return score.T @ score
+def _clustered_meat(
+    score: np.ndarray,
+    jacobian: np.ndarray,
+    weighted: np.ndarray,
+    inverse: np.ndarray,
+    clusters: np.ndarray,
+) -> np.ndarray:
+    """Sum of outer products of the clusters' scores, each as if the fit had left it out, `[K, K]`.
+
+    Without cluster g the Hessian is H - H_g: the fit moves by (H - H_g)^-1 s_g, which is H^-1 times
+    (1 - H_g H^-1)^-1 s_g. `score`, `jacobian` and `weighted` (by psi') are `[n, K]`.
+    """
+    size = inverse.shape[0]
+    unit = np.sqrt(np.maximum(np.diag(inverse), 1e-300))  # parameters differ by orders of magnitude
     count = int(clusters.max()) + 1
-    summed = np.zeros((count, score.shape[1]))
-    np.add.at(summed, clusters, score)
-    return summed.T @ summed * (count / max(count - 1, 1))
+    out = np.zeros((size, size))
+    for g in range(count):
+        mine = clusters == g
+        own = jacobian[mine].T @ weighted[mine] * np.outer(unit, unit)
+        share = own @ (inverse / np.outer(unit, unit))
+        moved = np.linalg.pinv(np.eye(size) - share) @ (score[mine].sum(axis=0) * unit) / unit
+        out += np.outer(moved, moved)
+    return out * ((count - 1) / count)
 
 
 def covariance(problem: Problem, theta: np.ndarray) -> np.ndarray:

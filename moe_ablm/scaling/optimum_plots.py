@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_ablm.scaling.parabola_fit import ParabolaFit
+from moe_ablm.scaling.resampling import Bootstrap
 from moe_ablm.scaling.result import SmoothFit
-from moe_ablm.scaling.uncertainty import Bootstrap
 
 
 def optimum_of_budgets(made: ParabolaFit) -> Figure:

@@ -14,17 +14,11 @@ from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.inputs import Target
 from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
 from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
+from moe_ablm.scaling.profile_likelihood import Profile, profiles
+from moe_ablm.scaling.resampling import FEWEST_DRAWS, Bootstrap, bootstrap, bootstrap_intervals
 from moe_ablm.scaling.result import Fit, SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import minimise
-from moe_ablm.scaling.uncertainty import (
-    FEWEST_DRAWS,
-    Bootstrap,
-    Profile,
-    bootstrap,
-    bootstrap_intervals,
-    profiles,
-)
 
 FOLDS = 10
 FAR_FROM_DELTA = 5.0  # misfit over delta beyond which the choice of delta is told
@@ -260,7 +254,7 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         if law.group == "flops":
             parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
         return Analysis(parabolas)
-    made = fit_law(runs, name, question.huber_delta, question.fixed, target=question.target)
+    made = _at_its_delta(runs, name, question)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
     walked = profiles(made, question.level)
@@ -288,11 +282,39 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     return Analysis(made, boot, walked, lack_of_fit(made), deltas)
 
 
+def _at_its_delta(runs: Runs, name: str, question: Question) -> SmoothFit:
+    """The fit at the delta asked for, else at the seed sd; at the misfit where that is far larger.
+
+    With a delta far below what the law misses the fit is one of least absolute deviations, and seed
+    noise is not what the residuals are of.
+    """
+
+    def fitted(delta: float | None) -> SmoothFit:
+        return fit_law(runs, name, delta, question.fixed, target=question.target)
+
+    made = fitted(question.huber_delta)
+    misfit = misfit_of(made)
+    measured = question.huber_delta is None and made.delta_source.startswith("seed sd")
+    if not measured or made.status == "exact" or not misfit > FAR_FROM_DELTA * made.huber_delta:
+        return made
+    wide = fitted(misfit)
+    note = (
+        f"the law misses by {misfit:.2g} of ln L, {misfit / made.huber_delta:.0f} times the seed "
+        f"sd of {made.huber_delta:.2g}: delta is that misfit; --huber-delta takes another"
+    )
+    return replace(wide, delta_source="misfit of the law", notes=(*wide.notes, note))
+
+
+def misfit_of(fit: SmoothFit) -> float:
+    """Robust sd of the residuals of ln L: their median size, as that of a normal distribution."""
+    return 1.4826 * float(np.median(np.abs(fit.residuals())))
+
+
 def delta_notes(
     fit: SmoothFit, deltas: Sequence[tuple[float, Mapping[str, float], float]]
 ) -> list[str]:
     """A note where the law misses by far more than delta, and how much then hangs on delta."""
-    misfit = 1.4826 * float(np.median(np.abs(fit.residuals())))
+    misfit = misfit_of(fit)
     if not misfit > FAR_FROM_DELTA * fit.huber_delta:
         return []
     names = [p.name for p in fit.law.parameters if not p.log and p.name in fit.identifiable]

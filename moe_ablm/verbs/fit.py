@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # loaded when the verb runs
     from rich.table import Table
 
     from moe_ablm.scaling.inputs import Target
-    from moe_ablm.scaling.runs import Reading, Runs
+    from moe_ablm.scaling.reading import Reading
+    from moe_ablm.scaling.runs import Runs
     from moe_ablm.scaling.selection import Analysis, Score
 
 COMPARE = "compare"
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moe_ablm.scaling.catalogue import LAWS
     from moe_ablm.scaling.laws import Law
-    from moe_ablm.scaling.runs import Reading, read_runs
+    from moe_ablm.scaling.reading import Reading, read_runs
 
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for whole tables
@@ -237,9 +238,9 @@ def _advice(
 ) -> tuple[list["Table"], list[str]]:
     """Tables and sentences for --advise and --next-run."""
     from moe_ablm.scaling import design, tables
+    from moe_ablm.scaling.quantities import quantities
+    from moe_ablm.scaling.reading import read_runs
     from moe_ablm.scaling.result import SmoothFit
-    from moe_ablm.scaling.runs import read_runs
-    from moe_ablm.scaling.uncertainty import quantities
 
     if not args.advise and not args.next_run:
         return [], []
