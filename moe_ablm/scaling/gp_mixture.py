@@ -22,7 +22,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, digamma, gammaln, softmax
 
 KNOTS = 20
-MOST_POINTS = 32  # of a curve; more are averaged within bins
+MOST_POINTS = 32  # of a curve; where there are more, neighbours are averaged
 MOST_CLUSTERS = 20  # sticks
 PATIENCE = 3  # numbers of clusters tried without a better bound
 SEEDS = 8  # draws of k-means for each number of clusters
@@ -198,14 +198,16 @@ def _clusters(placed: _Placed, found: State, single: float) -> Clusters:
 
 
 def _padded(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> Curves:
-    """Curves of at most `MOST_POINTS` points each, averaged within equal bins of x beyond it."""
+    """Curves of at most `MOST_POINTS` points each: neighbours are averaged where there are more.
+
+    Which ones does not depend on the axis, so that bounds on both are of the same values.
+    """
     parts = []
     for x, y in zip(xs, ys, strict=True):
         y = np.asarray(y, float)
         bins = np.arange(x.size)
         if x.size > MOST_POINTS:
-            bins = np.minimum((x - x[0]) / max(np.ptp(x), 1e-12) * MOST_POINTS, MOST_POINTS - 1)
-            bins = np.unique(bins.astype(int), return_inverse=True)[1]
+            bins = np.arange(x.size) * MOST_POINTS // x.size
         count = np.bincount(bins).astype(float)
         parts.append((np.bincount(bins, x) / count, np.bincount(bins, y) / count, count))
     longest = max(p[0].size for p in parts)

@@ -158,7 +158,8 @@ def _power(
         low=np.where([p.linear for p in law.parameters], -40.0, setup.problem.low),
         high=np.where([p.linear for p in law.parameters], 40.0, setup.problem.high),
     )
-    told, alarms = {}, {}
+    told: dict[int, tuple[float, float, float]] = {}
+    alarms: dict[int, tuple[float, float, float]] = {}
     for truth in (0, 1):
         theta = _truth(setup, float(truth))
         log_loss = law.log_loss(theta[None], problem.x) + seed_sd / math.sqrt(seeds) * noise[truth]
@@ -203,10 +204,9 @@ def _lowest(
         found = minimise(rows, theta, max_iterations=ITERATIONS)
         values.append(found.value)
         taus.append(found.theta[:, TAU])
-    best = np.argmin(values, axis=0)[None]
-    return np.take_along_axis(np.array(values), best, 0)[0], np.take_along_axis(
-        np.array(taus), best, 0
-    )[0]
+    best = np.argmin(values, axis=0)
+    row = np.arange(len(log_loss))
+    return np.array(values)[best, row], np.array(taus)[best, row]
 
 
 def _interval(hits: int, draws: int) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """What a run has had of its learning-rate schedule: the area under it, and the rate of late.
 
 Of update t with rates eta: the area S1 = sum of eta_1 ... eta_t, and the recent rate
-r_t = m r_(t-1) + (1 - m) eta_t, which starts at the peak. With Tissue et al. 2024 (arXiv 2408.11029) the area
-of annealing is S2 = (peak - r_t) / (1 - m), m their lambda: what annealing has taken off the rate.
+r_t = m r_(t-1) + (1 - m) eta_t, which starts at the peak. With Tissue et al. 2024 (arXiv
+2408.11029) the area of annealing is S2 = (peak - r_t) / (1 - m), m their lambda: what annealing has
+taken off the rate.
 """
 
 from collections.abc import Mapping
