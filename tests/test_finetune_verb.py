@@ -123,11 +123,13 @@ def test_values_are_cross_validated_between_clones_and_predicted_again(place, ma
         np.testing.assert_array_equal(array, flat_arrays(dense().params)[name])
 
 
-def test_classes_with_adapters_on_a_split_and_predicted_again(place, main, finetune):
-    flags = "--target", "binds", "--split", "part", "--tune", "lora", "--rank", "2"
-    done = finetune("classes", *flags, "--steps", "12", run="topk")
+@pytest.mark.parametrize("tune", ["head", pytest.param("lora", marks=pytest.mark.slow)])
+def test_classes_on_a_split_and_predicted_again(tune, place, main, finetune):
+    model, out = {"head": dense, "lora": experts}[tune](), place / tune
+    flags = "--target", "binds", "--split", "part", "--tune", tune, "--steps", "12"
+    done = finetune(tune, *flags, run="topk" if tune == "lora" else "dense")
     assert done.returncode == 0, done.stderr
-    rows = read(place / "classes" / "predictions.csv")
+    rows = read(out / "predictions.csv")
     for row, given in zip(rows, measured(), strict=True):
         assert (row["held_out"] != "") == (given["part"] == "test") == (row["fold"] == "0")
         shares = [float(row[f"prediction {name}"]) for name in ("no", "yes")]
@@ -135,22 +137,23 @@ def test_classes_with_adapters_on_a_split_and_predicted_again(place, main, finet
         assert row["prediction"] == ("no", "yes")[int(np.argmax(shares))]
     tested = [row for row in rows if row["fold"]]
     accuracy = np.mean([row["held_out"] == row["target"] for row in tested])
-    assert numbers(place / "classes")["accuracy", "model"]["value"] == pytest.approx(accuracy)
+    assert numbers(out)["accuracy", "model"]["value"] == pytest.approx(accuracy)
     # one that was tested is what is kept
-    assert all(row["held_out yes"] == row["prediction yes"] for row in tested)
-    flags = "--run", place / "classes", "--input", place / "assay.csv"
-    again = main("predict", *flags, "--out", place / "again_classes.csv")
+    for row in tested:
+        assert float(row["held_out yes"]) == pytest.approx(float(row["prediction yes"]), abs=1e-6)
+    flags = "--run", out, "--input", place / "assay.csv"
+    again = main("predict", *flags, "--out", place / f"again_{tune}.csv")
     assert again.returncode == 0, again.stderr
     kept = [name for name in rows[0] if name == "sequence_id" or name.startswith("prediction")]
     assert [[row[name] for name in kept] for row in rows] == [
-        [row[name] for name in kept] for row in read(place / "again_classes.csv")
+        [row[name] for name in kept] for row in read(place / f"again_{tune}.csv")
     ]
-    before, after = (flat_arrays(m.params) for m in (experts(), read_model(place / "classes")))
+    before, after = (flat_arrays(m.params) for m in (model, read_model(out)))
     moved = {name for name in before if (before[name] != after[name]).any()}
-    assert moved and all(
-        name.split("/")[-1] in ("kernel", "router", "up", "down") for name in moved
+    assert {name.split("/")[-1] for name in moved} == (
+        {"kernel", "router", "up", "down"} if tune == "lora" else set()
     )
-    assert any("router" in name for name in moved) and not any("head" in name for name in moved)
+    assert not any("head" in name for name in moved), "the language-model head has no part"
 
 
 def test_the_same_head_on_the_same_split_scores_as_in_evaluate(tmp_path):
@@ -200,7 +203,8 @@ WRONG = {
     ),
     "part": ({"part": ["rest"]}, ["--target", "kd", "--split", "part"], "part holds 'rest'"),
     "no test": ({"part": "train"}, ["--target", "kd", "--split", "part"], "0 rows are test"),
-    "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 or more"),
+    "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 to 1,024"),
+    "rate": ({}, ["--target", "kd", "--lr", "1e30", *QUICK[:4]], "--lr: training came to no fin"),
     "frozen": ({}, ["--target", "kd", "--encoder-lr", "1"], "--encoder-lr: the encoder is frozen"),
 }
 
@@ -211,7 +215,9 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(name, place, finetune,
     path = table(tmp_path / "wrong.csv", changed(**columns))
     done = finetune("refused", *flags, input=path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    # on a busy machine it is told that something was compiled
+    lines = [each for each in done.stderr.splitlines() if "compiled for" not in each]
+    assert len(lines) == 1
     assert not [p for p in place.iterdir() if "refused" in p.name]
 
 

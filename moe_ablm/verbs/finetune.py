@@ -25,6 +25,14 @@ SCHEMA = "moe_ablm.finetune/1"
 HEAD, LORA, WHOLE = "head", "lora", "whole"
 # what is trained -> learning rate of the encoder or its adapters
 ENCODER_LR = {HEAD: 0.0, LORA: 1e-3, WHOLE: 1e-4}
+# least and most of what is a whole number
+RANGES = {
+    "rank": (1, 1024),
+    "folds": (2, 1000),
+    "steps": (1, 10**6),
+    "batch": (1, 4096),
+    "seed": (0, 2**63 - 1),
+}
 PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn")  # what computes
 
 
@@ -100,9 +108,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("rank", 1), ("folds", 2), ("steps", 1), ("batch", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ArgumentError(name, getattr(args, name), f"expected {least} or more")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(args, name) <= most:
+            raise ArgumentError(name, getattr(args, name), f"expected {least} to {most:,}")
     for name in ("lr", "encoder_lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):

@@ -95,6 +95,8 @@ def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], 
         folds, predictor, tested = bench.tested(say)
     else:
         folds, predictor, tested = bench.cross_validated(say)
+    if not np.isfinite(tested[MODEL]).all():
+        raise UserError("--lr: training came to no finite predictions: lower it, or --encoder-lr")
     numbers = bench.numbers(folds, tested)
     held_out = np.full((len(folds), *tested[MODEL].shape[1:]), np.nan, np.float32)
     held_out[folds >= 0] = tested[MODEL]
