@@ -1,8 +1,8 @@
-"""What named hardware asks of every cell: mesh and remat, XLA's flags, its memory's share.
+"""What named hardware adds to every cell: mesh and remat, XLA's flags, the share of memory.
 
 All launchers take `--hardware=NAME`. A cell gets arguments of the training command that are outside
-its identity, and variables of its environment. What the cell's own command line or config says of a
-key stays; so does what the user's environment says of a variable, and of a flag among XLA's.
+its identity, and variables of its environment. A key that the cell's command line or config sets
+stays as it is; so do a variable and an XLA flag that the user's environment sets.
 """
 
 import os

@@ -3,9 +3,9 @@
     python -m launch.compile --hardware=h100x8 --config=configs/ladder.py:size=650m
     python -m launch.compile --hardware=v5e-8 --config=configs/ladder.py:size=35m,router=top2
 
-tells, before anything waits in a queue, what a device would hold and whether it fits, and what the
-compiled step does: collectives, kernels, copies. It is the trainer's own step. Mesh and remat are
-those of `launch.meshes`, except where the config or the command line says something else.
+says, before a job is queued, what a device would hold, whether it fits, and what the compiled step
+does: collectives, kernels, copies. It is the trainer's own step. Mesh and remat are those of
+`launch.meshes`, unless the config or the command line sets them.
 
 Exit codes: 0 it fits; 2 it does not, or the input is wrong, in one line that says so.
 """

@@ -1,4 +1,4 @@
-"""What became of a cell, from the files of its run alone."""
+"""The state of a cell, from the files of its run alone."""
 
 import json
 import math

@@ -5,9 +5,9 @@ attention to it, averaged over the heads of a layer. Of it, `cdr_over_fr` is the
 residues over the mean over FR residues, and `cdr_over_all` the share of all attention that CDRs
 receive over their share of residues (Burbach & Briney 2024, Patterns 5:100967, figure 4A and
 "Analysis of cross-chain attention", where it is 2.05 of ft-ESM and 1.44 of BALM-paired). Sums are
-over all antibodies before they are divided. CDRs are looked at whatever the partner is; so the same
-is told of the same chains with partners drawn at random, and what native pairing adds is
-`native_over_random`, the quotient of the two `cdr_over_fr`.
+over all antibodies before they are divided. CDRs receive attention whatever the partner is. So the
+same numbers are given for the same chains with random partners, and `native_over_random`, the
+quotient of the two `cdr_over_fr`, is what native pairing adds.
 """
 
 from collections.abc import Callable, Sequence

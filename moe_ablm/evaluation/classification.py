@@ -2,9 +2,9 @@
 
 The tasks of the native-pairing paper (Burbach & Briney 2024, Fig. 5), with equal classes: HD-CoV,
 CoV-Flu, three-way. A head with attention pooling on the frozen encoder, and on request all weights,
-is trained on all folds but one and tested on that one; clones are never divided. Beside every
-number stands a baseline that knows V genes, mutation counts and the length of CDRH3, but no
-sequence: what it reaches is no understanding of specificity.
+is trained on all folds but one and tested on that one. A clone is never in two folds. The baseline
+sees V genes, mutation counts and the length of CDRH3, but no sequence: a score that it reaches,
+too, shows no understanding of specificity.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The antibodies that evaluations look at: chains with what is known of every residue."""
+"""The antibodies of an evaluation: chains, and what is known of every residue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""Claims that a suite can name before it runs: only such get a verdict when models are compared.
+"""Claims declared before a suite runs: only these get a verdict when models are compared.
 
     {"claims": ["specialisation", "pairing"], "routing": {...}, "mutations": {...}}
 
-What is asked after numbers were seen is exploratory: of many things that could have been asked, one
-that stands out was to be expected.
+A question asked after the numbers were seen is exploratory: among many possible questions, one was
+bound to stand out.
 """
 
 from collections.abc import Mapping, Sequence

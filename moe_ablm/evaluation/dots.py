@@ -1,4 +1,4 @@
-"""Figures of numbers as dots with their intervals, a colour for what is compared."""
+"""Dot plots of numbers with their intervals, one colour for each thing compared."""
 
 from collections.abc import Sequence
 

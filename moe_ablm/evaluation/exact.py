@@ -1,4 +1,4 @@
-"""Likelihood of every residue while it alone is masked, kept on disk as it comes in."""
+"""Likelihood of every residue with it alone masked; written to disk as it is computed."""
 
 import hashlib
 import time

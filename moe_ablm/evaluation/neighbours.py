@@ -1,4 +1,4 @@
-"""Who is near whom among embeddings: cosine distances, nearest neighbours, silhouettes.
+"""Neighbours among embeddings: cosine distances, nearest neighbours, silhouettes.
 
 Computed in blocks of rows in float64: memory grows with the number of antibodies, not its square.
 """

@@ -1,4 +1,4 @@
-"""Kinds of null model: what a model would show that has learned nothing, or knows position alone.
+"""Null models: a model that has learned nothing, and routers that know position alone.
 
 `untrained` is the same encoder, initialised afresh, for every evaluation. The other two are nulls
 of experts: `position-only` routes by smooth random functions of the place in a chain,

@@ -1,4 +1,4 @@
-"""What an evaluation returns, and how it says that it could not be done."""
+"""The result of an evaluation, and `Skipped`, where it cannot be done."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,13 +1,13 @@
 """Whether a model tells native pairs from re-paired ones, and prefers a chain's native partner.
 
 Light chains are dealt out again among the pairs, so that each chain is in one native and in one
-re-paired antibody and no chain alone gives the answer. Dealt at random, mutated chains meet
-unmutated ones, which no native pair of a memory or of a naive cell does: the number of the
-literature, and a shortcut. Matched, chains are exchanged only among pairs of equally many mutations
-in the heavy and in the light chain, and the shortcut is closed. A head on the frozen encoder is
-trained on some groups and tested on others; a group shares heavy clones or light chains of one V
-gene and CDRL3. Zero-shot, each chain's one-pass pseudo-log-likelihood with its native partner is
-compared with that in the re-paired antibody: how often the native one wins (no preference: 0.5).
+re-paired antibody and no chain alone gives the answer. Random negatives, those of the literature,
+have a shortcut: mutated chains meet unmutated ones, unlike in native pairs of a memory or a naive
+cell. Matched negatives close it: chains are exchanged only among pairs with equally many mutations
+in each chain. A head on the frozen encoder is trained on some groups and tested on others; a group
+shares heavy clones or light chains of one V gene and CDRL3. Zero-shot, each chain's one-pass
+pseudo-log-likelihood with its native partner is compared with that in the re-paired antibody: how
+often the native one wins (no preference: 0.5).
 """
 
 from collections.abc import Sequence

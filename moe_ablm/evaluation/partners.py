@@ -1,4 +1,4 @@
-"""Mutated residues of one chain masked, beside partners that know more or less of them.
+"""Mutated residues of one chain, masked, beside partners that say more or less about them.
 
 Burbach & Briney 2024, Figure 3: the masked chain with its native partner, with the partner's
 mutations reverted to germline, with the partner of another antibody, and alone.

@@ -1,4 +1,4 @@
-"""Cross-entropy and accuracy of every residue while it alone is masked, by what it is.
+"""Cross-entropy and accuracy of every residue with it alone masked, by region, chain and state.
 
 Each position of held-out antibodies is masked in turn (Salazar et al. 2020, eq. 1). The
 cross-entropy is minus the log-probability of the residue that is there, over all tokens; accuracy

@@ -1,4 +1,4 @@
-"""What is evaluated: a model, the antibodies of a dataset, and other files by name."""
+"""The subject of an evaluation: a model, the antibodies of a dataset, other files by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

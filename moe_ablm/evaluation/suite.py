@@ -1,6 +1,6 @@
-"""A suite: evaluations by name with their settings, done one after the other, each once.
+"""A suite: evaluations by name with their settings, run one after the other.
 
-What an evaluation found is kept as soon as it is done, so that the same command goes on after it.
+Each result is written as soon as it is there; the same command goes on after the last one.
 """
 
 import dataclasses

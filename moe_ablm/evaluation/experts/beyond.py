@@ -1,10 +1,9 @@
-"""What a router's specialisation has beyond routers that know no region.
+"""Specialisation of a router in excess of routers that know no region.
 
 Three nulls: smooth random routers by position, of which the scale with the largest mean counts;
 the same router with the positions of other antibodies of equal length (shuffled); and the same
-encoder untrained. How much one router has is compared with how much those routers differ among
-each other: intervals beyond position-only routers are over routers, the others over clones, and a
-verdict needs seeds (`reporting.claims`).
+encoder untrained. Against position-only routers the interval is over those routers, against the
+others over clones. A verdict needs several seeds (`reporting.claims`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,11 +2,11 @@
 
 Experts have no order, so those of one run are matched to those of another, layer by layer, such
 that the sum of the correlations of their profiles is the largest (Hungarian algorithm, Kuhn 1955).
-A best matching correlates by chance, too; and routers that change slowly along a chain, whatever
-they know, share that neighbouring classes go together. So two runs are compared with pairs of
-unrelated routers that know position only (`position_only`), on the same antibodies: the p-value is
-the share of such pairs that are as alike, of the length scale where most are. Permuting the names
-of classes instead would destroy what such routers share, and call 39 to 96 % of them alike.
+A best matching correlates by chance, too, and any two routers that change slowly along a chain send
+neighbouring classes to the same expert. So the null is pairs of unrelated routers that know
+position only (`position_only`), on the same antibodies. The p-value is the share of such pairs that
+are as alike, at the length scale where it is largest. Permuting the names of classes instead would
+destroy what such routers share, and call 39 to 96 % of them alike.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""The expert that belongs to a class most, chosen on one half of the clones, measured on the other.
+"""The specialist of a class: the expert chosen on one half of the clones, measured on the other.
 
-The largest of many noisy values is too large. Here both halves choose, each choice is measured on
-the clones that did not make it, and the mean of the two is free of that.
+The largest of many noisy values is biased upwards. Each half chooses an expert, which is measured
+on the other half; the mean of the two has no such bias.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What is known of residues that experts may specialise in, and what it is compared within.
+"""Traits of residues that experts may specialise in, and the strata they are compared within.
 
 A contrast tests whether experts distinguish the classes of a trait (such as regions) among residues
 of one stratum (such as the same amino acid).

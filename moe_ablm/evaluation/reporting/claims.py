@@ -1,8 +1,8 @@
-"""What holds of three claims of the studies, by these models and data.
+"""Verdicts on three claims of the studies, for these models and data.
 
-A verdict needs two seeds or more of a kind: what one training run shows another one may not. And it
-needs that the claim was named before the evaluations ran (`evaluation.declared`). How often the
-rules say "holds" where there is nothing: benchmarks/error_rates.py.
+A verdict needs two or more seeds of a kind, as training runs differ, and a claim that was declared
+before the evaluations ran (`evaluation.declared`). benchmarks/error_rates.py measures how often the
+rules say "holds" where there is no effect.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Several evaluated models beside each other: kinds of model, seeds of a kind, and what holds."""
+"""Comparison of evaluated models: kinds of model, seeds of a kind, differences and claims."""
 
 import csv
 import io

@@ -1,7 +1,6 @@
-"""What the studies published, to be read beside one's own numbers.
+"""Published numbers of the studies, shown beside one's own.
 
-Other models, other test sets: they say what size of number to expect, and nothing is tested
-against them.
+Their models and test sets differ: they show the size to expect, and nothing is tested against them.
 """
 
 from dataclasses import dataclass
