@@ -24,7 +24,7 @@ from sweeps.planned import Planned
 
 _COUNTED_STEPS = 200  # enough to know the tokens of a step
 # any: what is drawn does not depend on it
-_MODEL = ModelConfig("", 1, 1, 1, 1, False, "gelu", False, 0.0, 0.0, 0.0, MoEConfig())
+_MODEL = ModelConfig("", 1, 1, 1, 1, False, "gelu", False, 1e-5, 0.0, 0.0, 0.0, MoEConfig())
 _NAME = 80  # longest part of a cell's name before the fingerprint
 
 
