@@ -14,9 +14,8 @@ from moe_ablm.errors import UserError
 WINDOW = np.log10(8.0)  # sizes up to this factor from the minimum count in a local parabola
 FEWEST_NEAR = 6  # sizes of a local parabola, where so many were run
 RECENTRED = 3  # times that its window moves to the minimum found
-SKEWS = np.round(
-    np.linspace(-0.6, 0.6, 121), 2
-)  # that are tried; |beta - alpha| / 3 of published laws is < .2
+# that are tried; |beta - alpha| / 3 of published laws is < .2
+SKEWS = np.round(np.linspace(-0.6, 0.6, 241), 3)
 FREEDOM_OF_SKEW = 4  # residual degrees of freedom from which on a skew is fitted
 LN10 = np.log(10.0)
 
