@@ -34,7 +34,7 @@ def standing(study: str, cells: list[Planned], states: list[State]) -> Group:
     """
     count = Counter(state.name for state in states)
     counts = ", ".join(f"{count[name]} {name}" for name in STATES if count[name])
-    table = Table(title=f"{study}: {counts}", title_justify="left")
+    table = Table()
     table.add_column("cell", overflow="fold", min_width=12)
     table.add_column("state", no_wrap=True)
     for name in ("step", "loss", "left"):
@@ -52,7 +52,7 @@ def standing(study: str, cells: list[Planned], states: list[State]) -> Group:
         for p, state in zip(cells, states, strict=True)
         if state.note
     ]
-    return Group(table, *notes)
+    return Group(Text(f"{study}: {counts}"), table, *notes)
 
 
 def _duration(seconds: float) -> str:
