@@ -24,7 +24,6 @@ side by side (`compiled_together`); for the compile time of one alone, run it al
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -41,21 +40,12 @@ from accelerator_entries import REAL, TINY, waves
 from accelerator_tables import line, tables
 from waves import Budget, Runner, Wave, Worker, serve
 
+from moe_ablm.results import versions
+
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13", "libtpu", "flax", "optax", "numpy", "tokamax", "torch", "transformers",
 )  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def hello(kind: str) -> dict:
@@ -161,7 +151,8 @@ def main() -> int:
         log = Path(f"{arguments.out}.log" if out else os.devnull)
         log = stack.enter_context(log.open("w"))
         report = Report(out)
-        report.write({"arguments": sys.argv[1:], "versions": versions()})
+        installed = {"python": platform.python_version(), **versions(*PACKAGES)}
+        report.write({"arguments": sys.argv[1:], "versions": installed})
         worker = partial(start, arguments=arguments, folder=folder, log=log)
         Runner(worker, budget, report.write).run(wanted)
     print(tables(report.results))
