@@ -9,8 +9,7 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( 
 .PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench
 
 quickstart: .venv/.run
-	$(BIN)/python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
-	$(BIN)/python -m moe_ablm report --run runs/quickstart
+	$(BIN)/python -m moe_ablm quickstart
 	@echo "next: . .venv/bin/activate && python -m moe_ablm --help   (README.md, from step 2 on)"
 
 test: .venv/.test

@@ -20,6 +20,7 @@ setup(
         "moe_ablm.data": ["germlines/human/*"],
         "moe_ablm.interop": ["hub/*.py"],
     },
+    entry_points={"console_scripts": ["moe-ablm = moe_ablm.__main__:console"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.5,<0.13",

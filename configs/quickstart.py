@@ -1,10 +1,10 @@
 """A small MoE encoder on simulated antibodies: minutes on two cores, no data needed.
 
-    make quickstart
+    moe-ablm quickstart      # or: make quickstart
 
-runs
+does what these two do:
 
-    python -m moe_ablm.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m moe_ablm train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m moe_ablm report --run runs/quickstart
 """
 

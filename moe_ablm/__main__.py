@@ -1,4 +1,4 @@
-"""The verbs beside training: `python -m moe_ablm VERB --help`.
+"""All commands: `python -m moe_ablm VERB --help`, or `moe-ablm VERB --help` where it is installed.
 
 Exit codes: 0 done, 2 the input or the machine is wrong (one line on stderr), 130 Ctrl-C, 1 anything
 else.
@@ -38,7 +38,8 @@ VERBS = {
     "fit": "a table of runs -> a scaling law",
     "curves": "runs of a sweep -> clusters of the courses of a metric",
 }
-TRAIN = "train"  # has a command line of its own, with the keys of a config
+# have command lines of their own, with the keys of a config
+TRAIN, QUICKSTART = "train", "quickstart"
 # modules of several verbs
 SHARED = {
     **dict.fromkeys(
@@ -56,6 +57,10 @@ def main(argv: list[str]) -> int:
         from moe_ablm import train
 
         return train.main([f"{argv[0]} {TRAIN}", *argv[2:]])
+    if argv[1:2] == [QUICKSTART]:
+        from moe_ablm.verbs import quickstart
+
+        return quickstart.main(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     with Interrupts() as interrupts:
         return end(lambda: _carry_out(argv, interrupts))
@@ -75,6 +80,7 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
     """The parser of all verbs; flags has only the one that is named."""
     parser = Parser(prog="python -m moe_ablm", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser(QUICKSTART, help="a small model on embedded data, trained and reported")
     verbs.add_parser(TRAIN, help="a model; python -m moe_ablm.train --help")
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
@@ -89,10 +95,13 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    if any(
-        SHARED.get(verb, verb) in ("asking", "evaluate", "finetune", TRAIN)
-        for verb in sys.argv[1:2]
-    ):
+def console() -> None:
+    """The command line of this process; ends the process."""
+    computing = ("asking", "evaluate", "finetune", TRAIN, QUICKSTART)
+    if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     leave(main(sys.argv))
+
+
+if __name__ == "__main__":
+    console()
