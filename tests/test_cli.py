@@ -199,6 +199,7 @@ def test_experts_that_the_mesh_does_not_divide(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow  # tests/test_contracts.py has three steps of every router on every mesh
 def test_the_loss_is_the_same_on_1_and_8_devices(tmp_path):
     losses = {}
     for devices in (1, 8):

@@ -11,7 +11,7 @@ import numpy as np
 from conftest import xla_flags
 
 PROGRAM = Path(__file__).parent / "programs" / "losses_of_processes.py"
-ROUTERS = ("none", "dropless", "capacity", "soft")
+ROUTERS = ("dropless", "capacity")
 
 
 def start(count: int, index: int, devices: int, port: int) -> subprocess.Popen:

@@ -247,6 +247,7 @@ def test_gradients_numerically_in_float64(name, backend, monkeypatch):
         np.testing.assert_allclose(analytic, (up - down) / (2 * h), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch):
     changes = {f"model__{name}": rate for name, rate in RATES.items()}
     config = tiny_config(**changes, model__moe__router="none", data__batching="packed")

@@ -18,7 +18,11 @@ from moe_ablm.model.families import Soft, TopK
 PAIRS = [("EVQLVESGGGLVQPGGSLRLSCAAS", "DIQMTQSPSSLSASVGDRVTITC"), ("QVQLQESGPG", "")]
 
 
-@pytest.mark.parametrize("name", DIGESTS)
+QUICK = ("topk", "soft")  # each is restored from its checkpoint; the others by --slow
+ELSEWHERE = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in DIGESTS]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
 def test_every_run_is_the_same_model_elsewhere(recorded, name, main, tmp_path):  # noqa: F811
     """Runs of all routers; the digests were recorded with the runs."""
     out = tmp_path / "out"

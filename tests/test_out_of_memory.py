@@ -38,9 +38,11 @@ def failing(monkeypatch, name: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("name", "call", "saved"),
     [
-        ("_restore_or_init", 1, []),  # the state alone
+        # the state alone
+        pytest.param("_restore_or_init", 1, [], marks=pytest.mark.slow),
         ("_update", 1, []),  # compiling
-        ("_read_pending", 7, [4]),  # computing what was dispatched before
+        # computing what was dispatched before
+        pytest.param("_read_pending", 7, [4], marks=pytest.mark.slow),
         ("_evaluate", 1, [4]),
     ],
 )

@@ -73,7 +73,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 # a step of every kind is compiled anew: the others by --slow
-QUICK = ("dense", "topk", "capacity", "soft")
+QUICK = ("topk", "soft")
 GO_ON = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
 
 

@@ -92,7 +92,10 @@ def damage_emptied(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "state")
 
 
-@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped, damage_emptied])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(damage_truncated, marks=pytest.mark.slow), damage_flipped, damage_emptied],
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage, interrupted, undisturbed, caplog
 ):

@@ -54,7 +54,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
+QUICK = (first_pairs, oas_paired)  # each trains; the others by --slow
+TRAINED = [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SOURCES]
+
+
+@pytest.mark.parametrize("source", TRAINED, ids=lambda source: source.__name__)
 def test_a_source_is_prepared_and_trained_on(source, tmp_path, request):
     shared_data = None if source is simulated else request.getfixturevalue("shared_data")
     file, path = source(shared_data, tmp_path), tmp_path / "dataset"

@@ -373,6 +373,7 @@ def test_a_run_without_balancing_collapses_and_is_stopped(tmp_path, impatient, m
     assert resumed["stability"] == found["stability"]
 
 
+@pytest.mark.slow
 def test_collapse_does_not_stop_a_run_unasked(tmp_path, impatient):
     found = trainer.run(tiny_config(**FORCED), tmp_path / "w")
     assert (found["status"], found["step"]) == ("complete", 90)
