@@ -11,14 +11,14 @@ from scipy.stats import multivariate_normal
 from moe_ablm.scaling import gp_mixture
 from moe_ablm.scaling.gp_mixture import JITTER, KNOTS, cluster, evidence_of, kernel
 
-THETA = np.log([1.2, 0.3, 0.4, 0.5, 0.1])
+THETA = np.log([1.2, 0.3, 0.4, 0.5, 0.1, 0.3, 0.2])
 
 
 @pytest.mark.parametrize(
     ("seed", "irregular"),
     [
         (0, False),
-        (0, True),
+        pytest.param(0, True, marks=pytest.mark.slow),
         *(pytest.param(s, i, marks=pytest.mark.slow) for s in (1, 2, 3, 4) for i in (False, True)),
     ],
 )
@@ -48,7 +48,7 @@ def share_in_band(found, steps, values):
     return np.concatenate(inside).mean()
 
 
-@pytest.mark.parametrize("irregular", [False, True])
+@pytest.mark.parametrize("irregular", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_family_is_one(irregular):
     steps, values, _ = families(2, (0,), 12, irregular)
     found = cluster(steps, values)
@@ -78,14 +78,16 @@ def small_curves(seed=0, n=3):
 
 def dense_log_likelihood(curves, members, theta):
     """ln density of the members of one cluster, their values as one Gaussian without knots."""
-    sd_f, length_f, sd_g, length_g, noise = np.exp(theta)
+    sd_f, length_f, sd_g, length_g, noise, sd_line, sd_level = np.exp(theta)
     used = [curves.count[i] > 0 for i in members]
     x = np.concatenate([curves.x[i][u] for i, u in zip(members, used, strict=True)])
     y = np.concatenate([curves.y[i][u] for i, u in zip(members, used, strict=True)])
     count = np.concatenate([curves.count[i][u] for i, u in zip(members, used, strict=True)])
     owner = np.concatenate([np.full(u.sum(), i) for i, u in zip(members, used, strict=True)])
     covariance = kernel(x, x, sd_f, length_f) + np.diag(noise**2 / count)
-    covariance += kernel(x, x, sd_g, length_g) * (owner[:, None] == owner)
+    own = kernel(x, x, sd_g, length_g) + sd_line**2 * np.outer(1 - x, 1 - x)
+    own += sd_level**2
+    covariance += own * (owner[:, None] == owner)
     return multivariate_normal(np.zeros(x.size), covariance).logpdf(y)
 
 
@@ -104,11 +106,11 @@ def test_the_mean_of_a_cluster_is_that_of_scikit_learn():
     gaussian_process = pytest.importorskip("sklearn.gaussian_process")
     curves = small_curves(1)
     theta = THETA.copy()
-    theta[2] = np.log(1e-3)  # no deviations: a cluster is a plain Gaussian process
+    theta[[2, 5, 6]] = np.log(1e-3)  # no deviations: a cluster is a plain Gaussian process
     mean, covariance = gp_mixture.posterior(evidence_of(theta, curves), np.ones((3, 1)))
     used = curves.count > 0
     k = gaussian_process.kernels
-    sd, length, _, _, noise = np.exp(theta)
+    sd, length, _, _, noise, _, _ = np.exp(theta)
     model = gaussian_process.GaussianProcessRegressor(
         k.ConstantKernel(sd**2) * k.RBF(length), alpha=noise**2 + 1e-6, optimizer=None
     ).fit(curves.x[used][:, None], curves.y[used])

@@ -2,9 +2,10 @@
 
 A curve i of cluster k is y_i(x) = m(x) + f_k(x) + g_i(x) + noise: a mean m of all curves, the mean
 of its cluster, a smooth deviation of its own (seeds of one cell never agree to the noise) and white
-noise. f_k and g_i are Gaussian processes with squared-exponential kernels; the share of clusters is
-a Dirichlet process, so that their number is inferred. Hensman, Rattray & Lawrence 2015, Fast
-nonparametric clustering of structured time-series, has the hierarchy; Blei & Jordan 2006,
+noise. f_k and g_i are Gaussian processes with squared-exponential kernels; g_i has besides a level,
+and a line that ends at 0, since runs differ in level, and more at their start. The share of
+clusters is a Dirichlet process, so that their number is inferred. Hensman, Rattray & Lawrence 2015,
+Fast nonparametric clustering of structured time-series, has the hierarchy; Blei & Jordan 2006,
 Variational inference for Dirichlet process mixtures, the truncated sticks and their concentration.
 
 The cluster means are summed out, so that the bound depends on the probabilities of assignments,
@@ -29,10 +30,20 @@ SEEDS = 8  # draws of k-means for each number of clusters
 SPACING = 1.0 / (KNOTS - 1)
 JITTER = 1e-6
 GAMMA_SHAPE = GAMMA_RATE = 1.0  # prior of the concentration
-# ln of the hyperparameters: sd and length of cluster means, sd and length of deviations, noise sd;
-# in units of the range of x and of the curves' spread
-START = np.log([1.0, 0.3, 0.3, 0.4, 0.1])
-BOUNDS = np.log([(0.05, 20.0), (1.5 * SPACING, 2.0), (1e-3, 5.0), (SPACING, 4.0), (1e-3, 3.0)])
+# ln of the hyperparameters: sd and length of cluster means, sd and length of deviations, noise sd,
+# sd of the line at the start, sd of the level; in units of the range of x and of the curves' spread
+START = np.log([1.0, 0.3, 0.3, 0.4, 0.1, 0.1, 0.1])
+BOUNDS = np.log(
+    [
+        (0.05, 20.0),
+        (1.5 * SPACING, 2.0),
+        (1e-3, 5.0),
+        (SPACING, 4.0),
+        (1e-3, 3.0),
+        (1e-3, 5.0),
+        (1e-3, 5.0),
+    ]
+)
 SETTLED = 0.3  # nats; a start whose bound rises by less is at its optimum
 PRIOR_SD = 1.5  # of the ln of each hyperparameter, around its start
 AXES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"linear": np.asarray, "log": np.log1p}
@@ -78,7 +89,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class State:
-    """A local optimum of the bound: `theta [5]`, `probability [N, K]`."""
+    """A local optimum of the bound: `theta [7]`, `probability [N, K]`."""
 
     bound: float
     theta: np.ndarray
@@ -100,7 +111,7 @@ class Clusters:
       bound: lower bound of the ln evidence.
       single: the same with one cluster only.
       noise_sd: of single values.
-      deviation_sd: of a curve from the mean of its cluster.
+      deviation_sd: of a curve from the mean of its cluster, averaged over its course.
     """
 
     probability: np.ndarray
@@ -178,7 +189,8 @@ def _clusters(placed: _Placed, found: State, single: float) -> Clusters:
     mean, covariance = posterior(evidence_of(found.theta, placed.curves), probability)
     fine = np.linspace(0.0, 1.0, 4 * KNOTS)
     projection = _project(found.theta, fine)
-    sd_f, _, sd_g, _, noise = np.exp(found.theta)
+    sd_f, _, sd_g, _, noise, sd_line, sd_level = np.exp(found.theta)
+    deviation = sd_g**2 + (sd_line * (1.0 - fine)) ** 2 + sd_level**2
     variance = np.einsum("sm,kmn,sn->ks", projection, covariance, projection).clip(0.0, sd_f**2)
     at = placed.low + placed.width * fine
     common = _through(placed.common)(fine)
@@ -188,12 +200,12 @@ def _clusters(placed: _Placed, found: State, single: float) -> Clusters:
         steps=np.expm1(at) if placed.axis == "log" else at,
         mean=common + placed.spread * (mean @ projection.T),
         mean_sd=placed.spread * np.sqrt(variance),
-        run_sd=placed.spread * np.sqrt(variance + sd_g**2),
+        run_sd=placed.spread * np.sqrt(variance + deviation),
         axis=placed.axis,
         bound=found.bound - placed.in_own_unit,
         single=single,
         noise_sd=float(placed.spread * noise),
-        deviation_sd=float(placed.spread * sd_g),
+        deviation_sd=float(placed.spread * np.sqrt(deviation.mean())),
     )
 
 
@@ -226,7 +238,7 @@ def _centred(raw: Curves) -> dict[str, Any]:
     level = raw.y[used].mean()
     size = max(float(raw.y[used].std()), 1e-12)
     scaled = replace(raw, y=np.where(used, (raw.y - level) / size, 0.0))
-    wide = START + np.log([3.0, 0.5, 1.0, 1.0, 1.0])
+    wide = START + np.log([3.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
     knots = posterior(evidence_of(wide, scaled), np.ones((len(raw.x), 1)))[0][0]
     common = level + size * knots
     rest = np.where(used, raw.y - _through(common)(raw.x), 0.0)
@@ -253,11 +265,13 @@ def _project(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def evidence_of(theta: np.ndarray, curves: Curves) -> Evidence:
     """The likelihood of every curve, a Gaussian in the knots of its cluster's mean."""
-    sd_f, length_f, sd_g, length_g, noise = np.exp(theta)
+    sd_f, length_f, sd_g, length_g, noise, sd_line, sd_level = np.exp(theta)
     x, count = curves.x[curves.first], curves.count[curves.first]
     used = count > 0
     both = used[:, :, None] & used[:, None, :]
-    covariance = np.where(both, kernel(x, x, sd_g, length_g), 0.0)
+    line = sd_line * (1.0 - x)
+    smooth = kernel(x, x, sd_g, length_g) + line[:, :, None] * line[:, None, :] + sd_level**2
+    covariance = np.where(both, smooth, 0.0)
     points = np.arange(x.shape[1])
     # a padded point is one of unit variance and no covariance: it adds nothing
     covariance[:, points, points] += np.where(used, noise**2 / np.maximum(count, 1.0), 1.0)
@@ -408,9 +422,10 @@ def _start(labels: np.ndarray, n: int) -> np.ndarray:
 
 def _shapes(curves: Curves, theta: np.ndarray) -> np.ndarray:
     """Every curve's own smooth course at the knots `[N, M]`, 0 where it has no values."""
-    alone = np.array([theta[0], theta[1], np.log(1e-3), 0.0, theta[4]])
-    alone[0] = max(alone[0], theta[2], np.log(0.3))
-    alone[1] = min(alone[1], np.log(0.3))
+    alone = theta.copy()
+    alone[[2, 5, 6]] = np.log(1e-3)
+    alone[0] = max(theta[0], theta[2], np.log(0.3))
+    alone[1] = min(theta[1], np.log(0.3))
     evidence = evidence_of(alone, curves)
     return posterior(evidence, np.eye(len(curves.x)))[0]
 

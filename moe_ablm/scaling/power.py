@@ -184,8 +184,8 @@ def _truth(setup: Setup, tau: float) -> np.ndarray:
     theta[TAU] = tau
     linear = [k for k, p in enumerate(law.parameters) if p.linear]
     theta[linear] = 0.0
-    for k, (value, _) in zip(linear, law.terms(theta[None], x), strict=True):
-        seen = value[0][np.isfinite(value[0])]
+    for k, (log_term, _) in zip(linear, law.terms(theta[None], x), strict=True):
+        seen = log_term[0][np.isfinite(log_term[0])]
         theta[k] = math.log(SHARES[law.names[k]]) - math.log(float(np.exp(seen).mean()))
     return theta
 
