@@ -110,4 +110,4 @@ def test_help_and_refusals_need_nothing_that_takes_time():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 21 and all(line.startswith("moe_ablm: ") for line in lines), lines
+    assert len(lines) == 22 and all(line.startswith("moe_ablm: ") for line in lines), lines

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_atomically
+from moe_ablm.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Tracker:
     def _keep(self, **values: Any) -> None:
         self._state |= values
         kept = {k: self._state[k] for k in ("kind", "id", "sent") if k in self._state}
-        write_atomically(self._workdir / STATE, json.dumps(kept))
+        write_json(self._workdir / STATE, kept)
 
 
 def _open_mlflow(

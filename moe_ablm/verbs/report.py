@@ -19,7 +19,6 @@ from moe_ablm.files import all_or_none
 from moe_ablm.model import flops
 from moe_ablm.progress import region_table, stability_lines
 from moe_ablm.results import read_results
-from moe_ablm.verbs import run_curves
 from moe_ablm.verbs.writing import out_directory
 
 
@@ -51,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _together(runs: list[Path], out: Path | None) -> None:
+    from moe_ablm.verbs import run_curves  # matplotlib
+
     if out is None:
         raise UserError("--out is missing: of several runs, say where the figure is to go")
     found = run_curves.read_curves(runs)
