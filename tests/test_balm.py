@@ -53,7 +53,9 @@ def test_logits_are_those_of_balm(tmp_path, name):
     close(model, file["tokens"], file["valid"], file["logits"])
 
 
-@pytest.mark.parametrize("name", ["topk_capacity", "topp_capacity"])
+@pytest.mark.parametrize(
+    "name", ["topk_capacity", pytest.param("topp_capacity", marks=pytest.mark.slow)]
+)
 def test_a_capacity_drops_what_balm_drops(tmp_path, name):
     """In training, as here inference is dropless: a batch competes for places, as one of BALM's."""
     file, model = stored(name), import_directory(directory(tmp_path / "d", name))

@@ -50,6 +50,7 @@ def start(
     return compiled, found, json.loads((workdir / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_learns_the_same(tmp_path):
     dense = {"model__moe__router": "none", "model__layers": 1, "train__steps": 3}
     compiled, _, first = start(tmp_path, tmp_path / "first", **dense)

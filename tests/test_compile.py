@@ -93,6 +93,7 @@ def test_options_are_the_flags_of_the_run():
     assert gpu["xla_gpu_all_reduce_combine_threshold_bytes"] == str(1 << 27)
 
 
+@pytest.mark.slow
 def test_what_one_layer_costs(here):
     """Twice as wide a FFN keeps more, and a layer has as many kernels in any encoder."""
     narrow, wide = (

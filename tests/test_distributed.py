@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import xla_flags
 
 PROGRAM = Path(__file__).parent / "programs" / "losses_of_processes.py"
-ROUTERS = ("dropless", "capacity")
+ROUTERS = ("none", "dropless", "capacity", "soft")
 
 
 def start(count: int, index: int, devices: int, port: int) -> subprocess.Popen:
@@ -39,6 +40,7 @@ def losses(processes: list[subprocess.Popen]) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
+@pytest.mark.slow  # tests/test_multihost.py trains in two processes
 def test_two_processes_give_the_losses_of_one():
     """Experts spread over both: rows travel from one process to the other."""
     port = free_port()

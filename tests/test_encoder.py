@@ -145,9 +145,9 @@ def loss_and_gradient(name: str, execution: Execution):
 @pytest.mark.parametrize(
     ("name", "execution"),
     [
-        ("dense", Execution(scan=True)),
+        pytest.param("dense", Execution(scan=True), marks=pytest.mark.slow),
         ("top1", Execution(scan=True)),  # pairs of a dense and a sparse layer
-        ("top2", Execution(scan=True, remat="full")),
+        pytest.param("top2", Execution(scan=True, remat="full"), marks=pytest.mark.slow),
         ("top1", Execution(remat="full")),
         ("top1", Execution(remat="matmuls")),
         ("top2", Execution(scan=True, backend="tpu", remat="matmuls")),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 
 import jax
 import pytest
@@ -123,8 +124,14 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+LEAST = list(product(SPECS, REMAT))
+QUICK = (("top2", "none"), ("wide", "full"))  # each is compiled; the others by --slow
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in LEAST],
+)
 def test_the_least_is_no_more_than_what_is_needed(name, remat):
     """By arithmetic alone, and not far below: three quarters of the state, or some activations."""
     spec, execution = SPECS[name].model.spec(), Execution("bfloat16", "bfloat16", remat=remat)
@@ -255,6 +262,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(argv, cwd=REPO, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command():
     shown = run("--hardware=v4-8", "--size=8m", "--router=none", "--router=soft")
     assert shown.returncode == 0, shown.stderr

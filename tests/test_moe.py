@@ -296,6 +296,7 @@ def one_device():
     return on_this_machine()
 
 
+@pytest.mark.slow  # tests/test_contracts.py has three steps of every router on every mesh
 @pytest.mark.parametrize("name", SPREAD)
 @pytest.mark.parametrize("sizes", MESHES[8], ids=str)
 def test_eight_devices_give_the_answer_of_one(eight_devices, one_device, sizes, name):

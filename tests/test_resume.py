@@ -94,7 +94,11 @@ def damage_emptied(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [pytest.param(damage_truncated, marks=pytest.mark.slow), damage_flipped, damage_emptied],
+    [
+        damage_flipped,
+        pytest.param(damage_truncated, marks=pytest.mark.slow),
+        pytest.param(damage_emptied, marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage, interrupted, undisturbed, caplog
