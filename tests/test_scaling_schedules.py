@@ -7,8 +7,9 @@ import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import fit_law, read_runs
+from moe_ablm.scaling.reading import Reading
 from moe_ablm.scaling.resampling import bootstrap
-from moe_ablm.scaling.runs import Reading, Runs
+from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.schedules import MEMORY, path_of, rates
 
 TRUTH = {"E": 1.2, "A": 0.9, "alpha": 0.45, "C": 250.0}
