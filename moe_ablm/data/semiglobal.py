@@ -141,27 +141,26 @@ class _Cells:
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Aligned residues, as of `aligned_pairs`."""
         i, j = self.end
-        found, gap = [], ""
+        aligned = []
+        gap: np.ndarray | None = None  # the table of the gap that the walk is in
         while i and j:
-            score = self.total[i, j]
-            if gap == "down" or (not gap and self._turns(i, j, "down", score)):
-                gap = "down" if self._goes_on(self.down, i, j, i - 1, j) else ""
-                i -= 1
-            elif gap == "right" or (not gap and self._turns(i, j, "right", score)):
-                gap = "right" if self._goes_on(self.right, i, j, i, j - 1) else ""
-                j -= 1
-            else:
+            gap = self._gap_at(i, j) if gap is None else gap
+            if gap is None:
                 i, j = i - 1, j - 1
-                found.append((i, j))
-        pairs = np.array(found[::-1], np.int64).reshape(-1, 2)
+                aligned.append((i, j))
+                continue
+            before = (i - 1, j) if gap is self.down else (i, j - 1)
+            longer = gap[before] - GAP_EXTEND == gap[i, j]  # of equal ones the longer comes first
+            gap, (i, j) = gap if longer else None, before
+        pairs = np.array(aligned[::-1], np.int64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
-    def _turns(self, i: int, j: int, way: str, score: int) -> bool:
-        """Whether the alignment ends in a gap at a cell; of equal ones the match comes first."""
-        if self.total[i - 1, j - 1] + self.scores[i - 1, j - 1] == score:
-            return False
-        return bool((self.down if way == "down" else self.right)[i, j] == score)
+    def _gap_at(self, i: int, j: int) -> np.ndarray | None:
+        """`down` or `right` where the best alignment ends in such a gap; None: in a match.
 
-    def _goes_on(self, table: np.ndarray, i: int, j: int, row: int, column: int) -> bool:
-        """Whether a gap is longer; of equal ones the longer comes first."""
-        return bool(table[row, column] - GAP_EXTEND == table[i, j])
+        Of equal ones in the order match, down, right.
+        """
+        score = self.total[i, j]
+        if self.total[i - 1, j - 1] + self.scores[i - 1, j - 1] == score:
+            return None
+        return self.down if self.down[i, j] == score else self.right
