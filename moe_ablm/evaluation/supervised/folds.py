@@ -209,7 +209,7 @@ def clonal_folds(
 def out_of_fold(
     predict: Callable[[np.ndarray, np.ndarray], np.ndarray], folds: np.ndarray
 ) -> np.ndarray:
-    """Predictions for every observation by what was trained without its fold, `[n, C]`.
+    """Predictions for every observation by what was trained without its fold, `[n]` or `[n, C]`.
 
     Args:
       predict: from indices for training and indices held out to predictions for the latter.
@@ -217,7 +217,7 @@ def out_of_fold(
     """
     held = [np.flatnonzero(folds == fold) for fold in np.unique(folds).tolist()]
     parts = [predict(np.setdiff1d(np.arange(len(folds)), rows), rows) for rows in held]
-    predictions = np.zeros((len(folds), parts[0].shape[1]))
+    predictions = np.zeros((len(folds), *parts[0].shape[1:]))
     predictions[np.concatenate(held)] = np.concatenate(parts)
     return predictions
 

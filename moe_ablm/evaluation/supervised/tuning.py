@@ -163,8 +163,8 @@ class Bench:
             say(f"fold {done} of {settings.folds}: {len(train):,} to train on, {len(held):,} not")
             return self._outputs(self._fitted(train), held)
 
-        tested = {MODEL: _out_of_fold(predict, folds)}
-        tested |= {k: _out_of_fold(each, folds) for k, each in self._baselines().items()}
+        tested = {MODEL: out_of_fold(predict, folds)}
+        tested |= {k: out_of_fold(each, folds) for k, each in self._baselines().items()}
         say(f"all {len(folds):,} antibodies")
         sizes = ", ".join(map(str, np.bincount(folds)))
         groups = len(np.unique(self._groups))
@@ -253,18 +253,6 @@ class Bench:
         ]
         last = list(shares)[-1]
         return found + score_numbers(truth, shares, last, units, folds[held][None], {})
-
-
-def _out_of_fold(predict: Predict, folds: np.ndarray) -> np.ndarray:
-    """As `out_of_fold`, of values `[n]`, too."""
-    shapes = []
-
-    def matrix(train: np.ndarray, held: np.ndarray) -> np.ndarray:
-        found = predict(train, held)
-        shapes.append(found.shape[1:])
-        return found.reshape(len(found), -1)
-
-    return out_of_fold(matrix, folds).reshape(-1, *shapes[0])
 
 
 def _strata(assay: Assay) -> np.ndarray:
