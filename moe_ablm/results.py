@@ -5,6 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from moe_ablm.errors import UserError
 from moe_ablm.files import json_text, write_atomically
 
 
@@ -18,6 +19,22 @@ def read_results(path: Path) -> list[dict]:
             records.append(json.loads(line))
         except ValueError:
             break
+    return records
+
+
+def read_evaluated(run: Path) -> list[dict]:
+    """The lines of a run that has evaluated at least once.
+
+    Raises:
+      UserError: it has not.
+    """
+    file = run / "results.jsonl"
+    records = read_results(file)
+    if not any(r["kind"] == "eval" for r in records):
+        raise UserError(
+            f"{file}: {'holds no evaluation yet' if file.exists() else 'is not there'}; --run must "
+            "be the work directory of a run that has evaluated at least once"
+        )
     return records
 
 

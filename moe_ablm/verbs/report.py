@@ -1,6 +1,6 @@
 """`python -m moe_ablm report --run DIR`: the table and figures of a run, from its results alone.
 
-With `--run` several times: all of them in one figure and one table (`curves`).
+With `--run` several times: all of them in one figure and one table (`run_curves`).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import all_or_none
 from moe_ablm.model import flops
 from moe_ablm.progress import region_table, stability_lines
-from moe_ablm.results import read_results
+from moe_ablm.results import read_evaluated
 from moe_ablm.verbs.writing import out_directory
 
 
@@ -63,14 +63,8 @@ def _together(runs: list[Path], out: Path | None) -> None:
 
 
 def _alone(run: Path, out: Path | None) -> None:
-    file = run / "results.jsonl"
-    records = read_results(file)
+    records = read_evaluated(run)
     evaluations = [r for r in records if r["kind"] == "eval"]
-    if not evaluations:
-        raise UserError(
-            f"{file}: {'holds no evaluation yet' if file.exists() else 'is not there'}; --run must "
-            "be the work directory of a run that has evaluated at least once"
-        )
     print(standing(run, records))
     Console().print(region_table(evaluations[-1]))
     print("\n".join(_stability(run / "run.json")))

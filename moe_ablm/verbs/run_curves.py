@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_ablm.errors import UserError
-from moe_ablm.results import read_results
+from moe_ablm.results import read_evaluated
 
 AXES = {"updates": "step", "tokens seen": "tokens_seen", "FLOPs": "flops"}
 COLUMNS = ("run", "status", "step", "tokens_seen", "flops", "loss", "best_loss", "loss_CDRH3",
@@ -73,15 +73,9 @@ def names_of(places: Sequence[Path]) -> list[str]:
 
 
 def _read(run: Path, name: str) -> Curve:
-    file = run / "results.jsonl"
-    records = read_results(file)
+    records = read_evaluated(run)
     train = [r for r in records if r["kind"] == "train"]
     evaluations = [r for r in records if r["kind"] == "eval"]
-    if not evaluations:
-        raise UserError(
-            f"{file}: {'holds no evaluation yet' if file.exists() else 'is not there'}; --run must "
-            "be the work directory of a run that has evaluated at least once"
-        )
     try:
         status, per_token = _finished(run / "run.json")
         if per_token is None:
