@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_ablm.scaling.inputs import Centre, Inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, Term, coefficient, exponent
-from moe_ablm.scaling.laws_moe import effective_experts
+from moe_ablm.scaling.laws_moe import e_max_of_one, effective_experts
 
 E, A, B, ALPHA, BETA, DELTA, GAMMA, OMEGA, ZETA, E_MAX = range(10)
 
@@ -42,10 +42,7 @@ class MoeExperts(SmoothLaw):
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "MoeExperts":
         """With one number of experts only, nothing tells where more stop helping: E^ is E."""
         law = cls()
-        experts = np.asarray(columns["experts"], float)
-        if np.unique(experts[experts > 1]).size == 1:
-            e_max = law.parameters[E_MAX]
-            law.defaults = {e_max.name: float(e_max.report(e_max.high))}
+        law.defaults = e_max_of_one(columns["experts"], law.parameters[E_MAX])
         return law
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:

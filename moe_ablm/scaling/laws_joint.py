@@ -26,7 +26,7 @@ from moe_ablm.scaling.laws_dense import (
     P,
     penalty_term,
 )
-from moe_ablm.scaling.laws_moe import effective_experts
+from moe_ablm.scaling.laws_moe import e_max_of_one, effective_experts
 
 MU, E_MAX, TAU = 8, 9, 10  # after the parameters of b2
 SHARED = (
@@ -85,10 +85,7 @@ class Joint(DataConstrainedB2):
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
         """With one number of experts only, nothing tells where more stop helping: E^ is E."""
         law = cls(routers_of(columns))
-        experts = np.asarray(columns["experts"], float)
-        if np.unique(experts[experts > 1]).size == 1:
-            e_max = law.parameters[E_MAX]
-            law.defaults = {e_max.name: float(e_max.report(e_max.high))}
+        law.defaults = e_max_of_one(columns["experts"], law.parameters[E_MAX])
         return law
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:

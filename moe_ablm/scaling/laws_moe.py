@@ -21,6 +21,17 @@ LN10 = np.log(10.0)
 CLARK_BLOCK = 6  # parameters a router: a, b, c, d, E_start, E_max / E_start
 
 
+def e_max_of_one(experts: np.ndarray, e_max: Parameter) -> dict[str, float]:
+    """E_max held at its upper bound where runs have one number of experts only; else nothing.
+
+    Then nothing tells where more stop helping, and E^ is E.
+    """
+    several = np.asarray(experts, float)
+    if np.unique(several[several > 1]).size != 1:
+        return {}
+    return {e_max.name: float(e_max.report(e_max.high))}
+
+
 def effective_experts(
     experts: np.ndarray, log_start: np.ndarray, log_ratio: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
