@@ -12,6 +12,7 @@ from pyarrow import parquet
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from moe_ablm.__main__ import VERBS
 from moe_ablm.endings import INTERRUPTED, Parser, end, obstacle
 from moe_ablm.errors import UserError
 
@@ -110,4 +111,7 @@ def test_help_and_refusals_need_nothing_that_takes_time():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 22 and all(line.startswith("moe_ablm: ") for line in lines), lines
+    # a refusal of every verb and of train, and that of the key
+    assert len(lines) == len(VERBS) + 2 and all(line.startswith("moe_ablm: ") for line in lines), (
+        lines
+    )
