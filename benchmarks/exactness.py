@@ -14,13 +14,12 @@ from flax import nnx
 from steps import Rows, make_batch
 
 from moe_ablm.model.attention import attend
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, make_definition
 from moe_ablm.model.experts import IMPLEMENTATIONS, grouped_matmul, sort_by_expert
 from moe_ablm.model.families import Soft, TopK
 from moe_ablm.model.linear import dot, dot_transposed
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
-from moe_ablm.training.state import make_definition
 from moe_ablm.training.step import forward, region_sums
 
 # bfloat16 has 8 bits: factors and results are rounded by up to 0.4 %, sums less

@@ -81,6 +81,7 @@ class OurStep:
     ):
         import jax
 
+        from moe_ablm.model.encoder import make_definition
         from moe_ablm.parallel.mesh import batch_sharding, make_mesh
         from moe_ablm.training import state as states
         from moe_ablm.training.optimizer import make_optimizer
@@ -92,7 +93,7 @@ class OurStep:
             *(1000, 1e-4, 10, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0), optimizer=optimizer
         )
         start, mesh = time.perf_counter(), make_mesh(-1, 1, 1)
-        definition = states.make_definition(spec, execution)
+        definition = make_definition(spec, execution)
         made = make_optimizer(settings)
         step = jax.jit(make_train_step(definition, made, spec, 1, 0.0), donate_argnums=0)
         self._state = states.abstract_state(spec, made, False, mesh)

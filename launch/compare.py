@@ -7,7 +7,6 @@ as docs/launch.md has them; half an hour on two cores. Exit code 1 where a plan 
 compiler's than `TOLERANCE`.
 """
 
-import argparse
 import sys
 
 import jax
@@ -43,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m launch.compare",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked for

@@ -10,7 +10,6 @@ does: collectives, kernels, copies. It is the trainer's own step. Mesh and remat
 Exit codes: 0 it fits; 2 it does not, or the input is wrong, in one line that says so.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Collection
@@ -175,7 +174,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m launch.compile",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

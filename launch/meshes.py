@@ -373,7 +373,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m launch.meshes",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--hardware", action="append", help=f"{NAMES}; repeatable; default {', '.join(DEFAULT)}")

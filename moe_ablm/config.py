@@ -662,11 +662,6 @@ def _check_moe(spec: EncoderSpec, moe: Router) -> None:
         )
         raise UserError(f"config.model.moe.{key}={value!r}{near}: expected {expected}")
     try:
-        layers = spec.moe_layers
+        spec.require_moe_layers()
     except ValueError as error:
         raise UserError(f"config.{error}") from error
-    if not layers:
-        raise UserError(
-            f"config.model.moe: placement={moe.placement!r} with first_dense={moe.first_dense} "
-            f"leaves none of the {spec.layers} layers to experts; use router='none' or change them"
-        )

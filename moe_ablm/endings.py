@@ -22,7 +22,13 @@ _NUMBER = re.compile(r"(?:OS error|os error|[Ee]rrno) (\d+)")
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line, and which flag may have been meant."""
+    """One that says what is wrong in one line, and which flag may have been meant.
+
+    A description keeps its lines, such as those of a module's docstring.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Prints the line; ends with code 2."""

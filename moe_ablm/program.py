@@ -12,11 +12,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_ablm.config import Config
 from moe_ablm.data.mixture import parse_regime
+from moe_ablm.model.encoder import make_definition
 from moe_ablm.model.spec import Execution
 from moe_ablm.parallel.mesh import batch_sharding
 from moe_ablm.training.execution import make_execution
 from moe_ablm.training.optimizer import make_optimizer
-from moe_ablm.training.state import TrainState, abstract_state, make_definition
+from moe_ablm.training.state import TrainState, abstract_state
 from moe_ablm.training.step import make_train_step
 
 HARDWARE = "MOE_ABLM_HARDWARE"  # variable in which a launcher names the hardware

@@ -13,7 +13,6 @@ not complete has no loss, and tokens and flops as planned.
 chain. Without it novel, if every complete cell has one (runs of before have none), else all.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -166,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m sweeps.collect",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dir", type=Path, help="the --out of a sweep")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet|FILE.csv")

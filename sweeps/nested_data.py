@@ -6,7 +6,6 @@ makes data/nested/64, /512 and /8192: so many training antibodies of the prepare
 smaller sets inside the larger ones, and all of its validation and test sets.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m sweeps.nested_data",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", type=Path, required=True, help="prepared dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")

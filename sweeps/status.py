@@ -6,7 +6,6 @@
 Works from any machine that sees the files, whoever launched the cells.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -66,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m sweeps.status",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dir", type=Path, help="the --out of a sweep")
     parser.add_argument("--watch", action="store_true", help="until nothing is left to run")

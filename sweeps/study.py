@@ -137,7 +137,6 @@ def _options(study: Study, argv: list[str] | None):
     parser = Parser(
         prog=f"python sweeps/{study.name}.py",
         description=study.about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[first],
         allow_abbrev=False,
     )

@@ -8,8 +8,8 @@ from flax import nnx
 
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.interop.saved import Model, fill, flat_arrays, parameter_shapes
+from moe_ablm.model.encoder import make_definition
 from moe_ablm.model.spec import EncoderSpec, Execution
-from moe_ablm.training.state import make_definition
 
 
 def random_params(spec: EncoderSpec, seed: int = 0):

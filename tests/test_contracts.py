@@ -24,12 +24,13 @@ from flax import nnx
 
 from moe_ablm.model import flops
 from moe_ablm.model.dispatch import SLACK
+from moe_ablm.model.encoder import make_definition
 from moe_ablm.model.families import ExpertChoice, Sequence, Soft, TopK, TopP
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import axes_sharding, batch_sharding, global_batch, make_mesh
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.spec import OptimizerSpec
-from moe_ablm.training.state import abstract_state, init_state, make_definition
+from moe_ablm.training.state import abstract_state, init_state
 from moe_ablm.training.step import CELLS, make_train_step
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]  # data, expert, fsdp

@@ -18,11 +18,11 @@ from moe_ablm import trainer
 from moe_ablm.model import attention
 from moe_ablm.model.attention import Dropped, attend
 from moe_ablm.model.dropout import drop, kept_weights, mix, token_counters
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, make_definition
 from moe_ablm.model.packing import Packing
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training.optimizer import make_optimizer
-from moe_ablm.training.state import abstract_state, make_definition
+from moe_ablm.training.state import abstract_state
 from moe_ablm.training.step import make_train_step
 
 KEY = jax.random.key(0)

@@ -329,9 +329,8 @@ def test_embeddings_logits_and_attention_are_those_of_transformers(tmp_path, siz
     theirs, torch = saved_by_transformers(tmp_path / "hf", size)
     from flax import nnx
 
-    from moe_ablm.model.encoder import Observe
+    from moe_ablm.model.encoder import Observe, make_definition
     from moe_ablm.model.spec import Execution
-    from moe_ablm.training.state import make_definition
 
     model = import_directory(tmp_path / "hf")
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from moe_ablm.cache import keep_compilations
 from moe_ablm.data.tokenizer import PAD
 from moe_ablm.errors import ArgumentError, counted
 from moe_ablm.interop.load import Model
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import Encoder, make_definition
 from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import PRECISIONS, EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES, batch_sharding, replicated
@@ -88,10 +88,7 @@ class Engine:
         self._usual = BATCH_TOKENS.get(jax.default_backend(), 65_536)
         self._tokens = batch_tokens or self._usual
         execution = Execution(*PRECISIONS[precision], backend=jax.default_backend())
-        spec = alone(model.spec)
-        self._definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[
-            0
-        ]
+        self._definition = make_definition(alone(model.spec), execution)
         self._params = jax.device_put(model.params, replicated(self._mesh))
         self._compiled: dict[tuple, Callable] = {}
         keep_compilations()

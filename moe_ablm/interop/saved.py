@@ -23,8 +23,8 @@ from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.interop.tensors import TensorFile, write_tensors
-from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.spec import EncoderSpec, Execution
+from moe_ablm.model.encoder import parameter_shapes
+from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import params_sha256, path_name
 
 SCHEMA = "moe_ablm.model/1"
@@ -64,11 +64,6 @@ class Model:
         """SHA-256 of the parameters, the encoder, its layout and its length."""
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         return params_sha256(self.params, about, str)
-
-
-def parameter_shapes(spec: EncoderSpec) -> nnx.State:
-    """Shapes of an encoder's parameters; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[1]
 
 
 def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:

@@ -38,14 +38,9 @@ def upcycle(model: Model, moe: TopK, seed: int) -> Model:
     moe = replace(moe, renormalise=True)
     spec = replace(model.spec, moe=moe)
     try:
-        layers = spec.moe_layers
+        layers = spec.require_moe_layers()
     except ValueError as error:
         raise UserError(f"--placement {moe.placement!r}: {error}") from error
-    if not layers:
-        raise UserError(
-            f"--placement {moe.placement!r} with --first-dense {moe.first_dense} leaves none of "
-            f"the {spec.layers} layers to experts"
-        )
     dense = flat_arrays(model.params)
     rng = np.random.Generator(np.random.Philox(seed))
     routers = {i: rng.normal(0.0, INIT_STD, (spec.d_model, moe.experts)) for i in layers}

@@ -303,6 +303,16 @@ def _keep_matmuls(primitive, *arguments: Any, **parameters: Any) -> bool:
     return fused or named(primitive, *arguments, **parameters)
 
 
+def make_definition(spec: EncoderSpec, execution: Execution) -> nnx.GraphDef:
+    """The static half of an encoder; `nnx.merge(definition, params)` gives the module back."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[0]
+
+
+def parameter_shapes(spec: EncoderSpec) -> nnx.State:
+    """Shapes of an encoder's parameters, the same for each execution; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[1]
+
+
 @jax.custom_vjp
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """`table [V, D]` at integers `tokens`. The gradient is a matmul instead of a scattered sum.

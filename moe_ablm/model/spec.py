@@ -86,6 +86,21 @@ class EncoderSpec:
             i for i in _placed(self.moe.placement, self.layers) if i >= self.moe.first_dense
         )
 
+    def require_moe_layers(self) -> tuple[int, ...]:
+        """`moe_layers` of an encoder with experts.
+
+        Raises:
+          ValueError: as `moe_layers`, or no layer is left to the experts.
+        """
+        layers = self.moe_layers
+        if self.moe and not layers:
+            raise ValueError(
+                f"model.moe.placement={self.moe.placement!r} with first_dense="
+                f"{self.moe.first_dense} leaves none of the {self.layers} layers to experts: "
+                "change one of them, or use no experts"
+            )
+        return layers
+
 
 def _placed(placement: str, layers: int) -> list[int]:
     if placement == "every":

@@ -13,13 +13,13 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_ablm.model.encoder import Encoder
+from moe_ablm.model.encoder import make_definition, parameter_shapes
 from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.parallel.mesh import MESH_AXES
 from moe_ablm.training.optimizer import make_optimizer
 from moe_ablm.training.spec import OptimizerSpec
-from moe_ablm.training.state import TrainState, abstract_state, make_definition
+from moe_ablm.training.state import TrainState, abstract_state
 from moe_ablm.training.step import auxiliary_loss, forward, region_sums
 
 SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
@@ -202,7 +202,7 @@ def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> in
     if execution.backend == "gpu":  # as in `activation_bytes`
         execution = replace(execution, backend="tpu")
     definition = make_definition(spec, execution)
-    params = jax.eval_shape(lambda: nnx.split(Encoder(spec, Execution(), nnx.Rngs(params=0)))[1])
+    params = parameter_shapes(spec)
     batch = {n: jax.ShapeDtypeStruct((rows, length), kind) for n, kind in _KINDS.items()}
 
     def backward(params, batch):

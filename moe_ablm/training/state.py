@@ -60,11 +60,6 @@ def _map_states(function: Callable[[nnx.State], nnx.State], tree: optax.OptState
     )
 
 
-def make_definition(spec: EncoderSpec, execution: Execution) -> nnx.GraphDef:
-    """The static half of an encoder; `nnx.merge(definition, params)` gives the module back."""
-    return nnx.split(nnx.eval_shape(lambda: Encoder(spec, execution, nnx.Rngs(0))))[0]
-
-
 def init_state(
     spec: EncoderSpec, optimizer: optax.GradientTransformation, seed: int, ema: bool, mesh: Mesh
 ) -> TrainState:

@@ -131,7 +131,7 @@ def make_train_step(
     dropout are functions of (seed, step, micro-batch).
 
     Args:
-      definition: of the encoder (`state.make_definition`).
+      definition: of the encoder (`encoder.make_definition`).
       optimizer: from `optimizer.make_optimizer`.
       spec: the encoder.
       accumulate: micro-batches of a batch.

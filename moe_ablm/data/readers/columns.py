@@ -161,6 +161,17 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     return given
 
 
+def require_column(header: Sequence[str], column: str, source: str, flag: str) -> None:
+    """UserError unless a table has the column once, under the very name that a flag gives."""
+    if column not in header:
+        near = nearest(column, header)
+        raise UserError(
+            f"{source}: {flag}{column}: no such column; found {listed(header)}"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    once(header, column, source)
+
+
 def given_columns(header: Sequence[str], source: str, given: Mapping[str, str]) -> dict[str, str]:
     """{name within the readers: column} of what --columns names.
 
@@ -168,13 +179,7 @@ def given_columns(header: Sequence[str], source: str, given: Mapping[str, str]) 
       UserError: no such column.
     """
     for key, column in given.items():
-        if column not in header:
-            near = nearest(column, header)
-            raise UserError(
-                f"{source}: --columns {key}={column}: no such column; found {listed(header)}"
-                + (f"; did you mean {near}?" if near else "")
-            )
-        once(header, column, source)
+        require_column(header, column, source, f"--columns {key}=")
     return {GIVEN[key]: column for key, column in given.items()}
 
 

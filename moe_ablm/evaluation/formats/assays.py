@@ -9,9 +9,9 @@ import numpy as np
 
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers import Report, Source
-from moe_ablm.data.readers.columns import listed, once, place_of
+from moe_ablm.data.readers.columns import place_of, require_column
 from moe_ablm.data.readers.missing import is_missing
-from moe_ablm.data.readers.report import nearest, why_nothing
+from moe_ablm.data.readers.report import why_nothing
 from moe_ablm.data.readers.rows import read_rows
 from moe_ablm.data.tokenizer import Layout
 from moe_ablm.errors import UserError
@@ -107,13 +107,7 @@ def _columns(source: Source, wanted: Mapping[str, tuple[str, str]]) -> dict[str,
 
     def choose(header: Sequence[str]) -> dict[str, str]:
         for flag, column in wanted.values():
-            if column not in header:
-                near = nearest(column, header)
-                raise UserError(
-                    f"{name}: {flag} {column}: no such column; found {listed(header)}"
-                    + (f"; did you mean {near}?" if near else "")
-                )
-            once(header, column, name)
+            require_column(header, column, name, f"{flag} ")
         return {key: column for key, (_, column) in wanted.items()}
 
     found: dict[str, Mapping[str, str]] = {}

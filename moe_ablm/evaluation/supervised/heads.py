@@ -5,6 +5,10 @@ The encoder is frozen, or trained with the head, as a whole or by low-rank adapt
 The last layer gives a vector a residue. They are standardised, pooled - by attention with one
 learned query, or as their mean - and go through a hidden layer with GELU. Special tokens are
 context, but have no part in it.
+
+The loop is not `training.step`: its loss is of labels instead of masked tokens, head and encoder
+have rates of their own, and hundreds of heads train for seconds each, on one device, without
+checkpoints. Sharing it would also change the rounding of rates, and with it recorded results.
 """
 
 from collections.abc import Sequence
@@ -31,7 +35,7 @@ from moe_ablm.evaluation.supervised.head_inputs import (
 from moe_ablm.evaluation.supervised.lora import adapted, adapters
 from moe_ablm.inference.buckets import Engine, alone
 from moe_ablm.inference.embed import HiddenStates
-from moe_ablm.model.encoder import Encoder, Observe
+from moe_ablm.model.encoder import Observe, make_definition
 from moe_ablm.model.spec import Execution
 
 HIDDEN = 64
@@ -215,8 +219,7 @@ def fit(
     inputs = _inputs(engine, antibodies, head, not training.frozen)
     definition = None
     if not training.frozen:
-        spec = alone(engine.model.spec)
-        definition = nnx.split(nnx.eval_shape(lambda: Encoder(spec, Execution(), nnx.Rngs(0))))[0]
+        definition = make_definition(alone(engine.model.spec), Execution())
     network, scale = _Network(head, definition), scale_of(targets, head)
     params: dict[str, Any] = {"head": _initial(engine, inputs, head, training.seed)}
     fixed = {}
