@@ -1,6 +1,11 @@
 """Tables with the headers that public tools write, small and right, to be mutated by tests."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 H = (
     "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYC"
@@ -94,9 +99,9 @@ WORDS = ("", "NA", "nan", "None", "ND", "N/A", "-", " ", "null", "not determined
 BOOLEANS = ("TRUE", "False", "t", "F", "1", "0", "yes", "no", "true", "None", "NA", "maybe")
 
 
-def mutated(rng: np.random.Generator, header: list[str], rows: list[list[str]]) -> str:
-    """A table as people and programs leave it: blanks, words, booleans, columns moved, renamed or
-    lost, rows twice or cut short."""
+def mutated(rng: np.random.Generator, header: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """Columns, name first, of a table as people and programs leave it: blanks, words, booleans,
+    columns moved, renamed or lost, rows twice or cut short."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
     for _ in range(rng.integers(1, 5)):
         column = columns[rng.integers(len(columns))]
@@ -125,8 +130,44 @@ def mutated(rng: np.random.Generator, header: list[str], rows: list[list[str]]) 
         else:
             text, cut = column[at % len(column)], int(rng.integers(0, 150))
             column[at % len(column)] = text[:cut] + str(rng.choice(["nan", "X", "*", " ", ""]))
+    return columns
+
+
+KINDS = ("text", "text", "text", "parquet", "json", "fasta")
+
+
+def write_mutated(rng: np.random.Generator, path: Path, name: str) -> tuple[str, set[int]]:
+    """Writes a mutated table as text, parquet, a JSON of contigs or FASTA.
+
+    Returns:
+      The kind, and how many rows a reader may count: of text, the header and blank lines included
+      or not.
+    """
+    columns = mutated(rng, *table(name, cells=int(rng.integers(1, 4))))
+    rows, kind = len(columns[0]) - 1, str(rng.choice(KINDS))
+    if kind == "parquet":
+        values = [pa.array(column[1:], pa.string()) for column in columns]
+        pq.write_table(pa.Table.from_arrays(values, [column[0] for column in columns]), path)
+    elif kind == "json":
+        named = {"contig_id": "contig_name", "umis": "umi_count", "reads": "read_count"}
+        contigs = [{named.get(c[0], c[0]): c[i] for c in columns} for i in range(1, rows + 1)]
+        for contig in contigs:
+            contig |= {r: {"aa_seq": contig[r]} for r in REGIONS if contig.get(r, "") != ""}
+        path.write_text(json.dumps(contigs))
+    elif kind == "fasta":
+        ends = ("|H", "|L", "_VH", "", " x")
+        records = [
+            (str(i), str(rng.choice(ends)), c[i]) for i in range(1, rows + 1) for c in columns
+        ]
+        path.write_text("".join(f">{name}{end}\n{text}\n" for name, end, text in records))
+        rows = len(records)
+    if kind != "text":
+        return kind, {rows}
     comma = str(rng.choice([",", "\t", ";"]))
-    lines = [[each[i] for each in columns] for i in range(len(columns[0]))]
+    lines = [[each[i] for each in columns] for i in range(rows + 1)]
     if rng.random() < 0.1:
         lines[rng.integers(len(lines))].pop()
-    return "".join(comma.join(line) + "\n" for line in lines)
+    lines = [comma.join(line) for line in lines]
+    path.write_text("\n".join(lines) + "\n")
+    # in a table of one column a line of spaces is a blank cell, or no row
+    return kind, {sum(map(bool, some)) for some in (lines, [line.strip() for line in lines])}

@@ -9,7 +9,7 @@ from public_headers import coded
 from tiny_models import HEAVY, LIGHT
 
 from moe_ablm.data.readers import Reading, open_sources
-from moe_ablm.data.readers.nucleotides import are_nucleotides, v_domains
+from moe_ablm.data.readers.nucleotides import UNKNOWN, are_nucleotides, first_codons, v_domains
 from moe_ablm.errors import UserError
 
 UTR = "GGGAGAGGAGCCCAGCACTAGAAGTCGGCGGTGTTTCCATTCGG"  # 45 bases
@@ -34,6 +34,49 @@ def test_what_are_nucleotides():
     yes = [NT_HEAVY, NT_HEAVY.lower(), NT_HEAVY.replace("T", "U"), "N" * 31, NT_HEAVY[:90] + "RY"]
     no = [HEAVY, LIGHT, "ACGT" * 7, "", NT_HEAVY + HEAVY, "GGGGSGGGGSGGGGSGGGGSGGGGSGGGGSGGGGS"]
     assert are_nucleotides(pa.array(yes + no)).tolist() == [True] * len(yes) + [False] * len(no)
+
+
+def test_a_column_of_nucleotides_holds_nucleotides():
+    yes = ["ACGT", "NNNN", "A", NT_HEAVY[:40] + "S" * 40]
+    assert are_nucleotides(pa.array(yes)).tolist() == [False] * 4
+    both = are_nucleotides(pa.array([*yes, "", HEAVY, "ACGTE"]), said=True)
+    assert both.tolist() == [True] * 4 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("read", "aligned", "sequence_start", "germline_start", "codon"),
+    [
+        ("CCGAGGTG", False, "3", "1", 2),  # GAG is the first codon
+        ("CCAGGTGCAG", False, "3", "2", 4),  # the alignment begins at its second nucleotide
+        ("CCGGTGCAG", False, "3", "3", 3),
+        ("CCGTGCAG", False, "3", "4", 2),
+        ("CCGTGCAG", False, "3.0", "4.0", 2),  # pandas' whole numbers beside blanks
+        ("CCGTGCAG", False, "3", "", UNKNOWN),
+        ("CCGTGCAG", False, "x", "1", UNKNOWN),
+        ("GAGGTG", True, "", "", UNKNOWN),
+        ("AGGTGCAG", True, "9", "2", 2),
+        ("GAG...GTG", True, "", "", 0),  # IMGT's gaps
+        (".AG...GTG", True, "9", "2", 2),
+        ("NNNNGG...GTG", True, "", "", 6),  # what is not known is padded, here in the second codon
+        ("......GTG", True, "9", "7", 0),
+        ("AGGTG...CAG", True, "", "2", 2),  # gaps, and what is not known is not padded
+    ],
+)
+def test_the_first_codon_by_the_alignment(read, aligned, sequence_start, germline_start, codon):
+    assert first_codons([read], [aligned], [sequence_start], [germline_start]) == [codon]
+
+
+def test_the_alignment_says_where_the_domain_is():
+    """Two domains in a read, and a primer that an open frame would take for residues."""
+    longer = coded("MEFGLSWVFLVALLRGVQC" + HEAVY)
+    both = NT_LIGHT + "TAA" + NT_HEAVY + "TAA" + longer[:-9] + coded("AAA")
+    primer = coded("KKR") + NT_HEAVY[6:]
+    codons = [len(NT_LIGHT) + 3, 9]
+    assert v_domains([both, primer], ["heavy"] * 2, codons) == [(HEAVY, ""), (HEAVY[2:], "")]
+    without = [domain for domain, _ in v_domains([both, primer], ["heavy"] * 2)]
+    assert without[0] != HEAVY and without[1] == "KR" + HEAVY[2:]
+    # a wrong place is no reason to lose a read
+    assert v_domains([NT_HEAVY, NT_LIGHT], ["", ""], [1, 9999]) == [(HEAVY, ""), (LIGHT, "")]
 
 
 @pytest.mark.parametrize("before", ["", "A", "CA", UTR])
@@ -111,3 +154,33 @@ def test_repertoires_without_amino_acids_are_translated(tmp_path, header):
     found, report = read(tmp_path / "a.tab")
     assert report.format == "airr" and found == [(HEAVY, LIGHT)]
     assert report.rejected == {"not productive": 1} and report.joined == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "germline"),
+    [("v_sequence_start", "v_germline_start"), ("V_SEQ_START", "V_GERM_START_VDJ")],
+)
+def test_the_alignment_of_a_table_tells_the_frame(tmp_path, start, germline):
+    primer = coded("KKR")
+    short = NT_HEAVY[:40] + "S" * 60
+    rows = [
+        ("sequence_id", "v_call", "sequence", "sequence_alignment", start, germline),
+        ("1", "IGHV3-23*01", primer + NT_HEAVY[6:], "", "10", "7"),
+        ("2", "IGHV3-23*01", UTR + NT_HEAVY, NT_HEAVY[4:], "50", "5"),
+        ("3", "IGKV1-39*01", UTR + NT_LIGHT, NT_LIGHT, "", ""),
+        ("4", "", NT_HEAVY[:25], "", "", ""),  # no hit, and too short to be told from a protein
+        ("5", "", short, "", "NA", "NA"),
+        ("6", "", "", "", "", ""),
+        ("7", "IGHV3-23*01", "", NT_HEAVY[:150] + "-" + NT_HEAVY[151:], "1", "1"),
+        ("8", "IGHV3-23*01", "", NT_HEAVY[:150] + "TAG" + NT_HEAVY[153:], "1", "1"),
+    ]
+    (tmp_path / "a.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    found, report = read(tmp_path / "a.tsv")
+    assert found == [(HEAVY[2:], ""), (HEAVY[2:], ""), ("", LIGHT)]
+    assert report.rejected == {
+        "nucleotides: no open reading frame is a V domain": 2,
+        "nucleotides: stop codon or unknown nucleotide in the V domain": 1,
+        "no sequence": 1,
+        "nucleotides: frameshift": 1,
+    }
+    assert report.first["nucleotides: frameshift"] == "row 7 (line 8)"

@@ -169,6 +169,11 @@ def test_lower_case_and_spaces_are_tidied_and_noted(tmp_path):
     rows, report = read(path)
     assert rows[0]["sequence_aa_heavy"] == HEAVY
     assert report.notes == {"sequence_aa_heavy: lower case or spaces tidied": 1}
+    # what is noted is kept
+    bad = (f"{HEAVY.lower()}*", f"{HEAVY[:9]}nan{HEAVY[9:]}")
+    text = HEADER + "".join(f"a,{heavy},{LIGHT}\n" for heavy in (*bad, HEAVY))
+    _, report = read(written(tmp_path, "t.csv", text), on_bad_row="skip")
+    assert report.rejected.total() == 2 and not report.notes
 
 
 def test_one_chain_is_kept_and_no_chain_is_a_bad_row(tmp_path):

@@ -244,3 +244,20 @@ def test_any_table_is_read_with_columns(tmp_path):
     assert [r["sequence_id"] for r in rows] == ["r1", "r2", "r3"] and rows[1]["_any_chain"]
     with pytest.raises(UserError, match="--columns cell=dropplet: no such column.*mean droplet"):
         read(path, columns=parse_columns("sequence=protein,cell=dropplet"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_column_that_is_read_and_stands_there_twice(tmp_path, ending):
+    header = ("barcode", "contig_id", "chain", *TEN_X, "productive", "length", "length")
+    row = contig("A-1", 1, "IGH", H1, CUTS_H, "true", "9", "9")
+    for names in (header, (*header[:-1], "productive")):
+        path = tmp_path / f"a.{ending}"
+        if ending == "csv":
+            table(path, names, row, comma=",")
+        else:
+            pq.write_table(pa.Table.from_arrays([pa.array([v]) for v in row], list(names)), path)
+        if names == header:
+            assert pairs(read(path)[0]) == {(H1, "")}
+        else:
+            with pytest.raises(UserError, match="column productive occurs 2 times"):
+                read(path)

@@ -51,12 +51,13 @@ def check_batch(
     good, allowed = np.ones(n, bool), np.zeros(256, bool)
     allowed[list(letters.encode())] = True
     batch = without_words(batch, report)
+    changed: dict[str, np.ndarray] = {}
     for chain in CHAINS:
         name = f"sequence_aa_{chain}"
         if name not in batch.schema.names:
             batch = batch.append_column(name, pa.array([""] * n, pa.string()))
         _check_words(batch, name, good, report)
-        batch = _tidied(batch, name, report, tokenizer.MASKED in letters)
+        batch, changed[name] = _tidied(batch, name, tokenizer.MASKED in letters)
     lengths = {}
     for chain in CHAINS:
         _check_nucleotides(batch, f"sequence_aa_{chain}", good, report)
@@ -75,10 +76,16 @@ def check_batch(
     for chain in CHAINS:
         for column in RESIDUE_STRINGS:
             _check_residue_string(batch, column, chain, lengths[chain], good, report)
+    for name, rows in changed.items():
+        if (rows & good).any():
+            first = place_of(batch, np.flatnonzero(rows & good)[0])
+            remark = f"{name}: lower case or spaces tidied"
+            report.note(remark, first, int((rows & good).sum()))
     return batch if good.all() else batch.filter(pa.array(good))
 
 
-def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa.RecordBatch:
+def _tidied(batch: pa.RecordBatch, name: str, masks: bool) -> tuple[pa.RecordBatch, np.ndarray]:
+    """The batch with a column in plain capitals, and where that changed it, bool `[rows]`."""
     sequences = batch[name]
     if masks:
         sequences = pc.replace_substring_regex(sequences, r"\*|(?i:<mask>)", tokenizer.MASKED)
@@ -89,10 +96,8 @@ def _tidied(batch: pa.RecordBatch, name: str, report: Report, masks: bool) -> pa
         upper = pc.if_else(spaced, pc.replace_substring(upper, " ", ""), upper)
     changed = pc.not_equal(sequences, upper).to_numpy(zero_copy_only=False)
     if changed.any():
-        first = place_of(batch, np.flatnonzero(changed)[0])
-        report.note(f"{name}: lower case or spaces tidied", first, int(changed.sum()))
         batch = batch.set_column(batch.schema.get_field_index(name), name, upper)
-    return batch
+    return batch, changed
 
 
 def _check_words(batch: pa.RecordBatch, name: str, good: np.ndarray, report: Report) -> None:

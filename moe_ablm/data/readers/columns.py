@@ -53,6 +53,12 @@ AMINO_ACID_CHAINS = ("sequence_alignment_aa", "sequence_aa")
 NUCLEOTIDE_CHAINS = (
     *("sequence_alignment", "sequence_imgt", "sequence_vdj", "sequence", "sequence_input"),
 )
+ALIGNED_CHAINS = NUCLEOTIDE_CHAINS[:3]
+# where the alignment to the V gene begins, in the read and in the gene
+V_STARTS = {
+    "v_sequence_start": ("v_sequence_start", "v_seq_start"),
+    "v_germline_start": ("v_germline_start", "v_germ_start_imgt", "v_germ_start_vdj"),
+}
 # What --columns may name, and the column it stands for.
 GIVEN = {
     "heavy": "sequence_aa_heavy",

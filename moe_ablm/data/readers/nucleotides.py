@@ -1,5 +1,6 @@
 """Chains that are written in nucleotides: told from proteins, and translated to V domains."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import permutations
 
@@ -23,11 +24,19 @@ _AMBIGUOUS[list(b"ACGTNURYSWKMBDHVacgtnuryswkmbdhv-.")] = True
 _SHORTEST_FRAME = 80
 _LONGEST_READ = 6000  # nucleotides; a longer one is a genome, not a transcript of a chain
 _COMPLEMENT = str.maketrans("ACGT", "TGCA")
+UNKNOWN = -1  # where the first codon of a read is
+_POSITION = re.compile(r"[1-9]\d{0,8}(?:\.0+)?")
 
 
-def are_nucleotides(sequences: pa.Array) -> np.ndarray:
-    """Which strings are nucleotides, bool `[rows]`: only letters of bases, and too many of them."""
+def are_nucleotides(sequences: pa.Array, *, said: bool = False) -> np.ndarray:
+    """Which strings are nucleotides, bool `[rows]`: only letters of bases, and too many of them.
+
+    Where the name of their column says so (`said`), letters of bases alone are enough.
+    """
     letters, offsets = flat(sequences)
+    if said:
+        others = np.concatenate([[0], np.cumsum(~_AMBIGUOUS[letters])])[offsets]
+        return (np.diff(offsets) > 0) & (np.diff(others) == 0)
     found = np.diff(offsets) > LONGEST_PROTEIN_OF_BASES
     left = np.flatnonzero(found)
     for i in range(LONGEST_PROTEIN_OF_BASES):  # proteins drop out within a few letters
@@ -42,7 +51,11 @@ def are_nucleotides(sequences: pa.Array) -> np.ndarray:
 
 
 def translated(
-    batch: pa.RecordBatch, columns: Iterable[str], report: Report, chain: str | None = None
+    batch: pa.RecordBatch,
+    columns: Iterable[str],
+    report: Report,
+    chain: str | None = None,
+    codon: str | None = None,
 ) -> pa.RecordBatch:
     """The batch with nucleotides translated; rows where that fails are rejected, with a reason.
 
@@ -51,18 +64,20 @@ def translated(
       columns: those that may hold nucleotides; "sequence_aa_light" holds light chains, and so on.
       report: counts what is translated and what is rejected.
       chain: name of a column that says for each row "heavy", "light" or "" (either).
+      codon: name of a column of `first_codons`, which reads of nucleotides have.
     """
     good = np.ones(batch.num_rows, bool)
     for name in columns:
         if name not in batch.schema.names:
             continue
-        here = are_nucleotides(batch[name]) & good
+        here = are_nucleotides(batch[name], said=codon is not None) & good
         rows = np.flatnonzero(here)
         if not len(rows):
             continue
         texts = batch[name].to_pylist()
         wanted = batch[chain].to_pylist() if chain else [_chain_named(name)] * len(texts)
-        found = v_domains([texts[i] for i in rows], [wanted[i] for i in rows])
+        begin = batch[codon].to_pylist() if codon else [UNKNOWN] * len(texts)
+        found = v_domains(*([each[i] for i in rows] for each in (texts, wanted, begin)))
         for row, (domain, reason) in zip(rows.tolist(), found, strict=True):
             texts[row] = domain
             if reason:
@@ -80,20 +95,76 @@ def _chain_named(column: str) -> str:
     return next((c for c in CHAINS if column.endswith(f"_{c}")), "")
 
 
-def v_domains(reads: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str]]:
+def first_codons(
+    reads: Sequence[str],
+    aligned: Sequence[bool],
+    sequence_starts: Sequence[str],
+    germline_starts: Sequence[str],
+) -> list[int]:
+    """Where the first whole codon of the V gene begins in each read, gaps not counted.
+
+    An aligned read with IMGT's gaps (dots) has its codons where IMGT has them. Otherwise the first
+    aligned nucleotide of the germline tells, and of a whole read the first aligned one of its own.
+
+    Args:
+      reads: nucleotides.
+      aligned: whether a read is cut to its alignment, as `sequence_alignment` is.
+      sequence_starts: AIRR's `v_sequence_start`, from 1; "" where it is not known.
+      germline_starts: AIRR's `v_germline_start`, from 1; "" where it is not known.
+
+    Returns:
+      An index from 0, or `UNKNOWN`.
+    """
+    codons = []
+    for read, cut, *texts in zip(reads, aligned, sequence_starts, germline_starts, strict=True):
+        start, germline = (int(float(t)) if _POSITION.fullmatch(t) else None for t in texts)
+        if cut:
+            start = len(read) - len(read.lstrip("-.Nn")) + 1
+            if "." in read and (start > 1 or germline is None):
+                germline = start
+        if start is None or germline is None:
+            codons.append(UNKNOWN)
+            continue
+        begin = start - 1 + (1 - germline) % 3
+        codons.append(begin - sum(map(read[:begin].count, "-.")))
+    return codons
+
+
+def v_domains(
+    reads: Sequence[str], chains: Sequence[str], codons: Sequence[int] | None = None
+) -> list[tuple[str, str]]:
     """The V domain of each read, or "" and the reason why there is none.
 
-    Of the open reading frames of a read, first of the strand as it is given, the longest one is
-    taken that is annotated as a V domain of its chain.
+    It is looked for behind the first codon that is known, then in the open reading frames, first
+    of the strand as it is given: the longest one is taken that is annotated as a V domain of its
+    chain.
 
     Args:
       reads: nucleotides; gaps are removed, U is T.
       chains: "heavy", "light" or "" (either) for each.
+      codons: where the first codon of each begins, or `UNKNOWN` (see `first_codons`).
     """
     clean = [read.upper().replace("U", "T").replace("-", "").replace(".", "") for read in reads]
-    found = _domains(clean, chains)
+    found = [("", "")] * len(clean)
+    known = [i for i, codon in enumerate(codons or ()) if codon != UNKNOWN]
+    in_frame = [_codons_of(clean[i][(codons or ())[i] :][:_LONGEST_READ]) for i in known]
+    open_frame = [protein.partition("*")[0] for protein in in_frame]
+    for i, result in zip(known, _annotated(open_frame, [chains[i] for i in known]), strict=True):
+        found[i] = result
+    left = [i for i, (domain, _) in enumerate(found) if not domain]
+    for i, result in zip(left, _in_any_frame(clean, chains, left), strict=True):
+        found[i] = result
+    return found
+
+
+def _in_any_frame(
+    reads: Sequence[str], chains: Sequence[str], rows: Sequence[int]
+) -> list[tuple[str, str]]:
+    """The domains, or the reasons, of some reads by their open reading frames."""
+    reads, chains = [reads[i] for i in rows], [chains[i] for i in rows]
+    found = _domains(reads, chains)
     left = [i for i, (domain, reason) in enumerate(found) if not domain and reason != _TOO_LONG]
-    back = [clean[i].translate(_COMPLEMENT)[::-1] for i in left]
+    back = [reads[i].translate(_COMPLEMENT)[::-1] for i in left]
     for i, (domain, _) in zip(left, _domains(back, [chains[i] for i in left]), strict=True):
         if domain:
             found[i] = domain, ""
@@ -148,15 +219,17 @@ def _spread(groups: Sequence[Sequence[str]], chains: Sequence[str]) -> list[str]
 
 
 def _frames(read: str) -> list[str]:
-    """Amino acids of the three frames of a strand; "*" is a stop, "X" an unknown codon."""
+    """Amino acids of the three frames of a strand."""
+    return [_codons_of(read[start:]) for start in range(3)]
+
+
+def _codons_of(read: str) -> str:
+    """Amino acids of the whole codons of a read; "*" is a stop, "X" an unknown codon."""
     codes = encode_nucleotides(read)
-    frames = []
-    for start in range(3):
-        codons = codes[start : start + (len(codes) - start) // 3 * 3]
-        letters = translate_codes(np.maximum(codons, 0)).copy()
-        letters[(codons.reshape(-1, 3) < 0).any(axis=1)] = ord("X")
-        frames.append(letters.tobytes().decode())
-    return frames
+    codons = codes[: len(codes) // 3 * 3]
+    letters = translate_codes(np.maximum(codons, 0)).copy()
+    letters[(codons.reshape(-1, 3) < 0).any(axis=1)] = ord("X")
+    return letters.tobytes().decode()
 
 
 def _annotated(frames: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str]]:

@@ -14,11 +14,13 @@ import pyarrow.compute as pc
 
 from moe_ablm.data.readers.cells import MISSING_COUNT, join_cells
 from moe_ablm.data.readers.columns import (
+    ALIGNED_CHAINS,
     AMINO_ACID_CHAINS,
     FLAGS,
     LINE,
     NUCLEOTIDE_CHAINS,
     ROW,
+    V_STARTS,
     column_named,
     given_columns,
     listed,
@@ -27,7 +29,7 @@ from moe_ablm.data.readers.columns import (
 )
 from moe_ablm.data.readers.contig_json import is_contig_json, read_contigs
 from moe_ablm.data.readers.missing import is_missing, without_words
-from moe_ablm.data.readers.nucleotides import translated
+from moe_ablm.data.readers.nucleotides import first_codons, translated
 from moe_ablm.data.readers.options import Reading
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.readers.rows import read_rows
@@ -49,6 +51,7 @@ _NAMES = {
     "high_confidence": ("high_confidence",),
     "full_length": ("full_length",),
 }
+_CODON = "codon"
 _SAMPLES = ("repertoire_id", "sample_id", "subject_id")
 _TEN_X = ("fwr1", "cdr1", "fwr2", "cdr2", "fwr3", "cdr3", "fwr4")
 _TEN_X_DONORS = ("donor", "sample", "origin")
@@ -178,7 +181,7 @@ def _read_chains(
     path: Path, report: Report, reading: Reading, cells: bool
 ) -> Iterator[pa.RecordBatch]:
     alternatives: dict[str, list[str]] = {}  # column -> columns of the batch, the first one first
-    translate = False
+    translate, aligned = False, list[bool]()  # of the columns of nucleotides, if those are read
 
     def choose(header: Sequence[str]) -> dict[str, str]:
         nonlocal translate
@@ -188,19 +191,22 @@ def _read_chains(
         for name, known in names.items():
             columns = [given[name]] if name in given else _present(header, known)
             for i, column in enumerate(dict.fromkeys(columns)):
-                once(header, column, report.source)
                 mapping[f"{name}#{i}"] = column
                 alternatives.setdefault(name, []).append(f"{name}#{i}")
         if "sequence" in given:
             mapping["sequence#0"], alternatives["sequence"] = given["sequence"], ["sequence#0"]
             translate = reading.nucleotides == "translate"
         elif "sequence" not in alternatives:
-            bases = column_named(header, *NUCLEOTIDE_CHAINS)
-            if bases is None or reading.nucleotides == "refuse":
+            bases = [name for name in NUCLEOTIDE_CHAINS if column_named(header, name)]
+            if not bases or reading.nucleotides == "refuse":
                 raise UserError(
                     f"{report.source}: no column {AMINO_ACID_CHAINS[-1]}; found {listed(header)}"
                 )
-            mapping["sequence#0"], alternatives["sequence"] = bases, ["sequence#0"]
+            aligned.extend(name in ALIGNED_CHAINS for name in bases)
+            for name, known in {"sequence": bases, **V_STARTS}.items():
+                columns = _present(header, known)
+                alternatives[name] = [f"{name}#{i}" for i in range(len(columns))]
+                mapping |= dict(zip(alternatives[name], columns, strict=True))
             translate = True
         return mapping | {name: name for name in _SAMPLES if name in header}
 
@@ -215,6 +221,10 @@ def _read_chains(
             if cells and cell is not None:
                 key = pc.binary_join_element_wise(*samples, cell, "|")
                 columns["cell"] = pc.if_else(pc.equal(cell, ""), "", key)
+            if aligned:
+                reads = [batch[n] for n in alternatives["sequence"]]
+                starts = [columns.pop(name) for name in V_STARTS]
+                columns[_CODON] = _first_codons(reads, aligned, starts)
             columns |= {ROW: batch[ROW], LINE: batch[LINE]}
             yield from _immunoglobulins(
                 pa.record_batch(columns), report, reading, translate=translate
@@ -222,6 +232,22 @@ def _read_chains(
 
     for batch in join_cells(chains(), report, reading):
         yield _with_donor(batch, report)
+
+
+def _first_codons(
+    reads: Sequence[pa.Array], aligned: Sequence[bool], starts: Sequence[pa.Array]
+) -> pa.Array:
+    """`first_codons` of the first read of each row that is not empty."""
+    texts = [column.to_pylist() for column in reads]
+    chosen = [
+        next((k for k, text in enumerate(row) if text), 0) for row in zip(*texts, strict=True)
+    ]
+    codons = first_codons(
+        [texts[k][i] for i, k in enumerate(chosen)],
+        [aligned[k] for k in chosen],
+        *(column.to_pylist() for column in starts),
+    )
+    return pa.array(codons, pa.int64())
 
 
 def _present(header: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -260,7 +286,8 @@ def _immunoglobulins(
     batch = _with(batch, "chain", pa.array(chain, pa.string()))
     batch = _kept(batch, pc.not_equal(batch["chain"], T_CELL), T_CELL, report)
     if translate or reading.nucleotides == "translate":
-        batch = translated(batch, ["sequence"], report, "chain")
+        codon = _CODON if _CODON in batch.schema.names else None
+        batch = translated(batch, ["sequence"], report, "chain", codon)
     empty = pa.array([""] * batch.num_rows, pa.string())
     names = batch.schema.names
     columns = {

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moe_ablm.data.readers.columns import Choose, column_named, place_of
+from moe_ablm.data.readers.columns import Choose, column_named, once, place_of
 from moe_ablm.data.readers.delimited import header_of_text, read_delimited
 from moe_ablm.data.readers.missing import without_words
 from moe_ablm.data.readers.nucleotides import are_nucleotides
@@ -55,11 +55,16 @@ def read_rows(path: Path, report: Report, choose: Choose) -> Iterator[pa.RecordB
 
     Words for "missing" are made "" (see `without_words`). Rows of which a column, or the line of
     metadata of OAS, says that they are of another species than man are noted.
+
+    Raises:
+      UserError: a chosen column is not there, or is twice.
     """
     read = read_parquet if is_parquet(path) else read_delimited
 
     def choose_too(header: Sequence[str]) -> dict[str, str]:
         mapping = dict(choose(header))
+        for column in mapping.values():
+            once(header, column, report.source)
         species = column_named(header, "species", "organism", "heavy_species")
         if species is None or header.count(species) > 1 or species in mapping.values():
             return mapping
