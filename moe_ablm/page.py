@@ -9,8 +9,14 @@ from pathlib import Path
 from moe_ablm.files import write_atomically
 
 STYLE = """
-:root{--ink:#1c2430;--faint:#5f6b7a;--line:#d9dee5;--band:#f5f7fa;--accent:#1f5a96}
-body{font:16px/1.55 "Source Serif 4",Georgia,"DejaVu Serif",serif;color:var(--ink);
+:root{color-scheme:light dark;--paper:#fff;--ink:#1c2430;--faint:#5f6b7a;--line:#d9dee5;
+--band:#f5f7fa;--accent:#1f5a96;--yes:#17683a;--yes-band:#e8f5ec;--no:#9c2b1e;--no-band:#fcecea;
+--open:#6b5200;--open-band:#fdf6dd}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#14181e;--ink:#dfe4ea;--faint:#98a3b0;
+--line:#333b46;--band:#1e242d;--accent:#7fb2e8;--yes:#7fd6a2;--yes-band:#163222;--no:#f2a093;
+--no-band:#3a1c18;--open:#e5c869;--open-band:#352c10}
+figure img{background:#fff;padding:.4rem;border-radius:3px;box-sizing:border-box}}
+body{background:var(--paper);font:16px/1.55 "Source Serif 4",Georgia,"DejaVu Serif",serif;color:var(--ink);
 max-width:58rem;margin:2.5rem auto 5rem;padding:0 1.25rem}
 h1,h2,h3,table,nav,figcaption,.faint,.tag{font-family:"Inter",system-ui,"DejaVu Sans",sans-serif}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4rem}
@@ -40,8 +46,8 @@ nav{font-size:.9rem;columns:2;margin:1.2rem 0}nav ol{margin:0;padding-left:1.4re
 details{margin:.8rem 0}summary{cursor:pointer;font-weight:600;font-size:.9rem}
 .tag{display:inline-block;font-size:.75rem;font-weight:600;padding:.08em .55em;border-radius:1em;
 border:1px solid;white-space:nowrap}
-.yes{color:#17683a;background:#e8f5ec}.no{color:#9c2b1e;background:#fcecea}
-.open{color:#6b5200;background:#fdf6dd}
+.yes{color:var(--yes);background:var(--yes-band)}.no{color:var(--no);background:var(--no-band)}
+.open{color:var(--open);background:var(--open-band)}
 @media print{body{font-size:10.5pt;max-width:none;margin:0}a{color:inherit;text-decoration:none}
 h2,h3,caption{break-after:avoid}figure,tr{break-inside:avoid}.wide{overflow:visible}
 details::details-content{content-visibility:visible;block-size:auto}}

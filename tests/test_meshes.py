@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import jax
 import pytest
@@ -87,7 +88,7 @@ def test_layers_of_a_kind_keep_equally_much(moe, remat):
     execution = Execution(remat=remat)
     found = memory.activation_bytes(spec, execution, 32)
     # router losses are a few numbers that no layer has to itself
-    whole = memory._slope(spec, execution, 32)
+    whole = memory._slope(spec, execution, 32, tiled=False)
     assert found.rest + found.layers == pytest.approx(whole, rel=1e-3)
     assert 0 < found.largest < found.layers <= 4 * found.largest
 
@@ -102,6 +103,33 @@ def test_remat_keeps_less_and_longer_rows_more():
         memory.activation_bytes(TINY, Execution(backend="gpu"), n).layers for n in (32, 64)
     )
     assert twice == pytest.approx(2 * once, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "padded"),
+    [
+        ((), ()),
+        ((7,), (7,)),
+        ((4, 7, 320), (4, 8, 384)),
+        ((256, 128), (256, 128)),
+        ((32, 256, 1), (32, 256, 1)),  # the last axis goes elsewhere
+        ((5, 100, 3), (8, 128, 3)),
+        ((33, 0), (0,)),
+    ],
+)
+def test_arrays_of_a_tpu_fill_tiles(shape, padded):
+    array = jax.ShapeDtypeStruct(shape, "bfloat16")
+    assert memory.in_tiles(array) == 2 * prod(padded)
+
+
+def test_only_tpus_pad_what_a_layer_keeps():
+    """Width 320 lies in 384 lanes."""
+    spec = EncoderSpec(2, 320, 384, 2)
+    gpu, tpu = (
+        memory.activation_bytes(spec, Execution(backend=name, remat="full"), 32).layers
+        for name in ("gpu", "tpu")
+    )
+    assert 1.1 < tpu / gpu <= 1.2
 
 
 def test_what_is_needed_at_the_peak():

@@ -1,11 +1,12 @@
 """Memory of a training step, from shapes alone: nothing is allocated or compiled.
 
 The state is exact. Activations are what `jax.vjp` keeps for the backward pass, in the dtypes of the
-execution. XLA may fuse some of them away, and needs memory of its own.
+execution. XLA may fuse some of them away, and needs memory of its own. On TPUs arrays lie in tiles.
 """
 
 from dataclasses import replace
 from functools import cache
+from itertools import permutations
 from math import prod
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
 # share of what a layer would keep without remat that is alive at once while its backward pass
 # recomputes it; fused kernels hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
+LANES, SUBLANES = 128, 8  # of a TPU's tile: the last axis is padded to the one, the next to the other
 _ROWS = 16  # rows traced at a time, since experts' rows come in whole blocks
 # any AdamW has the same two moments; of what Muon moves there is one
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
@@ -176,31 +178,59 @@ def activation_bytes(spec: EncoderSpec, execution: Execution, length: int) -> Ac
       execution: dtypes and remat policy.
       length: tokens of the row.
     """
+    tiled = execution.backend == "tpu"
     if execution.backend == "gpu":
         # cuDNN's attention keeps as much as the generic one, but can be traced only on GPUs
         execution = replace(execution, backend="tpu")
     dense = replace(spec, moe=None)
-    one = _slope(replace(dense, layers=1), execution, length)
-    layer = _slope(replace(dense, layers=2), execution, length) - one
+    one = _slope(replace(dense, layers=1), execution, length, tiled)
+    layer = _slope(replace(dense, layers=2), execution, length, tiled) - one
     sparse = 0
     if spec.moe:
         moe = replace(spec.moe, placement="1", first_dense=0)
-        sparse = _slope(replace(spec, layers=2, moe=moe), execution, length) - one
+        sparse = _slope(replace(spec, layers=2, moe=moe), execution, length, tiled) - one
     count = len(spec.moe_layers)
     layers = layer * (spec.layers - count) + sparse * count
     return Activations(one - layer, layers, max(layer, sparse))
 
 
-def _slope(spec: EncoderSpec, execution: Execution, length: int) -> int:
+def _slope(spec: EncoderSpec, execution: Execution, length: int, tiled: bool) -> int:
     """Bytes per additional row; parameters are kept as well, but do not grow with rows."""
-    more = _kept(spec, execution, 2 * _ROWS, length) - _kept(spec, execution, _ROWS, length)
-    return more // _ROWS
+    size = in_tiles if tiled else packed
+    few, more = (_kept(spec, execution, n * _ROWS, length) for n in (1, 2))
+    return (sum(map(size, more)) - sum(map(size, few))) // _ROWS
+
+
+def packed(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array's elements."""
+    return x.size * x.dtype.itemsize
+
+
+def in_tiles(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on a TPU: its last two axes in whole tiles.
+
+    The axes stay in their order where the last one fills a tile; else XLA takes the order that pads
+    the least.
+    """
+    if x.ndim < 2:
+        return packed(x)
+    kept = x.shape[-1] >= LANES
+    orders = [(x.ndim - 1, x.ndim - 2)] if kept else permutations(range(x.ndim), 2)
+    return min(_padded(x.shape, last, before) for last, before in orders) * x.dtype.itemsize
+
+
+def _padded(shape: tuple[int, ...], last: int, before: int) -> int:
+    """Elements with axis `last` padded to whole tiles, and axis `before` as well."""
+    whole = list(shape)
+    whole[last] = -(-shape[last] // LANES) * LANES
+    whole[before] = -(-shape[before] // SUBLANES) * SUBLANES
+    return prod(whole)
 
 
 @cache
-def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> int:
-    if execution.backend == "gpu":  # as in `activation_bytes`
-        execution = replace(execution, backend="tpu")
+def _kept(
+    spec: EncoderSpec, execution: Execution, rows: int, length: int
+) -> list[jax.ShapeDtypeStruct]:
     definition = make_definition(spec, execution)
     params = parameter_shapes(spec)
     batch = {n: jax.ShapeDtypeStruct((rows, length), kind) for n, kind in _KINDS.items()}
@@ -215,5 +245,4 @@ def _kept(spec: EncoderSpec, execution: Execution, rows: int, length: int) -> in
 
         return jax.vjp(loss, params)[1]
 
-    kept = jax.eval_shape(backward, params, batch)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    return jax.tree.leaves(jax.eval_shape(backward, params, batch))
