@@ -45,6 +45,8 @@ CHAIN_PAIRS = (
     ("heavy_chain", "light_chain"),
     ("BCR_Heavy_VDJ_Translation_Trimmed_Dominant", "BCR_Light_VDJ_Translation_Trimmed_Dominant"),
 )
+# A second antibody in a row: Thera-SAbDab's other arm of bispecific ones
+OTHER_ARM = ("HeavySequence(ifbispec)", "LightSequence(ifbispec)")
 # ... and single chains: FLAb's nanobodies
 HEAVY_ALONE = ("VHH_sequence", "VHH")
 _IDS = ("sequence_id", "name", "id", "therapeutic", "antibody", "cell_index", "barcode", "cell_id")

@@ -73,7 +73,9 @@ def _row(contig: dict) -> dict:
             region = region.get("aa_seq")
         row[name] = _text(region)
     row |= {name: _text(contig.get(key)) for name, key in _COUNTS.items()}
-    row |= {name: _text(contig.get(name)) for name in _FLAGS}
+    # null is what the CSV calls None: it could not be told; a flag that is not there says nothing
+    flags = {name: contig.get(name, "") for name in _FLAGS}
+    row |= {name: "None" if value is None else _text(value) for name, value in flags.items()}
     segments = contig.get("annotations")
     features = [
         part["feature"]

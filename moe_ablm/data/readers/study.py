@@ -12,6 +12,7 @@ from moe_ablm.data.readers.columns import (
     ABOUT_THE_CELL,
     ANY_CHAIN,
     LINE,
+    OTHER_ARM,
     RESIDUE_STRINGS,
     ROW,
     ROWS_PER_BATCH,
@@ -44,10 +45,23 @@ def read_table(path: Path, report: Report, reading: Reading) -> Iterator[pa.Reco
     """Rows of a table with a column for each chain, under the study's names."""
 
     def choose(header: Sequence[str]) -> dict[str, str]:
-        return study_mapping(header, report.source, reading.columns)
+        arms = [name for name in OTHER_ARM if name in header and not reading.columns]
+        return study_mapping(header, report.source, reading.columns) | {f"_{n}": n for n in arms}
 
     for batch in read_rows(path, report, choose):
-        yield _delivered(batch, report, reading)
+        yield _delivered(_with_one_arm(batch, report), report, reading)
+
+
+def _with_one_arm(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
+    """The batch without the other arm of bispecific antibodies, which is noted."""
+    arms = [f"_{name}" for name in OTHER_ARM if f"_{name}" in batch.schema.names]
+    if not arms:
+        return batch
+    there = np.any([pc.not_equal(batch[name], "") for name in arms], axis=0)
+    if there.any():
+        remark = f"bispecific: the other arm ({OTHER_ARM[0]}) is not read"
+        report.note(remark, place_of(batch, np.argmax(there)), int(there.sum()))
+    return batch.drop_columns(arms)
 
 
 def read_joined(path: Path, report: Report, reading: Reading) -> Iterator[pa.RecordBatch]:
