@@ -1,7 +1,16 @@
-"""Mixture-of-experts antibody language models in JAX; `moe_ablm.api` is the way in from Python."""
+"""Mixture-of-experts antibody language models in JAX: `moe_ablm.load` is the way in from Python."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_ablm.api import load as load
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name == "load":  # what it needs is imported when it is called for
+        from moe_ablm.api import load
+
+        return load
     if name == "__version__":
         from importlib.metadata import version
 

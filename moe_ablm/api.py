@@ -1,4 +1,8 @@
-"""The verbs in Python: `model = api.load("runs/8m")`, then `api.score(model, [(heavy, light)])`.
+"""The verbs in Python: `model = moe_ablm.load("runs/8m")`, then `model.score([(heavy, light)])`.
+
+Each method of the model is a function here, too: `api.score(model, [(heavy, light)])` is the same.
+A data frame is answered with a data frame by methods (`antibody_model.AntibodyModel`), with arrays
+by functions.
 
 Antibodies are pairs `(heavy, light)`, of which one may be "", or single chains as strings: one of
 them, or a list. Tables are taken as well: data frames of pandas or polars, pyarrow tables, dicts of
@@ -6,9 +10,9 @@ columns, lists of dicts, with columns named as in files (heavy and light, sequen
 Lower case becomes upper case; what is no amino acid, or too long for the model, raises
 `UserError`. All results are held in memory: for files of any size there are the verbs.
 
-    from moe_ablm import api
-    model = api.load("runs/quickstart")
-    api.score(model, pandas.read_csv("pairs.csv"))["perplexity"]
+    import moe_ablm
+    model = moe_ablm.load("runs/quickstart")
+    model.score(pandas.read_csv("pairs.csv"))["perplexity"]
 """
 
 import functools
@@ -21,9 +25,11 @@ from moe_ablm.errors import ArgumentError, UserError
 if TYPE_CHECKING:  # jax, and numpy, when there is something to compute
     import numpy as np
 
+    from moe_ablm.antibody_model import AntibodyModel
     from moe_ablm.data.antibody import Antibody
     from moe_ablm.data.positions import Selection
     from moe_ablm.inference.buckets import Engine
+    from moe_ablm.inference.sampling import Sampling
 
 __all__ = ["UserError", "attention", "embed", "infill", "load", "route", "scan", "score"]
 
@@ -31,7 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _in_python(function: Callable[P, R]) -> Callable[P, R]:
+def in_python(function: Callable[P, R]) -> Callable[P, R]:
     """Errors about an argument in the words of a caller, not in those of the command line."""
 
     @functools.wraps(function)
@@ -44,13 +50,13 @@ def _in_python(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@_in_python
+@in_python
 def load(
     run: Path | str,
     precision: str = "float32",
     devices: int = 1,
     batch_tokens: int | None = None,
-) -> "Engine":
+) -> "AntibodyModel":
     """A model of a trained run, or of what `import` or `upcycle` wrote.
 
     Args:
@@ -65,13 +71,14 @@ def load(
     Example:
       model = load("runs/quickstart", precision="bfloat16_operands")
     """
-    from moe_ablm.inference.buckets import Engine
+    from moe_ablm.antibody_model import AntibodyModel
     from moe_ablm.interop.load import load_model
 
-    return Engine(load_model(run, "run"), precision, devices, batch_tokens)
+    return AntibodyModel(load_model(run, "run"), precision, devices, batch_tokens)
 
 
-def _given(model: "Engine", antibodies: Any, letters: str | None = None) -> list["Antibody"]:
+def given_of(model: "Engine", antibodies: Any, letters: str | None = None) -> list["Antibody"]:
+    """The antibodies that a caller passes, checked; `letters` None: those of amino acids."""
     from moe_ablm.inference.antibodies import LETTERS, given
     from moe_ablm.inference.frames import items_of
 
@@ -79,8 +86,8 @@ def _given(model: "Engine", antibodies: Any, letters: str | None = None) -> list
     return given(items, model.model.layout, model.model.length, letters or LETTERS)
 
 
-def _chosen(
-    given: list["Antibody"],
+def chosen_of(
+    given: "list[Antibody]",
     regions: str | Sequence[str] | None,
     positions: str | Sequence[str] | None,
     numbering: str,
@@ -96,12 +103,32 @@ def _chosen(
     return given, chosen
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+def to_infill(
+    given: "list[Antibody]",
+    samples: int,
+    temperature: float,
+    seed: int,
+    top: int,
+    regions: str | Sequence[str] | None,
+    positions: str | Sequence[str] | None,
+    numbering: str,
+) -> "tuple[list[Antibody], Sampling]":
+    """The antibodies with the chosen residues masked, and how they are filled in."""
+    from moe_ablm.inference.numbers import masked
+    from moe_ablm.inference.sampling import Sampling
+
+    sampling = Sampling(samples, temperature, seed, top)
+    given, chosen = chosen_of(given, regions, positions, numbering)
+    return given if chosen is None else [masked(a, chosen) for a in given], sampling
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """UserError unless the value of an argument is one of those known."""
     if value not in known:
         raise ArgumentError(name, value, f"expected one of {', '.join(known)}")
 
 
-@_in_python
+@in_python
 def embed(
     model: "Engine", antibodies: Any, level: str = "antibody", layer: int = -1
 ) -> "np.ndarray | list[np.ndarray]":
@@ -123,14 +150,14 @@ def embed(
 
     from moe_ablm.inference import embed as embeddings
 
-    _one_of("level", level, embeddings.LEVELS)
-    embedded = embeddings.embed(model, _given(model, antibodies), level, layer)
+    one_of("level", level, embeddings.LEVELS)
+    embedded = embeddings.embed(model, given_of(model, antibodies), level, layer)
     if level != "antibody":
         return embedded
     return np.concatenate([np.zeros((0, model.model.spec.d_model), np.float32), *embedded])
 
 
-@_in_python
+@in_python
 def score(
     model: "Engine",
     antibodies: Any,
@@ -158,8 +185,8 @@ def score(
 
     from moe_ablm.inference import score as scores
 
-    _one_of("level", level, scores.LEVELS)
-    found = _given(model, antibodies)
+    one_of("level", level, scores.LEVELS)
+    found = given_of(model, antibodies)
     likelihoods = scores.score(model, found, one_pass)
     if level == "residue":
         return likelihoods
@@ -168,7 +195,7 @@ def score(
     return {name: np.array(values) for name, values in columns.items()}
 
 
-@_in_python
+@in_python
 def infill(
     model: "Engine",
     antibodies: Any,
@@ -201,15 +228,12 @@ def infill(
       infill(model, ("EVQLV___SGGG...", ""), samples=10, temperature=0.8, seed=1)[0]["heavy"]
     """
     from moe_ablm.inference import infill as infilling
-    from moe_ablm.inference.numbers import masked
-    from moe_ablm.inference.sampling import Sampling
 
-    sampling = Sampling(samples, temperature, seed, top)
-    given, chosen = _chosen(
-        _given(model, antibodies, infilling.INFILLED), regions, positions, numbering
+    given, sampling = to_infill(
+        given_of(model, antibodies, infilling.INFILLED),
+        *(samples, temperature, seed, top),
+        *(regions, positions, numbering),
     )
-    if chosen is not None:
-        given = [masked(antibody, chosen) for antibody in given]
     return [
         {
             "heavy": c.antibody.heavy,
@@ -222,7 +246,7 @@ def infill(
     ]
 
 
-@_in_python
+@in_python
 def scan(
     model: "Engine",
     antibodies: Any,
@@ -247,12 +271,12 @@ def scan(
     """
     from moe_ablm.inference import scan as scans
 
-    _one_of("method", method, scans.METHODS)
-    given, chosen = _chosen(_given(model, antibodies), regions, positions, numbering)
+    one_of("method", method, scans.METHODS)
+    given, chosen = chosen_of(given_of(model, antibodies), regions, positions, numbering)
     return scans.scan(model, given, method, chosen)
 
 
-@_in_python
+@in_python
 def route(model: "Engine", antibodies: Any) -> "list[dict[str, np.ndarray]]":
     """Which experts compute for each residue, in the M layers that have experts.
 
@@ -268,11 +292,11 @@ def route(model: "Engine", antibodies: Any) -> "list[dict[str, np.ndarray]]":
     from moe_ablm.inference import route as routing
 
     layers = np.array(model.model.spec.moe_layers)
-    found = routing.route(model, _given(model, antibodies))
+    found = routing.route(model, given_of(model, antibodies))
     return [{"layers": layers, **routed._asdict()} for routed in found]
 
 
-@_in_python
+@in_python
 def attention(model: "Engine", antibodies: Any, layer: int = -1) -> list[dict]:
     """Attention between the chains of pairs in a layer (0: the first, -1: the last).
 
@@ -285,5 +309,5 @@ def attention(model: "Engine", antibodies: Any, layer: int = -1) -> list[dict]:
     """
     from moe_ablm.inference import attention as attentions
 
-    found = attentions.attention(model, _given(model, antibodies), layer)
+    found = attentions.attention(model, given_of(model, antibodies), layer)
     return [weights._asdict() for weights in found]

@@ -1,15 +1,34 @@
-"""Converts tables in Python (data frames, dicts of columns, lists of dicts) to antibodies."""
+"""Converts tables in Python to antibodies, and answers about data frames to data frames."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers.columns import CHAIN_PAIRS
 from moe_ablm.errors import UserError
+from moe_ablm.inference.output import flat
 
 IDS = ("sequence_id", "name", "id")
 SINGLE = ("sequence_aa", "sequence")  # columns of single chains, heavy or light
 NOTHING = ("NAType", "NaTType", "NoneType")  # types of missing values; NaN is tested separately
+
+
+class DataFrame(Protocol):
+    """A data frame of pandas or polars, or a table of pyarrow."""
+
+    @property
+    def columns(self) -> Any:
+        """Its columns, or their names."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+FrameT = TypeVar("FrameT", bound=DataFrame)
 
 
 def items_of(given: Any) -> list[Any]:
@@ -93,3 +112,56 @@ def _text(row: Mapping[str, Any], column: str | None, number: int, words: bool =
             f"antibodies: row {number}, column {column}: found {value!r}, expected a sequence"
         )
     return str(value)
+
+
+def is_frame(given: Any) -> bool:
+    """Whether the answer about what a caller passes is a data frame.
+
+    Raises:
+      UserError: it is a data frame without rows, for which there is no answer.
+    """
+    if not hasattr(given, "columns"):
+        return False
+    if not len(given):
+        raise UserError("antibodies: found a data frame without rows, expected at least one")
+    return True
+
+
+def renamed_by_number(antibodies: Iterable[Antibody]) -> list[Antibody]:
+    """The antibodies with their numbers, from 0, as names, by which `as_frame_of` knows them."""
+    return [replace(antibody, name=str(i)) for i, antibody in enumerate(antibodies)]
+
+
+def as_frame_of(
+    frame: FrameT, antibodies: Sequence[Antibody], table: pa.Table, alone: bool
+) -> FrameT:
+    """A table of answers as a data frame of the kind of the caller's.
+
+    Args:
+      frame: of the caller, of n rows; an index of pandas is kept.
+      antibodies: those of its rows.
+      table: any number of lines for each of `renamed_by_number`, which its `sequence_id` tells.
+      alone: whether it has one line for each; then `sequence_id` is left out, so that the answers
+        can be put beside the frame.
+    """
+    owner = owners(table)
+    if alone:
+        table = table.drop_columns("sequence_id")
+    else:
+        names = pa.array([antibodies[i].name for i in owner.tolist()], pa.string())
+        table = table.set_column(0, "sequence_id", names)
+    if isinstance(frame, pa.Table):
+        return table
+    if hasattr(frame, "iloc"):  # pandas
+        return flat(table).to_pandas().set_axis(frame.index.take(owner))  # type: ignore[attr-defined]
+    return type(frame)(flat(table))  # type: ignore[call-arg]  # polars reads Arrow as it is
+
+
+def owners(table: pa.Table) -> np.ndarray:
+    """The antibody of each line of a table about `renamed_by_number`, int64 `[lines]`."""
+    return np.array(table["sequence_id"].to_pylist(), dtype=np.int64)
+
+
+def to_pandas(frame: DataFrame) -> Any:
+    """A data frame as that of pandas; one of pandas as it is."""
+    return frame if hasattr(frame, "iloc") else frame.to_pandas()  # type: ignore[attr-defined]

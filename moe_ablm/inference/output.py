@@ -182,7 +182,7 @@ def flat(table: pa.Table) -> pa.Table:
         if not pa.types.is_fixed_size_list(field.type):
             columns[field.name] = column
             continue
-        matrix = _values(column).reshape(-1, field.type.list_size)
+        matrix = matrix_of(column).reshape(-1, field.type.list_size)
         columns |= {f"{field.name}_{i}": values for i, values in enumerate(matrix.T.copy())}
     return pa.table(columns)
 
@@ -242,11 +242,11 @@ def _to_npz(paths: list[Path], out: Path) -> None:
     lines = sum(pq.read_metadata(path).num_rows for path in paths)
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for field in pq.read_schema(paths[0]):
-            pieces = (_values(pq.read_table(p, columns=[field.name])[field.name]) for p in paths)
+            pieces = (matrix_of(pq.read_table(p, columns=[field.name])[field.name]) for p in paths)
             if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
                 kind = np.dtype(f"<U{max(piece.dtype.itemsize // 4 for piece in pieces)}")
                 pieces = (
-                    _values(pq.read_table(p, columns=[field.name])[field.name]).astype(kind)
+                    matrix_of(pq.read_table(p, columns=[field.name])[field.name]).astype(kind)
                     for p in paths
                 )
             _write_array(archive, field.name, pieces, lines)
@@ -267,7 +267,7 @@ def _write_array(
             stream.write(np.ascontiguousarray(piece).tobytes())
 
 
-def _values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+def matrix_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A column as an array `[n]`, or `[n, D]` for vectors; strings have a fixed width."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
@@ -279,11 +279,19 @@ def _values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
+def _to_h5ad(paths: list[Path], out: Path) -> None:
+    """Writes AnnData, which holds all vectors in memory."""
+    from moe_ablm.inference.annotated_matrix import annotated
+
+    annotated(pa.concat_tables(map(pq.read_table, paths))).write_h5ad(out)
+
+
 WRITERS: dict[str, Callable[[list[Path], Path], None]] = {
     ".csv": _to_csv,
     ".parquet": _to_parquet,
     ".jsonl": _to_jsonl,
     ".npz": _to_npz,
+    ".h5ad": _to_h5ad,  # of tables with vectors
 }
 
 

@@ -7,10 +7,10 @@ from moe_ablm.interop.card import model_card
 from moe_ablm.interop.saved import Model, new_directory, write_model
 
 ARCHITECTURE = "Encoder"
-_USE = """from moe_ablm import api  # pip install moe_ablm
+_USE = """import moe_ablm  # pip install moe_ablm
 
-model = api.load("{directory}")
-scores = api.score(model, [("EVQLVESGGG", "DIQMTQSPSS")])"""
+model = moe_ablm.load("{directory}")
+scores = model.score([("EVQLVESGGG", "DIQMTQSPSS")])"""
 
 
 def export_native(model: Model, out: Path, licence: str | None = None) -> None:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:  # jax only when there is something to compute
     from moe_ablm.inference.buckets import Engine
 
 
-SUFFIXES = (".csv", ".parquet", ".jsonl", ".npz")  # of `inference.output.WRITERS`
+# of `inference.output.WRITERS`; the last is for vectors
+SUFFIXES = (".csv", ".parquet", ".jsonl", ".npz")
+ANNDATA = ".h5ad"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Question:
     change: Callable[["Antibody"], "Antibody"] = lambda antibody: antibody
 
 
-def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the model, of the sequences, and of where results go."""
+def add_asking_arguments(
+    parser: argparse.ArgumentParser, suffixes: tuple[str, ...] = SUFFIXES
+) -> None:
+    """Flags of the model, of the sequences, and of where results go, in files of these suffixes."""
     parser.add_argument("--run", type=Path, required=True, help="a trained run, or an import")
     parser.add_argument(
         "--input",
@@ -73,10 +77,10 @@ def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=out_file(*SUFFIXES),
+        type=out_file(*suffixes),
         metavar="FILE",
-        help=".csv, .parquet, .jsonl or .npz; the same command again goes on where it stopped "
-        "(default: CSV on the terminal)",
+        help=f"{', '.join(suffixes[:-1])} or {suffixes[-1]}; the same command again goes on where "
+        "it stopped (default: CSV on the terminal)",
     )
     parser.add_argument(
         "--precision",
@@ -280,7 +284,7 @@ def _refusing(chosen: Selection | None) -> Callable[["Antibody"], str | None]:
 
 def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `embed`."""
-    add_asking_arguments(parser)
+    add_asking_arguments(parser, (*SUFFIXES, ANNDATA))
     levels = ("antibody", "chain", "residue")
     _level(parser, levels, "a vector each; of antibodies and chains the mean over their residues")
     parser.add_argument(
@@ -293,6 +297,10 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def embed(args: argparse.Namespace) -> None:
     """Writes `embedding` of every antibody, chain or residue."""
+    if args.out is not None and args.out.suffix == ANNDATA:
+        from moe_ablm.inference.annotated_matrix import require_anndata
+
+        require_anndata(f"--out {args.out}")
     from moe_ablm.inference.embed import table
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
