@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.compute import cost_of
 from moe_ablm.scaling.laws import Law, SmoothLaw
+from moe_ablm.scaling.laws_compute import Compute, ComputeSlopes
 from moe_ablm.scaling.laws_dense import (
     Chinchilla,
     DataConstrainedB1,
@@ -33,6 +33,8 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
         Joint,
         Annealing,
         AnnealingSizes,
+        Compute,
+        ComputeSlopes,
     )
 }
 PARABOLIC: dict[str, type[Quadratic]] = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}
@@ -51,9 +53,7 @@ def resolve(name: str) -> str:
 
 def law_for(name: str, columns: Mapping[str, np.ndarray]) -> SmoothLaw:
     """A smooth law, with its router effects, for these runs."""
-    law = SMOOTH[resolve(name)].for_runs(columns)
-    law.cost = cost_of(columns)
-    return law
+    return SMOOTH[resolve(name)].for_runs(columns)
 
 
 def saved_law(name: str, routers: tuple[str, ...]) -> Law:

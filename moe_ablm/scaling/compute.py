@@ -36,6 +36,9 @@ class Cost:
         return f"C = {6 * np.exp(self.log_factor):.4g} N^{1 + self.slope:.4g} D"
 
 
+SIX_N_D = Cost()
+
+
 def cost_of(columns: Mapping[str, np.ndarray]) -> Cost:
     """The cost of dense runs (of all, where none is dense): a power law through their FLOPs."""
     found = excess(columns)

@@ -92,7 +92,7 @@ def _nominal(setup: Setup, coefficients: Mapping[str, float] | None) -> np.ndarr
     if coefficients:
         theta = np.array([p.internal(coefficients[p.name]) for p in law.parameters])
         # shift is linear in the centre, so the negative centre inverts it
-        back = type(setup.centre)(-setup.centre.log_params, -setup.centre.log_tokens)
+        back = setup.centre.back()
         return law.shift(theta, back)
     theta = setup.template.copy()
     linear = [k for k, p in enumerate(law.parameters) if p.linear]

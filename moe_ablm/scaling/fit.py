@@ -106,10 +106,11 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
     natural = any(law.parameters[law.index(n)].linear for n in fixed)
     centre = Centre()
     if not natural:
-        mean = {
-            k: float(np.log(v).mean()) for k, v in runs.columns.items() if k in ("params", "tokens")
-        }
-        centre = Centre(mean["params"], mean.get("tokens", 0.0))
+        mean = [
+            float(np.log(runs[k]).mean()) if k in runs else 0.0
+            for k in ("params", "tokens", "flops")
+        ]
+        centre = Centre(*mean)
     x = make_inputs(observed, centre, law.routers)
     log_loss = np.log(observed["loss"])
     low, high = _bounds(law, log_loss, natural)
@@ -347,13 +348,15 @@ def _target_notes(
             f"--target {', '.join(target)}: law {setup.law.name} derives nothing from it; a loss "
             f"needs {needs}"
         )
-    low, high = runs["params"].min(), runs["params"].max()
-    out += [
-        f"{name} = {derived[name]:.3g} lies outside the sizes that were run ({low:.3g} to "
-        f"{high:.3g}): an extrapolation"
-        for name in ("N_opt", "N_star")
-        if name in derived and not low <= derived[name] <= high
-    ]
+    for name in ("N_opt", "N_star"):
+        if name not in derived:
+            continue
+        low, high = runs["params"].min(), runs["params"].max()
+        if not low <= derived[name] <= high:
+            out.append(
+                f"{name} = {derived[name]:.3g} lies outside the sizes that were run ({low:.3g} to "
+                f"{high:.3g}): an extrapolation"
+            )
     return out
 
 

@@ -73,10 +73,15 @@ def check_inputs(where: str, values: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Centre:
-    """Natural logs of the parameter count N0 and the token count D0 that inputs are divided by."""
+    """Natural logs of the parameters N0, tokens D0 and FLOPs C0 that inputs are divided by."""
 
     log_params: float = 0.0
     log_tokens: float = 0.0
+    log_flops: float = 0.0
+
+    def back(self) -> "Centre":
+        """The centre that undoes this one."""
+        return Centre(-self.log_params, -self.log_tokens, -self.log_flops)
 
 
 ABSENT = np.empty(0)
@@ -87,9 +92,9 @@ class Inputs:
     """Logs of the inputs of `n` runs, each `[n]`; empty where the runs lack the input.
 
     `n` active parameters / N0, `n_total` all parameters / N0, `d` tokens / D0, `u` unique tokens
-    / D0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a log), `router` index
-    into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S), `lr_area` and
-    `lr_recent` the logs of the sum of learning rates and of the recent one.
+    / D0, `c` training FLOPs / C0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a
+    log), `router` index into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S),
+    `lr_area` and `lr_recent` the logs of the sum of learning rates and of the recent one.
     """
 
     size: int
@@ -97,6 +102,7 @@ class Inputs:
     n_total: np.ndarray
     d: np.ndarray
     u: np.ndarray
+    c: np.ndarray
     repeats: np.ndarray
     experts: np.ndarray
     router: np.ndarray
@@ -141,6 +147,7 @@ def make_inputs(
         n_total=log("total_params", centre.log_params) if "total_params" in get else n,
         d=log("tokens", centre.log_tokens),
         u=log("unique_tokens", centre.log_tokens),
+        c=log("flops", centre.log_flops),
         repeats=repeats,
         experts=get["experts"].astype(float) if "experts" in get else np.ones(size),
         router=np.array([index.get(str(r), -1) for r in names]),

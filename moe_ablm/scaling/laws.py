@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.scaling.compute import Cost
+from moe_ablm.scaling.compute import SIX_N_D, Cost, cost_of
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
 
 # theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
@@ -104,6 +104,7 @@ class Law:
     needs_experts = False  # a fit is only worth it with runs of several experts
     needs_repeats = False  # a fit is only worth it with runs of more than one epoch
     needs_curves = False  # fitted to whole training curves, not to the last step of each run
+    of_optima = False  # fitted to the best loss of each budget, not to every run
     figure = "loss_against_params"  # the figure that shows the loss of this law
     routers: tuple[str, ...] = ()
 
@@ -136,9 +137,9 @@ class SmoothLaw(Law):
     linear_rounds = 1  # solves for the linear coefficients; more where they also sit elsewhere
     most_starts = 512
 
-    def __init__(self, routers: tuple[str, ...] = ()) -> None:
+    def __init__(self, routers: tuple[str, ...] = (), cost: Cost = SIX_N_D) -> None:
         self.routers = routers
-        self.cost = Cost()  # of dense runs, for what is best under compute
+        self.cost = cost  # of dense runs, for what is best under compute
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -150,8 +151,7 @@ class SmoothLaw(Law):
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "SmoothLaw":
         """The law for these runs; laws with router effects add parameters for each router."""
-        del columns
-        return cls()
+        return cls(cost=cost_of(columns))
 
     def observe(
         self, columns: Mapping[str, np.ndarray]
@@ -160,7 +160,7 @@ class SmoothLaw(Law):
 
         A run is one observation, unless it counts in several curves of the law.
         """
-        return columns, np.arange(np.asarray(columns["params"]).size)
+        return columns, np.arange(np.asarray(columns[self.needs[0]]).size)
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         raise NotImplementedError

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from moe_ablm.scaling.compute import cost_of
 from moe_ablm.scaling.inputs import Centre, Inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, Term, coefficient, exponent
 from moe_ablm.scaling.laws_moe import e_max_of_one, effective_experts
@@ -41,7 +42,7 @@ class MoeExperts(SmoothLaw):
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "MoeExperts":
         """With one number of experts only, nothing tells where more stop helping: E^ is E."""
-        law = cls()
+        law = cls(cost=cost_of(columns))
         law.defaults = e_max_of_one(columns["experts"], law.parameters[E_MAX])
         return law
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from moe_ablm.scaling.compute import SIX_N_D, Cost, cost_of
 from moe_ablm.scaling.inputs import Centre, Inputs, Target
 from moe_ablm.scaling.laws import (
     Derivative,
@@ -66,8 +67,8 @@ class Joint(DataConstrainedB2):
     needs_experts = True
     needs_repeats = False
 
-    def __init__(self, routers: tuple[str, ...] = ()) -> None:
-        super().__init__(routers)
+    def __init__(self, routers: tuple[str, ...] = (), cost: Cost = SIX_N_D) -> None:
+        super().__init__(routers, cost)
         self.defaults: Mapping[str, float] = {}
         # The effects of a single router are part of mu and P.
         self.effects = routers if len(routers) > 1 else ()
@@ -84,7 +85,7 @@ class Joint(DataConstrainedB2):
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
         """With one number of experts only, nothing tells where more stop helping: E^ is E."""
-        law = cls(routers_of(columns))
+        law = cls(routers_of(columns), cost_of(columns))
         law.defaults = e_max_of_one(columns["experts"], law.parameters[E_MAX])
         return law
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.compute import SIX_N_D, Cost, cost_of
 from moe_ablm.scaling.inputs import Centre, Inputs, Target
 from moe_ablm.scaling.laws import (
     Derivative,
@@ -68,8 +69,8 @@ class MoeClark(SmoothLaw):
     figure = "loss_against_experts"
     most_starts = 1  # `linear_start` searches a grid of its own
 
-    def __init__(self, routers: tuple[str, ...] = ("moe",)) -> None:
-        super().__init__(routers)
+    def __init__(self, routers: tuple[str, ...] = ("moe",), cost: Cost = SIX_N_D) -> None:
+        super().__init__(routers, cost)
         self.parameters = tuple(
             Parameter(f"{p.name}[{r}]", p.meaning, p.low, p.high, p.log, search=p.search)
             for r in routers
@@ -97,7 +98,7 @@ class MoeClark(SmoothLaw):
                 "law moe_clark: every run has experts = 1, and at least one router with more is "
                 "needed; map the column with --columns experts=NAME or use --law chinchilla"
             )
-        return cls(routers_of(columns))
+        return cls(routers_of(columns), cost_of(columns))
 
     def observe(
         self, columns: Mapping[str, np.ndarray]

@@ -106,6 +106,11 @@ class Parabolas:
             out[p.members] = basis @ (p.solve(skew, self.middle) @ loss[p.members])
         return out
 
+    def lowest(self, abc: np.ndarray) -> np.ndarray:
+        """The loss at the minimum of each parabola `[..., G]`; nan where it is not convex."""
+        a, b, c = (abc[..., k] for k in range(3))
+        return np.where(a > 0, c - b**2 / (4.0 * np.where(a > 0, a, 1.0)), np.nan)
+
     def minima(self, abc: np.ndarray, skew: np.ndarray) -> np.ndarray:
         """ln N* of each parabola `[..., G]` at skews `[...]`; nan where it is not convex."""
         a, b = abc[..., 0], abc[..., 1]

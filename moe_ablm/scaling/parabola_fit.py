@@ -63,6 +63,11 @@ class Solved:
         """Natural logs of the best sizes, `[..., G]`."""
         return self.parabolas.minima(self.abc, self.skew)
 
+    def lowest(self) -> np.ndarray:
+        """Natural logs of the losses there, `[..., G]`; nan where the parabola is below zero."""
+        loss = self.parabolas.lowest(self.abc)
+        return np.log(np.where(loss > 0.0, loss, np.nan))
+
 
 def fit_parabolas(
     runs: Runs,
@@ -85,47 +90,77 @@ def fit_parabolas(
     law.require(runs)
     target = target or Target()
     check_inputs("--target", target)
-    loss = runs["loss"]
+    found = _find(runs, law, seed_sd)
+    moved: dict[str, np.ndarray] = {}
+    if found.noise is not None and draws > 0:
+        errors = _noise_draws(found.noise, len(runs), draws, seed)
+        both = [s.moved(errors, runs["loss"]) for s in found.both]
+        moved = quantities(law, both, found.usable, target)
+    return _describe(found, target, moved, level)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Least squares on the runs: parabolas in N (and in D), which of them have a minimum, noise."""
+
+    law: Quadratic
+    runs: Runs
+    both: list[Solved]
+    usable: list[int]
+    residual: np.ndarray
+    noise: Noise | None
+    notes: list[str]
+
+
+def _find(runs: Runs, law: Quadratic, seed_sd: float | None) -> _Found:
     parabolas, notes = _groups(law, runs)
-    solved = Solved.of(parabolas, loss)
-    residual = _residual(solved, loss)
-    noise = measure_noise(runs, parabolas, residual, seed_sd)
+    solved = Solved.of(parabolas, runs["loss"])
+    residual = _residual(solved, runs["loss"])
+    return _Found(
+        law=law,
+        runs=runs,
+        both=[solved, *_in_tokens(law, runs, parabolas, runs["loss"])],
+        usable=[i for i in range(len(parabolas.parts)) if _interior(law, solved, i)],
+        residual=residual,
+        noise=measure_noise(runs, parabolas, residual, seed_sd),
+        notes=notes,
+    )
+
+
+def _describe(
+    found: _Found, target: Target, moved: Mapping[str, np.ndarray], level: float
+) -> ParabolaFit:
+    """The fit with its verdicts, and intervals of what the noise `moved`."""
+    law, noise, notes, solved = found.law, found.noise, list(found.notes), found.both[0]
+    parabolas = solved.parabolas
     coefficients, verdicts = _verdicts(law, solved, noise, notes)
-    usable = [i for i in range(len(parabolas.parts)) if _interior(law, solved, i)]
-    both = [solved, *_in_tokens(law, runs, parabolas, loss)]
-    estimates = quantities(law, both, usable, target)
-    through = [verdicts[f"a[{parabolas.parts[i].key}]"] for i in usable]
-    for name in LINE:
-        if name in estimates:
-            coefficients[name] = float(estimates.pop(name))
-            verdicts[name] = _verdict_of_line(through, [parabolas.parts[i].key for i in usable])
-    if len(usable) < 2:
-        notes.append(f"{len(usable)} {law.group} with a minimum: no line through minima")
-    notes += _misfit(noise, residual, parabolas)
+    estimates = quantities(law, found.both, found.usable, target)
+    line = {name: float(estimates.pop(name)) for name in LINE if name in estimates}
+    keys = [parabolas.parts[i].key for i in found.usable]
+    coefficients |= line
+    verdicts |= dict.fromkeys(line, _verdict_of_line([verdicts[f"a[{k}]"] for k in keys], keys))
+    if len(keys) < 2:
+        notes.append(f"{len(keys)} {law.group} with a minimum: no line through minima")
+    notes += _misfit(noise, found.residual, parabolas)
     identifiable = {n: v == "identified" for n, v in verdicts.items() if v != "fixed"}
-    intervals = {}
-    if noise is not None and draws > 0:
-        errors = _noise_draws(noise, loss.size, draws, seed)
-        moved = quantities(law, [s.moved(errors, loss) for s in both], usable, target)
-        intervals = _intervals(moved, noise, level, parabolas)
     return ParabolaFit(
         law=law,
-        n=len(runs),
+        n=len(found.runs),
         coefficients=coefficients,
-        objective=float(np.sum(residual**2)),
+        objective=float(np.sum(found.residual**2)),
         huber_delta=float("inf"),
         delta_source="least squares on the loss, as published",
         status=_status(parabolas, solved.abc[:, 0] > 0, identifiable),
         identifiable=identifiable,
         verdicts=verdicts,
         fixed={k: coefficients[k] for k, v in verdicts.items() if v == "fixed"},
-        intervals=intervals,
+        intervals={} if noise is None else _intervals(moved, noise, level, parabolas),
         derived={k: float(np.exp(v)) for k, v in estimates.items()},
         target=target.copy(),
-        notes=(*runs.notes, *notes),
-        data_unit=runs.data_unit,
+        notes=(*found.runs.notes, *notes),
+        data_unit=found.runs.data_unit,
         noise_sd=np.nan if noise is None else noise.quantile() / NORMAL * noise.sd,
-        runs=runs,
+        runs=found.runs,
     )
 
 
@@ -168,7 +203,8 @@ def quantities(
     """
     parts = both[0].parabolas.parts
     log_size = np.log([parts[i].size for i in usable])
-    out: dict[str, np.ndarray] = {}
+    log_loss = both[0].lowest()
+    out = {f"L_star[{p.key}]": log_loss[..., i] for i, p in enumerate(parts)}
     for solved, star, through in zip(
         both, ("N_star", "D_star"), (law.through_minima, law.through_tokens), strict=False
     ):

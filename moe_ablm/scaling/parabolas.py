@@ -152,7 +152,9 @@ class Envelope(IsoFlop):
     """Hoffmann et al. 2022, approach 1: see `envelope.py`."""
 
     name = "envelope"
-    equation = "lowest loss over all training curves at each C; N_opt = k C^slope"
+    equation = (
+        "lowest loss over all training curves at each C, L_inf + A C^-alpha; N_opt = k C^slope"
+    )
     source = "Hoffmann et al. 2022, Training compute-optimal large language models, section 3.1"
     needs_curves = True
     figure = "envelope"
@@ -160,6 +162,9 @@ class Envelope(IsoFlop):
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """The loss on the envelope at `flops`."""
+        """The loss on the envelope at `flops`; fits without L_inf have a power law alone."""
         log_c = np.log(np.asarray(columns["flops"], float))
+        if "L_inf" in coefficients:
+            excess = coefficients["A"] * np.exp(-coefficients["alpha"] * log_c)
+            return coefficients["L_inf"] + excess
         return np.exp(coefficients["loss_intercept"] + coefficients["loss_slope"] * log_c)

@@ -17,6 +17,7 @@ from matplotlib.typing import RcKeyType
 
 from moe_ablm.files import replacing
 from moe_ablm.scaling.compute import Cost
+from moe_ablm.scaling.compute_plots import MARKERS, loss_against_compute
 from moe_ablm.scaling.envelope import on_grid, training_curves
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
@@ -30,9 +31,13 @@ from moe_ablm.scaling.selection import Analysis
 
 # Loss, and both ends of its band where there is one, `[m]` each.
 Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-MARKERS = "os^Dv<>P"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 LOSS = "loss L (nats)"
+RESIDUALS_AGAINST = {
+    "parameters N": "params",
+    "tokens D": "tokens",
+    "training compute C (FLOPs)": "flops",
+}
 GROUPS = 6  # most curves in one panel
 SIZES_OF_A_BUDGET = 3  # that make it an isoFLOP budget
 MOST_VECTORS = 5000  # most points of a vector line in an SVG; longer lines are rasterised
@@ -377,9 +382,12 @@ def residuals(made: SmoothFit) -> Figure:
     misfit = -made.residuals()
     predicted = np.exp(made.problem.log_loss - misfit)
     index = made.index
-    inputs = [("predicted loss", predicted, False), ("parameters N", runs["params"][index], True)]
-    if "tokens" in runs:
-        inputs.append(("tokens D", runs["tokens"][index], True))
+    inputs = [("predicted loss", predicted, False)]
+    inputs += [
+        (name, runs[role][index], True)
+        for name, role in RESIDUALS_AGAINST.items()
+        if role in runs and (role != "flops" or role in made.law.needs)
+    ]
     figure = Figure(figsize=(2.9 * len(inputs), 2.8))
     panels = figure.subplots(1, len(inputs), sharey=True, squeeze=False)[0]
     for axes, (label, x, log) in zip(panels, inputs, strict=True):
@@ -406,7 +414,9 @@ def envelope(analysis: Analysis) -> Figure:
     axes.plot(np.exp(grid[seen]), lowest[seen], "k-", lw=1.6, label="lowest curve")
     flops = np.exp(grid[seen])
     law = made.predict(params=flops, flops=flops)
-    axes.plot(flops, law, "r--", lw=1.3, label="power law of C")
+    floor = made.coefficients.get("L_inf")
+    label = "power law of C" if floor is None else f"L_inf + A C^-alpha, L_inf = {floor:.3g}"
+    axes.plot(flops, law, "r--", lw=1.3, label=label)
     for size in sizes[[0, -1]]:
         axes.plot([], [], color=_colors(2)[int(size == sizes[-1])], label=f"N = {size:.3g}")
     _frame(axes, np.concatenate([loss for _, loss in curves]))
@@ -420,5 +430,6 @@ OF_LOSS: dict[str, Callable[[Analysis], Figure]] = {
     "loss_against_area": loss_against_area,
     "loss_against_params": loss_against_params,
     "loss_against_experts": loss_against_experts,
+    "loss_against_compute": loss_against_compute,
     "envelope": envelope,
 }

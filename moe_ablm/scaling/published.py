@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moe_ablm.scaling.inputs import Centre
 from moe_ablm.scaling.result import Fit, SmoothFit
 
 
@@ -41,8 +40,7 @@ def published_objective(fit: Fit, study: Study) -> float | None:
         return None
     values = {**fit.coefficients, **{k: study.values[k] for k in fit.identifiable}}
     natural = np.array([p.internal(values[p.name]) for p in fit.law.parameters])
-    back = Centre(-fit.centre.log_params, -fit.centre.log_tokens)
-    theta = fit.law.shift(natural, back)[None]
+    theta = fit.law.shift(natural, fit.centre.back())[None]
     return float(fit.problem.huber(fit.problem.residuals(theta))[0])
 
 

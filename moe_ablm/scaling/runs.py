@@ -56,14 +56,16 @@ class Runs:
         """An integer per run, equal for runs of one config (replicates), `[n]`.
 
         The model is the same to the digit. Tokens seen and unique are counted from sequences and
-        differ a little between seeds: they are the same within .2 %.
+        differ a little between seeds: they are the same within .2 %. FLOPs stand in for tokens
+        where these are not known.
         """
         same = np.zeros(len(self), int)
         for role in MODEL:
             if role in self.columns:
                 values = np.unique(self.columns[role], return_inverse=True)[1].reshape(-1)
                 same = _numbered(same * (values.max() + 1) + values)
-        for role in ("tokens", "unique_tokens"):
+        seen = "tokens" if "tokens" in self.columns else "flops"
+        for role in (seen, "unique_tokens"):
             if role in self.columns:
                 same = _within(same, np.log(self.columns[role].astype(float)))
         return same

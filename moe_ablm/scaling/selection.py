@@ -11,8 +11,10 @@ from moe_ablm.scaling.approaches import bias_notes
 from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.forecast import Forecast, forecast_note, forecasts
 from moe_ablm.scaling.inputs import Target
 from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
+from moe_ablm.scaling.optima import optima
 from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
 from moe_ablm.scaling.profile_likelihood import Profile, profiles
 from moe_ablm.scaling.resampling import FEWEST_DRAWS, Bootstrap, bootstrap, bootstrap_intervals
@@ -52,13 +54,24 @@ def compare(
 ) -> list[Score]:
     """Scores of several laws on the same runs, best AICc first.
 
-    A law with more coefficients than runs is left out, and so is a law of whole curves.
+    A law with more coefficients than runs is left out, and so is a law of whole curves. Laws of the
+    best loss of each budget are compared with each other on these losses.
+
+    Raises:
+      UserError: some laws are of the best losses, and others of all runs.
     """
+    names = dict.fromkeys(resolve(law) for law in laws)
+    best = [name for name in names if LAWS[name].of_optima]
+    if best and len(best) < len(names):
+        raise UserError(
+            f"--law {best[0]} is of the best loss of each budget, the others are of all runs: they "
+            "cannot be compared; fit it by itself"
+        )
+    runs = optima(runs) if best else runs
     cells = runs.linked_cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
     scores = []
-    names = dict.fromkeys(resolve(law) for law in laws)
     for name in (n for n in names if not LAWS[n].needs_curves):
         try:
             made = _fit(runs, name, huber_delta)
@@ -238,6 +251,7 @@ class Analysis:
     profiles: Sequence[Profile] = ()
     lack_of_fit: LackOfFit | None = None
     deltas: Sequence[tuple[float, Mapping[str, float], float]] = ()
+    forecasts: Sequence[Forecast] = ()  # of laws of compute, from the smaller budgets
 
 
 def analyse(runs: Runs, question: Question) -> Analysis:
@@ -254,7 +268,8 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         if law.group == "flops":
             parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
         return Analysis(parabolas)
-    made = _at_its_delta(runs, name, question)
+    of_optima = LAWS[name].of_optima
+    made = _at_its_delta(optima(runs) if of_optima else runs, name, question)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
     walked = profiles(made, question.level)
@@ -278,8 +293,10 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         intervals[name] = (*drawn.get(name, ()), p.interval(question.level))
     deltas = delta_sensitivity(made)
     notes = (*made.notes, *delta_notes(made, deltas))
+    future = forecasts(made) if of_optima else []
+    notes += (forecast_note(future),) if future else ()
     made = replace(with_open_profiles(made, walked), intervals=intervals, notes=notes)
-    return Analysis(made, boot, walked, lack_of_fit(made), deltas)
+    return Analysis(made, boot, walked, lack_of_fit(made), deltas, future)
 
 
 def _at_its_delta(runs: Runs, name: str, question: Question) -> SmoothFit:

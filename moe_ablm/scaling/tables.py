@@ -12,6 +12,7 @@ from rich.text import Text
 from moe_ablm.page import image_html, lines_html, table_html, write_page
 from moe_ablm.scaling.approaches import Approach
 from moe_ablm.scaling.design import Advice, Candidate, DataValue, Design
+from moe_ablm.scaling.forecast import Forecast
 from moe_ablm.scaling.published import Study, published_objective, rounded_objective
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.selection import Analysis, Score
@@ -168,7 +169,7 @@ def delta_table(analysis: Analysis) -> Table:
     names = list(analysis.deltas[0][1])[:8]
     table = Table(title="sensitivity to the Huber delta", title_justify="left")
     for name in ("delta", *names, "sum |residual|"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for delta, values, total in analysis.deltas:
         add_row(table, f"{delta:.2g}", *(number(values[n]) for n in names), f"{total:.5g}")
     return table
@@ -217,6 +218,17 @@ def approaches_table(made: Sequence[Approach]) -> Table:
                 text += f" ({interval_text(a.intervals[name])})"
             cells.append(text)
         add_row(table, a.name, *cells)
+    return table
+
+
+def forecast_table(made: Sequence[Forecast]) -> Table:
+    """The error at each budget of the law of the smaller ones."""
+    table = Table(title="leaving the future out", title_justify="left")
+    for name in ("budget (FLOPs)", "from budgets", "times beyond", "rms error of ln L", "bias"):
+        table.add_column(name, justify="right")
+    for f in made:
+        numbers = (f"{f.flops:.3g}", str(f.used), f"{f.beyond:.3g}", f"{f.error:.2g}")
+        add_row(table, *numbers, f"{f.bias:+.2g}")
     return table
 
 
@@ -297,8 +309,14 @@ def show(console: Console, analysis: Analysis, study: Study | None = None) -> No
     lines = published_lines(analysis.fit, study) if study else []
     for line in [*lines, *summary_lines(analysis), *dropped_lines(analysis.fit)]:
         console.print(line, markup=False, highlight=False)
-    if analysis.deltas:
-        console.print(delta_table(analysis))
+    for table in extra_tables(analysis):
+        console.print(table)
+
+
+def extra_tables(analysis: Analysis) -> list[Table]:
+    """Forecasts and the sensitivity to delta, where there are any."""
+    out = [forecast_table(analysis.forecasts)] if analysis.forecasts else []
+    return [*out, delta_table(analysis)] if analysis.deltas else out
 
 
 def rich_html(table: Table) -> str:
@@ -330,8 +348,7 @@ def write_report(
     for name, path in figures.items():
         alt = name.replace("_", " ")
         parts.append(f"<h2>{escape(alt)}</h2>{image_html(path, alt)}")
-    if analysis.deltas:
-        parts.append(rich_html(delta_table(analysis)))
+    parts += map(rich_html, extra_tables(analysis))
     dropped = dropped_lines(fit)
     if dropped:
         parts.append("<h2>rows left out</h2>" + lines_html(dropped))
