@@ -10,6 +10,7 @@ from moe_ablm import api
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.frames import FrameT, as_frame_of, is_frame, renamed_by_number
+from moe_ablm.inference.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -274,3 +275,10 @@ class AntibodyModel(Engine):
         """
         given = api.given_of(self, frame, letters)
         return as_frame_of(frame, given, answer(renamed_by_number(given)), alone)
+
+
+class PretrainedAntibodyModel(AntibodyModel, TorchEngine):
+    """The same of a model that transformers computes."""
+
+
+KINDS = (AntibodyModel, PretrainedAntibodyModel)

@@ -60,7 +60,7 @@ def load(
     """A model of a trained run, or of what `import` or `upcycle` wrote.
 
     Args:
-      run: its directory.
+      run: its directory; or `transformers:DIR`, a masked language model that transformers loads.
       precision: "float32", "bfloat16_operands" (quicker on CPUs with AMX) or "bfloat16".
       devices: how many share the work.
       batch_tokens: at most so many tokens at once, padding included.
@@ -71,10 +71,10 @@ def load(
     Example:
       model = load("runs/quickstart", precision="bfloat16_operands")
     """
-    from moe_ablm.antibody_model import AntibodyModel
-    from moe_ablm.interop.load import load_model
+    from moe_ablm.antibody_model import KINDS
+    from moe_ablm.inference.engines import engine_of
 
-    return AntibodyModel(load_model(run, "run"), precision, devices, batch_tokens)
+    return engine_of(run, precision, devices, batch_tokens, "run", KINDS)
 
 
 def given_of(model: "Engine", antibodies: Any, letters: str | None = None) -> list["Antibody"]:

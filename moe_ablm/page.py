@@ -16,8 +16,9 @@ STYLE = """
 --line:#333b46;--band:#1e242d;--accent:#7fb2e8;--yes:#7fd6a2;--yes-band:#163222;--no:#f2a093;
 --no-band:#3a1c18;--open:#e5c869;--open-band:#352c10}
 figure img{background:#fff;padding:.4rem;border-radius:3px;box-sizing:border-box}}
-body{background:var(--paper);font:16px/1.55 "Source Serif 4",Georgia,"DejaVu Serif",serif;color:var(--ink);
-max-width:58rem;margin:2.5rem auto 5rem;padding:0 1.25rem}
+body{background:var(--paper);color:var(--ink);
+font:16px/1.55 "Source Serif 4",Georgia,"DejaVu Serif",serif;max-width:58rem;
+margin:2.5rem auto 5rem;padding:0 1.25rem}
 h1,h2,h3,table,nav,figcaption,.faint,.tag{font-family:"Inter",system-ui,"DejaVu Sans",sans-serif}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4rem}
 h2{font-size:1.35rem;margin:3rem 0 .6rem;padding-top:.8rem;border-top:2px solid var(--ink)}

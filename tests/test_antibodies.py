@@ -8,7 +8,7 @@ from tiny_models import HEAVY, LIGHT
 
 from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.readers import open_sources
-from moe_ablm.data.tokenizer import CLS, EOS, LAYOUTS, MASK, NULL, VOCABULARY, encode
+from moe_ablm.data.tokenizer import CLS, EOS, LAYOUTS, MASK, NULL, VOCABULARY, Layout, encode
 from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import LETTERS, given, labels, read, windows
 from moe_ablm.inference.infill import INFILLED
@@ -153,3 +153,12 @@ def test_windows_are_bounded_and_lose_nothing():
     antibodies = [Antibody(str(i), "E" * n, "") for i, n in enumerate([3, 3, 9, 1, 1, 1, 4])]
     groups = list(windows(antibodies, lambda a: (a.residues, 1), (6, 2)))
     assert [[a.residues for a in group] for group in groups] == [[3, 3], [9], [1, 1], [1, 4]]
+
+
+def test_a_layout_may_say_what_a_lone_light_chain_begins_with():
+    layout = Layout((0, 3), (2, 29), (2,), lone_light=(0, 29))
+    heavy, light, both = (given([x], layout, 64)[0] for x in (("AG", ""), ("", "AG"), ("AG", "GA")))
+    assert row_of(heavy, layout).tokens.tolist() == [0, 3, 5, 6, 2]
+    assert row_of(light, layout).tokens.tolist() == [0, 29, 5, 6, 2]
+    assert row_of(both, layout).tokens.tolist() == [0, 3, 5, 6, 2, 29, 6, 5, 2]
+    assert repr(layout) == "Layout(before=(0, 3), between=(2, 29), after=(2,))"  # in digests

@@ -20,7 +20,7 @@ PLAIN = "{'perplexity': {'antibodies': 3, 'repeats': 1}}"
 def evaluate(main, monkeypatch, tmp_path):
     """The verb, of a tiny model with experts."""
     write_dataset(tmp_path / "data", random_records(6, 0), SPLITS.index("test"))
-    monkeypatch.setattr("moe_ablm.interop.load.load_model", lambda path: tiny_model("topk"))
+    monkeypatch.setattr("moe_ablm.inference.engines.load_model", lambda *_: tiny_model("topk"))
 
     def run(out, *flags):
         return main("evaluate", "--run=x", f"--input={tmp_path / 'data'}", "--out", out, *flags)

@@ -41,13 +41,12 @@ def evaluate(main, monkeypatch, data):
     """
 
     def run(out, *flags, run="dense", dataset=PAIRS, stop_after=None):
-        def engine(model, precision, devices):
+        def engine(run, precision, devices):
             stand_in = StandIn(arbitrary, stop_after)
-            stand_in.model, stand_in.precision = model, precision
+            stand_in.model, stand_in.precision = tiny_model(str(run)), precision
             return stand_in
 
-        monkeypatch.setattr("moe_ablm.inference.buckets.Engine", engine)
-        monkeypatch.setattr("moe_ablm.interop.load.load_model", lambda path: tiny_model(str(path)))
+        monkeypatch.setattr("moe_ablm.inference.engines.engine_of", engine)
         given = [f"--input={data / dataset}"] if dataset else []
         return main("evaluate", "--run", run, *given, "--out", out, *flags)
 

@@ -98,6 +98,8 @@ def write_special_tokens(
     light_at = heavy_at + heavy + both * len(layout.between)
     for i, token in enumerate(layout.before):
         tokens[start + i] = token
+    for i, token in enumerate(layout.lone_light):
+        tokens[(start + i)[heavy == 0]] = token
     for i, token in enumerate(layout.between):
         tokens[(heavy_at + heavy + i)[both]] = token
     for i, token in enumerate(layout.after):

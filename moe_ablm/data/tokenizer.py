@@ -4,7 +4,7 @@ The 33 tokens stand in the order of facebookresearch/esm (`Alphabet.from_archite
 so that weights move between ESM-2 and this package without a permutation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,11 +30,16 @@ _DECODE = np.frombuffer("".join(t if len(t) == 1 else "?" for t in VOCABULARY).e
 
 @dataclass(frozen=True)
 class Layout:
-    """Special tokens around the chains: `before H between L after`, or `before X after` for one."""
+    """Special tokens around the chains: `before H between L after`, or `before X after` for one.
+
+    `lone_light`: as many instead of `before` where a light chain stands alone; (): `before`.
+    """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
+    # not in the repr, by which models are known: layouts of ours have none
+    lone_light: tuple[int, ...] = field(default=(), repr=False)
 
 
 LAYOUTS = {

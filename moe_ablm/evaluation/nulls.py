@@ -28,6 +28,7 @@ def seed_of(engine: Engine) -> int:
 def untrained(engine: Engine, seed: int | None = None) -> Engine:
     """The same encoder as training starts it, from a seed, or one that the weights decide."""
     model, start = engine.model, seed_of(engine) if seed is None else seed
+    engine.parameters()  # before a large encoder is made in vain
     params = nnx.split(Encoder(model.spec, Execution(), nnx.Rngs(params=start)))[1]
     source = f"{UNTRAINED}: the encoder of {model.source}"
     return engine.with_model(replace(model, params=params, source=source, facts={}))

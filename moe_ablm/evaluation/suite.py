@@ -21,6 +21,7 @@ from moe_ablm.evaluation.estimates import Number, Sample
 from moe_ablm.evaluation.outcome import Outcome, Skipped
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.files import json_text, replacing, write_json
+from moe_ablm.inference.buckets import NotOffered
 
 SCHEMA = "moe_ablm.evaluation/1"
 # modules of this package, in the order in which they are done
@@ -123,7 +124,7 @@ def _carry_out(name: str, subject: Subject, settings: Any, directory: Path) -> d
     directory.mkdir(parents=True, exist_ok=True)
     try:
         outcome = evaluation.evaluate(subject, settings)
-    except Skipped as skipped:
+    except (Skipped, NotOffered) as skipped:
         content |= {"status": SKIPPED, "reason": str(skipped), "numbers": [], "tables": []}
         content |= {"pictures": [], "notes": []}
     else:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from moe_ablm.cache import keep_compilations
 from moe_ablm.data.tokenizer import PAD
-from moe_ablm.errors import ArgumentError, counted
+from moe_ablm.errors import ArgumentError, UserError, counted
 from moe_ablm.interop.load import Model
 from moe_ablm.model.encoder import Encoder, make_definition
 from moe_ablm.model.flops import params_total
@@ -42,6 +42,10 @@ class Batch(NamedTuple):
 
 # a frozen dataclass, since compiled functions are kept by its value; it returns arrays `[B, ...]`
 Task = Callable[[Encoder, Batch], Any]
+
+
+class NotOffered(UserError):
+    """Asked of a model that cannot answer; the message says why, and what can."""
 
 
 def alone(spec: EncoderSpec) -> EncoderSpec:
@@ -106,9 +110,18 @@ class Engine:
         other._params = jax.device_put(model.params, replicated(self._mesh))
         return other
 
+    def parameters(self) -> nnx.State:
+        """Parameters of the encoder, to train it or to begin anew.
+
+        Raises:
+          NotOffered: it is no encoder of ours.
+        """
+        return self.model.params
+
     def __repr__(self) -> str:
         count = params_total(self.model.spec)
-        return f"Engine({self.model.source}: {count:,} parameters, {self.precision})"
+        kind = type(self).__name__
+        return f"{kind}({self.model.source}: {count:,} parameters, {self.precision})"
 
     def run(
         self, task: Task, rows: Sequence[np.ndarray], at: Sequence[int] | None = None

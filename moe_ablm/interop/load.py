@@ -9,6 +9,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import import_balm
 from moe_ablm.interop.esm2 import import_esm2
 from moe_ablm.interop.huggingface import HuggingFaceConfig
+from moe_ablm.interop.pretrained import PREFIX
 from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
 from moe_ablm.interop.transformers_moe import import_transformers
 from moe_ablm.training.checkpoint import read_parameters, read_records
@@ -37,6 +38,11 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
     Raises:
       UserError: there is no model, no checkpoint yet, or it is damaged.
     """
+    if str(run).startswith(PREFIX):
+        raise UserError(
+            f"{name} {run}: a model that transformers computes is only asked (embed, score, "
+            "infill, scan, evaluate); here expected a run, or what python -m moe_ablm import wrote"
+        )
     run = Path(run)
     if not run.is_dir():
         found = "is a file" if run.exists() else "is not there"

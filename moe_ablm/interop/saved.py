@@ -23,6 +23,7 @@ from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.interop.tensors import TensorFile, write_tensors
+from moe_ablm.model import flops
 from moe_ablm.model.encoder import parameter_shapes
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import params_sha256, path_name
@@ -59,6 +60,10 @@ class Model:
     def layout_name(self) -> str:
         """Name of the layout among `data.tokenizer.LAYOUTS`."""
         return next(name for name, layout in LAYOUTS.items() if layout == self.layout)
+
+    def params_counts(self) -> tuple[int, int]:
+        """Parameters in all, and those active for a token."""
+        return flops.params_total(self.spec), flops.params_active(self.spec)
 
     def digest(self) -> str:
         """SHA-256 of the parameters, the encoder, its layout and its length."""

@@ -27,7 +27,10 @@ SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
 # share of what a layer would keep without remat that is alive at once while its backward pass
 # recomputes it; fused kernels hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
-LANES, SUBLANES = 128, 8  # of a TPU's tile: the last axis is padded to the one, the next to the other
+LANES, SUBLANES = (
+    128,
+    8,
+)  # of a TPU's tile: the last axis is padded to the one, the next to the other
 _ROWS = 16  # rows traced at a time, since experts' rows come in whole blocks
 # any AdamW has the same two moments; of what Muon moves there is one
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)

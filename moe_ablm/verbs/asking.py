@@ -62,7 +62,9 @@ def add_asking_arguments(
     parser: argparse.ArgumentParser, suffixes: tuple[str, ...] = SUFFIXES
 ) -> None:
     """Flags of the model, of the sequences, and of where results go, in files of these suffixes."""
-    parser.add_argument("--run", type=Path, required=True, help="a trained run, or an import")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="a trained run, an import, or transformers:DIR"
+    )
     parser.add_argument(
         "--input",
         action="append",
@@ -113,10 +115,9 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     if args.devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # where there is no accelerator; more devices than cores would compute one after the other
         jax.config.update("jax_num_cpu_devices", min(args.devices, os.cpu_count() or 1))
-    from moe_ablm.inference.buckets import Engine
-    from moe_ablm.interop.load import load_model
+    from moe_ablm.inference.engines import engine_of
 
-    engine = Engine(load_model(args.run), args.precision, args.devices, args.batch_tokens)
+    engine = engine_of(args.run, args.precision, args.devices, args.batch_tokens)
     antibodies = _antibodies(args, sources, engine, question)
     if args.out is None:
         _print(engine, question, antibodies)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb; the names are relied on by scripts."""
     parser.epilog = "--data: " + "; ".join(f"{name}: {text}" for name, text in FILES.items())
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="a trained run, or an import")
+    add("--run", type=Path, required=True, help="a trained run, an import, or transformers:DIR")
     add("--input", type=Path, metavar="DIR", help="a dataset; its test split is held out")
     add(
         "--suite",
@@ -80,11 +80,10 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.evaluation.reporting.results import same_command, write_results
     from moe_ablm.evaluation.subject import Subject
     from moe_ablm.evaluation.suite import run_suite, with_earlier
-    from moe_ablm.inference.buckets import Engine
-    from moe_ablm.interop.load import load_model
+    from moe_ablm.inference.engines import engine_of
 
     dataset = Dataset(args.input) if args.input else None
-    engine = Engine(load_model(args.run), args.precision, args.devices)
+    engine = engine_of(args.run, args.precision, args.devices)
     null = args.null or ""
     if null == UNTRAINED:
         engine = untrained(engine)

@@ -20,7 +20,6 @@ from moe_ablm.evaluation.suite import DONE, SCHEMA, read_samples
 from moe_ablm.files import json_text, write_atomically, write_json
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
-from moe_ablm.model import flops
 from moe_ablm.results import versions
 
 IDENTITY = "evaluation.json"
@@ -45,6 +44,7 @@ def same_command(
       UserError: `out` holds results of another model or of other data, or cannot be written.
     """
     model = engine.model
+    total, active = model.params_counts()
     about: dict[str, Any] = {
         "schema": SCHEMA,
         "model": {
@@ -52,8 +52,8 @@ def same_command(
             "sha256": model.digest(),
             "regime": model.regime,
             "router": model.spec.moe.name if model.spec.moe else "none",
-            "params_total": flops.params_total(model.spec),
-            "params_active": flops.params_active(model.spec),
+            "params_total": total,
+            "params_active": active,
             "tokens_seen": model.facts.get("data", {}).get("tokens_seen"),
             **({"null": null} if null else {}),
         },

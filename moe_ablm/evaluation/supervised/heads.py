@@ -224,10 +224,10 @@ def fit(
     params: dict[str, Any] = {"head": _initial(engine, inputs, head, training.seed)}
     fixed = {}
     if training.full:
-        params["encoder"] = engine.model.params
+        params["encoder"] = engine.parameters()
     elif training.rank:
-        params["lora"] = adapters(engine.model.params, training.rank, training.seed)
-        fixed["encoder"] = engine.model.params
+        params["lora"] = adapters(engine.parameters(), training.rank, training.seed)
+        fixed["encoder"] = engine.parameters()
     goals = goals_of(targets, scale, head)
     checked = None
     if valid is not None:

@@ -1,0 +1,38 @@
+"""The engine of whatever `--run` names: a run, an import, or a directory of transformers."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from moe_ablm.inference.buckets import Engine
+from moe_ablm.inference.torch_engine import TorchEngine
+from moe_ablm.interop.load import load_model
+from moe_ablm.interop.pretrained import PREFIX, load_pretrained
+
+E = TypeVar("E", bound=Engine)
+T = TypeVar("T", bound=TorchEngine)
+
+
+def engine_of(
+    run: Path | str,
+    precision: str = "float32",
+    devices: int = 1,
+    batch_tokens: int | None = None,
+    name: str = "--run",
+    kinds: tuple[type[E], type[T]] = (Engine, TorchEngine),
+) -> E | T:
+    """Loads a model and prepares it.
+
+    Args:
+      run: see `load_model`; or `transformers:DIR`, which torch computes (`torch_engine`).
+      precision, devices, batch_tokens: see `Engine`.
+      name: flag or argument that gave `run`, for messages.
+      kinds: the engine of an encoder of ours, and that of a model of transformers.
+
+    Raises:
+      UserError: see `load_model` and `load_pretrained`; an argument is out of range.
+    """
+    ours, theirs = kinds
+    if not str(run).startswith(PREFIX):
+        return ours(load_model(run, name), precision, devices, batch_tokens)
+    model = load_pretrained(Path(str(run).removeprefix(PREFIX)), name)
+    return theirs(model, precision, devices, batch_tokens)
