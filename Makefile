@@ -47,11 +47,11 @@ $(BIN)/python:
 	touch $@
 
 .venv/.test: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,eval,hub]'
 	touch $@ .venv/.run
 
 .venv/.hf: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[hf]'
+	$(BIN)/python -m pip install --quiet --editable '.[hf,anndata]'
 	touch $@ .venv/.run
 
 .venv-aot: .venv-aot/.done

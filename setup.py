@@ -64,6 +64,7 @@ setup(
             "nvidia-cudnn-cu12>=9.8,<10",
             "nvidia-cuda-nvcc-cu12>=12.6.85,<13",
         ],
+        "hub": ["huggingface_hub>=1.0,<3"],
         "anndata": ["anndata>=0.12,<1"],
         "olga": ["olga>=1.2.4,<2"],
     },

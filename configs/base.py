@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     moe.entropy_loss = 0.0  # top-p routing (BALM-MoE: 1e-4)
 
     c.train = train = ConfigDict()
-    train.init = placeholder(str)  # run or import to start from; None: random weights
+    train.init = placeholder(str)  # run, import or hf:ORG/NAME to start from; None: random weights
     train.freeze = 0  # the embedding and the first n layers are not trained; 0: off
     train.steps = 10_000
     train.batch = 32  # rows per update, over all devices; packed rows have several antibodies

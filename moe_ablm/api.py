@@ -57,10 +57,11 @@ def load(
     devices: int = 1,
     batch_tokens: int | None = None,
 ) -> "AntibodyModel":
-    """A model of a trained run, or of what `import` or `upcycle` wrote.
+    """A model of a trained run, of what `import` or `upcycle` wrote, or of the Hugging Face hub.
 
     Args:
-      run: its directory; or `transformers:DIR`, a masked language model that transformers loads.
+      run: its directory; `hf:ORG/NAME[@REVISION]`; or `transformers:DIR`, a masked language model
+        that transformers loads.
       precision: "float32", "bfloat16_operands" (quicker on CPUs with AMX) or "bfloat16".
       devices: how many share the work.
       batch_tokens: at most so many tokens at once, padding included.

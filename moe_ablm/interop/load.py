@@ -1,5 +1,6 @@
 """Loads a model of a run, of our own directories (`saved.py`), or from Hugging Face's form."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import import_balm
 from moe_ablm.interop.esm2 import import_esm2
+from moe_ablm.interop.hub import is_hub_name, local_directory
 from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.pretrained import PREFIX
 from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
@@ -31,8 +33,8 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
     was evaluated. Nothing is changed, so the trainer may still be running.
 
     Args:
-      run: a work directory, or a directory that `import`, `upcycle` or `export --format native`
-        wrote.
+      run: a work directory, a directory that `import`, `upcycle` or `export --format native`
+        wrote, or `hf:ORG/NAME[@REVISION]`: an export, or what `import` reads, on the hub.
       name: flag or config key that gave the directory, for messages.
 
     Raises:
@@ -43,6 +45,8 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
             f"{name} {run}: a model that transformers computes is only asked (embed, score, "
             "infill, scan, evaluate); here expected a run, or what python -m moe_ablm import wrote"
         )
+    if is_hub_name(run):
+        return _of_hub(str(run), name)
     run = Path(run)
     if not run.is_dir():
         found = "is a file" if run.exists() else "is not there"
@@ -55,6 +59,13 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
         f"{name} {run} holds neither config.json (a trained run) nor {MODEL_FILE} (an import): "
         "name the work directory of a run, or import the weights first (python -m moe_ablm import)"
     )
+
+
+def _of_hub(run: str, name: str) -> Model:
+    directory = local_directory(run, name)
+    ours = (directory / MODEL_FILE).exists()
+    model = read_model(directory) if ours else import_directory(directory)
+    return replace(model, source=f"{run}, commit {directory.name[:12]}")
 
 
 def _trained(run: Path, name: str) -> Model:

@@ -22,7 +22,7 @@ from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError, counted
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import WatchedBar
-from moe_ablm.verbs.reading import Course, add_format_arguments, add_numbering, reading_of
+from moe_ablm.verbs.reading import ASKED, Course, add_format_arguments, add_numbering, reading_of
 from moe_ablm.verbs.writing import out_directory, out_file
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -62,9 +62,7 @@ def add_asking_arguments(
     parser: argparse.ArgumentParser, suffixes: tuple[str, ...] = SUFFIXES
 ) -> None:
     """Flags of the model, of the sequences, and of where results go, in files of these suffixes."""
-    parser.add_argument(
-        "--run", type=Path, required=True, help="a trained run, an import, or transformers:DIR"
-    )
+    parser.add_argument("--run", type=Path, required=True, help=ASKED)
     parser.add_argument(
         "--input",
         action="append",
@@ -490,8 +488,9 @@ def attention(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Writes what the head of a fine-tuned model says of every antibody."""
     from moe_ablm.evaluation.supervised.saved_head import cost, read_head, table
+    from moe_ablm.interop.hub import local_directory
 
-    saved = read_head(args.run)
+    saved = read_head(local_directory(args.run, "--run"))
     question = Question(
         {"head": saved.digest()},
         lambda engine, antibodies: table(saved, engine, antibodies),

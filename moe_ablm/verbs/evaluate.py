@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.verbs.reading import ASKED
 from moe_ablm.verbs.writing import add_results_directory
 
 FILES = {
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb; the names are relied on by scripts."""
     parser.epilog = "--data: " + "; ".join(f"{name}: {text}" for name, text in FILES.items())
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="a trained run, an import, or transformers:DIR")
+    add("--run", type=Path, required=True, help=ASKED)
     add("--input", type=Path, metavar="DIR", help="a dataset; its test split is held out")
     add(
         "--suite",

@@ -13,7 +13,7 @@ from moe_ablm.data.readers import open_sources
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.files import write_json
 from moe_ablm.model.spec import PRECISIONS
-from moe_ablm.verbs.reading import add_format_arguments, reading_of
+from moe_ablm.verbs.reading import RUN, add_format_arguments, reading_of
 from moe_ablm.verbs.writing import out_directory
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -39,7 +39,7 @@ PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn")  # what computes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="a trained run, or an import")
+    add("--run", type=Path, required=True, help=RUN)
     add("--input", required=True, metavar="FILE", help="a table of antibodies")
     add("--target", required=True, metavar="COLUMN", help="what was measured")
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")

@@ -14,6 +14,9 @@ from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_
 from moe_ablm.errors import UserError
 from moe_ablm.progress import WatchedBar
 
+RUN = "a trained run, an import, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"  # of --run
+ASKED = f"{RUN}, or transformers:DIR"  # of --run of verbs that only ask
+
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say which files are read, how, and how many processes annotate."""

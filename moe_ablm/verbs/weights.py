@@ -7,6 +7,7 @@ from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.model import flops
 from moe_ablm.model.families import TopK
+from moe_ablm.verbs.reading import RUN
 from moe_ablm.verbs.writing import out_directory
 
 
@@ -39,22 +40,27 @@ def import_(args: argparse.Namespace) -> None:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `export`."""
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="work directory of a run, or an import")
+    add("--run", type=Path, required=True, help=RUN)
     add("--format", choices=("native", "hf", "balm", "transformers"), required=True,
         help="native: any model, for moe_ablm; transformers: any model, with the code that loads "
         "it; hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
+    add("--push", metavar="ORG/NAME",
+        help="also upload it to the Hugging Face hub, privately where the name is new")  # fmt: skip
     add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
 
 
 def export(args: argparse.Namespace) -> None:
     """Loads the best checkpoint and writes it in another form."""
+    from moe_ablm.interop import hub
     from moe_ablm.interop.balm import export_balm
     from moe_ablm.interop.esm2 import export_esm2
     from moe_ablm.interop.load import load_model
     from moe_ablm.interop.native import export_native
     from moe_ablm.interop.transformers_moe import export_transformers
 
+    if args.push:
+        hub.require_pushable(args.push)
     model = load_model(args.run)
     writers = {
         "native": export_native,
@@ -65,12 +71,14 @@ def export(args: argparse.Namespace) -> None:
     write = writers[args.format]
     write(model, args.out, args.licence)
     print(f"{args.out}: {model.source}")
+    if args.push:
+        print(f"{hub.push(args.out, args.push)}: --run hf:{args.push}")
 
 
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `upcycle`; those of the experts mean what they mean in configs/base.py."""
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="DENSE", help="a dense run or import")
+    add("--run", type=Path, required=True, metavar="DENSE", help=f"dense: {RUN}")
     add("--out", type=out_directory, required=True, metavar="RUN", help="new directory to write")
     add("--experts", type=int, default=8, help="experts a layer (default 8)")
     add("--k", type=int, default=2, help="experts a token, 2 or more (default 2)")
