@@ -1,9 +1,9 @@
-"""How a cell's process ended, for whoever waited: `python -m launch.ended OUTCOME LOG CODE`.
+"""Reports how a cell's process ended: `python -m launch.ended OUTCOME LOG CODE [--requeue]`.
 
-Where the trainer left no outcome (killed, or never started), its exit code and the last line of the
-log become one. Ends with 42 if the run was stopped and saved, after asking SLURM to queue the job
-again where `--requeue` is given; with 3 if it diverged or collapsed, and would do so again; with
-the trainer's code otherwise. Needs the standard library only.
+A trainer that was killed or never started leaves no outcome file; its exit code and the last line
+of the log are then written as one. Exit code 42: the run was stopped and saved (with `--requeue`,
+SLURM is asked to requeue the job). 3: it diverged or collapsed, and would do so again. Otherwise
+the trainer's own code. Needs the standard library only.
 """
 
 import signal

@@ -1,10 +1,11 @@
-"""Named hardware -> mesh, XLA flags, split of the batch and remat of a run.
+"""Plans a run for named hardware: mesh, XLA flags, split of the batch and remat.
 
     python -m launch.meshes --hardware=h100x8
     python -m launch.meshes --hardware=v6e-8 --size=650m --router=top2-capacity --experts=32
 
-prints what to use and what it takes of a device's memory, computed from the shapes of the state
-and of what the backward pass needs. A single combination that does not fit is refused (exit 2).
+prints the settings to use and the device memory that they take, computed from the shapes of the
+state and of what the backward pass keeps. A single combination that does not fit is refused (exit
+code 2).
 
 Rules, in this order:
   * the batch is split over all devices, whatever the axes are called;
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cell import config_of
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from moe_ablm.model.flops import params_total
@@ -35,7 +36,7 @@ from moe_ablm.program import batch_rows, execution_on
 from moe_ablm.training.memory import Needed, abstract_mesh, least, needed
 
 GIB = 1 << 30
-MOST_PARTS = 4096  # micro-batches that are thought of
+MOST_PARTS = 4096  # micro-batches considered at most
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
 # remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.data import pipeline
 from moe_ablm.data import sequences as forms
 from moe_ablm.data.assemble import Batch, Masking

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_ablm import config as configs
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution

@@ -1,4 +1,4 @@
-"""How a sweep stands, from its files alone.
+"""Shows the state of a sweep, read from its files alone.
 
     python -m sweeps.status DIR            the table once
     python -m sweeps.status DIR --watch    again and again, until nothing is left to run

@@ -18,8 +18,10 @@ from test_flops import matmul_flops
 
 from moe_ablm import config as configs
 from moe_ablm import trainer
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
 from moe_ablm.evaluation.routing import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import given
@@ -92,9 +94,9 @@ def encoder_spec(**changes) -> EncoderSpec:
 def test_the_door_of_the_config():
     spec = encoder_spec(model__moe__shared=1)
     assert spec.moe == ByPosition(experts=E, shared=1)
-    assert configs.MoEConfig.of(spec.moe).spec() == spec.moe
+    assert MoEConfig.of(spec.moe).spec() == spec.moe
     assert configs.encoder_from_mapping(configs.encoder_to_mapping(spec)) == spec
-    with pytest.raises(configs.UserError, match="capacity=1.0: expected None .*'by_position'"):
+    with pytest.raises(UserError, match="capacity=1.0: expected None .*'by_position'"):
         encoder_spec(model__moe__capacity=1.0)
 
 

@@ -532,7 +532,7 @@ def test_a_plan_of_before_names_its_tokens_as_they_were_counted(tmp_path, capsys
     assert [p.corpus_tokens for p in before] == [p.corpus_tokens for p in cells]
     rows = collected(tmp_path)
     assert rows[0]["unique_tokens"] == cells[0].corpus_tokens
-    assert "as often as records have them" in capsys.readouterr().out
+    assert "a chain once per record" in capsys.readouterr().out
     write_plan(tmp_path, "test", cells)  # as the sweep's command does
     assert collected(tmp_path)[0]["unique_tokens"] == cells[0].unique_tokens
 
