@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import hlo, topology
-from launch.meshes import NAMES, Hardware, Plan, given_keys, hardware, plan
+from launch.meshes import NAMES, Hardware, MeshPlan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config_schema import Config
 from moe_ablm.endings import Parser
@@ -66,7 +66,7 @@ class Compiled:
       seconds: that the compiler took.
     """
 
-    plan: Plan
+    plan: MeshPlan
     memory: Memory
     counts: hlo.Counts
     seconds: float

@@ -176,7 +176,7 @@ def hardware(name: str) -> Hardware:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeshPlan:
     """How a run is spread over hardware, and what a device holds, in bytes.
 
     Attributes:
@@ -222,7 +222,7 @@ def given_keys(argv: Sequence[str]) -> frozenset[str]:
     return frozenset(f.removeprefix("config.") for f in flags if f.startswith("config."))
 
 
-def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> MeshPlan:
     """The first plan that fits, by the rules above; where none does, the most frugal one.
 
     Args:
@@ -254,7 +254,7 @@ def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
     return found
 
 
-def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -> MeshPlan:
     """As `plan`, but a run that does not fit is refused.
 
     Raises:
@@ -318,7 +318,7 @@ def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
 
 def _weigh(
     config: Config, where: Hardware, rows: int, axes: tuple[int, int], remat: str | None
-) -> Plan:
+) -> MeshPlan:
     """What a device holds with one choice of axes (expert, fsdp) and remat; None: the default."""
     expert, fsdp = axes
     data = where.devices // (expert * fsdp)
@@ -328,7 +328,7 @@ def _weigh(
     mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
     optimizer = config.train.optimizer
     need = needed(config.model.spec(), execution, mesh, shape, ema, parts, optimizer)
-    return Plan(where, data, expert, fsdp, rows, execution.remat, need)
+    return MeshPlan(where, data, expert, fsdp, rows, execution.remat, need)
 
 
 def rung(size: str, router: str, **overrides: object) -> Config:
@@ -351,7 +351,7 @@ def rung(size: str, router: str, **overrides: object) -> Config:
     )
 
 
-def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
+def table(rows: list[tuple[str, str, str, MeshPlan | str]]) -> Table:
     """Hardware, size, router and their plan, or why there is none."""
     made = Table("hardware", "size", "router", "data x expert x fsdp", "rows", "remat", box=None)
     for name in ("state", "gradients", "activations", "total", "of GiB"):
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted({row[0] for row in rows if not isinstance(row[3], str)}):
         for variable, value in hardware(name).environment.items():
             print(f"{name}: {variable}={value}")
-    if len(rows) == 1 and isinstance(rows[0][3], Plan):
+    if len(rows) == 1 and isinstance(rows[0][3], MeshPlan):
         print("of the training command:", *rows[0][3].flags)
     refused = [row for row in rows if isinstance(row[3], str)]
     for name, size, router, reason in refused:
@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2 if refused and len(rows) == 1 else 0
 
 
-def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, Plan | str]]:
+def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, MeshPlan | str]]:
     shape = {"train__batch": options.batch, "train__accumulate": options.accumulate,
              "data__length": options.length, "model__moe__experts": options.experts}  # fmt: skip
     rows = []
@@ -411,7 +411,7 @@ def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, Plan | str]]
             for router in options.router or ROUTERS:
                 config = rung(size, router, **shape)
                 try:
-                    found: Plan | str = fitting_plan(config, where)
+                    found: MeshPlan | str = fitting_plan(config, where)
                 except UserError as error:
                     found = str(error)
                 rows.append((name, size, router, found))

@@ -23,7 +23,7 @@ PACKAGES = ("moe_ablm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What must survive a restart beside the arrays; saved with every checkpoint."""
 
     tokens_seen: int = 0
@@ -52,7 +52,7 @@ def run_summary(
     config: Config,
     feed: Feed,
     state: TrainState,
-    record: Record,
+    record: RunRecord,
     status: str,
     stability: dict[str, Any],
     tokens_per_second: float | None,

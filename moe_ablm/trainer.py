@@ -34,7 +34,7 @@ from moe_ablm.preemption import stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
-from moe_ablm.summary import Record, execution_summary, recent_train_loss, run_summary
+from moe_ablm.summary import RunRecord, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.device import device_memory, memory_limit, peak
@@ -114,7 +114,7 @@ def why_collapsed(summary: dict) -> str:
     )
 
 
-def why_it_ended(config: Config, record: Record, step: int) -> str:
+def why_it_ended(config: Config, record: RunRecord, step: int) -> str:
     """The line for a run that `train.patience` ended before its last step."""
     return (
         f"ended at step {step} of {config.train.steps} by train.patience={config.train.patience}: "
@@ -206,7 +206,7 @@ class Trainer:
         self.parting = config.train.decay_start
         always = [] if self.parting is None else [self.parting]
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always)
-        self.record = Record()
+        self.record = RunRecord()
         window = config.log.window if multihost.is_first() else None
         self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
@@ -279,7 +279,7 @@ class Trainer:
         target = states.abstract_state(self.spec, self.optimizer, ema, self.mesh)
         restored = self.checkpoints.restore(target)
         if restored:
-            self.record = Record(**restored.record)
+            self.record = RunRecord(**restored.record)
             self.watch.restore(self.record.stability)
             self.step = int(restored.state.step)
             return restored.state

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from launch.state import COMPLETE, State, finite, read_summary, state_of
+from launch.state import COMPLETE, CellState, finite, read_summary, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
@@ -36,7 +36,7 @@ LOSSES = ("novel", "all", *CHAIN_LOSSES)
 WRITERS = {".parquet": pq.write_table, ".csv": csv.write_csv}
 
 
-def row(p: Planned, state: State) -> dict[str, object]:
+def row(p: Planned, state: CellState) -> dict[str, object]:
     """A cell as a row of the table, `loss` and `loss_metric` left out."""
     summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}  # may be gone since
     tokens = finite(summary.get("tokens_seen")) or p.cell.tokens
@@ -85,7 +85,7 @@ def unique_tokens(p: Planned, summary: dict, tokens: float) -> float | None:
     return float(min(p.unique_tokens, tokens))
 
 
-def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[State], list[str]]:
+def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[CellState], list[str]]:
     """Writes the table of a sweep, whole or not at all.
 
     Args:
@@ -131,7 +131,7 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Stat
     return states, notes
 
 
-def _novel_differ(cells: Sequence[Planned], states: Sequence[State]) -> list[str]:
+def _novel_differ(cells: Sequence[Planned], states: Sequence[CellState]) -> list[str]:
     """A note where the cells' losses are of different novel chains."""
     counts = set()
     for p, state in zip(cells, states, strict=True):

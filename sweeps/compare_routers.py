@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from launch.state import COMPLETE, State, read_summary
+from launch.state import COMPLETE, CellState, read_summary
 from moe_ablm.results import read_results
 from sweeps import grid
 from sweeps.planned import Planned
@@ -65,7 +65,7 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     return grid.Recipe("configs/compare_routers.py", argument, overrides)
 
 
-def table(cells: list[Planned], states: list[State]) -> str:
+def table(cells: list[Planned], states: list[CellState]) -> str:
     """A title and a Markdown table with one line per row of `ROWS` that has complete runs."""
     head = ["router", "placement", "rate", "seeds", "FLOPs", "train loss", "validation", *REGIONS]
     head += ["load entropy", "dropped", "tokens/s", "memory MB", "verdict"]

@@ -18,7 +18,7 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
-from moe_ablm.model.families import Row
+from moe_ablm.model.families import RowShape
 from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
 
@@ -120,7 +120,7 @@ class _Data:
     identity: str
     corpus_tokens: int
     unique_tokens: int
-    row: Row
+    row: RowShape
     tokens_per_step: float
 
 

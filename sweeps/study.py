@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cell import Cell
-from launch.state import COMPLETE, State, state_of
+from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
@@ -73,7 +73,7 @@ class Study:
     recipe: Callable[[Point, argparse.Namespace], Recipe]
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     repairs: Callable[[list[Planned]], Mapping[str, list[Point]]] | None = None
-    report: Callable[[list[Planned], list[State]], str] | None = None
+    report: Callable[[list[Planned], list[CellState]], str] | None = None
     device: str = "h100"
     mfu: float = 0.3
     seeds: int = 2
@@ -201,7 +201,7 @@ def _plan(
     return cells, offered
 
 
-def _to_launch(cells: list[Planned], states: list[State]) -> tuple[list[Cell], bool]:
+def _to_launch(cells: list[Planned], states: list[CellState]) -> tuple[list[Cell], bool]:
     """Cells that are left to run, and whether others have failed for good; prints both."""
     left, failed = [], False
     for p, state in zip(cells, states, strict=True):

@@ -19,7 +19,7 @@ from jobset_schema import check
 from launch import ended, jobset, settings
 from launch.cell import Cell
 from moe_ablm.errors import UserError
-from moe_ablm.outcome import Outcome, leave, read
+from moe_ablm.outcome import Ending, leave, read
 from moe_ablm.parallel import multihost
 
 HOSTILE = ("a b", "'", "$(HOME)", "$$(HOME)", "$HOME", "`id`", "a\nb", "{{x}}", "- y: z", "")
@@ -160,10 +160,10 @@ def test_what_a_run_said_decides_whether_it_restarts(python, expected, tmp_path)
 
 def test_what_an_attempt_before_said_decides_nothing(tmp_path):
     for status in ("diverged", "stopped"):
-        leave(cell(folder=tmp_path).outcome, Outcome(status, 1), replace=True)
+        leave(cell(folder=tmp_path).outcome, Ending(status, 1), replace=True)
         assert run_cell(tmp_path, python="echo the dog; exit 1")[0] == 1
         found = read(cell(folder=tmp_path).outcome)
-        assert found == Outcome("failed", 1, "exit code 1; last line: the dog")
+        assert found == Ending("failed", 1, "exit code 1; last line: the dog")
 
 
 def test_a_container_without_python_fails(tmp_path):

@@ -32,7 +32,7 @@ from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import save_model
 from moe_ablm.model import flops, routers
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.families import FAMILIES, Router, Row
+from moe_ablm.model.families import FAMILIES, Router, RowShape
 from moe_ablm.model.routing import Plan, token_sums
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training import memory
@@ -59,7 +59,7 @@ class ByPosition(Router):
     def active_share(self) -> float:
         return 1 / self.experts
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         return 1.0
 
 
@@ -123,7 +123,7 @@ def test_parameters_and_flops():
 
     inputs = [jax.ShapeDtypeStruct((b, length), kind) for kind in (jnp.int32, bool)]
     program = jax.make_jaxpr(loss)(params, *inputs).jaxpr
-    counted = flops.forward_flops_per_token(spec, Row(length, length), training=True)
+    counted = flops.forward_flops_per_token(spec, RowShape(length, length), training=True)
     assert matmul_flops(program, trips=b) == counted * b * length  # a full block of 128 rows each
 
 

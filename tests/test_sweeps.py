@@ -21,7 +21,16 @@ from rich.console import Console
 
 from launch.cell import REPOSITORY, config_of
 from launch.ended import outcome_of
-from launch.state import COMPLETE, DAMAGED, FAILED, INTERRUPTED, RUNNING, WAITING, State, state_of
+from launch.state import (
+    COMPLETE,
+    DAMAGED,
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    WAITING,
+    CellState,
+    state_of,
+)
 from moe_ablm import config as configs
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
@@ -163,13 +172,13 @@ def test_small_ladder_spends_equal_compute_and_has_the_parameters_it_says():
     micro, experts = {}, {}
     from configs.small_ladder import ROUTERS, SIZES, get_config
     from moe_ablm.model import flops
-    from moe_ablm.model.families import Row
+    from moe_ablm.model.families import RowShape
 
     for size in SIZES:
         for router in ROUTERS:
             spec = configs.from_mapping(get_config(f"size={size},router={router}")).model.spec()
             micro[size, router] = flops.params_total(spec)
-            experts[size, router] = flops.train_flops_per_token(spec, Row(256, 236))
+            experts[size, router] = flops.train_flops_per_token(spec, RowShape(256, 236))
     assert 5e4 < micro["s48", "dense"] < 7e4 and 1.2e6 < micro["s160", "dense"] < 1.4e6
     assert 1e6 < micro["m160", "dense"] < 2e6 and 3e7 < micro["m640", "dense"] < 5e7
     for size in SIZES:
@@ -637,8 +646,8 @@ def test_tables_keep_numbers_and_reasons_on_a_narrow_terminal(width):
     sizes = {"params_total": 1_234_567_890, "params_active": 234_567_890, "corpus_tokens": 1.5e9}
     planned = SimpleNamespace(cell=cell, steps=100_000, **sizes)
     states = [
-        State("failed", step=31_234, loss=2.5, note=REASON),
-        State("running", step=99_999, loss=12.3456, seconds_left=359_999.0),
+        CellState("failed", step=31_234, loss=2.5, note=REASON),
+        CellState("running", step=99_999, loss=12.3456, seconds_left=359_999.0),
     ]
     out = io.StringIO()
     console = Console(file=out, width=width)

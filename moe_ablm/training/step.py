@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_ablm.model.encoder import Encoder, Output
+from moe_ablm.model.encoder import Encoder, EncoderOutput
 from moe_ablm.model.families import Router
 from moe_ablm.model.layers import Balance
 from moe_ablm.model.moe import Routed
@@ -87,7 +87,7 @@ class StepMetrics(NamedTuple):
 
 def forward(
     model: Encoder, batch: Batch, training: bool = False, key: jax.Array | None = None
-) -> Output:
+) -> EncoderOutput:
     """The encoder's output for a batch; rows are packed if the batch has `position`."""
     packing = None
     if "position" in batch:
