@@ -75,7 +75,6 @@ def test_grid_expressions_by_hand():
         {"size": "s", "lr": 2, "seed": 7},
         {"size": "m", "lr": 1, "seed": 7},
     ]
-    assert grid.where(a, lambda p: p["size"] == "m" and p["seed"]) == [{"size": "m", "seed": 1}]
     assert grid.product() == [{}]
 
 
@@ -250,7 +249,7 @@ def test_nested_training_sets_share_their_validation_set(tmp_path, capsys):
     assert "has 3" in capsys.readouterr().err  # some 360 training antibodies
     assert not (tmp_path / "4000").exists()
     options = Namespace(ladder="micro", data=str(tmp_path), seeds=1, routers="dense")
-    points = grid.where(scaling.points(options), lambda p: (p["size"], p["data"]) == ("s48", "8"))
+    points = [p for p in scaling.points(options) if (p["size"], p["data"]) == ("s48", "8")]
     (planned,) = plan(points, lambda p: scaling.recipe(p, options), tmp_path / "out")[0]
     assert planned.cell.tokens / planned.corpus_tokens == pytest.approx(640)  # 1,280 x 4 of 8
 
