@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_ablm.model.families import Row
+from moe_ablm.model.families import RowShape
 from moe_ablm.model.flops import train_flops_per_token
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training.peaks import data_sheet_peak
@@ -67,7 +67,7 @@ def median_seconds(work: Callable[[], Any], wait: Callable[[], Any]) -> float:
 def speed(seconds: float, spec: EncoderSpec, rows: Rows, kind: str, devices: int = 1) -> dict:
     """What the time of a step means: milliseconds, tokens/s, TFLOP/s, share of the data sheet."""
     tokens = rows.count * rows.length / seconds
-    flops = tokens * train_flops_per_token(spec, Row(rows.length, rows.length)) / devices
+    flops = tokens * train_flops_per_token(spec, RowShape(rows.length, rows.length)) / devices
     peak = data_sheet_peak(kind, "bfloat16")
     share = {"peak_share": flops / peak} if peak else {}
     return {"ms": 1e3 * seconds, "tokens_per_second": tokens, "tflops": flops / 1e12, **share}

@@ -1,4 +1,4 @@
-"""What named hardware adds to every cell: mesh and remat, XLA's flags, the share of memory.
+"""Adds to every cell what named hardware needs: mesh, remat, XLA flags, the share of memory.
 
 All launchers take `--hardware=NAME`. A cell gets arguments of the training command that are outside
 its identity, and variables of its environment. A key that the cell's command line or config sets
@@ -16,7 +16,9 @@ from launch.settings import Setting
 from moe_ablm.errors import UserError
 from moe_ablm.program import FLAGS, HARDWARE
 
-SETTING = Setting(r"[a-z0-9-]+", f"gives every cell mesh, remat and XLA flags of {NAMES}")
+SETTING = Setting(
+    r"[a-z0-9-]+", f"hardware whose mesh, remat and XLA flags every cell gets: {NAMES}"
+)
 
 
 def assigned(cells: Sequence[Cell], name: str | None) -> list[Cell]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_ablm.command_line import read_config
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # where commands run
 LOGS = "logs"

@@ -3,11 +3,11 @@
     python -m launch.compile --hardware=h100x8 --config=configs/ladder.py:size=650m
     python -m launch.compile --hardware=v5e-8 --config=configs/ladder.py:size=35m,router=top2
 
-says, before a job is queued, what a device would hold, whether it fits, and what the compiled step
-does: collectives, kernels, copies. It is the trainer's own step. Mesh and remat are those of
+compiles the trainer's own step and prints, before a job is queued, the memory that a device needs,
+whether that fits, and what the step does: collectives, kernels, copies. Mesh and remat are those of
 `launch.meshes`, unless the config or the command line sets them.
 
-Exit codes: 0 it fits; 2 it does not, or the input is wrong, in one line that says so.
+Exit codes: 0 it fits; 2 it does not, or the input is wrong, with one line that says why.
 """
 
 import sys
@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import hlo, topology
-from launch.meshes import NAMES, Hardware, Plan, given_keys, hardware, plan
+from launch.meshes import NAMES, Hardware, MeshPlan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
@@ -66,7 +66,7 @@ class Compiled:
       seconds: that the compiler took.
     """
 
-    plan: Plan
+    plan: MeshPlan
     memory: Memory
     counts: hlo.Counts
     seconds: float

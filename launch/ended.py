@@ -1,9 +1,9 @@
-"""How a cell's process ended, for whoever waited: `python -m launch.ended OUTCOME LOG CODE`.
+"""Reports how a cell's process ended: `python -m launch.ended OUTCOME LOG CODE [--requeue]`.
 
-Where the trainer left no outcome (killed, or never started), its exit code and the last line of the
-log become one. Ends with 42 if the run was stopped and saved, after asking SLURM to queue the job
-again where `--requeue` is given; with 3 if it diverged or collapsed, and would do so again; with
-the trainer's code otherwise. Needs the standard library only.
+A trainer that was killed or never started leaves no outcome file; its exit code and the last line
+of the log are then written as one. Exit code 42: the run was stopped and saved (with `--requeue`,
+SLURM is asked to requeue the job). 3: it diverged or collapsed, and would do so again. Otherwise
+the trainer's own code. Needs the standard library only.
 """
 
 import signal
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from moe_ablm import outcome
-from moe_ablm.outcome import Outcome, one_line
+from moe_ablm.outcome import Ending, one_line
 from moe_ablm.preemption import requeue_job
 
 AGAIN = 42  # one of the codes that xpk restarts by itself
@@ -20,11 +20,11 @@ ATTEMPT = "$ "  # begins the line of a log with the command of a new attempt
 TAIL = 1 << 18  # bytes at the end of a file that are enough to know how things stand
 
 
-def outcome_of(file: Path, log: Path, code: int) -> Outcome:
+def outcome_of(file: Path, log: Path, code: int) -> Ending:
     """How a process ended that failed, by its own word, else by its exit code and last line."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     message = f"{how}; last line: {_last_line(log)}"
-    return outcome.leave(file, Outcome(outcome.FAILED, code, message))
+    return outcome.leave(file, Ending(outcome.FAILED, code, message))
 
 
 def _last_line(log: Path) -> str:

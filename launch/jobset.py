@@ -1,12 +1,12 @@
 """Writes a Kubernetes JobSet for each cell, for GPU nodes or TPU slices, and the xpk command line.
 
-Nothing is sent to a cluster: `kubectl create -f FOLDER` or the printed command does that. The
-manifests are checked against what the JobSet API (v1alpha2) and Kubernetes ask of every field used
-here, before a cluster sees them.
+Nothing is sent to a cluster: `kubectl create -f FOLDER` or the printed command does that.
+tests/jobset_schema.py holds what the JobSet API (v1alpha2) and Kubernetes ask of every field used
+here; `Setting` patterns keep out what would not fit.
 
-A pod that is evicted gets TERM; the trainer saves and says that it stopped, which the container
-turns into a failure, so that the JobSet starts all pods again and the run resumes. A run that
-diverged or collapsed ends the JobSet instead: it would do so again.
+An evicted pod receives TERM. The trainer saves and reports that it stopped. The container turns
+this into a failure, so that the JobSet restarts all pods and the run resumes. A run that diverged
+or collapsed ends the JobSet instead, since it would do so again.
 """
 
 import argparse
@@ -20,12 +20,13 @@ import yaml
 from launch import assign
 from launch.cell import LOGS, Cell
 from launch.ended import ATTEMPT, FINAL
-from launch.jobset_check import API, LABEL, check
 from launch.meshes import Hardware, hardware
 from launch.settings import Setting, add_options, given, resolve
 from moe_ablm.errors import UserError
 from moe_ablm.outcome import VARIABLE
 
+API = "jobset.x-k8s.io/v1alpha2"
+LABEL = r"(?=.{1,63}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?"  # names and labels of Kubernetes
 PORT = 8476  # of the coordinator
 GRACE = 120  # seconds between TERM and the end
 RESTARTS = 100  # of all pods; a run that is evicted more often is given up
@@ -35,10 +36,12 @@ SETTINGS = {
     "image": Setting(r"[A-Za-z0-9_.:@/-]+", "container image with this repository at --source"),
     "source": Setting(r"/[A-Za-z0-9_./-]*", "absolute path of the repository in it", "/moe_ablm"),
     "claim": Setting(LABEL, "persistent volume claim of the data and of --out"),
-    "mount": Setting(r"/[A-Za-z0-9_./-]+", "where it is mounted, here and there", "/runs"),
+    "mount": Setting(
+        r"/[A-Za-z0-9_./-]+", "mount point of the claim, the same here and in the pods", "/runs"
+    ),
     "namespace": Setting(LABEL, "a namespace"),
     "queue": Setting(LABEL, "a local queue of Kueue"),
-    "cluster": Setting(LABEL, "of GKE, for the xpk command line"),
+    "cluster": Setting(LABEL, "GKE cluster, for the xpk command line"),
     "service-account": Setting(LABEL, "a service account"),
 }
 # GKE's names
@@ -94,7 +97,7 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
     """Writes `logs/jobset/CELL.yaml`, and CELL.sh for xpk, and prints how to send them; returns 0.
 
     Raises:
-      UserError: a setting is wrong or missing, or a manifest would be refused.
+      UserError: a setting is wrong or missing, or a cell is not on the volume.
     """
     if not cells:
         return 0
@@ -121,10 +124,10 @@ def launch(cells: list[Cell], options: argparse.Namespace) -> int:
 
 
 def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
-    """The JobSet of a cell, checked.
+    """The JobSet of a cell.
 
     Raises:
-      UserError: the cell's folder is not on the volume, or a field would be refused.
+      UserError: the cell's folder or its data are not on the volume.
     """
     where = _hardware(settings)
     _check_place(cell, settings)
@@ -139,7 +142,7 @@ def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
     metadata = {"name": job_name(cell), "labels": labels, "annotations": annotations}
     if settings["namespace"]:
         metadata["namespace"] = settings["namespace"]
-    made = {
+    return {
         "apiVersion": API,
         "kind": "JobSet",
         "metadata": metadata,
@@ -175,9 +178,6 @@ def manifest(cell: Cell, settings: dict[str, str | None]) -> dict:
             ],
         },
     }
-    if problems := check(made):
-        raise UserError(f"cell {cell.name}: {problems[0]}")
-    return made
 
 
 def job_name(cell: Cell) -> str:
@@ -214,7 +214,7 @@ def xpk_command(cell: Cell, settings: dict[str, str | None]) -> list[str]:
 
 
 def xpk_script(cell: Cell, settings: dict[str, str | None]) -> str:
-    """What a container that xpk starts is to do."""
+    """The script that a container runs when xpk starts it."""
     where = _hardware(settings)
     lines = [f"cd {quote(given(settings, 'source'))} || exit 1"]
     lines += [f"export {join([f'{k}={v}'])}" for k, v in cell.environment.items()]

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        help="cells at a time, each pinned to its share of the cores (default: one a core, fewer "
-        "where there are less than 2 GiB a job; GPUs and TPUs: one cell, which has all of them)",
+        help="cells at a time, each pinned to its share of the cores (default: one per core, fewer "
+        "with less than 2 GiB of memory per job; on GPUs and TPUs: 1)",
     )
     add_options(parser, SETTINGS)
 

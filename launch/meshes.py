@@ -1,10 +1,11 @@
-"""Named hardware -> mesh, XLA flags, split of the batch and remat of a run.
+"""Plans a run for named hardware: mesh, XLA flags, split of the batch and remat.
 
     python -m launch.meshes --hardware=h100x8
     python -m launch.meshes --hardware=v6e-8 --size=650m --router=top2-capacity --experts=32
 
-prints what to use and what it takes of a device's memory, computed from the shapes of the state
-and of what the backward pass needs. A single combination that does not fit is refused (exit 2).
+prints the settings to use and the device memory that they take, computed from the shapes of the
+state and of what the backward pass keeps. A single combination that does not fit is refused (exit
+code 2).
 
 Rules, in this order:
   * the batch is split over all devices, whatever the axes are called;
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cell import config_of
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from moe_ablm.model.flops import params_total
@@ -35,7 +36,7 @@ from moe_ablm.program import batch_rows, execution_on
 from moe_ablm.training.memory import Needed, abstract_mesh, least, needed
 
 GIB = 1 << 30
-MOST_PARTS = 4096  # micro-batches that are thought of
+MOST_PARTS = 4096  # micro-batches considered at most
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's and the programs'
 # remat policies to try, in this order; a GPU recomputes elementwise work faster than it reads it
 REMAT = {"cpu": ("none", "full"), "gpu": ("matmuls", "full"), "tpu": ("matmuls", "full")}
@@ -175,7 +176,7 @@ def hardware(name: str) -> Hardware:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeshPlan:
     """How a run is spread over hardware, and what a device holds, in bytes.
 
     Attributes:
@@ -221,7 +222,7 @@ def given_keys(argv: Sequence[str]) -> frozenset[str]:
     return frozenset(f.removeprefix("config.") for f in flags if f.startswith("config."))
 
 
-def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> MeshPlan:
     """The first plan that fits, by the rules above; where none does, the most frugal one.
 
     Args:
@@ -253,7 +254,7 @@ def plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
     return found
 
 
-def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -> Plan:
+def fitting_plan(config: Config, where: Hardware, given: Collection[str] = ()) -> MeshPlan:
     """As `plan`, but a run that does not fit is refused.
 
     Raises:
@@ -317,7 +318,7 @@ def _expert_axis(spec: EncoderSpec, where: Hardware) -> int:
 
 def _weigh(
     config: Config, where: Hardware, rows: int, axes: tuple[int, int], remat: str | None
-) -> Plan:
+) -> MeshPlan:
     """What a device holds with one choice of axes (expert, fsdp) and remat; None: the default."""
     expert, fsdp = axes
     data = where.devices // (expert * fsdp)
@@ -327,7 +328,7 @@ def _weigh(
     mesh, parts = abstract_mesh(data, expert, fsdp), config.train.accumulate
     optimizer = config.train.optimizer
     need = needed(config.model.spec(), execution, mesh, shape, ema, parts, optimizer)
-    return Plan(where, data, expert, fsdp, rows, execution.remat, need)
+    return MeshPlan(where, data, expert, fsdp, rows, execution.remat, need)
 
 
 def rung(size: str, router: str, **overrides: object) -> Config:
@@ -350,7 +351,7 @@ def rung(size: str, router: str, **overrides: object) -> Config:
     )
 
 
-def table(rows: list[tuple[str, str, str, Plan | str]]) -> Table:
+def table(rows: list[tuple[str, str, str, MeshPlan | str]]) -> Table:
     """Hardware, size, router and their plan, or why there is none."""
     made = Table("hardware", "size", "router", "data x expert x fsdp", "rows", "remat", box=None)
     for name in ("state", "gradients", "activations", "total", "of GiB"):
@@ -392,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted({row[0] for row in rows if not isinstance(row[3], str)}):
         for variable, value in hardware(name).environment.items():
             print(f"{name}: {variable}={value}")
-    if len(rows) == 1 and isinstance(rows[0][3], Plan):
+    if len(rows) == 1 and isinstance(rows[0][3], MeshPlan):
         print("of the training command:", *rows[0][3].flags)
     refused = [row for row in rows if isinstance(row[3], str)]
     for name, size, router, reason in refused:
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2 if refused and len(rows) == 1 else 0
 
 
-def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, Plan | str]]:
+def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, MeshPlan | str]]:
     shape = {"train__batch": options.batch, "train__accumulate": options.accumulate,
              "data__length": options.length, "model__moe__experts": options.experts}  # fmt: skip
     rows = []
@@ -410,7 +411,7 @@ def _rows(options: argparse.Namespace) -> list[tuple[str, str, str, Plan | str]]
             for router in options.router or ROUTERS:
                 config = rung(size, router, **shape)
                 try:
-                    found: Plan | str = fitting_plan(config, where)
+                    found: MeshPlan | str = fitting_plan(config, where)
                 except UserError as error:
                     found = str(error)
                 rows.append((name, size, router, found))

@@ -1,4 +1,4 @@
-"""What a launcher must know about a cluster: options, else `~/.config/moe_ablm/launch.toml`.
+"""Settings of a cluster: options of a launcher, else `~/.config/moe_ablm/launch.toml`.
 
     [slurm]
     partition = "gpu"
@@ -10,7 +10,7 @@
     image = "europe-docker.pkg.dev/lab/images/moe_ablm:1"
     claim = "runs"
 
-Nothing in it may be secret: it ends up in scripts and manifests. Keys are those of the options.
+Keys are the names of the options. Put no secrets in it: values end up in scripts and manifests.
 """
 
 import argparse

@@ -1,11 +1,10 @@
-"""Submits cells to SLURM as job arrays: a task of the array is a cell, a step is its processes.
+"""Submits cells to SLURM as job arrays: one array task per cell, one job step for its processes.
 
-A job that is preempted, or whose time runs out, gets USR1 120 s before; the trainer then saves,
-queues the job again and resumes there. Where the trainer runs in a container, which has no
-`scontrol`, `launch.ended` queues it again instead.
+A job receives USR1 120 s before preemption or its time limit. The trainer then saves, requeues the
+job, and resumes in it. In a container there is no `scontrol`: `launch.ended` requeues the job.
 
-Logs of the cells are where `sweeps.status` looks; SLURM's own words, scripts and lists of what was
-submitted are beside them: `logs/slurm-*`.
+Logs of cells are where `sweeps.status` looks. SLURM's own output, the scripts and the lists of
+submitted cells are beside them, in `logs/slurm-*`.
 """
 
 import argparse
@@ -34,30 +33,29 @@ LARGEST_ARRAY = 1000  # tasks; SLURM's default MaxArraySize is 1001
 _WORD = r"[A-Za-z0-9_.,+:@=-]+"
 SETTINGS = {
     "hardware": assign.SETTING,
-    "partition": Setting(_WORD, "a partition, or several with commas between"),
+    "partition": Setting(_WORD, "a partition, or several separated by commas"),
     "account": Setting(_WORD, "an account"),
     "qos": Setting(_WORD, "a quality of service"),
     "time": Setting(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}", "time limit such as 24:00:00"),
-    "nodes": Setting("[1-9][0-9]*", "nodes a cell (default: those of --hardware, else 1)"),
+    "nodes": Setting("[1-9][0-9]*", "nodes per cell (default: those of --hardware, else 1)"),
     "gpus": Setting(
         "[0-9]+",
-        "GPUs a node, each with a process of its own; 0: CPUs only (default: those of --hardware, "
-        "else 0)",
+        "GPUs per node, with one process each; 0: CPUs only (default: those of --hardware, else 0)",
     ),
-    "processes": Setting("[1-9][0-9]*", "processes a node where there are no GPUs", "1"),
-    "cpus": Setting("[1-9][0-9]*", "CPUs a process"),
-    "memory": Setting("[1-9][0-9]*[KMGT]?", "memory a node such as 64G"),
-    "at-once": Setting("[1-9][0-9]*", "most cells that run at a time"),
+    "processes": Setting("[1-9][0-9]*", "processes per node without GPUs", "1"),
+    "cpus": Setting("[1-9][0-9]*", "CPUs per process"),
+    "memory": Setting("[1-9][0-9]*[KMGT]?", "memory per node such as 64G"),
+    "at-once": Setting("[1-9][0-9]*", "largest number of cells that run at a time"),
     "container": Setting(
         r"[A-Za-z0-9_.,+:@#/ -]+", "an image: FILE.sif (apptainer), else of pyxis (enroot)"
     ),
     "mounts": Setting(
         "/[A-Za-z0-9_./-]*(,/[A-Za-z0-9_./-]*)*",
-        "folders, commas between, that a container has beside the repository and --out, such as "
-        "that of --data",
+        "folders to mount in the container beside the repository and --out, separated by commas, "
+        "such as that of --data",
     ),
 }
-# what of the environment goes along; the rest may hold secrets, and SLURM stores what it gets
+# variables that a job inherits; others may hold secrets, and SLURM stores what it is given
 _EXPORTED = re.compile(
     r"PATH|HOME|USER|LANG|LC_\w+|TMPDIR|LD_LIBRARY_PATH|XDG_\w+|GLIBC_TUNABLES|MODULEPATH"
     r"|(JAX|XLA|NCCL|CUDA|NVIDIA|OMP|MOE_ABLM)_\w+"

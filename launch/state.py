@@ -19,7 +19,7 @@ STARTING = 60.0  # seconds for which a log without a lock counts as a process th
 
 
 @dataclass(frozen=True)
-class State:
+class CellState:
     """How a cell stands.
 
     Attributes:
@@ -64,23 +64,25 @@ def read_summary(cell: Cell) -> dict | None:
     return content
 
 
-def state_of(cell: Cell, steps: int | None = None) -> State:
+def state_of(cell: Cell, steps: int | None = None) -> CellState:
     """How a cell stands; `steps` are those of the whole run, for the time that is left."""
     held = is_running(cell)
     try:
         summary = None if held else read_summary(cell)
     except Damaged as damage:
-        return State(DAMAGED, note=f"{damage}; the sweep's command mends it from the checkpoints")
+        return CellState(
+            DAMAGED, note=f"{damage}; the sweep's command mends it from the checkpoints"
+        )
     if summary:
         return _ended(summary, cell)
     records = _tail_records(cell.workdir / "results.jsonl")
     progress = _progress(records, steps)
     if held:
-        return State(RUNNING, **progress)
+        return CellState(RUNNING, **progress)
     return _not_ended(cell, progress)
 
 
-def _ended(summary: dict, cell: Cell) -> State:
+def _ended(summary: dict, cell: Cell) -> CellState:
     """The state of a run with a `run.json`."""
     status, step = summary["status"], finite(summary.get("step"))
     step = None if step is None else int(step)
@@ -88,31 +90,35 @@ def _ended(summary: dict, cell: Cell) -> State:
     if status == outcome.STOPPED:
         # a later attempt may have failed before it took the directory over
         if (end := outcome.read(cell.outcome)) and end.failed:
-            return State(FAILED, step, loss, note=end.message)
-        return State(INTERRUPTED, step, loss, note="stopped by a signal, saved")
+            return CellState(FAILED, step, loss, note=end.message)
+        return CellState(INTERRUPTED, step, loss, note="stopped by a signal, saved")
     if status != outcome.COMPLETE:
         note = one_line(f"{status}: {summary.get('error', 'see stability in run.json')}")
-        return State(FAILED, step, loss, note=note, final=True)
+        return CellState(FAILED, step, loss, note=note, final=True)
     if loss is None:
         found = summary.get("valid_loss_final")
-        return State(FAILED, step, note=f"complete, but valid_loss_final is {found}", final=True)
-    return State(COMPLETE, step, loss)
+        return CellState(
+            FAILED, step, note=f"complete, but valid_loss_final is {found}", final=True
+        )
+    return CellState(COMPLETE, step, loss)
 
 
-def _not_ended(cell: Cell, progress: dict) -> State:
+def _not_ended(cell: Cell, progress: dict) -> CellState:
     progress = progress | {"seconds_left": None}
     if (end := outcome.read(cell.outcome)) and end.failed:
-        return State(FAILED, **progress, note=end.message)
+        return CellState(FAILED, **progress, note=end.message)
     try:
         age = time.time() - cell.log.stat().st_mtime
     except OSError:
         age = math.inf
     if end is None and age < STARTING and not progress["step"]:
-        return State(RUNNING, note="starting")
+        return CellState(RUNNING, note="starting")
     if (cell.workdir / "config.json").exists():
-        return State(INTERRUPTED, **progress, note="ended without a word (killed?); see its log")
+        return CellState(
+            INTERRUPTED, **progress, note="ended without a word (killed?); see its log"
+        )
     gone = "was begun, but its work directory is gone or was never made"
-    return State(WAITING, note=gone if age < math.inf else "")
+    return CellState(WAITING, note=gone if age < math.inf else "")
 
 
 def is_running(cell: Cell) -> bool:

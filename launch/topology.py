@@ -1,4 +1,4 @@
-"""Devices that are not here, for the compiler alone: TPU slices and nodes of NVIDIA's GPUs."""
+"""Descriptions of absent devices for the compiler: TPU slices and nodes of NVIDIA GPUs."""
 
 import os
 from importlib.util import find_spec

@@ -43,12 +43,12 @@ TRAIN, QUICKSTART = "train", "quickstart"
 # modules of several verbs
 SHARED = {
     **dict.fromkeys(
-        ("embed", "score", "infill", "scan", "route", "attention", "predict"), "asking"
+        ("embed", "score", "infill", "scan", "route", "attention", "predict"), "questions"
     ),
     **dict.fromkeys(("import", "export", "upcycle"), "weights"),
 }
 # what is kept of an interrupted command
-RESUMED = ("asking", "evaluate")
+RESUMED = ("questions", "evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +97,7 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
 
 def console() -> None:
     """The command line of this process; ends the process."""
-    computing = ("asking", "evaluate", "finetune", TRAIN, QUICKSTART)
+    computing = ("questions", "evaluate", "finetune", TRAIN, QUICKSTART)
     if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     leave(main(sys.argv))

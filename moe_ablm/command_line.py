@@ -8,8 +8,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_ablm import config as configs
-from moe_ablm.config import Config
 from moe_ablm.config_file import load
+from moe_ablm.config_keys import expected, require_key
+from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
 
 _WRONG_VALUE = re.compile(r"flag --(config\.[\w.]+)=(.*?): ", re.DOTALL)
@@ -75,14 +76,14 @@ def _check_keys(argv: list[str]) -> None:
     for word in argv[1:]:
         name = re.match(r"--?(config\.[^=\[]*)", word)
         if name:
-            configs.require_key(name[1])
+            require_key(name[1])
 
 
 def _one_line(error: Exception) -> str:
     """The message of an error of absl or ml_collections, which like to quote and to wrap."""
     text = str(error.args[0]) if error.args else type(error).__name__
     if found := _WRONG_VALUE.match(text):
-        return f"{found[1]}={found[2]!r}: expected {configs.expected(found[1])}"
+        return f"{found[1]}={found[2]!r}: expected {expected(found[1])}"
     text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1] if quoted else text

@@ -21,14 +21,20 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 _NUMBER = re.compile(r"(?:OS error|os error|[Ee]rrno) (\d+)")
 
 
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line, and which flag may have been meant.
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a module's docstring; wraps a text that is a single line."""
 
-    A description keeps its lines, such as those of a module's docstring.
-    """
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line, and which flag may have been meant."""
 
     def __init__(self, **settings: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(formatter_class=_Help, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Prints the line; ends with code 2."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe_ablm import config as configs
 from moe_ablm import outcome
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.data.mixture import parse_regime
 from moe_ablm.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.data import pipeline
 from moe_ablm.data import sequences as forms
 from moe_ablm.data.assemble import Batch, Masking
@@ -26,7 +26,7 @@ from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.sequences import NONE, Sequences
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
-from moe_ablm.model.families import Row
+from moe_ablm.model.families import RowShape
 
 EVALUATION_SEED = 20_240_601  # of the validation masks: the same for every run, whatever its seed
 EVALUATION_MASK_RATE = 0.15
@@ -76,9 +76,9 @@ class Feed:
         return names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
 
     @property
-    def row(self) -> Row:
+    def row(self) -> RowShape:
         """Shape of the training rows, from which FLOPs follow."""
-        return Row(*self.mixture.row_means, packed=self.mixture.batching.kind == "packed")
+        return RowShape(*self.mixture.row_means, packed=self.mixture.batching.kind == "packed")
 
     def train_batches(self, first_step: int) -> Iterator[Batch]:
         """This process's rows of the batches of `first_step` and later.

@@ -2,7 +2,7 @@
 
 import jax
 
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.model.spec import Execution
 from moe_ablm.training.memory import Needed
 

@@ -23,7 +23,7 @@ CODES = {COMPLETE: 0, STOPPED: 0, DIVERGED: 1, COLLAPSED: 1, REFUSED: 2, FAILED:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """The content of the file, a JSON object with these keys.
 
     Attributes:
@@ -44,22 +44,22 @@ class Outcome:
         return self.status not in (COMPLETE, STOPPED)
 
 
-def read(path: Path) -> Outcome | None:
+def read(path: Path) -> Ending | None:
     """The outcome in a file; None where none was left, a failure where it cannot be read."""
     try:
         content = json.loads(path.read_text())
-        found = Outcome(**{key: content[key] for key in Outcome.__dataclass_fields__})
+        found = Ending(**{key: content[key] for key in Ending.__dataclass_fields__})
         types = (type(found.exit_code), type(found.message))
         if found.status not in CODES or types != (int, str):
             raise ValueError(f"it holds {content!r}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Outcome(FAILED, 1, one_line(f"{path} is damaged ({error!r})"))
+        return Ending(FAILED, 1, one_line(f"{path} is damaged ({error!r})"))
     return found
 
 
-def leave(path: Path, outcome: Outcome, *, replace: bool = False) -> Outcome:
+def leave(path: Path, outcome: Ending, *, replace: bool = False) -> Ending:
     """Writes an outcome as a whole, unless there is one or `replace`; returns what holds then."""
     if not replace and (found := read(path)):
         return found
@@ -82,7 +82,7 @@ def told(status_of: Callable[[Exception], str]) -> Iterator[Callable[..., None]]
 
     def end(status: str, step: int | None = None, message: str = "") -> None:
         if name:
-            outcome = Outcome(status, CODES[status], one_line(message), step)
+            outcome = Ending(status, CODES[status], one_line(message), step)
             leave(Path(name), outcome, replace=True)
 
     try:
@@ -91,7 +91,7 @@ def told(status_of: Callable[[Exception], str]) -> Iterator[Callable[..., None]]
         if name:
             status = status_of(error)
             kind = f"{type(error).__name__}: " if status == FAILED else ""
-            leave(Path(name), Outcome(status, CODES[status], one_line(f"{kind}{error}")))
+            leave(Path(name), Ending(status, CODES[status], one_line(f"{kind}{error}")))
         raise
 
 

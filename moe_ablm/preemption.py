@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,14 +21,13 @@ SECONDS = 60  # for the controller to answer
 GRACE = 3.0  # seconds that a command has after Ctrl-C to tidy up
 
 
-def again() -> str:
-    """The command line of this process, to be typed again."""
+def again(flags: Sequence[str]) -> str:
+    """The training command with these flags, to be typed again."""
     found = shutil.which("python")
     # `make quickstart` uses an environment that need not be active
     here = found is not None and Path(found).parent == Path(sys.executable).parent
     python = "python" if here else sys.executable
-    given = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]  # python -m moe_ablm train
-    return shlex.join([python, "-m", "moe_ablm.train", *given])
+    return shlex.join([python, "-m", "moe_ablm.train", *flags])
 
 
 class Interrupts:
@@ -44,7 +43,7 @@ class Interrupts:
     Use as a context manager around the command, in the main thread.
 
     Attributes:
-      after: what the user can do next, told with the answer.
+      after: what the user can do next, printed with the answer.
       heard: how many times Ctrl-C was pressed.
     """
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.data.mixture import parse_regime
 from moe_ablm.model.encoder import make_definition
 from moe_ablm.model.spec import Execution

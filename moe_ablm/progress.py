@@ -115,7 +115,7 @@ def region_table(evaluation: dict) -> Table:
     """Loss and accuracy by region and chain, of light chains also without those seen in training.
 
     The last rows are whole chains: all, those that the run's training antibodies have ("seen") and
-    those that they have not. Evaluations of before chains were told apart have none.
+    those that they have not. Evaluations older than this distinction have none.
 
     Args:
       evaluation: an "eval" line of `results.jsonl`.

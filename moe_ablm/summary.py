@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_ablm import config as configs
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.spec import PRECISIONS, Execution
@@ -23,7 +23,7 @@ PACKAGES = ("moe_ablm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What must survive a restart beside the arrays; saved with every checkpoint."""
 
     tokens_seen: int = 0
@@ -52,7 +52,7 @@ def run_summary(
     config: Config,
     feed: Feed,
     state: TrainState,
-    record: Record,
+    record: RunRecord,
     status: str,
     stability: dict[str, Any],
     tokens_per_second: float | None,

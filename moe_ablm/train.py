@@ -28,14 +28,14 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv[1:]):
         return end(lambda: print(f"{__doc__}\n{_keys()}"))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    with Interrupts(after=f"to go on: {again()}") as interrupts:
+    with Interrupts(after=f"to go on: {again(argv[1:])}") as interrupts:
         return end(lambda: _train(argv, interrupts))
 
 
 def _keys() -> str:
     """The keys of a config with their defaults, as configs/base.py has them.
 
-    Its text is read: importing it takes longer than a reader of help wants to wait.
+    Its text is read, since importing it takes seconds.
     """
     spec = importlib.util.find_spec("configs.base")
     if spec is None or spec.origin is None:
@@ -77,7 +77,7 @@ def _train(argv: list[str], interrupts: Interrupts) -> int:
 
 
 def _trained(argv: list[str]) -> tuple[dict, str]:
-    """The content of `run.json`, and a line on the collapse that ended the run, if one did."""
+    """The content of `run.json`, and a line about the collapse that ended the run, or ""."""
     with outcome.told(_status_of) as told:
         # here, since they take seconds: what is wrong is said, and Ctrl-C obeyed, before
         from moe_ablm.command_line import parse
@@ -92,7 +92,8 @@ def _trained(argv: list[str]) -> tuple[dict, str]:
             extension = plan_extension(config, workdir, steps) if steps else None
             if extension and extension.note and multihost.is_first():
                 print(extension.note)
-            summary = trainer.run(extension.config if extension else config, workdir, extension)
+            longer = extension.config if extension else config
+            summary = trainer.run(longer, workdir, extension, again(argv[1:]))
         except Exception as error:
             if not is_full_disk(error):
                 raise

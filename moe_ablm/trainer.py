@@ -15,7 +15,7 @@ from rich.console import Console
 from moe_ablm import config as configs
 from moe_ablm import outcome
 from moe_ablm.cache import keep_compilations
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.regions import region_names
 from moe_ablm.data.simulated import simulated_dataset
@@ -30,11 +30,11 @@ from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.out_of_memory import is_out_of_memory, out_of_memory
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import global_batch, make_mesh
-from moe_ablm.preemption import again, stop_flag
+from moe_ablm.preemption import stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
-from moe_ablm.summary import Record, execution_summary, recent_train_loss, run_summary
+from moe_ablm.summary import RunRecord, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
 from moe_ablm.training.device import device_memory, memory_limit, peak
@@ -55,13 +55,14 @@ from moe_ablm.training.tracking import require_tracker
 from moe_ablm.workdir import finished_run, work_directory
 
 
-def run(config: Config, workdir: Path, extension: Extension | None = None) -> dict:
+def run(config: Config, workdir: Path, extension: Extension | None = None, again: str = "") -> dict:
     """Trains, or resumes, until the last step or a stop signal.
 
     Args:
       config: of the run; with an extension, that of the longer run.
       workdir: where it lives.
       extension: of the run that is there.
+      again: the command line that resumes the run, printed when it is stopped.
 
     Returns:
       The content of `run.json`.
@@ -91,7 +92,7 @@ def run(config: Config, workdir: Path, extension: Extension | None = None) -> di
             print(f"{workdir} is complete: {finished['step']} steps")
             Console().print(region_table(finished["evaluation"]))
             return finished
-        trainer = Trainer(config, workdir, mesh, feed, start)
+        trainer = Trainer(config, workdir, mesh, feed, start, again)
         try:
             with stop_flag() as heard, multihost.watchdog() as beat:
                 return trainer.train(multihost.Stop(heard, mesh), beat)
@@ -113,7 +114,7 @@ def why_collapsed(summary: dict) -> str:
     )
 
 
-def why_it_ended(config: Config, record: Record, step: int) -> str:
+def why_it_ended(config: Config, record: RunRecord, step: int) -> str:
     """The line for a run that `train.patience` ended before its last step."""
     return (
         f"ended at step {step} of {config.train.steps} by train.patience={config.train.patience}: "
@@ -186,8 +187,15 @@ class Trainer:
     """One run; `train` is its story from top to bottom."""
 
     def __init__(
-        self, config: Config, workdir: Path, mesh: Mesh, feed: Feed, start: nnx.State | None
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Mesh,
+        feed: Feed,
+        start: nnx.State | None,
+        again: str,
     ):
+        self.again = again
         self.config, self.workdir, self.mesh, self.feed = config, workdir, mesh, feed
         self.spec, self.start = config.model.spec(), start
         self.execution = execution_of(config, self.spec, mesh)
@@ -198,7 +206,7 @@ class Trainer:
         self.parting = config.train.decay_start
         always = [] if self.parting is None else [self.parting]
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, always)
-        self.record = Record()
+        self.record = RunRecord()
         window = config.log.window if multihost.is_first() else None
         self.trace = Trace(workdir / "profile", window)
         self.watch = StabilityWatch(self.spec.moe, self.spec.moe_layers, config.train.warmup)
@@ -271,7 +279,7 @@ class Trainer:
         target = states.abstract_state(self.spec, self.optimizer, ema, self.mesh)
         restored = self.checkpoints.restore(target)
         if restored:
-            self.record = Record(**restored.record)
+            self.record = RunRecord(**restored.record)
             self.watch.restore(self.record.stability)
             self.step = int(restored.state.step)
             return restored.state
@@ -406,7 +414,7 @@ class Trainer:
         summary["execution"] = self._execution()
         self._write_run(summary)
         if status == outcome.STOPPED:
-            print(f"saved at step {summary['step']}; the same command resumes it:\n  {again()}")
+            print(f"saved at step {summary['step']}; the same command resumes it:\n  {self.again}")
         elif status == outcome.COMPLETE:
             if self.step < self.config.train.steps:
                 print(why_it_ended(self.config, self.record, self.step))

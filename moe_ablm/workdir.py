@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_ablm import config as configs
 from moe_ablm import outcome
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
 from moe_ablm.extension import Extension, set_aside
 from moe_ablm.files import locked, write_json

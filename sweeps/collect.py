@@ -1,4 +1,4 @@
-"""One parquet or CSV file of a sweep: a row a cell, whatever became of it.
+"""Collects a sweep into one parquet or CSV file: one row per cell, whatever its state.
 
     python -m sweeps.collect DIR --out runs.parquet
     python -m moe_ablm fit --input runs.parquet --law joint --out fit/
@@ -7,10 +7,11 @@ Columns: cell, fingerprint, state, step, note; params (active), total_params, to
 corpus_tokens, flops, experts, router, seed, loss (validation, nats), loss_metric, as `fit` reads
 them; loss_all, loss_novel, loss_CHAIN (heavy, light_seen, light_unseen, ...), loss_REGION,
 valid_loss_best, train_loss_final, verdict, tokens_per_second; axis_NAME of the grid. A cell that is
-not complete has no loss, and tokens and flops as planned.
+not complete has no loss; its tokens and flops are the planned ones.
 
---loss says which loss is `loss`: novel, of the chains that no training antibody has; all; or a
-chain. Without it novel, if every complete cell has one (runs of before have none), else all.
+--loss chooses the column `loss`: novel is the loss on chains that no training antibody has, all the
+loss on all chains; or name a chain. The default is novel where every complete cell has it (older
+runs do not), else all.
 """
 
 import sys
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from launch.state import COMPLETE, State, finite, read_summary, state_of
+from launch.state import COMPLETE, CellState, finite, read_summary, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
@@ -35,7 +36,7 @@ LOSSES = ("novel", "all", *CHAIN_LOSSES)
 WRITERS = {".parquet": pq.write_table, ".csv": csv.write_csv}
 
 
-def row(p: Planned, state: State) -> dict[str, object]:
+def row(p: Planned, state: CellState) -> dict[str, object]:
     """A cell as a row of the table, `loss` and `loss_metric` left out."""
     summary = (read_summary(p.cell) if state.name == COMPLETE else None) or {}  # may be gone since
     tokens = finite(summary.get("tokens_seen")) or p.cell.tokens
@@ -75,8 +76,8 @@ def row(p: Planned, state: State) -> dict[str, object]:
 def unique_tokens(p: Planned, summary: dict, tokens: float) -> float | None:
     """Tokens of the different chains that a run has seen; None where they were not counted.
 
-    A run counts them itself; one of before that, and one that is not complete, has those of its
-    training part as the plan knows them, at most the tokens that it sees.
+    A complete run counts them itself. For older runs and incomplete ones the number is that of the
+    training set, from the plan, and at most the tokens seen.
     """
     counted = finite(summary.get("unique_tokens")) if "corpus_tokens" in summary else None
     if counted is not None or p.unique_tokens is None:
@@ -84,16 +85,16 @@ def unique_tokens(p: Planned, summary: dict, tokens: float) -> float | None:
     return float(min(p.unique_tokens, tokens))
 
 
-def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[State], list[str]]:
+def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[CellState], list[str]]:
     """Writes the table of a sweep, whole or not at all.
 
     Args:
       folder: of the sweep.
       out: the file.
-      loss: one of `LOSSES`, which becomes the column `loss`; None: see the module.
+      loss: one of `LOSSES`, which becomes the column `loss`; None: the default of `--loss`.
 
     Returns:
-      The states of the cells, and what a reader of the table must know.
+      The states of the cells, and notes for the reader of the table.
 
     Raises:
       UserError: the folder holds no readable plan, or `out` cannot be written.
@@ -130,7 +131,7 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Stat
     return states, notes
 
 
-def _novel_differ(cells: Sequence[Planned], states: Sequence[State]) -> list[str]:
+def _novel_differ(cells: Sequence[Planned], states: Sequence[CellState]) -> list[str]:
     """A note where the cells' losses are of different novel chains."""
     counts = set()
     for p, state in zip(cells, states, strict=True):
@@ -148,15 +149,14 @@ def _novel_differ(cells: Sequence[Planned], states: Sequence[State]) -> list[str
 
 
 def _counted_once(rows: Sequence[dict]) -> list[str]:
-    """Gives rows without a count of different chains that of the corpus, all or none; says so."""
+    """Where a row lacks `unique_tokens`, takes all of them from `corpus_tokens`; returns a note."""
     if all(each["unique_tokens"] is not None for each in rows):
         return []
     for each in rows:
         each["unique_tokens"] = min(each["corpus_tokens"], each["tokens"])
     return [
-        "unique_tokens counts chains as often as records have them, as corpus_tokens does: the plan"
-        " is of before different ones were counted; the sweep's command with --launcher=print "
-        "counts them"
+        "unique_tokens counts a chain once per record, as corpus_tokens does: the plan is older "
+        "than the count of different chains; the sweep's command with --launcher=print counts them"
     ]
 
 

@@ -1,12 +1,12 @@
-"""Routers compared on real pairs: minutes a run on two cores, and a table.
+"""Compares routers on real pairs: minutes per run on two cores, and a table.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
     python sweeps/compare_routers.py --data=data/pairs --seeds=3 --jobs=1
 
-Configs of configs/compare_routers.py, each with every learning rate of --rates. The table, of what
-is complete, is printed at the end; the same command prints it again. A row has the rate of its
-lowest mean validation loss: one rate for all would favour the routers that it suits. FLOPs are a
-token's, over those of the dense encoder: top-p and soft-MoE spend more.
+Trains every config of configs/compare_routers.py at every learning rate of --rates. The table of
+complete runs is printed at the end; the same command prints it again. A row shows the rate with the
+lowest mean validation loss: one rate for all would favour the routers that it suits. FLOPs per
+token are relative to the dense encoder; top-p and soft-MoE spend more.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from launch.state import COMPLETE, State, read_summary
+from launch.state import COMPLETE, CellState, read_summary
 from moe_ablm.results import read_results
 from sweeps import grid
 from sweeps.planned import Planned
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=RATES,
-        help="learning rates of every row; default %(default)s",
+        help="learning rates tried for every row; default %(default)s",
     )
 
 
@@ -65,8 +65,8 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     return grid.Recipe("configs/compare_routers.py", argument, overrides)
 
 
-def table(cells: list[Planned], states: list[State]) -> str:
-    """A title and a Markdown table, a line a row that has complete runs."""
+def table(cells: list[Planned], states: list[CellState]) -> str:
+    """A title and a Markdown table with one line per row of `ROWS` that has complete runs."""
     head = ["router", "placement", "rate", "seeds", "FLOPs", "train loss", "validation", *REGIONS]
     head += ["load entropy", "dropped", "tokens/s", "memory MB", "verdict"]
     complete = [p for p, s in zip(cells, states, strict=True) if s.name == COMPLETE]

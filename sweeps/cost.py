@@ -1,4 +1,4 @@
-"""What a sweep costs: the table of its cells, and device-hours, as recorded or as planned."""
+"""The cost of a sweep: a table of its cells with FLOPs and estimated device-hours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def wide_console() -> Console:
 
 
 def cost_table(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = frozenset()) -> Table:
-    """A line a cell and the total; `done` are the names of cells that are complete.
+    """One line per cell and the total; `done` are the names of complete cells.
 
     Whatever the width, names are folded before a number is.
     """

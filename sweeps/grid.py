@@ -3,12 +3,12 @@
 product(size=["8m", "35m"], seed=range(3))                  every size with every seed: 6 points
 paired(size=["8m", "35m"], lr=[4e-4, 2e-4])                 side by side: 2 points
 product(paired(size=["8m", "35m"], lr=[4e-4, 2e-4]), seed=range(3))                  6 points
-where(points, lambda p: p["router"] != "dense" or p["experts"] == 1)                 a part
+[p for p in points if p["router"] != "dense" or p["experts"] == 1]                   a part
 product(a) + product(b)                                     one after the other
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Point = dict[str, object]
@@ -46,11 +46,6 @@ def paired(**axes: Iterable) -> list[Point]:
       ValueError: axes of different lengths.
     """
     return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
-
-
-def where(points: list[Point], holds: Callable[[Point], bool]) -> list[Point]:
-    """The points of which something holds."""
-    return [point for point in points if holds(point)]
 
 
 def _joined(points: Iterable[Point]) -> Point:

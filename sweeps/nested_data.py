@@ -1,9 +1,9 @@
-"""Small nested training sets with one validation set, for scaling studies of small models.
+"""Makes small nested training sets with one validation set, for scaling studies of small models.
 
     python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 64 512 8192
 
-makes data/nested/64, /512 and /8192: so many training antibodies of the prepared dataset, the
-smaller sets inside the larger ones, and all of its validation and test sets.
+makes data/nested/64, /512 and /8192. Each has that many training antibodies of the prepared
+dataset, smaller sets within larger ones, and all of its validation and test antibodies.
 """
 
 import sys
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", type=Path, required=True, help="prepared dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 512, 8192])
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=[64, 512, 8192], help="sizes; default %(default)s"
+    )
     options = parser.parse_args(argv)
 
     def carry_out() -> None:

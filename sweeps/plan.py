@@ -12,13 +12,13 @@ from pathlib import Path
 
 from launch.cell import Cell, config_of
 from moe_ablm import config as configs
-from moe_ablm.config import Config, ModelConfig, MoEConfig
+from moe_ablm.config_schema import Config, ModelConfig, MoEConfig
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
-from moe_ablm.model.families import Row
+from moe_ablm.model.families import RowShape
 from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
 
@@ -120,7 +120,7 @@ class _Data:
     identity: str
     corpus_tokens: int
     unique_tokens: int
-    row: Row
+    row: RowShape
     tokens_per_step: float
 
 
@@ -145,7 +145,7 @@ def _open(path: str | Path) -> Dataset:
 
 
 def unplanned_flags(rest: Sequence[str]) -> list[str]:
-    """What argparse left over, all of it overrides of config keys.
+    """The arguments that argparse did not know: overrides of config keys.
 
     Raises:
       UserError: something is not `--config.KEY=VALUE`.

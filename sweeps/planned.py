@@ -1,4 +1,4 @@
-"""A sweep on disk: `sweep.json`, the cells that are planned, beside their work directories."""
+"""A sweep on disk: the planned cells in `sweep.json`, beside their work directories."""
 
 import json
 import re
@@ -16,15 +16,15 @@ PLAN = "sweep.json"
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell with what is known of it before it runs.
+    """A cell and what is known about it before it runs.
 
     Attributes:
       cell: for the launcher.
       axes: the point's values as text, for tables.
       steps, seed, params_total, params_active, experts, router: of its config.
-      corpus_tokens: of its training data, an epoch's.
-      unique_tokens: the same, different chains counted once; None in plans of before that was
-        counted, which called `corpus_tokens` so.
+      corpus_tokens: of its training data, in one epoch.
+      unique_tokens: the same, counting equal chains once; None in older plans, which stored
+        `corpus_tokens` under this name.
     """
 
     cell: Cell

@@ -1,4 +1,4 @@
-"""Speeds of recorded runs: what share of a device's peak models of a size reach."""
+"""Training speeds of recorded runs, by FLOPs per token, for estimates of device-hours."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ COLUMNS = ("flops", "tokens", "tokens_per_second")
 
 @dataclass(frozen=True)
 class Recorded:
-    """Model FLOP/s of one device by FLOPs a token, which grow with the model.
+    """Model FLOP/s of one device by FLOPs per token, which grow with the model.
 
     Small models are slower than a share of the peak: their matmuls are small, and what is no matmul
     takes most of the time.
@@ -51,7 +51,7 @@ def read_recorded(inputs: Iterable[Path], device: str) -> Recorded:
 
 
 def _rows(path: Path, device: str) -> list[tuple[float, float, float]]:
-    """FLOPs, tokens and tokens a second and device of each run that has them."""
+    """FLOPs, tokens, and tokens per second and device of each run that has them."""
     try:
         found = _of_runs(path, device) if path.is_dir() else _of_table(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

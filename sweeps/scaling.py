@@ -1,4 +1,4 @@
-"""Sizes x data x routers x seeds: the grid of a scaling law.
+"""Runs the grid of a scaling law: sizes x data x routers x seeds.
 
     python sweeps/scaling.py --ladder=paper --dry-run
     python sweeps/scaling.py --ladder=paper --seeds=1 --routers=dense,top2 --launcher=slurm
@@ -13,12 +13,12 @@ quarter, half, full. mini: 1 to 40 M parameters, 20,000 updates of 64. micro: 0.
 updates of 4, for two cores; its data are nested subsets that sweeps/nested_data.py makes, or
 quarter, half and full of the embedded dataset (--data=simulated).
 
-Losses are compared on chains that no training antibody has (docs/sweeps.md): they are the same ones
-for nested datasets that come from a dataset of --split joint.
+Losses are compared on novel chains, which no training antibody has (docs/sweeps.md). Nested
+datasets made from a dataset of --split joint share their novel chains.
 
-Runs of equal length cannot tell what tokens are worth. --add=one-epoch appends dense runs of one
-epoch at most of the three smallest sizes, --add=branches dense runs cooled at D/8 to D/2 of every
-size on the full data, each trained from its beginning.
+Runs of equal length cannot identify the effect of training tokens. --add=one-epoch appends dense
+runs of at most one epoch at the three smallest sizes. --add=branches appends dense runs with 1/8 to
+1/2 of the updates at every size on the full data, each trained from scratch.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from sweeps.study import SIMULATED, Study, data_path, main
 
 @dataclass(frozen=True)
 class Ladder:
-    """Sizes; default data; the share of the updates that its config file spends on warm-up."""
+    """A config file, default data, sizes, and the share of the updates spent on warm-up."""
 
     config: str
     data: str
@@ -65,14 +65,16 @@ BRANCHES = (8, 4, 2)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this study."""
-    parser.add_argument("--ladder", choices=LADDERS, default="micro")
+    parser.add_argument(
+        "--ladder", choices=LADDERS, default="micro", help="sizes and data; default %(default)s"
+    )
     parser.add_argument("--routers", default=",".join(ROUTERS), help="default %(default)s")
     parser.add_argument(
         "--add",
         action="append",
         default=[],
         choices=("one-epoch", "branches"),
-        help="cells that identify more; repeatable",
+        help="append cells that identify more coefficients; repeatable",
     )
 
 

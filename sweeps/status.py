@@ -1,4 +1,4 @@
-"""How a sweep stands, from its files alone.
+"""Shows the state of a sweep, read from its files alone.
 
     python -m sweeps.status DIR            the table once
     python -m sweeps.status DIR --watch    again and again, until nothing is left to run
@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.state import COMPLETE, FAILED, STATES, State, state_of
+from launch.state import COMPLETE, FAILED, STATES, CellState, state_of
 from moe_ablm.endings import Parser
 from moe_ablm.errors import UserError
 from sweeps.cost import wide_console
@@ -26,7 +26,7 @@ EVERY = 5.0  # seconds
 STYLES = {COMPLETE: "green", "running": "cyan", FAILED: "red", "damaged": "red"}
 
 
-def standing(study: str, cells: list[Planned], states: list[State]) -> Group:
+def standing(study: str, cells: list[Planned], states: list[CellState]) -> Group:
     """State, step, loss and time left of each cell, how many there are of each state, and notes.
 
     Whatever the width, names are folded before a number is, and notes stand below the table.
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(s.name in (FAILED, "damaged") for s in states))
 
 
-def _states(cells: list[Planned]) -> list[State]:
+def _states(cells: list[Planned]) -> list[CellState]:
     return [state_of(p.cell, p.steps) for p in cells]
 
 

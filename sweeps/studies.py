@@ -1,4 +1,4 @@
-"""The studies: what each varies, and how a point of its grid becomes a config.
+"""The table of studies: what each varies, and how a point of its grid becomes a config.
 
 `python sweeps/NAME.py` runs the study NAME. Two have files of their own beside this table:
 `sweeps/scaling.py` (a scaling law) and `sweeps/compare_routers.py` (a table of routers).
@@ -152,8 +152,8 @@ ROUTERS = Study(
 
     python sweeps/routers.py --data=data/pairs --launcher=slurm
 
-Configs of configs/balm_moe.py: 250,000 updates of 512 single chains; experts are the wider the less
-they may take. `sweeps/compare_routers.py` compares all routers in minutes.
+Configs of configs/balm_moe.py: 250,000 updates of 512 single chains; experts of smaller
+capacity are wider. `sweeps/compare_routers.py` compares all routers in minutes.
 """,
     seeded(
         [

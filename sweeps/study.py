@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cell import Cell
-from launch.state import COMPLETE, State, state_of
+from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
@@ -60,9 +60,9 @@ class Study:
       points: options -> the grid.
       recipe: (point, options) -> config of a point.
       add_arguments: options of its own.
-      repairs: the planned grid -> points by name, which `--add=NAME` appends and the design check
-        weighs; none: the study is not for a scaling law.
-      report: printed when the launcher is through: (cells, states) -> text.
+      repairs: the planned grid -> points by name. `--add=NAME` appends them, and the design check
+        says what they would identify. None: the study is not for a scaling law.
+      report: (cells, states) -> text to print when the launcher has ended.
       data: options -> the dataset where --data is not given.
       device, mfu, seeds: defaults of the options.
     """
@@ -73,7 +73,7 @@ class Study:
     recipe: Callable[[Point, argparse.Namespace], Recipe]
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     repairs: Callable[[list[Planned]], Mapping[str, list[Point]]] | None = None
-    report: Callable[[list[Planned], list[State]], str] | None = None
+    report: Callable[[list[Planned], list[CellState]], str] | None = None
     device: str = "h100"
     mfu: float = 0.3
     seeds: int = 2
@@ -143,14 +143,16 @@ def _options(study: Study, argv: list[str] | None):
     add = parser.add_argument
     add("--data", help="prepared dataset, or 'simulated' for the embedded one")
     add("--out", type=Path, default=Path("runs") / study.name, help="folder of the sweep")
-    add("--seeds", type=int, default=study.seeds, help="default %(default)s")
-    add("--dry-run", action="store_true", help="print the table and stop")
-    add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more")
-    add("--device", choices=DEVICES, default=study.device, help="for hours; default %(default)s")
+    add("--seeds", type=int, default=study.seeds, help="number of seeds; default %(default)s")
+    add("--dry-run", action="store_true", help="print the table of cells and stop")
+    add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more device-hours")
+    about = "device whose hours are estimated; default %(default)s"
+    add("--device", choices=DEVICES, default=study.device, help=about)
     add(
         "--mfu",
         type=float,
-        help=f"share of its peak; default: recorded runs of the device, else {study.mfu}",
+        help="share of the device's peak that training reaches; default: that of recorded runs, "
+        f"else {study.mfu}",
     )
     add(
         "--calibrate",
@@ -158,9 +160,11 @@ def _options(study: Study, argv: list[str] | None):
         action="append",
         default=[],
         metavar="FILE.csv|RUNS",
-        help="hours at the speed of recorded runs on the device; repeatable",
+        help="estimate hours from recorded runs on the device: a table of sweeps.collect or a "
+        "folder of runs; repeatable",
     )
-    add("--start-seconds", type=float, default=START, help="of each cell; default %(default)s")
+    about = "seconds until a cell trains; default %(default)s"
+    add("--start-seconds", type=float, default=START, help=about)
     study.add_arguments(parser)
     module.add_arguments(parser)
     options, rest = parser.parse_known_args(argv)
@@ -197,7 +201,7 @@ def _plan(
     return cells, offered
 
 
-def _to_launch(cells: list[Planned], states: list[State]) -> tuple[list[Cell], bool]:
+def _to_launch(cells: list[Planned], states: list[CellState]) -> tuple[list[Cell], bool]:
     """Cells that are left to run, and whether others have failed for good; prints both."""
     left, failed = [], False
     for p, state in zip(cells, states, strict=True):

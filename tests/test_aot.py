@@ -11,12 +11,13 @@ from itertools import permutations
 from typing import NamedTuple
 
 import jax
+import per_layer
 import pytest
 
-from launch import per_layer, topology
+from launch import topology
 from launch.compile import Compiled, compile_step
 from launch.meshes import ROUTERS, hardware, rung
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 from moe_ablm.program import abstract_arguments
 from moe_ablm.training.memory import abstract_mesh
 

@@ -145,7 +145,7 @@ def test_chains_on_the_command_line_and_csv_on_the_terminal(runs, tmp_path):
 
 
 def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monkeypatch):
-    from moe_ablm.verbs import asking
+    from moe_ablm.verbs import asking, questions
 
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     flags = ["score", "--run", runs / "dense", "--input", pairs, "--one-pass", "--out"]
@@ -156,7 +156,7 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
     from moe_ablm.inference.antibodies import windows
 
     parser = argparse.ArgumentParser()
-    asking.add_score_arguments(parser)
+    questions.add_score_arguments(parser)
     args = parser.parse_args(
         [str(flag) for flag in [*flags[1:], out]], argparse.Namespace(verb="score")
     )
@@ -168,7 +168,7 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
 
     monkeypatch.setattr(asking, "_windows", two_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        asking.score(args)
+        questions.score(args)
     assert not out.exists()
     result = run_quickly("moe_ablm", *flags, out)
     assert result.returncode == 0 and "going on after 2 antibodies" in result.stderr

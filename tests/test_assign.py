@@ -108,7 +108,7 @@ def test_print(capsys):
         (["--hardware=h100x8x2"], "2 machines"),
         (["--hardware=h100x1", "--jobs=2"], "a cell has all devices"),
         (["--hardware=b200x8"], "not known"),
-        (["--hardware=A B"], "expected gives every cell"),
+        (["--hardware=A B"], "expected hardware whose mesh"),
     ],
 )
 def test_hardware_that_this_machine_is_not(given, message):

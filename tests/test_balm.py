@@ -9,7 +9,7 @@ import pytest
 from random_models import logits_of, random_model, same
 from safetensors.numpy import load_file, save_file
 
-from moe_ablm.config import MoEConfig
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.balm import export_balm

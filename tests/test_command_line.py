@@ -7,7 +7,8 @@ import pytest
 from conftest import tiny_flags
 
 from moe_ablm.command_line import parse
-from moe_ablm.config import ELSEWHERE, Config, keys
+from moe_ablm.config_keys import ELSEWHERE, keys
+from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
 from moe_ablm.train import main
 

@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 
 import jax
+import per_layer
 import pytest
 from conftest import tiny_flags
 
 from launch import compile as launch_compile
-from launch import per_layer, topology
+from launch import topology
 from launch.compile import compile_step, main
 from launch.meshes import hardware, rung
 from moe_ablm.command_line import read_config

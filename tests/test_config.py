@@ -8,6 +8,7 @@ from conftest import tiny_config
 
 from configs import base, ladder, quickstart
 from moe_ablm import config as configs
+from moe_ablm.config_schema import DROPOUTS, Config, MoEConfig
 from moe_ablm.errors import UserError
 from moe_ablm.model.families import FAMILIES
 from moe_ablm.model.spec import SIZES
@@ -228,7 +229,7 @@ def test_fingerprint_ignores_hardware_and_follows_everything_else():
     )
     assert configs.fingerprint(first, "d") == configs.fingerprint(same, "d")
     assert configs.fingerprint(first, "d") != configs.fingerprint(first, "other data")
-    for section in dataclasses.fields(configs.Config):
+    for section in dataclasses.fields(Config):
         if section.name in ("mesh", "compute", "checkpoint", "log"):
             continue
         part = getattr(first, section.name)
@@ -258,7 +259,7 @@ def test_a_config_survives_json():
 def earlier(**changes) -> dict:
     """A config as versions wrote it that had neither dropout nor a start of the routers' scale."""
     tree = configs.to_dict(tiny_config(**changes))
-    for name in configs.DROPOUTS:
+    for name in DROPOUTS:
         del tree["model"][name]
     del tree["model"]["moe"]["l2_scale"]
     tree["compute"]["remat"] = False
@@ -281,7 +282,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(changes, scale):
     config = configs.from_mapping(earlier(**changes))
     assert config.model.moe.l2_scale == scale and not config.model.spec().drops
     identity = configs.identity(config, "d")
-    added = {"model.moe.l2_scale", *(f"model.{name}" for name in configs.DROPOUTS)}
+    added = {"model.moe.l2_scale", *(f"model.{name}" for name in DROPOUTS)}
     assert not added & identity.keys() and "model.moe.l2" in identity
     assert configs.encoder_of_run(earlier(**changes)["model"]) == config.model.spec()
     dropped = dataclasses.replace(config.model, hidden_dropout=0.1)
@@ -301,6 +302,6 @@ def test_a_normalised_router_of_today_starts_with_logits_of_standard_deviation_o
 @pytest.mark.parametrize("router", ["none", *FAMILIES])
 def test_the_flat_section_and_the_family_say_the_same(router):
     section = tiny_config(model__moe__router=router).model.moe
-    assert configs.MoEConfig.of(section.spec()).spec() == section.spec()
+    assert MoEConfig.of(section.spec()).spec() == section.spec()
     spec = tiny_config(model__moe__router=router).model.spec()
     assert configs.encoder_from_mapping(configs.encoder_to_mapping(spec)) == spec

@@ -7,7 +7,7 @@ import pytest
 from conftest import REPO
 
 from launch.ended import main, outcome_of
-from moe_ablm.outcome import Outcome, leave, read
+from moe_ablm.outcome import Ending, leave, read
 
 SRUN = "srun: error: n: task 0: Exited with exit code 1"
 
@@ -21,7 +21,7 @@ SRUN = "srun: error: n: task 0: Exited with exit code 1"
 def test_the_exit_code_says_what_to_do(status, code, expected, tmp_path):
     file, log = tmp_path / "a.outcome.json", tmp_path / "a.log"
     if status:
-        leave(file, Outcome(status, 0))
+        leave(file, Ending(status, 0))
     assert main(["ended", str(file), str(log), str(code)]) == expected
 
 
@@ -38,11 +38,11 @@ def test_a_process_without_a_word_is_told_by_its_last_line(log, line, tmp_path):
     file = tmp_path / "a.outcome.json"
     (tmp_path / "a.log").write_text(log)
     outcome_of(file, tmp_path / "a.log", 137)
-    assert read(file) == Outcome("failed", 137, f"exit code 137; last line: {line}")
+    assert read(file) == Ending("failed", 137, f"exit code 137; last line: {line}")
 
 
 def test_its_own_word_goes_before(tmp_path):
-    own = leave(tmp_path / "x", Outcome("refused", 2, "no data"))
+    own = leave(tmp_path / "x", Ending("refused", 2, "no data"))
     assert outcome_of(tmp_path / "x", tmp_path / "no log", 2) == own == read(tmp_path / "x")
     assert "killed by SIGKILL" in outcome_of(tmp_path / "y", tmp_path / "no log", -9).message
     assert "no log cannot be read" in read(tmp_path / "y").message

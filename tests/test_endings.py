@@ -115,3 +115,11 @@ def test_help_and_refusals_need_nothing_that_takes_time():
     assert len(lines) == len(VERBS) + 2 and all(line.startswith("moe_ablm: ") for line in lines), (
         lines
     )
+
+
+def test_help_keeps_the_lines_of_a_docstring_and_wraps_a_long_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = " ".join(["word"] * 40)
+    text = Parser(description="First.\n\n    a command\n", epilog=words).format_help()
+    assert "First.\n\n    a command\n" in text
+    assert max(map(len, text.splitlines())) < 80 and text.count("word") == 40

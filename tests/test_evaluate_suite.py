@@ -211,7 +211,8 @@ def test_settings_of_a_suite_file_are_used_and_other_ones_are_done_anew(evaluate
         ("{'perplexity': 5}", ("perplexity=5", "mapping")),
         ("{'pairing': {'lr': float('nan')}}", ("lr=nan", "more than 0")),
         ("{'pairing': {'lr': -1}}", ("lr=-1", "more than 0")),
-        ("1 / 0", ("ZeroDivisionError",)),
+        ("1 / 0", ("line 3: ZeroDivisionError",)),
+        ("{'perplexity': {}}).to_dict(", ("returned dict, expected a ConfigDict",)),
     ],
 )
 def test_wrong_suite_files(settings, words, evaluate, tmp_path):
@@ -224,7 +225,7 @@ def test_wrong_suite_files(settings, words, evaluate, tmp_path):
     ("flags", "words"),
     [
         (["--suite=perplexity,routin"], ("'routin'", "did you mean", "routing")),
-        (["--suite=nowhere.py"], ("nowhere.py", "no such file")),
+        (["--suite=nowhere.py"], ("nowhere.py", "is not there")),
         (["--suite=perplexity", "--seed=-1"], ("--seed -1", "0 or more")),
         (["--suite=perplexity", "--data=fitness"], ("NAME=FILE",)),
         (["--suite=perplexity", "--data=fitnes=x.csv"], ("fitnes", "did you mean")),

@@ -9,7 +9,7 @@ from flax import nnx
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.experts import BLOCK, Groups, grouped_ffn
-from moe_ablm.model.families import ExpertChoice, Row, Sequence, Soft, TopK, TopP
+from moe_ablm.model.families import ExpertChoice, RowShape, Sequence, Soft, TopK, TopP
 from moe_ablm.model.layers import FeedForward
 from moe_ablm.model.moe import MoE
 from moe_ablm.model.spec import SIZES, EncoderSpec, Execution
@@ -78,8 +78,8 @@ def test_counts_by_hand():
     final_norm, head = 4, (2 * 2 + 2) + 4 + 5
     assert flops.params_total(spec) == embedding + norms + attention + ffn + final_norm + head
     multiply_adds = 4 * 2 * 2 + 2 * 2 * 3 + (2 * 7 + 2 * 7) + 2 * 2 + 2 * 5  # 7: keys, values
-    assert flops.forward_flops_per_token(spec, Row(7, 7)) == 2 * multiply_adds
-    assert flops.train_flops_per_token(spec, Row(7, 7)) == 6 * multiply_adds
+    assert flops.forward_flops_per_token(spec, RowShape(7, 7)) == 2 * multiply_adds
+    assert flops.train_flops_per_token(spec, RowShape(7, 7)) == 6 * multiply_adds
 
 
 # wide enough for matmuls to be nearly everything
@@ -112,7 +112,7 @@ def test_flops_equal_what_xla_counts(name, activation):
     definition, *inputs = abstract(spec, b, length)
     run = jax.jit(lambda p, t, v: nnx.merge(definition, p)(t, v, None, training).logits)
     counted = run.lower(*inputs).cost_analysis()["flops"]
-    expected = flops.forward_flops_per_token(spec, Row(length, length), training) * b * length
+    expected = flops.forward_flops_per_token(spec, RowShape(length, length), training) * b * length
     assert abs(counted / expected - 1) < 0.02
 
 
@@ -128,7 +128,7 @@ def test_flops_of_a_compiled_training_step(name):
 
     options = {"xla_backend_optimization_level": 0}
     compiled = jax.jit(jax.grad(loss), compiler_options=options).lower(*inputs).compile()
-    expected = flops.train_flops_per_token(spec, Row(length, length)) * b * length
+    expected = flops.train_flops_per_token(spec, RowShape(length, length)) * b * length
     assert abs(compiled.cost_analysis()["flops"] / expected - 1) < 0.02
 
 
@@ -187,13 +187,14 @@ def test_flops_equal_the_matmuls_of_the_program(name):
     blocks = b * length * assignments // ROWS
     forward = matmul_flops(jax.make_jaxpr(loss)(*inputs).jaxpr, blocks)
     assert (
-        forward == flops.forward_flops_per_token(spec, Row(length, length), training) * b * length
+        forward
+        == flops.forward_flops_per_token(spec, RowShape(length, length), training) * b * length
     )
     if training:  # nothing is computed twice, nothing that needs a gradient left out
         both = matmul_flops(jax.make_jaxpr(jax.grad(loss))(*inputs).jaxpr, blocks)
         # the gradient of the embedding is a product, but one in place of a sum: it is not counted
         look_up = 2 * spec.vocabulary * spec.d_model
-        counted = flops.train_flops_per_token(spec, Row(length, length))
+        counted = flops.train_flops_per_token(spec, RowShape(length, length))
         assert both == (counted + look_up) * b * length
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model": {"parallel"},
     "training": {"model", "parallel", "results"},
     "evaluation": {"model", "data", "inference", "interop", "results", "page"},
-    "interop": {"model", "data", "training", "config"},
+    "interop": {"model", "data", "training", "config", "config_schema"},
     "inference": {"model", "data", "interop", "parallel", "cache"},
     "scaling": {"page"},
 }
@@ -47,7 +47,8 @@ HEAVY = sorted(COMPUTING | {"grain", "torch", "transformers"})
 WITHOUT_JAX = ("data", "scaling", "model/families.py", "model/spec.py", "model/flops.py",
                "training/spec.py", "training/peaks.py", "training/stability.py", "errors.py",
                "files.py", "endings.py", "preemption.py", "results.py", "page.py", "cache.py",
-               "config.py", "outcome.py")  # fmt: skip
+               "config.py", "config_keys.py", "config_schema.py", "config_checks.py",
+               "outcome.py")  # fmt: skip
 
 
 WITHOUT_HEAVY = f"""
@@ -153,7 +154,7 @@ def test_rooms_stand_on_each_other_without_a_circle():
     below: set[str] = GROUND | {"results", "page", "cache"}
     while left := [room for room in ROOMS if room not in below]:
         # config is no room: it stands on what describes data, models and training
-        free = [r for r in left if MAY_IMPORT[r] - {"config"} <= below]
+        free = [r for r in left if MAY_IMPORT[r] - {"config", "config_schema"} <= below]
         assert all("config" not in MAY_IMPORT[r] or {"data", "training"} <= below for r in free)
         assert free, f"a circle among {left}"
         below |= set(free)
@@ -171,13 +172,14 @@ def test_nothing_but_the_command_line_stands_on_verbs():
 
 OUTSIDE = {
     # settings, and from config alone what a cell is and what it costs
-    "sweeps": {"config", "endings", "errors", "files", "results", "feed", "data.dataset",
-               "data.simulated", "model.families", "model.flops", "model.spec", "scaling.design",
-               "scaling.runs", "training.peaks"},
+    "sweeps": {"config", "config_schema", "endings", "errors", "files", "results", "feed",
+               "data.dataset", "data.simulated", "model.families", "model.flops", "model.spec",
+               "scaling.design", "scaling.runs", "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
     # compile it for devices that are not here; how it ended
-    "launch": {"endings", "errors", "files", "outcome", "preemption", "config", "command_line",
-               "program", "model.flops", "model.spec", "training.memory", "parallel.mesh"},
+    "launch": {"endings", "errors", "files", "outcome", "preemption", "config", "config_schema",
+               "command_line", "program", "model.flops", "model.spec", "training.memory",
+               "parallel.mesh"},
 }  # fmt: skip
 
 

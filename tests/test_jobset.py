@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPO
+from jobset_schema import check
 
 from launch import ended, jobset, settings
 from launch.cell import Cell
 from moe_ablm.errors import UserError
-from moe_ablm.outcome import Outcome, leave, read
+from moe_ablm.outcome import Ending, leave, read
 from moe_ablm.parallel import multihost
 
 HOSTILE = ("a b", "'", "$(HOME)", "$$(HOME)", "$HOME", "`id`", "a\nb", "{{x}}", "- y: z", "")
@@ -41,6 +42,13 @@ def resolved(**given: str) -> dict:
     return settings.resolve(options, "jobset", jobset.SETTINGS)
 
 
+def manifest(one: Cell, settings: dict) -> dict:
+    """The manifest of a cell, which a cluster would take."""
+    made = jobset.manifest(one, settings)
+    assert check(made) == []
+    return made
+
+
 @pytest.fixture(autouse=True)
 def no_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -60,7 +68,7 @@ def expand(text: str, variables: dict[str, str]) -> str:
 
 
 def test_gpu_nodes_find_each_other():
-    made = jobset.manifest(cell(), resolved())
+    made = manifest(cell(), resolved())
     inner = made["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (inner["parallelism"], inner["completions"], inner["completionMode"]) == (
         2,
@@ -84,7 +92,7 @@ def test_gpu_nodes_find_each_other():
     [("v4-8", 1, "2x2x1"), ("v5p-128", 16, "4x4x4"), ("v6e-16", 4, "4x4"), ("v5e-8", 2, "2x4")],
 )
 def test_tpu_slices(hardware, hosts, topology):
-    made = jobset.manifest(cell(), resolved(hardware=hardware))
+    made = manifest(cell(), resolved(hardware=hardware))
     inner = made["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert inner["parallelism"] == inner["completions"] == hosts
     assert pod(made)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
@@ -114,14 +122,14 @@ def words_of(made: dict) -> list[str]:
 
 def run_cell(folder: Path, argv: tuple[str, ...] = (), python: str = TELL) -> tuple[int, str]:
     """Exit code and output of the container of a cell below `folder`."""
-    made = jobset.manifest(cell(argv, folder=folder), resolved(mount=str(folder)))
+    made = manifest(cell(argv, folder=folder), resolved(mount=str(folder)))
     process = start_container(words_of(made), folder, python)
     return process.wait(timeout=60), process.communicate()[0]
 
 
 def test_arguments_reach_the_trainer_unchanged(tmp_path):
     one = cell(HOSTILE, folder=tmp_path)
-    text = yaml.safe_dump(jobset.manifest(one, resolved(mount=str(tmp_path))), sort_keys=False)
+    text = yaml.safe_dump(manifest(one, resolved(mount=str(tmp_path))), sort_keys=False)
     process = start_container(words_of(yaml.safe_load(text)), tmp_path)
     assert process.communicate(timeout=60)[0].split("\0")[:-1] == list(HOSTILE)
     assert one.log.read_text().startswith("$ pod ")  # where `sweeps.status` looks
@@ -152,14 +160,14 @@ def test_what_a_run_said_decides_whether_it_restarts(python, expected, tmp_path)
 
 def test_what_an_attempt_before_said_decides_nothing(tmp_path):
     for status in ("diverged", "stopped"):
-        leave(cell(folder=tmp_path).outcome, Outcome(status, 1), replace=True)
+        leave(cell(folder=tmp_path).outcome, Ending(status, 1), replace=True)
         assert run_cell(tmp_path, python="echo the dog; exit 1")[0] == 1
         found = read(cell(folder=tmp_path).outcome)
-        assert found == Outcome("failed", 1, "exit code 1; last line: the dog")
+        assert found == Ending("failed", 1, "exit code 1; last line: the dog")
 
 
 def test_a_container_without_python_fails(tmp_path):
-    made = jobset.manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
+    made = manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
     for name in ("mkdir", "rm", "uname", "mktemp", "mkfifo", "tee", "sleep"):
         (tmp_path / name).symlink_to(shutil.which(name))
     words = [shutil.which("sh"), *words_of(made)[1:]]
@@ -168,7 +176,7 @@ def test_a_container_without_python_fails(tmp_path):
 
 
 def test_who_is_restarted():
-    spec = jobset.manifest(cell(), resolved())["spec"]
+    spec = manifest(cell(), resolved())["spec"]
     assert spec["failurePolicy"]["maxRestarts"] > 0
     (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [ended.FINAL]
@@ -184,7 +192,7 @@ while :; do sleep 0.1; done
 
 def test_the_first_process_of_a_container_hands_on_term(tmp_path):
     """It alone is told of an eviction, and as process 1 would ignore it."""
-    made = jobset.manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
+    made = manifest(cell(folder=tmp_path), resolved(mount=str(tmp_path)))
     folder = cell(folder=tmp_path).workdir
     folder.mkdir()
     process = start_container(words_of(made), tmp_path, SAVE, FOLDER=str(folder))
@@ -234,7 +242,7 @@ def test_launch_writes_what_it_checked(tmp_path, capsys):
     jobset.add_arguments(parser)
     assert jobset.launch([one], parser.parse_args([f"--{k}={v}" for k, v in values.items()])) == 0
     made = yaml.safe_load((tmp_path / "logs" / "jobset" / "a-1.yaml").read_text())
-    assert jobset.check(made) == []
+    assert check(made) == []
     container = pod(made)["containers"][0]
     assert "--config.mesh.data=4" in container["args"]
     env = {e["name"]: e["value"] for e in container["env"]}
@@ -249,7 +257,7 @@ def test_launch_writes_what_it_checked(tmp_path, capsys):
 
 def changed(path: str, value) -> dict:
     """A good manifest with one field set, or taken out (None)."""
-    made = copy.deepcopy(jobset.manifest(cell(), resolved()))
+    made = copy.deepcopy(manifest(cell(), resolved()))
     *parents, last = path.split("/")
     place = made
     for key in parents:
@@ -288,7 +296,7 @@ POD = "spec/replicatedJobs/0/template/spec/template/spec"
     ],
 )
 def test_what_a_cluster_refuses_is_found(path, value, problem):
-    found = jobset.check(changed(path, value))
+    found = check(changed(path, value))
     assert len(found) == 1 and problem in found[0], found
 
 
@@ -301,23 +309,24 @@ def test_what_a_cluster_refuses_is_found(path, value, problem):
         ({"mount": "/elsewhere"}, "not on the volume"),
         ({"image": "a b"}, "--image='a b': expected"),
         ({"claim": "../x"}, "--claim="),
+        ({"claim": "x" * 64}, "--claim="),
     ],
 )
 def test_what_cannot_be(given, message):
     with pytest.raises(UserError, match=message):
-        jobset.manifest(cell(), resolved(**given))
+        manifest(cell(), resolved(**given))
 
 
 def test_data_must_be_on_the_volume():
     with pytest.raises(UserError, match="--data /data/pairs is not on the volume"):
-        jobset.manifest(cell(("-m", "x", "--config.data.path=/data/pairs")), resolved())
+        manifest(cell(("-m", "x", "--config.data.path=/data/pairs")), resolved())
     for good in ("/runs/pairs", "None"):
-        jobset.manifest(cell(("-m", "x", f"--config.data.path={good}")), resolved())
+        manifest(cell(("-m", "x", f"--config.data.path={good}")), resolved())
 
 
 def test_names_of_long_cells_are_short_and_differ():
     long = "w" * 100
-    made = jobset.manifest(cell(name=long), resolved(hardware="h100x8x1000"))
+    made = manifest(cell(name=long), resolved(hardware="h100x8x1000"))
     other = Cell(long, (), Path("/runs/y"), "f" * 16, 1.0, 1.0)
     assert made["metadata"]["name"] != jobset.job_name(other)
     assert made["metadata"]["annotations"]["moe-ablm/cell"] == long

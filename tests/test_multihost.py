@@ -17,7 +17,7 @@ from conftest import command, tiny_config, tiny_flags
 
 from moe_ablm import outcome, trainer
 from moe_ablm.errors import UserError
-from moe_ablm.outcome import Outcome
+from moe_ablm.outcome import Ending
 from moe_ablm.parallel import multihost
 from moe_ablm.parallel.mesh import make_mesh
 from moe_ablm.results import read_results
@@ -164,7 +164,7 @@ def test_one_of_them_writes(together):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert "validation loss" in first
     assert second == ""
-    assert outcome.read(workdir.with_name("outcome.json")) == Outcome("complete", 0, "", 24)
+    assert outcome.read(workdir.with_name("outcome.json")) == Ending("complete", 0, "", 24)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from conftest import tiny_flags
 
 from moe_ablm import outcome, train, trainer
 from moe_ablm.errors import UserError
-from moe_ablm.outcome import Outcome
+from moe_ablm.outcome import Ending
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def test_the_first_failure_counts_and_the_end_of_the_first_process_before_all(fi
     for text in ("cause", "consequence"):
         with pytest.raises(ValueError), outcome.told(status_of):
             raise ValueError(text)
-    assert outcome.read(file) == Outcome("failed", 1, "ValueError: cause")
+    assert outcome.read(file) == Ending("failed", 1, "ValueError: cause")
     with outcome.told(status_of) as told:
         told("stopped", 7)
     with pytest.raises(ValueError), outcome.told(status_of):
         raise ValueError("too late to matter")
-    assert outcome.read(file) == Outcome("stopped", 0, "", 7)
+    assert outcome.read(file) == Ending("stopped", 0, "", 7)
 
 
 def test_a_file_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"status": "complete", "exit_code": 0, "message": "", "step": 1,
                                 "host": "a"}))  # fmt: skip
-    assert outcome.read(path) == Outcome("complete", 0, "", 1)
+    assert outcome.read(path) == Ending("complete", 0, "", 1)
 
 
 # the trainer's own words
@@ -116,7 +116,7 @@ def test_the_trainer_stops(file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "validation_sums", evaluate_and_signal)
     assert command(tmp_path / "w") == 0
-    assert outcome.read(file) == Outcome("stopped", 0, "", 6)
+    assert outcome.read(file) == Ending("stopped", 0, "", 6)
 
 
 def test_the_trainer_diverges(file, tmp_path, capsys):

@@ -21,7 +21,7 @@ def plain_first_fit_decreasing(sizes: list[int], length: int, most: int) -> list
     return rows
 
 
-def rows_of(packed: packing.Packing) -> list[list[int]]:
+def rows_of(packed: packing.PackedRows) -> list[list[int]]:
     return [packed.size[a:b].tolist() for a, b in zip(packed.first, packed.first[1:], strict=False)]
 
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from configs import balm_moe, soft_moe_protein
-from moe_ablm.config import Config, from_mapping
+from moe_ablm.config import from_mapping
+from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
 from moe_ablm.model import flops
 

@@ -7,7 +7,7 @@ from conftest import tiny_config
 
 from moe_ablm import config as configs
 from moe_ablm import outcome
-from moe_ablm.summary import Record
+from moe_ablm.summary import RunRecord
 from moe_ablm.trainer import why_it_ended
 from moe_ablm.verbs.report import standing
 
@@ -44,6 +44,6 @@ def test_results_alone_tell_the_step(tmp_path):
 
 def test_patience_says_what_it_ended():
     config = tiny_config(train__patience=2)
-    line = why_it_ended(config, Record(best_loss=1.25, best_step=6), 10)
+    line = why_it_ended(config, RunRecord(best_loss=1.25, best_step=6), 10)
     assert line.startswith("ended at step 10 of 12 by train.patience=2: ")
     assert "better than that of step 6 (1.2500), whose checkpoint is kept" in line

@@ -18,8 +18,10 @@ from test_flops import matmul_flops
 
 from moe_ablm import config as configs
 from moe_ablm import trainer
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.antibody import row_of
 from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import UserError
 from moe_ablm.evaluation.routing import Settings, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.inference.antibodies import given
@@ -30,7 +32,7 @@ from moe_ablm.interop.load import load_model
 from moe_ablm.interop.saved import save_model
 from moe_ablm.model import flops, routers
 from moe_ablm.model.encoder import Encoder
-from moe_ablm.model.families import FAMILIES, Router, Row
+from moe_ablm.model.families import FAMILIES, Router, RowShape
 from moe_ablm.model.routing import Plan, token_sums
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training import memory
@@ -57,7 +59,7 @@ class ByPosition(Router):
     def active_share(self) -> float:
         return 1 / self.experts
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         return 1.0
 
 
@@ -92,9 +94,9 @@ def encoder_spec(**changes) -> EncoderSpec:
 def test_the_door_of_the_config():
     spec = encoder_spec(model__moe__shared=1)
     assert spec.moe == ByPosition(experts=E, shared=1)
-    assert configs.MoEConfig.of(spec.moe).spec() == spec.moe
+    assert MoEConfig.of(spec.moe).spec() == spec.moe
     assert configs.encoder_from_mapping(configs.encoder_to_mapping(spec)) == spec
-    with pytest.raises(configs.UserError, match="capacity=1.0: expected None .*'by_position'"):
+    with pytest.raises(UserError, match="capacity=1.0: expected None .*'by_position'"):
         encoder_spec(model__moe__capacity=1.0)
 
 
@@ -121,7 +123,7 @@ def test_parameters_and_flops():
 
     inputs = [jax.ShapeDtypeStruct((b, length), kind) for kind in (jnp.int32, bool)]
     program = jax.make_jaxpr(loss)(params, *inputs).jaxpr
-    counted = flops.forward_flops_per_token(spec, Row(length, length), training=True)
+    counted = flops.forward_flops_per_token(spec, RowShape(length, length), training=True)
     assert matmul_flops(program, trips=b) == counted * b * length  # a full block of 128 rows each
 
 

@@ -181,7 +181,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for job, each in zip(submitted, cells, strict=True):
         wait(lambda job=job: ended(job), "the job", each)
         assert status(each) == "complete", each.log.read_text()[-3000:]
-        assert outcome.read(each.outcome) == outcome.Outcome("complete", 0, "", 12)
+        assert outcome.read(each.outcome) == outcome.Ending("complete", 0, "", 12)
     assert "2 device(s)" in cells[1].log.read_text()
     one, two = (
         [r["loss"] for r in read_results(c.workdir / "results.jsonl") if r["kind"] == "train"]

@@ -18,7 +18,7 @@ from launch.cell import Cell
 from launch.state import FAILED, state_of
 from moe_ablm import outcome
 from moe_ablm.errors import UserError
-from moe_ablm.outcome import Outcome, leave
+from moe_ablm.outcome import Ending, leave
 
 TELL = "import json, sys; print(json.dumps(sys.argv[1:]))"
 HOSTILE = ["a b", "'", '"', "$(touch injected)", "`touch injected`", "; touch injected #", "a\nb",
@@ -175,7 +175,7 @@ def test_a_failure_without_a_word_of_the_trainer_is_told_by_its_last_line(tmp_pa
     failing = cell(tmp_path, "a", ("-c", fail))
     failing.log.parent.mkdir()
     failing.log.write_text("$ SLURM job 6 on n: a\nof before\n")
-    leave(failing.outcome, Outcome("stopped", 0, "", 3))
+    leave(failing.outcome, Ending("stopped", 0, "", 3))
     assert run(slurm.script([failing], resolved()), 0, tmp_path).returncode == 1
     assert state_of(failing).note == "exit code 1; last line: ValueError: dog"
     silent = cell(tmp_path, "b", ("-c", "import sys; sys.exit(1)"))
@@ -186,7 +186,7 @@ def test_a_failure_without_a_word_of_the_trainer_is_told_by_its_last_line(tmp_pa
 def test_where_python_itself_is_broken_the_exit_code_stays(tmp_path, bin_folder, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     one = cell(tmp_path, "a")
-    leave(one.outcome, Outcome("failed", 1, "of before"))
+    leave(one.outcome, Ending("failed", 1, "of before"))
     assert run(slurm.script([one], resolved()), 0, tmp_path).returncode == 127
     assert state_of(one).note != "of before"
     assert "/nowhere/python" in one.log.read_text()
@@ -202,7 +202,7 @@ def test_a_container_is_queued_again_from_outside(status, asked, tmp_path, bin_f
     lines = told.read_text().splitlines() if told.exists() else []
     # "7" alone would queue every task of the array again
     assert lines == (["show job --oneliner 7_0", "requeue 7_0"] if asked else [])
-    assert outcome.read(one.outcome) == Outcome(status, 0, "", 5)
+    assert outcome.read(one.outcome) == Ending(status, 0, "", 5)
 
 
 def test_a_container_sees_what_it_is_given(tmp_path):

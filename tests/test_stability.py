@@ -12,7 +12,7 @@ from conftest import tiny_config
 from strict_json import read_strictly
 
 from moe_ablm import command_line, train, trainer
-from moe_ablm.config import MoEConfig
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.files import write_json
 from moe_ablm.model.families import FAMILIES, ExpertChoice, Soft, TopK
 from moe_ablm.model.moe import RouterWeights, router_logits

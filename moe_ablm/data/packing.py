@@ -15,7 +15,7 @@ MOST_IN_A_ROW = 255  # their number must fit in the uint8 array `antibody` of a 
 
 
 @dataclass(frozen=True, eq=False)
-class Packing:
+class PackedRows:
     """Rows of places; row r has the places `first[r]` to `first[r + 1]`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Packing:
         return len(self.first) - 1
 
 
-def first_fit_decreasing(sizes: np.ndarray, length: int) -> Packing:
+def first_fit_decreasing(sizes: np.ndarray, length: int) -> PackedRows:
     """Packs sequences into rows, the longest first, each into the first row with room.
 
     Filling one row after the other, each with the longest that still fits, gives the same rows
@@ -74,7 +74,7 @@ def _fill_row(kinds: list[int], left: dict[int, int], length: int) -> list[tuple
     return row
 
 
-def _lay_out(rows: list[list[int]], repeats: list[int]) -> Packing:
+def _lay_out(rows: list[list[int]], repeats: list[int]) -> PackedRows:
     count = np.repeat([len(row) for row in rows], repeats).astype(np.int64)
     size = np.concatenate(
         [np.zeros(0, np.int64)]
@@ -83,10 +83,10 @@ def _lay_out(rows: list[list[int]], repeats: list[int]) -> Packing:
     first = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
     ends = np.cumsum(size)
     before_row = np.repeat((ends - size)[first[:-1]], count)
-    return Packing(first, size, ends - size - before_row)
+    return PackedRows(first, size, ends - size - before_row)
 
 
-def seat(packing: Packing, sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
+def seat(packing: PackedRows, sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The sequence of each place: those of one length take the places of that length in `order`.
 
     Args:

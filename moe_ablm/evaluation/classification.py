@@ -65,7 +65,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
     by_class, left_out = _by_class(subject, everyone, settings.most)
     notes += left_out
     pooled = [a for name in CLASSES for a in by_class.get(name, ())]
-    bench = Bench(subject, settings, pooled)
+    bench = TaskBench(subject, settings, pooled)
     samples: list[Sample] = []
     numbers: list[Number] = []
     for name, task in TASKS.items():
@@ -110,7 +110,7 @@ def _by_class(
     return {k: drawn(rows, most, subject.seed) for k, rows in members.items()}, notes
 
 
-class Bench:
+class TaskBench:
     """Antibodies of all tasks; hidden states are computed once."""
 
     def __init__(self, subject: Subject, settings: Settings, antibodies: Sequence[Annotated]):

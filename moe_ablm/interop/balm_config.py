@@ -7,7 +7,7 @@ The units differ: BALM counts shared experts among the experts, its capacity is 
 from dataclasses import replace
 from typing import Any
 
-from moe_ablm.config import MoEConfig
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.tokenizer import NULL, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.huggingface import HuggingFaceConfig

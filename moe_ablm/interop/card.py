@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_ablm.config import MoEConfig
+from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.files import json_text
 from moe_ablm.interop.saved import Model

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from moe_ablm.config import DROPOUTS, MoEConfig
+from moe_ablm.config_schema import DROPOUTS, MoEConfig
 from moe_ablm.errors import UserError
 from moe_ablm.interop.huggingface import some
 from moe_ablm.interop.saved import Model

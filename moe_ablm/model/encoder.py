@@ -31,7 +31,7 @@ class Observe(NamedTuple):
     plans: bool = False
 
 
-class Output(NamedTuple):
+class EncoderOutput(NamedTuple):
     """Result of an encoder.
 
     Attributes:
@@ -195,7 +195,7 @@ class Encoder(nnx.Module):
         key: jax.Array | None = None,
         observe: Observe = NOTHING,
         at: jax.Array | None = None,
-    ) -> Output:
+    ) -> EncoderOutput:
         """Logits of every position, or of one position of each row.
 
         Args:
@@ -224,7 +224,7 @@ class Encoder(nnx.Module):
         x = self.final_norm(x)
         if observe.hidden:
             hidden = (*hidden[:-1], x)
-        return Output(self.head(x, self.embedding[...]), routing, hidden, attention)
+        return EncoderOutput(self.head(x, self.embedding[...]), routing, hidden, attention)
 
     def _observed(self, x, context, training, keys, observe, at):
         """Runs the layers one by one: `x`, routing, hidden states and attention weights."""

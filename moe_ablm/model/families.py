@@ -17,7 +17,7 @@ PADS = ("logits", "probabilities", "aux")  # BALM-MoE's partial policies
 
 
 @dataclass(frozen=True)
-class Row:
+class RowShape:
     """Shape of a row of the batch, from which FLOPs follow.
 
     Attributes:
@@ -156,11 +156,11 @@ class Router:
         """Share of the experts' parameters that an average token uses in training."""
         raise NotImplementedError
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         """Expert rows computed per token, padding not counted as tokens."""
         raise NotImplementedError
 
-    def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
+    def multiply_adds(self, d_model: int, expert: float, row: RowShape, training: bool) -> float:
         """Multiply-adds of the router and the routed experts per token that is not padding.
 
         Args:
@@ -255,7 +255,7 @@ class Queued(Router):
         admitted = 1.0 if self.limit is None else min(self.limit, 1.0)
         return self.k * admitted / self.experts
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         if not self.queues(training):
             return float(self.k)
         if self.travels(training, row.packed):  # all places of a row are computed, filled or not
@@ -317,7 +317,7 @@ class TokenChoice(Router):
     def active_share(self) -> float:
         return self.k / self.experts
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         return float(self.k)
 
     @property
@@ -452,10 +452,10 @@ class Soft(Router):
         # the experts' work relative to an FFN on every token depends on the length
         return 1.0
 
-    def computed(self, row: Row, training: bool) -> float:
+    def computed(self, row: RowShape, training: bool) -> float:
         return self.experts * self.slots / row.antibody
 
-    def multiply_adds(self, d_model: int, expert: float, row: Row, training: bool) -> float:
+    def multiply_adds(self, d_model: int, expert: float, row: RowShape, training: bool) -> float:
         # router, tokens to slots, slots to tokens; in a packed row once for each antibody
         weights = 3 * d_model * self.experts * self.slots * row.antibodies
         return weights + self.computed(row, training) * expert

@@ -4,7 +4,7 @@ FLOPs are those of the matmuls (a multiply-add counts as 2), as usual for model 
 Norms, softmax and gathers are left out.
 """
 
-from moe_ablm.model.families import Row
+from moe_ablm.model.families import RowShape
 from moe_ablm.model.spec import EncoderSpec
 
 MATRICES = {"gelu": 2, "swiglu": 3}  # of size D x F in one FFN
@@ -51,7 +51,7 @@ def _params(spec: EncoderSpec, experts: int) -> int:
 
 
 def forward_flops_per_token(
-    spec: EncoderSpec, row: Row, training: bool = False, choices: float | None = None
+    spec: EncoderSpec, row: RowShape, training: bool = False, choices: float | None = None
 ) -> float:
     """FLOPs of a forward pass per token that is not padding.
 
@@ -78,6 +78,6 @@ def forward_flops_per_token(
     return 2 * weights + 4 * spec.layers * d * row.antibody
 
 
-def train_flops_per_token(spec: EncoderSpec, row: Row, choices: float | None = None) -> float:
+def train_flops_per_token(spec: EncoderSpec, row: RowShape, choices: float | None = None) -> float:
     """FLOPs of forward and backward pass per token: three times those of the forward pass."""
     return 3 * forward_flops_per_token(spec, row, training=True, choices=choices)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_ablm.model.encoder import Encoder, Output
+from moe_ablm.model.encoder import Encoder, EncoderOutput
 from moe_ablm.model.families import Router
 from moe_ablm.model.layers import Balance
 from moe_ablm.model.moe import Routed
@@ -87,7 +87,7 @@ class StepMetrics(NamedTuple):
 
 def forward(
     model: Encoder, batch: Batch, training: bool = False, key: jax.Array | None = None
-) -> Output:
+) -> EncoderOutput:
     """The encoder's output for a batch; rows are packed if the batch has `position`."""
     packing = None
     if "position" in batch:
@@ -141,45 +141,13 @@ def make_train_step(
     """
     moe = spec.moe
     random = spec.drops or bool(moe and moe.noise)
-
-    def objective(trained, fixed, batch, masked, key):
-        output = forward(nnx.merge(definition, trained, fixed), batch, training=True, key=key)
-        sums = region_sums(output.logits, batch)
-        loss = sums.loss.sum() / masked
-        if z_loss:
-            loss = loss + z_loss * logit_z_loss(output.logits, batch) / masked
-        router = None
-        if moe and output.routing is not None:
-            router = output.routing.stats
-            loss = loss + auxiliary_loss(router, moe) / accumulate
-        return loss, (sums, router)
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
-
-    def micro_batches(batch: Batch) -> Batch:
-        # row i goes to micro-batch i % accumulate: each holds rows of every device
-        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def accumulated(trained, fixed, batch, masked, key):
-        if accumulate == 1:
-            (loss, (sums, router)), grads = gradient(trained, fixed, batch, masked, key)
-            return loss, sums, router, grads
-
-        def body(carry, part):
-            (loss, (sums, router)), grads = gradient(trained, fixed, part[0], masked, part[1])
-            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), router
-
-        zero = jnp.zeros(()), RegionSums(*[jnp.zeros(CELLS)] * 3)
-        carry = (*zero, jax.tree.map(jnp.zeros_like, trained))
-        keys = None if key is None else jax.random.split(key, accumulate)
-        (loss, sums, grads), router = jax.lax.scan(body, carry, (micro_batches(batch), keys))
-        return loss, sums, jax.tree.map(lambda x: x.mean(0), router), grads
+    gradient = _accumulated(_gradient(definition, moe, accumulate, z_loss), accumulate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         masked = jnp.maximum(batch["loss_mask"].sum(), 1)
         key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
         trained, fixed = split_trained(state.params)
-        loss, sums, router, grads = accumulated(trained, fixed, batch, masked, key)
+        (loss, (sums, router)), grads = gradient(trained, fixed, batch, masked, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         params = nnx.merge_state(trained, fixed)
@@ -203,6 +171,52 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step
+
+
+def _gradient(
+    definition: nnx.GraphDef, moe: Router | None, accumulate: int, z_loss: float
+) -> Callable:
+    """(trained, fixed, batch, masked, key) -> ((objective, (sums, router)), gradient).
+
+    `masked` counts the masked tokens of the whole batch, of which the given one may be a part.
+    """
+
+    def objective(trained, fixed, batch, masked, key):
+        output = forward(nnx.merge(definition, trained, fixed), batch, training=True, key=key)
+        sums = region_sums(output.logits, batch)
+        loss = sums.loss.sum() / masked
+        if z_loss:
+            loss = loss + z_loss * logit_z_loss(output.logits, batch) / masked
+        router = None
+        if moe and output.routing is not None:
+            router = output.routing.stats
+            loss = loss + auxiliary_loss(router, moe) / accumulate
+        return loss, (sums, router)
+
+    return jax.value_and_grad(objective, has_aux=True)
+
+
+def _accumulated(gradient: Callable, accumulate: int) -> Callable:
+    """The same function, over the micro-batches of a batch one after the other."""
+    if accumulate == 1:
+        return gradient
+
+    def micro_batches(batch: Batch) -> Batch:
+        # row i goes to micro-batch i % accumulate: each holds rows of every device
+        return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def accumulated(trained, fixed, batch, masked, key):
+        def body(carry, part):
+            (loss, (sums, router)), grads = gradient(trained, fixed, part[0], masked, part[1])
+            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), router
+
+        zero = jnp.zeros(()), RegionSums(*[jnp.zeros(CELLS)] * 3)
+        carry = (*zero, jax.tree.map(jnp.zeros_like, trained))
+        keys = None if key is None else jax.random.split(key, accumulate)
+        (loss, sums, grads), router = jax.lax.scan(body, carry, (micro_batches(batch), keys))
+        return (loss, (sums, jax.tree.map(lambda x: x.mean(0), router))), grads
+
+    return accumulated
 
 
 def rebalanced(params: nnx.State, asked: jax.Array, rate: float) -> nnx.State:

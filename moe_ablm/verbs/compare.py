@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         help="a directory of `evaluate`; repeatable; the same name again: another seed of a kind",
     )
-    add("--reference", metavar="NAME", help="the kind that others are compared with (the first)")
+    add(
+        "--reference",
+        metavar="NAME",
+        help="the kind that the others are compared with (default: the first)",
+    )
     add_results_directory(parser)
 
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a key of results.jsonl, as loss, loss_by_region.CDRH3, grad_norm, or a statistic of "
         "routers, as load_entropy, dropped, logit_rms (default loss)",
     )
-    add("--seed", type=int, default=0, help="of the starts")
+    add("--seed", type=int, default=0, help="seed of the starts (default 0)")
     add("--out", type=out_directory, required=True, metavar="DIR", help="report.html, runs.csv ...")
 
 

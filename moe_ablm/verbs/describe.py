@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=out_directory,
         metavar="DIR",
-        help="where the PNG go (default: INPUT/figures)",
+        help="directory of the figures (default: INPUT/figures)",
     )
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_ablm.config_file import load
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.verbs.reading import ASKED
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="all",
         metavar="NAME",
-        help="all, evaluations by name with commas between, or a config file "
+        help="all, names of evaluations separated by commas, or a config file "
         "(configs/evaluation.py); default: all",
     )
     add(
@@ -54,15 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="stop at a malformed row of a --data file (default), or leave it out with a note",
     )
-    add("--seed", type=int, default=0, help="of all draws")
+    add("--seed", type=int, default=0, help="seed of all draws (default 0)")
     add(
         "--null",
         choices=("position-only", "shuffled", "untrained"),
         help="evaluate a null model of the run's shape instead: a router by position alone, the "
         "router with other antibodies' positions, or the encoder untrained",
     )
-    add("--precision", choices=tuple(PRECISIONS), default="float32", help="of the computation")
-    add("--devices", type=int, default=1, metavar="N", help="share out the rows")
+    add(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default="float32",
+        help="precision of the computation",
+    )
+    add(
+        "--devices", type=int, default=1, metavar="N", help="devices that share a batch (default 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -158,7 +165,7 @@ def read_suite(name: str) -> tuple[dict[str, Any], list[str]]:
     from moe_ablm.evaluation.suite import EVALUATIONS, module_of
 
     if name.endswith(".py"):
-        chosen = _read_file(Path(name))
+        chosen = _read_file(name)
     else:
         names = EVALUATIONS if name == "all" else name.split(",")
         chosen = {each.strip(): {} for each in names}
@@ -213,21 +220,15 @@ def _settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
     return kind(**values)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(name: str) -> dict[str, Any]:
     """What `get_config` of a config file returns, as plain mappings."""
-    if not path.is_file():
-        raise UserError(f"--suite {path}: there is no such file")
+    found = load(name, "--suite", "configs/evaluation.py")
     try:
-        spec = importlib.util.spec_from_file_location("suite", path)
-        if spec is None or spec.loader is None:
-            raise ImportError("not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return json.loads(module.get_config().to_json())
-    except Exception as error:  # the file is a program of the user's
+        return json.loads(found.to_json())
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"--suite {path}: {type(error).__name__}: {error}; expected a file whose get_config() "
-            "returns a ConfigDict of settings by evaluation, as configs/evaluation.py"
+            f"--suite={name}: get_config returned {type(found).__name__}, expected a ConfigDict of "
+            "settings by evaluation, as configs/evaluation.py"
         ) from error
 
 

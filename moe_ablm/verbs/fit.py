@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # loaded when the verb runs
     from rich.table import Table
 
     from moe_ablm.scaling.inputs import Target
+    from moe_ablm.scaling.published import Study
     from moe_ablm.scaling.reading import Reading
     from moe_ablm.scaling.runs import Runs
     from moe_ablm.scaling.selection import Analysis, Score
@@ -157,10 +158,9 @@ def _fit(
 ) -> int:
     """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
     from moe_ablm.scaling.approaches import approaches, disagreement
-    from moe_ablm.scaling.catalogue import applicable, resolve
+    from moe_ablm.scaling.catalogue import applicable
     from moe_ablm.scaling.plots import draw_all, save_all
-    from moe_ablm.scaling.published import STUDIES
-    from moe_ablm.scaling.selection import Question, analyse, compare, verdict
+    from moe_ablm.scaling.selection import Question, analyse, verdict
     from moe_ablm.scaling.tables import approaches_table, comparison_table, show, write_report
 
     question = Question(
@@ -176,24 +176,13 @@ def _fit(
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
     if not candidates:
         raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
-    tables: list[Table] = []
-    sentences: list[str] = []
-    if len(candidates) > 1:
-        scores = compare(runs, candidates, args.huber_delta, args.seed)
-        if not scores:
-            raise UserError(
-                f"{len(runs)} runs are too few for every one of {', '.join(candidates)}"
-            )
-        tables.append(comparison_table(scores))
-        sentences.append(verdict(scores))
+    scores = _scores(runs, candidates, args) if len(candidates) > 1 else []
+    tables = [comparison_table(scores)] if scores else []
+    sentences = [verdict(scores)] if scores else []
+    if scores:
         write_json(out / "comparison.json", _scores_json(scores, sentences[0]))
-    chosen = named[0] if named else scores[0].law if len(candidates) > 1 else candidates[0]
-    study = STUDIES.get(args.published)
-    if study and resolve(chosen) != study.law:
-        raise UserError(
-            f"--published {args.published}: these are coefficients of {study.law} and the law is "
-            f"{chosen}; use --law {study.law}"
-        )
+    chosen = named[0] if named else scores[0].law if scores else candidates[0]
+    study = _study(args.published, chosen)
     analysis = analyse(runs, replace(question, law=chosen))
     show(console, analysis, study)
     more, said = _advice(analysis, args, reading)
@@ -216,6 +205,30 @@ def _fit(
         f"wrote {args.out}/fit.json, report.html and {len(paths)} figures", highlight=False
     )
     return int(analysis.fit.status == "not_converged")
+
+
+def _scores(runs: "Runs", candidates: Sequence[str], args: argparse.Namespace) -> "Sequence[Score]":
+    """The candidates that could be fitted, the best first."""
+    from moe_ablm.scaling.selection import compare
+
+    scores = compare(runs, candidates, args.huber_delta, args.seed)
+    if not scores:
+        raise UserError(f"{len(runs)} runs are too few for every one of {', '.join(candidates)}")
+    return scores
+
+
+def _study(name: str | None, law: str) -> "Study | None":
+    """The study of --published, if its law is the one that is fitted."""
+    from moe_ablm.scaling.catalogue import resolve
+    from moe_ablm.scaling.published import STUDIES
+
+    study = STUDIES[name] if name else None
+    if study and resolve(law) != study.law:
+        raise UserError(
+            f"--published {name}: these are coefficients of {study.law} and the law is {law}; "
+            f"use --law {study.law}"
+        )
+    return study
 
 
 def _provenance(args: argparse.Namespace, runs: "Runs") -> dict[str, object]:

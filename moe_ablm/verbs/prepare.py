@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
     add_report_argument(parser)
     parser.add_argument(
-        "--out", type=out_directory, required=True, metavar="DIR", help="directory to make"
+        "--out", type=out_directory, required=True, metavar="DIR", help="new directory to write"
     )
     parser.add_argument("--recluster", action="store_true", help="replace a `cluster` column")
     parser.add_argument(
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deduplicate",
         action="store_true",
-        help="leave out antibodies whose chains an earlier row has, of whichever file",
+        help="leave out antibodies whose chains stand in an earlier row of any file",
     )
     parser.add_argument("--licence", default="not stated", help="licence note for dataset.json")
 

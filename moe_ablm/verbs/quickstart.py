@@ -1,6 +1,5 @@
 """`moe-ablm quickstart`: trains a small model on embedded data and reports it, in any folder."""
 
-import sys
 from importlib.util import find_spec
 
 WORKDIR = "runs/quickstart"
@@ -25,7 +24,5 @@ def main(argv: list[str]) -> int:
     config = find_spec("configs.quickstart")  # beside the package, in a checkout and in a wheel
     assert config is not None and config.origin is not None
     flags = [f"--config={config.origin}", *given]
-    # the trainer says how to go on by the command line of its process
-    sys.argv = [argv[0], __main__.TRAIN, *flags]
     code = train.main([argv[0], *flags])
     return code or __main__.main([argv[0], "report", "--run", workdir])

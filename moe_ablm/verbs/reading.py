@@ -28,9 +28,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of sequences, or heavy=H.fasta,light=L.fasta; repeat it for several sources",
     )
     add_format_arguments(parser, "stop at a malformed row (default), or count it and leave it out")
-    parser.add_argument(
-        "--reannotate", action="store_true", help="replace annotation that is there"
-    )
+    parser.add_argument("--reannotate", action="store_true", help="replace existing annotation")
     parser.add_argument(
         "--workers",
         type=int,
@@ -42,7 +40,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
     """Flags that say how files are read, the same for every verb that reads any."""
     parser.epilog = "formats: " + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
-    parser.add_argument("--format", metavar="NAME", help="instead of what the content says")
+    parser.add_argument("--format", metavar="NAME", help="file format (default: detected)")
     parser.add_argument(
         "--columns",
         metavar="heavy=A,light=B",
@@ -53,8 +51,8 @@ def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
     parser.add_argument(
         "--nucleotides",
         choices=("refuse", "translate"),
-        help="chains of nucleotides (default: translated where a repertoire table or a FASTA holds "
-        "nothing else)",
+        help="what to do with chains of nucleotides (default: translate them where a repertoire "
+        "table or a FASTA holds nothing else)",
     )
     parser.add_argument(
         "--keep-flagged",
@@ -70,7 +68,7 @@ def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
         "%(default)g)",
     )
     parser.add_argument(
-        "--contigs", type=Path, metavar="FASTA", help="of a 10x table without regions"
+        "--contigs", type=Path, metavar="FASTA", help="contigs of a 10x table without regions"
     )
 
 
@@ -80,7 +78,7 @@ def add_numbering(parser: argparse.ArgumentParser, default: str | None = "imgt")
         "--numbering",
         choices=SCHEMES,
         default=default,
-        help="of residues" + (" (default: %(default)s)" if default else " (default: none)"),
+        help="numbering scheme of residues (default: " + ("%(default)s)" if default else "none)"),
     )
 
 

@@ -28,8 +28,8 @@ _WRITERS = {".parquet": pa.parquet.ParquetWriter, ".csv": pa.csv.CSVWriter}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, required=True, help="how many pairs")
-    parser.add_argument("--seed", type=int, default=0, help="which repertoire (default 0)")
+    parser.add_argument("--pairs", type=int, required=True, help="number of pairs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the repertoire (default 0)")
     parser.add_argument(
         "--out",
         type=_table_or_dataset,
@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairing-tilt",
         type=float,
         default=0.0,
-        help="log odds by which V genes of one class pair (default 0: chains are independent)",
+        help="log odds for pairing V genes of one class (default 0: chains are independent)",
     )
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default="germline",
-        help="what recombines: germline (default), or olga, which the extra `olga` installs",
+        help="model of V(D)J recombination: germline (default), or olga (needs the extra `olga`)",
     )
 
 

@@ -80,12 +80,18 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DENSE", help=f"dense: {RUN}")
     add("--out", type=out_directory, required=True, metavar="RUN", help="new directory to write")
-    add("--experts", type=int, default=8, help="experts a layer (default 8)")
-    add("--k", type=int, default=2, help="experts a token, 2 or more (default 2)")
+    add("--experts", type=int, default=8, help="experts per layer (default 8)")
+    add("--k", type=int, default=2, help="experts per token, 2 or more (default 2)")
     add("--placement", default="alternate",
         help="every, alternate (default), last_N, or layer numbers such as 1,3,5")  # fmt: skip
-    add("--first-dense", type=int, default=1, metavar="N", help="first N layers stay dense (1)")
-    add("--seed", type=int, default=0, help="of the fresh routers (default 0)")
+    add(
+        "--first-dense",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep the first N layers dense (default 1)",
+    )
+    add("--seed", type=int, default=0, help="seed of the new routers (default 0)")
 
 
 def upcycle(args: argparse.Namespace) -> None:

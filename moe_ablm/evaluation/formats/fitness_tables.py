@@ -14,15 +14,13 @@ from typing import Literal
 import numpy as np
 
 from moe_ablm.data.antibody import Antibody
-from moe_ablm.data.readers.columns import CHAIN_PAIRS, HEAVY_ALONE, chain_columns, listed, once
+from moe_ablm.data.readers.columns import chain_columns, listed, once
 from moe_ablm.data.readers.report import Report, why_nothing
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.rows import TableRow, leaving_out, named, read_rows
 
-HEAVY = (*(heavy for heavy, _ in CHAIN_PAIRS), *HEAVY_ALONE)
-LIGHT = tuple(light for _, light in CHAIN_PAIRS)
 WILD_TYPE = ("", "wt", "_wt", "wild-type", "wildtype")
 _SUBSTITUTION = re.compile(f"([{AMINO_ACIDS}])([0-9]{{1,6}})([{AMINO_ACIDS}])")
 

@@ -41,7 +41,7 @@ PARTNERS = {
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Statement:
     """What the models of a kind say of a claim; without a verdict it stands beside."""
 
     kind: str
@@ -69,7 +69,7 @@ class Claim:
     name: str
     text: str
     test: str
-    findings: Sequence[Evidence]
+    findings: Sequence[Statement]
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -134,7 +134,9 @@ def specialisation(comparison: Comparison) -> Claim:
         elif router != DENSE:
             beside = [_beyond_nulls(kind, runs), *_excesses(kind, runs)[:1]]
             notes += [f"For comparison {kind} ({router}): {f.sentence}." for f in beside]
-    none = Evidence("", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these")
+    none = Statement(
+        "", NONE, f"no model with token choice ({', '.join(TOKEN_CHOICE)}) among these"
+    )
     return Claim(
         SPECIALISATION,
         "Token choice specialises on CDRH3 (BALM-MoE, ICLR 2026 workshop).",
@@ -176,7 +178,7 @@ def beyond_verdict(
     return all_of(verdicts)
 
 
-def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Evidence:
+def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Statement:
     """Whether CDRH3 has an expert, and more of one than other regions, beyond all nulls."""
     values: dict[tuple[str, str], list[float]] = {}
     widths: dict[str, list[float]] = {}
@@ -189,7 +191,7 @@ def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Evidence:
                 _first(r.numbers("routing", f"beyond_null_{metric}", **labels)) for r in runs
             ]
             if not (all(numbers) and all(own)):
-                return Evidence(kind, NONE, _why_no_nulls(runs, own))
+                return Statement(kind, NONE, _why_no_nulls(runs, own))
             values[metric, null] = [n.value for n in numbers if n]
     parts = []
     for metric, (_, words) in BEYOND.items():
@@ -198,7 +200,7 @@ def _beyond_nulls(kind: str, runs: Sequence[Evaluated]) -> Evidence:
             value, low, high = over_seeds(values[metric, null], widths[metric])
             told.append(f"{null} {interval_written({'value': value, 'low': low, 'high': high})}")
         parts.append(f"{words} beyond {', '.join(told)}")
-    return Evidence(kind, beyond_verdict(values, widths), f"{'; '.join(parts)} ({_runs(runs)})")
+    return Statement(kind, beyond_verdict(values, widths), f"{'; '.join(parts)} ({_runs(runs)})")
 
 
 def _why_no_nulls(runs: Sequence[Evaluated], own: Sequence[Number | None]) -> str:
@@ -207,7 +209,7 @@ def _why_no_nulls(runs: Sequence[Evaluated], own: Sequence[Number | None]) -> st
     return why_not(runs, "routing")
 
 
-def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Evidence]:
+def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Statement]:
     """Excesses of CDRH3's expert by what they are matched on, of each run."""
     findings = []
     for matched in MATCHED:
@@ -215,7 +217,7 @@ def _excesses(kind: str, runs: Sequence[Evaluated]) -> list[Evidence]:
         if all(numbers):
             intervals = "; ".join(interval_written(vars(n)) for n in numbers if n)
             sentence = f"log2 excess over the same {matched}, each run: {intervals}"
-            findings.append(Evidence(kind, BESIDE, sentence))
+            findings.append(Statement(kind, BESIDE, sentence))
     return findings
 
 
@@ -234,17 +236,17 @@ def pairing(comparison: Comparison) -> Claim:
             decides = partner == "random"
             if light is None:
                 if decides:
-                    findings.append(Evidence(kind, NONE, why_not(runs, "mutations")))
+                    findings.append(Statement(kind, NONE, why_not(runs, "mutations")))
                 continue
             verdict = verdict_of(light.low, light.high, SMALLEST_LOSS, light.seeds)
             sentence = f"nats gained over {words}: {interval_written(vars(light))} ({_runs(runs)})"
-            findings.append(Evidence(kind, verdict if decides else BESIDE, sentence))
+            findings.append(Statement(kind, verdict if decides else BESIDE, sentence))
             if decides and heavy is not None:
                 notes.append(
                     f"Heavy chains with a random light chain instead, {kind}: "
                     f"{interval_written(vars(heavy))}."
                 )
-    none = Evidence("", NONE, "no model that was trained on pairs among these")
+    none = Statement("", NONE, "no model that was trained on pairs among these")
     return Claim(
         PAIRING,
         "Native pairing helps light chains (Burbach & Briney 2024).",
@@ -291,18 +293,18 @@ def experts_against_dense(comparison: Comparison) -> Claim:
         "interval is over antibodies, the same ones for all models, and over seeds of each kind "
         f"({LEAST_SEEDS} or more). The loss on all residues decides: it holds where the interval "
         f"is above 0 and reaches {SMALLEST_LOSS} nats, and does not where it is below that.",
-        findings or [Evidence("", NONE, why)],
+        findings or [Statement("", NONE, why)],
     )
 
 
-def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evidence:
+def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Statement:
     decides = region == "all"
     labels = {"test set": "paired", "region": region}
     difference = comparison.difference("perplexity", "loss", dense, kind, **labels)
     if difference is None:
         runs = [*comparison.kinds[kind], *comparison.kinds[dense]]
         why = f"{region} residues: {why_not(runs, 'perplexity')}"
-        return Evidence(kind, NONE if decides else BESIDE, why)
+        return Statement(kind, NONE if decides else BESIDE, why)
     counts, sds = (
         (len(comparison.kinds[k]) for k in (dense, kind)),
         (difference.seed_sd, difference.reference_sd),
@@ -324,7 +326,7 @@ def _against(comparison: Comparison, kind: str, dense: str, region: str) -> Evid
             ours, theirs = map(_size_written, unequal[0])
             sentence += f", but {what} are not equal: {ours}, of {dense} {theirs}"
             verdict = NONE
-    return Evidence(kind, verdict if decides else BESIDE, sentence)
+    return Statement(kind, verdict if decides else BESIDE, sentence)
 
 
 def equal(a: int | None, b: int | None) -> bool:

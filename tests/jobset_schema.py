@@ -3,7 +3,6 @@
 import re
 
 API = "jobset.x-k8s.io/v1alpha2"
-LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 
 
 def check(made: dict) -> list[str]:
@@ -43,7 +42,7 @@ class Values:
         self.schema = schema
 
 
-_NAME = re.compile(rf"(?=.{{1,63}}$){LABEL}")
+_NAME = re.compile("(?=.{1,63}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _TEXT = re.compile("(?s).*")
 _PATH = re.compile("/.*")
 # a dict: its fields, all needed unless Optional; a list: of such elements, at least one; a range:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from launch.compile import Compiled, compile_step
 from launch.meshes import Hardware
-from moe_ablm.config import Config
+from moe_ablm.config_schema import Config
 
 DEPTHS = 2, 4  # even, for layers that alternate
 
