@@ -72,10 +72,12 @@ def load(
     Example:
       model = load("runs/quickstart", precision="bfloat16_operands")
     """
-    from moe_ablm.antibody_model import KINDS
+    from moe_ablm.antibody_model import KINDS, AntibodyModel
     from moe_ablm.inference.engines import engine_of
 
-    return engine_of(run, precision, devices, batch_tokens, "run", KINDS)
+    model = engine_of(run, precision, devices, batch_tokens, "run", KINDS)
+    assert isinstance(model, AntibodyModel)  # both kinds are
+    return model
 
 
 def given_of(model: "Engine", antibodies: Any, letters: str | None = None) -> list["Antibody"]:

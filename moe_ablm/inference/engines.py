@@ -1,15 +1,11 @@
 """The engine of whatever `--run` names: a run, an import, or a directory of transformers."""
 
 from pathlib import Path
-from typing import TypeVar
 
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.torch_engine import TorchEngine
 from moe_ablm.interop.load import load_model
 from moe_ablm.interop.pretrained import PREFIX, load_pretrained
-
-E = TypeVar("E", bound=Engine)
-T = TypeVar("T", bound=TorchEngine)
 
 
 def engine_of(
@@ -18,8 +14,8 @@ def engine_of(
     devices: int = 1,
     batch_tokens: int | None = None,
     name: str = "--run",
-    kinds: tuple[type[E], type[T]] = (Engine, TorchEngine),
-) -> E | T:
+    kinds: tuple[type[Engine], type[TorchEngine]] = (Engine, TorchEngine),
+) -> Engine:
     """Loads a model and prepares it.
 
     Args:
