@@ -70,7 +70,7 @@ def _clock(seconds: float) -> str:
 
 
 def watch(runs: Sequence[Path]) -> None:
-    """Draws a table of runs until all have ended; without a terminal prints a line where one has changed.
+    """Draws a table of runs until all have ended; without a terminal a line where one has changed.
 
     A run need not have begun. One that was killed counts as interrupted and is waited for.
 
