@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=out_directory,
         help="where figures go (default: RUN/figures; of several runs it must be given)",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="a table, drawn anew until all runs have ended; figures then, if --out is given",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,6 +48,12 @@ def run(args: argparse.Namespace) -> None:
 
     Of several runs: a line each, and their curves.
     """
+    if args.watch:
+        from moe_ablm.verbs.watch import watch
+
+        watch(args.run)
+        if args.out is None:
+            return
     if len(args.run) > 1:
         _together(args.run, args.out)
     else:

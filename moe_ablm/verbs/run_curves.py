@@ -56,11 +56,21 @@ def read_curves(runs: Sequence[Path]) -> list[Curve]:
     Raises:
       UserError: a run is given twice, has not evaluated yet, or is damaged.
     """
+    names = names_of(places_of(runs))
+    return [_read(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+def places_of(runs: Sequence[Path]) -> list[Path]:
+    """Absolute paths of runs.
+
+    Raises:
+      UserError: a run is given twice.
+    """
     places = [run.resolve() for run in runs]
     for run, place in zip(runs, places, strict=True):
         if places.count(place) > 1:
             raise UserError(f"--run {run}: this run is given twice")
-    return [_read(run, name) for run, name in zip(runs, names_of(places), strict=True)]
+    return places
 
 
 def names_of(places: Sequence[Path]) -> list[str]:
