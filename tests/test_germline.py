@@ -1,3 +1,5 @@
+from importlib import resources
+
 import numpy as np
 import pytest
 
@@ -5,10 +7,12 @@ from moe_ablm.data.germline import (
     encode_nucleotides,
     load_germlines,
     parse_fasta,
+    parse_germlines,
     parse_j_allele,
     parse_v_allele,
     translate,
 )
+from moe_ablm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,51 @@ def test_fasta_records_may_span_lines():
         "IGHV1*01": "ACGTT",
         "B": "A",
     }
+
+
+def folder_with(tmp_path, **texts):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name}.fasta").write_text(text)
+    return str(folder)
+
+
+def test_a_folder_of_the_packaged_files_is_the_package(tmp_path, germlines):
+    packaged = resources.files("moe_ablm.data").joinpath("germlines", "human")
+    texts = {x: packaged.joinpath(f"{x}.fasta").read_text() for x in "vdj"}
+    texts["v"] = texts["v"].replace("__homo_sapiens", "|Homo sapiens").replace(".", "-")
+    found = load_germlines(folder_with(tmp_path, **texts, c=">IGHM*01\nACGT\n>IGHG1*01\nACGT\n"))
+    for one, other in ((found.v, germlines.v), (found.d, germlines.d), (found.j, germlines.j)):
+        assert [(a.name, a.nucleotides) for a in one] == [(a.name, a.nucleotides) for a in other]
+
+
+V, J = f">IGHV1-1*01\n{gapped_v()}\n", ">IGHJ1*01\nTACTGGGGTCAAGGTACC\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ({}, "no V and J alleles in 0 FASTA files"),
+        ({"x": ">TRBV1*01\nACGT\n"}, "no V and J alleles in 1 FASTA files.*FASTA gapped"),
+        ({"x": f">IGHV1-1*01\n{'GCT' * 98}\n{J}"}, "of 1 V alleles none has C23, W41 and C104"),
+        ({"x": J}, "of 0 V alleles none has"),
+        ({"x": V}, "V alleles of IGH and no J allele of it"),
+        ({"x": V + J, "y": V.replace("GCT", "GCC")}, r"IGHV1-1\*01 is there twice.*y\.fasta"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, texts, told):
+    folder = folder_with(tmp_path, **texts)
+    with pytest.raises(UserError, match=f"--germlines {folder}: {told}") as error:
+        parse_germlines(f"human,{folder}")
+    assert "\n" not in str(error.value)
+
+
+def test_germlines_are_named_once(tmp_path):
+    folder = folder_with(tmp_path, x=V + J, y=V + J)  # the same twice is there once
+    assert parse_germlines(f"human, {folder}") == ("human", folder)
+    assert len(load_germlines(folder).v) == 1
+    with pytest.raises(UserError, match="two are called the same"):
+        parse_germlines(f"{folder},{folder}/")
+    with pytest.raises(UserError, match="--germlines mouse: no such folder"):
+        parse_germlines("mouse")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from moe_ablm.data import tokenizer
 from moe_ablm.data.align import ACCEPTED, REASONS
 from moe_ablm.data.dataset import flat
 from moe_ablm.data.domains import Domains, find_domains
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
 
@@ -35,6 +37,8 @@ CALLS = ("v_call", "j_call")
 SEGMENTS = "gene_segment_mask_aa"  # kept where it is there, never computed
 RESIDUE_COLUMNS = (*NEEDED[:3], SEGMENTS)
 DISAGREE = "columns_disagree"
+GERMLINES = "germlines"  # which of several germlines fit a row best
+SAID_NOTHING = ("wrong_chain", "not_a_v_domain")  # reasons of what other germlines may explain
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class ChainAnnotation:
     start: int  # index of the domain's first residue in the given sequence
 
 
-def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotation | str]:
+def annotate_chains(
+    sequences: Sequence[str], chain: str, germlines: str = HUMAN
+) -> list[ChainAnnotation | str]:
     """Annotates amino-acid sequences that each hold one V domain of a chain.
 
     Args:
       sequences: letters; case is ignored. Anything before and after the V domain is cut.
       chain: "heavy" or "light".
+      germlines: "human" or a folder (see `germline.load_germlines`).
 
     Returns:
       For each sequence, in order, its annotation, or the one of `REASONS` why it has none. It
@@ -74,20 +81,25 @@ def annotate_chains(sequences: Sequence[str], chain: str) -> list[ChainAnnotatio
     for first in range(0, len(sequences), ROWS_A_TASK):
         encoded = [sequence.encode() for sequence in sequences[first : first + ROWS_A_TASK]]
         offsets = np.cumsum([0, *map(len, encoded)])
-        domains = find_domains(np.frombuffer(b"".join(encoded), np.uint8), offsets, chain)
+        letters = np.frombuffer(b"".join(encoded), np.uint8)
+        domains = find_domains(letters, offsets, chain, germlines=germlines)
         annotations += [_row(domains, row) for row in range(len(encoded))]
     return annotations
 
 
-def chains_of(sequences: Sequence[str]) -> list[str]:
+def chains_of(sequences: Sequence[str], germlines: Sequence[str] = (HUMAN,)) -> list[str]:
     """The chain of each sequence by the V domain on it: "heavy", "light", or "" for neither.
 
-    One that holds both, a single-chain Fv, counts as heavy.
+    One that holds both, a single-chain Fv, counts as heavy. Of several germlines the first ones
+    that say so decide.
     """
-    found = ["" if isinstance(a, str) else "heavy" for a in annotate_chains(sequences, "heavy")]
-    rest = [i for i, chain in enumerate(found) if not chain]
-    for i, light in zip(rest, annotate_chains([sequences[i] for i in rest], "light"), strict=True):
-        found[i] = "" if isinstance(light, str) else "light"
+    found = [""] * len(sequences)
+    for name in germlines:
+        for chain in CHAINS:
+            rest = [i for i, known in enumerate(found) if not known]
+            told = annotate_chains([sequences[i] for i in rest], chain, name)
+            for i, result in zip(rest, told, strict=True):
+                found[i] = "" if isinstance(result, str) else chain
     return found
 
 
@@ -116,7 +128,11 @@ def _row(domains: Domains, row: int) -> ChainAnnotation | str:
 
 
 def annotate_batch(
-    batch: pa.RecordBatch, *, reannotate: bool = False, workers: int = 1
+    batch: pa.RecordBatch,
+    *,
+    reannotate: bool = False,
+    workers: int = 1,
+    germlines: Sequence[str] = (HUMAN,),
 ) -> tuple[pa.RecordBatch, Counter]:
     """Annotates the chains of a batch that lack annotation.
 
@@ -129,21 +145,30 @@ def annotate_batch(
         columns of the annotated table, and any others, which are passed on.
       reannotate: also compute the annotation that is there.
       workers: processes; the result does not depend on their number.
+      germlines: "human" or a folder (see `germline.load_germlines`), or several, of which those
+        that fit a row best annotate it.
 
     Returns:
       The rows whose chains all have annotation, in order, and the number of the others by reason
       ("heavy: truncated_end"; a row is counted once). Both chains have all columns of
-      the annotated table, `v_call_*` and `j_call_*` included.
+      the annotated table, `v_call_*` and `j_call_*` included. With several germlines a column
+      `germlines` has the ones of each row, "" where its annotation was given.
 
     Raises:
       UserError: no chain's column, a column of a wrong type, or workers below 1.
     """
-    done, reasons = start_annotation(batch, reannotate=reannotate, workers=workers)()
+    done, reasons = start_annotation(
+        batch, reannotate=reannotate, workers=workers, germlines=germlines
+    )()
     return done, Counter(reasons[reasons != ""].tolist())
 
 
 def start_annotation(
-    batch: pa.RecordBatch, *, reannotate: bool = False, workers: int = 1
+    batch: pa.RecordBatch,
+    *,
+    reannotate: bool = False,
+    workers: int = 1,
+    germlines: Sequence[str] = (HUMAN,),
 ) -> Callable[[], tuple[pa.RecordBatch, np.ndarray]]:
     """Hands a batch to the processes and returns at once; the returned function waits for them.
 
@@ -162,7 +187,8 @@ def start_annotation(
     tasks = [batch.slice(start, ROWS_A_TASK) for start in starts]
     run = map if workers == 1 or len(tasks) == 1 else _pool(workers).map
     with _without_ctrl_c():
-        parts = run(_annotate_rows, tasks, [reannotate] * len(tasks))
+        every = len(tasks)
+        parts = run(_annotate_rows, tasks, [reannotate] * every, [tuple(germlines)] * every)
 
     def finish() -> tuple[pa.RecordBatch, np.ndarray]:
         done, reasons = zip(*parts, strict=True)
@@ -218,12 +244,26 @@ def _die_with_parent() -> None:
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
-def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBatch, np.ndarray]:
+def _annotate_rows(
+    batch: pa.RecordBatch, reannotate: bool, germlines: tuple[str, ...]
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    found = [_annotated_by(batch, reannotate, name) for name in germlines]
+    done, reason = found[0] if len(found) == 1 else _best_of(batch, found, reannotate, germlines)
+    accepted = reason == ""
+    return done if accepted.all() else done.filter(pa.array(accepted)), reason
+
+
+def _annotated_by(
+    batch: pa.RecordBatch, reannotate: bool, germlines: str
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    """All rows annotated by one set of germlines, and why some are not."""
     columns: dict[str, pa.Array] = {}
     reason = np.full(batch.num_rows, "", object)
     empty = np.ones(batch.num_rows, bool)
     for chain in CHAINS:
-        computed, faults = annotate_columns(batch, chain, reannotate=reannotate)
+        computed, faults = annotate_columns(
+            batch, chain, reannotate=reannotate, germlines=germlines
+        )
         columns |= {f"{name}_{chain}": array for name, array in computed.items()}
         here = (reason == "") & (faults != "")
         reason[here] = [f"{chain}: {fault}" for fault in faults[here]]
@@ -232,13 +272,46 @@ def _annotate_rows(batch: pa.RecordBatch, reannotate: bool) -> tuple[pa.RecordBa
     reason[empty] = "no_sequence"
     passed = {n: batch[n] for n in batch.schema.names if n not in columns}
     first = {n: passed.pop(n) for n in ("sequence_id",) if n in passed}
-    done = pa.record_batch(first | columns | passed)
-    accepted = reason == ""
-    return done if accepted.all() else done.filter(pa.array(accepted)), reason
+    return pa.record_batch(first | columns | passed), reason
+
+
+def _best_of(
+    batch: pa.RecordBatch,
+    found: Sequence[tuple[pa.RecordBatch, np.ndarray]],
+    reannotate: bool,
+    germlines: Sequence[str],
+) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Each row by the germlines of which its chains have the highest V identity, the mean of both;
+    of equal ones the first. A row that none annotates has the reason that says most."""
+    identity = np.stack([_mean_identity(done) for done, _ in found])
+    reasons = np.stack([reason for _, reason in found])
+    said_nothing = np.array([[r.endswith(SAID_NOTHING) for r in row] for row in reasons.tolist()])
+    rank = np.where(reasons == "", 2 + np.nan_to_num(identity), np.where(said_nothing, 0, 1))
+    best, rows = rank.argmax(axis=0), np.arange(batch.num_rows)
+    every = pa.concat_batches([done for done, _ in found])
+    done = every.take(pa.array(best * batch.num_rows + rows))
+    names = np.array([Path(name).name for name in germlines], object)[best]
+    names[~np.logical_or.reduce([lacks_annotation(batch, c, reannotate) for c in CHAINS])] = ""
+    return done.append_column(GERMLINES, pa.array(names, pa.string())), reasons[best, rows]
+
+
+def _mean_identity(done: pa.RecordBatch) -> np.ndarray:
+    """V identity of each row, float64 `[rows]`: the mean of its chains, NaN without any."""
+    both = np.stack([numbers(done, f"v_identity_aa_{chain}") for chain in CHAINS])
+    there = ~np.isnan(both)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, both, 0).sum(axis=0) / there.sum(axis=0)
+
+
+def lacks_annotation(batch: pa.RecordBatch, chain: str, reannotate: bool) -> np.ndarray:
+    """Which rows have a chain that is to be annotated, bool `[rows]`."""
+    given = [length_of(texts(batch, f"{name}_{chain}")) > 0 for name in NEEDED]
+    complete = np.logical_and.reduce(given) & (not reannotate)
+    return (length_of(texts(batch, f"sequence_aa_{chain}")) > 0) & ~complete
 
 
 def annotate_columns(
-    batch: pa.RecordBatch, chain: str, *, reannotate: bool
+    batch: pa.RecordBatch, chain: str, *, reannotate: bool, germlines: str = HUMAN
 ) -> tuple[dict[str, pa.Array], np.ndarray]:
     """Annotates one chain of every row.
 
@@ -246,6 +319,7 @@ def annotate_columns(
       batch: may have any of the columns of the annotated table.
       chain: "heavy" or "light".
       reannotate: ignore the annotation that is there.
+      germlines: "human" or a folder.
 
     Returns:
       Columns by their name without the chain, and for each row the reason (object `[rows]`) why
@@ -262,7 +336,7 @@ def annotate_columns(
     complete = np.logical_and.reduce([length_of(given[name]) > 0 for name in NEEDED])
     reason = _faults(sequence, given, complete)
     rows = np.flatnonzero((length_of(sequence) > 0) & ~complete & (reason == ""))
-    domains = find_domains(*flat(sequence.take(pa.array(rows))), chain)
+    domains = find_domains(*flat(sequence.take(pa.array(rows))), chain, germlines=germlines)
     reason[rows] = np.array(REASONS, object)[domains.reason]
     accepted = np.flatnonzero(domains.reason == ACCEPTED)
     rows, domains = rows[accepted], domains.take(accepted)

@@ -1,7 +1,7 @@
 """Annotates the rows that lack annotation; given columns are trusted and stay as they are."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,8 @@ _NEEDED = ("germline_aa", "cdr_mask_aa", "nongermline_mask_aa", "v_gene", "j_gen
 _Finish = Callable[[], tuple[pa.RecordBatch, np.ndarray]]
 # Tasks of the annotator that wait for each process, so that none is idle while rows are read.
 _TASKS_AHEAD = 2
-# Of mouse V germlines two thirds are below (docs/annotation.md), of human chains those that are
-# mutated most.
+# By human germlines three quarters of the mouse ones are below (docs/annotation.md), of human
+# chains those that are mutated most.
 LOW_IDENTITY = 0.75
 _SECOND_DOMAIN = 80  # residues beside a V domain that may be one of the other chain
 
@@ -34,7 +34,7 @@ def annotated(
 
     Args:
       batches: checked batches of a reader.
-      report: counts the rows that the annotator rejects, by its reasons.
+      report: counts the rows that the annotator rejects, by its reasons; says by which germlines.
       reannotate: compute annotation that is there, too.
       workers: processes of the annotator; with several, batches are read ahead.
       all_columns: give complete rows the columns that a dataset does not store, too.
@@ -43,7 +43,9 @@ def annotated(
     from moe_ablm.data.annotate import ROWS_A_TASK, start_annotation
 
     def start(batch: pa.RecordBatch) -> _Finish:
-        return start_annotation(batch, reannotate=reannotate, workers=workers)
+        return start_annotation(
+            batch, reannotate=reannotate, workers=workers, germlines=report.germlines
+        )
 
     ahead = 0 if workers == 1 else max(1, _TASKS_AHEAD * workers * ROWS_A_TASK // ROWS_PER_BATCH)
     started: deque[Iterator[pa.RecordBatch]] = deque()
@@ -93,7 +95,7 @@ def _finished(
         given = batch if not reasons.any() else batch.filter(pa.array(reasons == ""))
         for chain in CHAINS:
             done = _with_second_domains(done, given, chain, start, report)
-        _note_low_identity(done, report)
+        _note_fit(done, report)
         yield done
 
 
@@ -114,7 +116,7 @@ def _as_either(
     if heavy.num_rows:
         accepted = batch.filter(pa.array(reasons == ""))
         heavy = _with_second_domains(heavy, accepted, "heavy", start, report)
-        _note_low_identity(heavy, report)
+        _note_fit(heavy, report)
         yield heavy
     rest = batch.filter(pa.array(reasons != ""))
     if rest.num_rows == 0:
@@ -123,12 +125,18 @@ def _as_either(
     both = zip(reasons[reasons != ""], second, strict=True)
     _reject(rest, np.array([_reason_of_either(*r) for r in both], object), report)
     if done.num_rows:
-        _note_low_identity(done, report)
+        _note_fit(done, report)
         yield done
 
 
-def _note_low_identity(done: pa.RecordBatch, report: Report) -> None:
-    """Counts chains that resemble no human V gene much: of another species, as a rule."""
+def _note_fit(done: pa.RecordBatch, report: Report) -> None:
+    """Counts which of several germlines fit, and chains that resemble no V gene much: those are of
+    another species, as a rule."""
+    if "germlines" in done.schema.names:
+        names = done["germlines"].to_pylist()
+        for name, rows in Counter(filter(None, names)).items():
+            where = place_of(done, names.index(name))
+            report.note(f"germlines that fit best: {name}", where, rows)
     for chain in CHAINS:
         identity = done[f"v_identity_aa_{chain}"].to_numpy(zero_copy_only=False)
         low = np.flatnonzero(identity < LOW_IDENTITY)  # of no chain it is NaN
@@ -181,7 +189,7 @@ def _with_second_domains(
     left = pc.subtract(*(pc.binary_length(batch[name]) for batch in (given, done)))
     alone = pc.equal(given[second], "")
     rows = np.flatnonzero(np.asarray(pc.and_(pc.greater_equal(left, _SECOND_DOMAIN), alone)))
-    likely = [_may_hold(given, done, int(row), name, other) for row in rows]
+    likely = [_may_hold(given, done, int(row), name, other, report.germlines) for row in rows]
     rows = rows[np.array(likely, bool)]
     if not len(rows):
         return done
@@ -209,13 +217,19 @@ def _with_second_domains(
     return done
 
 
-def _may_hold(given: pa.RecordBatch, done: pa.RecordBatch, row: int, name: str, other: str) -> bool:
+def _may_hold(
+    given: pa.RecordBatch,
+    done: pa.RecordBatch,
+    row: int,
+    name: str,
+    other: str,
+    germlines: Sequence[str],
+) -> bool:
     """Whether what stands around a domain shares words with germlines of the other chain."""
     from moe_ablm.data.align import MIN_SHARED_WORDS
     from moe_ablm.data.germline_scores import encode, v_table, words
 
     rest = given[name][row].as_py().upper().replace(done[name][row].as_py(), " ", 1)
-    table = v_table(other).has_word
-    return bool(
-        table[np.unique(words(encode(rest)))].sum(axis=0, dtype=int).max() >= MIN_SHARED_WORDS
-    )
+    here = np.unique(words(encode(rest)))
+    tables = [v_table(other, name).has_word for name in germlines]
+    return any(table[here].sum(axis=0, dtype=int).max() >= MIN_SHARED_WORDS for table in tables)

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_ablm.data.align import ACCEPTED, CODE_OF_REASON, MAX_MISSING, Placement, place, window
 from moe_ablm.data.foreign import foreign
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.germline_scores import (
     CODE_OF_BYTE,
     LETTER_OF_CODE,
@@ -70,11 +71,17 @@ class Domains:
 
 
 def find_domains(
-    flat: np.ndarray, offsets: np.ndarray, chain: str, *, unknown: bool = False
+    flat: np.ndarray,
+    offsets: np.ndarray,
+    chain: str,
+    *,
+    unknown: bool = False,
+    germlines: str = HUMAN,
 ) -> Domains:
     """Annotates chains given as ASCII codes end to end (uint8) and offsets `[n + 1]`.
 
-    `unknown` allows letters that are no amino acid inside a domain.
+    `unknown` allows letters that are no amino acid inside a domain; `germlines`: see
+    `germline.load_germlines`.
     """
     codes, lengths = CODE_OF_BYTE[flat], np.diff(offsets)
     # Rows of similar length share a block, so that one long chain does not widen all others.
@@ -86,7 +93,7 @@ def find_domains(
         padded = np.full((len(rows), int(cut.max(initial=1))), OTHER, np.uint8)
         inside = np.arange(padded.shape[1]) < cut[:, None]
         padded[inside] = codes[(offsets[:-1][rows, None] + np.arange(padded.shape[1]))[inside]]
-        part = _annotate_block(padded, cut, chain, unknown)
+        part = _annotate_block(padded, cut, chain, unknown, germlines)
         part.reason[lengths[rows] > MAX_LENGTH] = CODE_OF_REASON["too_long"]
         parts.append(part)
     names = Domains.__dataclass_fields__
@@ -94,9 +101,12 @@ def find_domains(
     return sorted_by_length.take(np.argsort(order, kind="stable"))
 
 
-def _annotate_block(codes: np.ndarray, lengths: np.ndarray, chain: str, unknown: bool) -> Domains:
-    v, j = v_table(chain), j_table(chain)
-    placement = place(codes, lengths, v, v_table(OTHER_CHAIN[chain]), unknown=unknown)
+def _annotate_block(
+    codes: np.ndarray, lengths: np.ndarray, chain: str, unknown: bool, germlines: str
+) -> Domains:
+    v, j = v_table(chain, germlines), j_table(chain, germlines)
+    other = v_table(OTHER_CHAIN[chain], germlines)
+    placement = place(codes, lengths, v, other, unknown=unknown)
     after_c104 = placement.start + placement.c104 + 1
     junction = find_junction(codes, lengths, after_c104, placement.locus, j)
     domains = _assemble(codes, placement, junction)

@@ -1,6 +1,6 @@
-"""Human germline V, D and J genes with their IMGT numbering.
+"""Germline V, D and J genes with their IMGT numbering: human ones, or those of a folder.
 
-The tables are OGRDB's; see `germlines/human/PROVENANCE.md`.
+The human tables are OGRDB's; see `germlines/human/PROVENANCE.md`.
 
 IMGT unique numbering of a V domain (Lefranc et al. 2003, Dev. Comp. Immunol. 27:55): framework 1 is
 positions 1-26, CDR1 27-38, framework 2 39-55, CDR2 56-65, framework 3 66-104, CDR3 105-117,
@@ -9,13 +9,17 @@ framework 4 118-129; C23, W41, C104 and W/F118 are conserved.
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
+from moe_ablm.errors import UserError
+
 # First IMGT position of CDR1, framework 2, CDR2, framework 3, CDR3.
 REGION_STARTS = (27, 39, 56, 66, 105)
+HUMAN = "human"  # the germlines of this package
 LOCI = ("IGH", "IGK", "IGL")
 LOCI_OF_CHAIN = {"heavy": ("IGH",), "light": ("IGK", "IGL")}
 
@@ -26,6 +30,9 @@ _NUCLEOTIDE_CODE = np.full(128, -1, np.int8)
 _NUCLEOTIDE_CODE[[ord(letter) for letter in NUCLEOTIDES]] = np.arange(4)
 _AMINO_ACID_OF_CODON = np.frombuffer(CODON_TABLE.encode(), np.uint8)
 _J_MOTIF = re.compile("[FW]G.G")
+_ENDINGS = (".fasta", ".fa", ".fna")
+# OGRDB writes the name alone, IMGT among others apart by bars; V, D or J and no constant gene.
+_ALLELE = re.compile(r"IG[HKL][VDJ][^\s|*,;]*\*\w+")
 
 
 def encode_nucleotides(sequence: str) -> np.ndarray:
@@ -141,6 +148,8 @@ def parse_v_allele(name: str, gapped: str) -> VAllele | None:
 
 def parse_j_allele(name: str, nucleotides: str) -> JAllele | None:
     """A J allele in the reading frame that has the [FW]GxG motif and no stop; None without one."""
+    if set(nucleotides) - set(NUCLEOTIDES):
+        return None
     for frame in range(3):
         amino_acids = translate(nucleotides[frame:])
         motif = _J_MOTIF.search(amino_acids)
@@ -149,18 +158,101 @@ def parse_j_allele(name: str, nucleotides: str) -> JAllele | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def load_germlines() -> Germlines:
-    """The packaged human germline genes (functional alleles only), sorted by name."""
-    folder = resources.files("moe_ablm.data").joinpath("germlines", "human")
-    records = {
-        segment: sorted(parse_fasta(folder.joinpath(f"{segment}.fasta").read_text()).items())
-        for segment in "vdj"
-    }
-    v = (parse_v_allele(name, gapped) for name, gapped in records["v"])
-    j = (parse_j_allele(name, sequence) for name, sequence in records["j"])
-    return Germlines(
+def parse_germlines(text: str) -> tuple[str, ...]:
+    """The germlines that `--germlines human,DIR` names, each of them loaded.
+
+    Raises:
+      UserError: one that cannot be used, or two folders of one name.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        load_germlines(name)
+    called = [Path(name).name for name in names]
+    if len(set(called)) < len(called):
+        raise UserError(f"--germlines {text}: two are called the same; rename a folder")
+    return names
+
+
+@cache
+def load_germlines(name: str = HUMAN) -> Germlines:
+    """Germline genes (functional alleles only), sorted by name.
+
+    Args:
+      name: "human", or a folder (see `alleles_of_folder`).
+
+    Raises:
+      UserError: the folder has no germlines that can be used.
+    """
+    records = _alleles_of_package() if name == HUMAN else alleles_of_folder(Path(name))
+    v = (parse_v_allele(allele, gapped) for allele, gapped in records["V"])
+    j = (parse_j_allele(allele, sequence) for allele, sequence in records["J"])
+    germlines = Germlines(
         v=tuple(allele for allele in v if allele is not None),
-        d=tuple(DAllele(name, sequence) for name, sequence in records["d"]),
+        d=tuple(DAllele(allele, sequence) for allele, sequence in records["D"]),
         j=tuple(allele for allele in j if allele is not None),
     )
+    if name != HUMAN:
+        _require_both(germlines, name, len(records["V"]))
+    return germlines
+
+
+def _alleles_of_package() -> dict[str, list[tuple[str, str]]]:
+    folder = resources.files("moe_ablm.data").joinpath("germlines", HUMAN)
+    return {
+        segment: sorted(
+            parse_fasta(folder.joinpath(f"{segment.lower()}.fasta").read_text()).items()
+        )
+        for segment in "VDJ"
+    }
+
+
+def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """V, D and J alleles of the FASTA files of a folder, (name, sequence) sorted by name.
+
+    Which segment a record is of, its name says, wherever in the header it stands; other records
+    are passed over. V genes have IMGT's gaps, as in OGRDB's gapped FASTA.
+
+    Raises:
+      UserError: no such folder, no FASTA file, or an allele that is there twice and differs.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--germlines {folder}: no such folder (human, or a folder of FASTA files)")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+    found: dict[str, str] = {}
+    for path in files:
+        try:
+            records = parse_fasta(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--germlines {folder}: {path.name} cannot be read: {error}") from error
+        for header, sequence in records.items():
+            if named := _ALLELE.search(header):
+                sequence = sequence.replace("-", ".")
+                if found.setdefault(named[0], sequence) != sequence:
+                    raise UserError(
+                        f"--germlines {folder}: {named[0]} is there twice, with two sequences "
+                        f"(the second in {path.name}): leave one out"
+                    )
+    if not found:
+        raise UserError(
+            f"--germlines {folder}: no V and J alleles in {len(files)} FASTA files; expected "
+            "records called IGHV1-1*01 and the like, V with IMGT's gaps (OGRDB: FASTA gapped)"
+        )
+    return {
+        segment: [(name, found[name]) for name in sorted(found) if name[3] == segment]
+        for segment in "VDJ"
+    }
+
+
+def _require_both(germlines: Germlines, name: str, v_alleles: int) -> None:
+    """Raises UserError unless there are V genes, and J genes for each of their loci."""
+    if not germlines.v:
+        raise UserError(
+            f"--germlines {name}: of {v_alleles} V alleles none has C23, W41 and C104 where IMGT's "
+            "gaps (dots) put them: give the gapped FASTA"
+        )
+    for locus in LOCI:
+        if germlines.v_of(locus) and not germlines.j_of(locus):
+            raise UserError(
+                f"--germlines {name}: V alleles of {locus} and no J allele of it: put its J genes "
+                "into the folder, too"
+            )

@@ -12,13 +12,14 @@ that a tie between alleles is a tie on every machine and in every batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 
 import numpy as np
 
 from moe_ablm.data.germline import (
     CODON_TABLE,
+    HUMAN,
     LOCI,
     LOCI_OF_CHAIN,
     Allele,
@@ -193,18 +194,33 @@ def _loci(alleles: Sequence[Allele]) -> np.ndarray:
     return np.array([LOCI.index(allele.locus) for allele in alleles], np.uint8)
 
 
-def _genes(alleles: list[VAllele]) -> tuple[str, ...]:
+def _genes(alleles: list[VAllele], germlines: str) -> tuple[str, ...]:
     """Genes of alleles of one protein; of duplicates, as IGKV1-33 and IGKV1D-33, the D is last."""
-    same = (GENE_OF_SAME_SEQUENCE.get(allele.name) for allele in alleles)
+    of_same = GENE_OF_SAME_SEQUENCE if germlines == HUMAN else {}
+    same = (of_same.get(allele.name) for allele in alleles)
     genes = {allele.gene for allele in alleles} | {gene for gene in same if gene}
     return tuple(sorted(genes, key=_natural_order))
 
 
-@lru_cache(maxsize=2)
-def v_table(chain: str) -> VTable:
-    """The V table of a chain ("heavy" or "light"), built once a process."""
+def of_chain(chain: str, germlines: str) -> str:
+    """Which germlines a chain ("heavy" or "light") has: human ones where a folder has none."""
+    return germlines if load_germlines(germlines).v_of(*LOCI_OF_CHAIN[chain]) else HUMAN
+
+
+def v_table(chain: str, germlines: str = HUMAN) -> VTable:
+    """The V table of a chain ("heavy" or "light"), built once a process (see `of_chain`)."""
+    return _v_table(chain, of_chain(chain, germlines))
+
+
+def j_table(chain: str, germlines: str = HUMAN) -> JTable:
+    """The J table of a chain ("heavy" or "light"), built once a process (see `of_chain`)."""
+    return _j_table(chain, of_chain(chain, germlines))
+
+
+@cache
+def _v_table(chain: str, germlines: str) -> VTable:
     by_protein: dict[str, list[VAllele]] = {}
-    alleles = load_germlines().v_of(*LOCI_OF_CHAIN[chain])
+    alleles = load_germlines(germlines).v_of(*LOCI_OF_CHAIN[chain])
     for allele in sorted(alleles, key=lambda allele: _natural_order(allele.name)):
         by_protein.setdefault(allele.amino_acids.split("*")[0], []).append(allele)
     proteins = list(by_protein)
@@ -225,7 +241,7 @@ def v_table(chain: str) -> VTable:
     to_c104 = np.arange(width) <= c104[:, None]
     _, layout = np.unique(np.where(to_c104, imgt, 0), axis=0, return_inverse=True)
     return VTable(
-        genes=tuple(_genes(group) for group in by_protein.values()),
+        genes=tuple(_genes(group, germlines) for group in by_protein.values()),
         locus=_loci([group[0] for group in by_protein.values()]),
         residues=residues,
         imgt=imgt,
@@ -258,15 +274,22 @@ def _cut_log_odds(kept: str) -> np.ndarray:
     return scores
 
 
-def _j_prior(allele: JAllele) -> int:
-    usage = J_USAGE[allele.locus]
+def _j_prior(allele: JAllele, usage: dict[str, float]) -> int:
     return round(SCORE_SCALE * float(np.log(usage[allele.gene] / sum(usage.values()))))
 
 
-@lru_cache(maxsize=2)
-def j_table(chain: str) -> JTable:
-    """The J table of a chain ("heavy" or "light"), built once a process."""
-    prior = {j: _j_prior(j) for j in load_germlines().j_of(*LOCI_OF_CHAIN[chain])}
+def _j_usage(alleles: Sequence[JAllele], germlines: str) -> dict[str, dict[str, float]]:
+    """Share of the J genes of each locus: that of human repertoires, or equal ones."""
+    if germlines == HUMAN:
+        return J_USAGE
+    return {locus: {j.gene: 1.0 for j in alleles if j.locus == locus} for locus in LOCI}
+
+
+@cache
+def _j_table(chain: str, germlines: str) -> JTable:
+    own = load_germlines(germlines).j_of(*LOCI_OF_CHAIN[chain])
+    usage = _j_usage(own, germlines)
+    prior = {j: _j_prior(j, usage[j.locus]) for j in own}
     alleles = sorted(prior, key=lambda j: -prior[j])
     lengths = np.array([len(j.amino_acids) - j.motif for j in alleles])
     before = max(j.motif + (j.frame > 0) for j in alleles)

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_ablm.data.align import ACCEPTED, REASONS
 from moe_ablm.data.domains import Domains, find_domains
-from moe_ablm.data.germline import LOCI
+from moe_ablm.data.germline import HUMAN, LOCI
 from moe_ablm.data.regions import regions_from_cdr_mask
 
 _ROWS_AT_ONCE = 1024
@@ -143,7 +143,12 @@ TABLES = {
 
 
 def number_chains(
-    sequences: Sequence[str], chain: str, scheme: str = "imgt", *, unknown: bool = False
+    sequences: Sequence[str],
+    chain: str,
+    scheme: str = "imgt",
+    *,
+    unknown: bool = False,
+    germlines: str = HUMAN,
 ) -> list[Numbering | str]:
     """Numbers amino-acid sequences that each hold one V domain of a chain.
 
@@ -152,6 +157,7 @@ def number_chains(
       chain: "heavy" or "light".
       scheme: one of `positions.SCHEMES`.
       unknown: allow residues that are none of the 20 amino acids, such as masked ones.
+      germlines: "human" or a folder (see `germline.load_germlines`).
 
     Returns:
       For each sequence, in order, its numbering, or the one of `align.REASONS` why it has none.
@@ -161,7 +167,7 @@ def number_chains(
         encoded = [sequence.encode() for sequence in sequences[first : first + _ROWS_AT_ONCE]]
         letters = np.frombuffer(b"".join(encoded), np.uint8)
         offsets = np.cumsum([0, *map(len, encoded)])
-        domains = find_domains(letters, offsets, chain, unknown=unknown)
+        domains = find_domains(letters, offsets, chain, unknown=unknown, germlines=germlines)
         regions = _regions(domains)
         for row, reason in enumerate(domains.reason.tolist()):
             if reason != ACCEPTED:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.dataset import SPLITS, DatasetWriter
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.intake import Decided, Intake, SplitRule
 from moe_ablm.data.joint import KEPT, Joint
 from moe_ablm.data.readers.check import check_batch
@@ -158,7 +159,7 @@ def _source_card(report: Report) -> dict:
         "notes": dict(report.notes.most_common()),
         "first": report.first,
         "metadata": report.metadata,
-    }
+    } | ({} if report.germlines == (HUMAN,) else {"germlines": list(report.germlines)})
 
 
 def _short_of(joint: Joint, held: np.ndarray, rows: int) -> list[str]:

@@ -27,7 +27,9 @@ _OF_CHAIN = {
     "gene_segment_mask_aa": "gene_segment_mask_aa",
     "numbers": "numbers",
 }
-_OF_CELL = {"cluster": "clone_id", "donor": "subject_id", "source": "source", "label": "label"}
+_OF_CELL = {"cluster": "clone_id", "donor": "subject_id"} | {
+    name: name for name in ("source", "label", "germlines")
+}
 _REGION_NAMES = ("fwr1_aa", "cdr1_aa", "fwr2_aa", "cdr2_aa", "fwr3_aa", "cdr3_aa", "fwr4_aa")
 
 

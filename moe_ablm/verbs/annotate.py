@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.csv as csv
@@ -29,13 +30,16 @@ from moe_ablm.verbs.reading import (
 )
 from moe_ablm.verbs.writing import add_overwrite, out_file
 
+if TYPE_CHECKING:
+    from moe_ablm.data.numbering import Numbering  # parasail and the germline tables
+
 COLUMNS = (
     *("sequence_aa", "germline_aa", "cdr_mask_aa", "nongermline_mask_aa"),
     *("v_gene", "j_gene", "v_call", "j_call", "cdr3_aa", "v_identity_aa"),
 )
 # Written where a source has them.
 OPTIONAL = tuple(f"{name}_{c}" for name in ("gene_segment_mask_aa", "numbers") for c in CHAINS) + (
-    *("cluster", "donor", "source", "label"),
+    *("cluster", "donor", "source", "label", "germlines"),
 )
 ENDINGS = (".parquet", ".csv", ".tsv")  # .tsv has AIRR's columns, a row for each chain
 
@@ -90,14 +94,12 @@ def _stream(source: Source, args: argparse.Namespace) -> Iterator[pa.RecordBatch
 
 def _with_numbers(batch: pa.RecordBatch, scheme: str, report: Report) -> pa.RecordBatch:
     """The batch with `numbers_*`, the number of each residue, apart by spaces."""
-    from moe_ablm.data.numbering import Numbering, number_chains
+    from moe_ablm.data.numbering import Numbering
 
     for chain in CHAINS:
         sequences = batch[f"sequence_aa_{chain}"].to_pylist()
-        there = [row for row, sequence in enumerate(sequences) if sequence]
         texts = [""] * len(sequences)
-        numbered = number_chains([sequences[row] for row in there], chain, scheme)
-        for row, numbering in zip(there, numbered, strict=True):
+        for row, numbering in _numbered(batch, sequences, chain, scheme, report):
             # annotation that is trusted may be of what is no whole V domain, or not cut to it
             if isinstance(numbering, Numbering) and len(numbering.numbers) == len(sequences[row]):
                 texts[row] = " ".join(numbering.numbers)
@@ -105,6 +107,21 @@ def _with_numbers(batch: pa.RecordBatch, scheme: str, report: Report) -> pa.Reco
                 report.note(f"{chain}: no V domain to number", place_of(batch, row))
         batch = batch.append_column(f"numbers_{chain}", pa.array(texts, pa.string()))
     return batch
+
+
+def _numbered(
+    batch: pa.RecordBatch, sequences: list[str], chain: str, scheme: str, report: Report
+) -> "Iterator[tuple[int, Numbering | str]]":
+    """Rows with a sequence and its numbering by the germlines that annotate the row."""
+    from moe_ablm.data.numbering import number_chains
+
+    first, *_ = called = [Path(name).name for name in report.germlines]
+    fitting = batch["germlines"].to_pylist() if "germlines" in batch.schema.names else []
+    fitting = [name or first for name in fitting] or [first] * len(sequences)
+    for name, germlines in zip(called, report.germlines, strict=True):
+        there = [row for row, text in enumerate(sequences) if text and fitting[row] == name]
+        texts = [sequences[row] for row in there]
+        yield from zip(there, number_chains(texts, chain, scheme, germlines=germlines), strict=True)
 
 
 def _write(streams: list[Iterator[pa.RecordBatch]], out: Path, sources: list[Source]) -> None:

@@ -4,11 +4,13 @@ import argparse
 import functools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from moe_ablm.data.germline import HUMAN, parse_germlines
 from moe_ablm.data.positions import SCHEMES
 from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_columns
 from moe_ablm.errors import UserError
@@ -29,6 +31,14 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_format_arguments(parser, "stop at a malformed row (default), or count it and leave it out")
     parser.add_argument("--reannotate", action="store_true", help="replace existing annotation")
+    parser.add_argument(
+        "--germlines",
+        default=HUMAN,
+        metavar="human,DIR",
+        help="by which chains are annotated: human (default), a folder of FASTA files of another "
+        "species with IMGT's gaps (OGRDB's), or several, of which those that fit a row best are "
+        "taken",
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -97,7 +107,7 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
     """The sources that the flags name; nothing but the first lines of files is read yet.
 
     Raises:
-      UserError: see `open_sources`; `--workers` is not positive.
+      UserError: see `open_sources`, `parse_germlines`; `--workers` is not positive.
     """
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1")
@@ -105,7 +115,7 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
         args.input,
         format=args.format,
         on_bad_row=args.on_bad_row,
-        reading=reading_of(args),
+        reading=replace(reading_of(args), germlines=parse_germlines(args.germlines)),
     )
 
 

@@ -53,7 +53,7 @@ def join_cells(
     with tempfile.TemporaryDirectory(prefix="moe_ablm-cells-") as scratch:
         cells = Partitions(Path(scratch), "cells", _CHAINS)
         for batch in batches:
-            batch = _with_chains_found(_with_all_columns(batch), report)
+            batch = _with_chains_found(_with_all_columns(batch), report, reading)
             keys = [hash64(cell) if cell else 0 for cell in batch["cell"].to_pylist()]
             alone = np.array(keys, np.uint64) == 0
             if alone.any():
@@ -81,7 +81,7 @@ def _with_all_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=_CHAINS)
 
 
-def _with_chains_found(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
+def _with_chains_found(batch: pa.RecordBatch, report: Report, reading: Reading) -> pa.RecordBatch:
     """Names the chain of the rows of cells that do not, and rejects what is no V domain."""
     rows = batch.to_pylist() if "" in batch["chain"].to_pylist() else []
     unknown = [i for i, row in enumerate(rows) if row["cell"] and not row["chain"]]
@@ -90,7 +90,8 @@ def _with_chains_found(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
     from moe_ablm.data.annotate import chains_of  # parasail and the germline tables
 
     good = np.ones(batch.num_rows, bool)
-    for i, chain in zip(unknown, chains_of([rows[i]["sequence"] for i in unknown]), strict=True):
+    found = chains_of([rows[i]["sequence"] for i in unknown], reading.germlines)
+    for i, chain in zip(unknown, found, strict=True):
         rows[i]["chain"] = chain
         if not chain:
             good[i] = False

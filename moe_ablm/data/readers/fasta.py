@@ -114,12 +114,14 @@ def read_chains(
     if len(paths) == 2:
         for batch in _batched(_in_step(paths, report)):
             columns = [f"sequence_aa_{chain}" for chain in CHAINS]
-            yield translated(batch, columns, report) if translate else batch
+            yield translated(batch, columns, report, reading) if translate else batch
         return
 
     def chains() -> Iterator[pa.RecordBatch]:
         for batch in _batched(_by_suffix(paths[0], report)):
-            yield translated(batch, ["sequence"], report, "chain") if translate else batch
+            if translate:
+                batch = translated(batch, ["sequence"], report, reading, "chain")
+            yield batch
 
     yield from join_cells(chains(), report, reading)
 

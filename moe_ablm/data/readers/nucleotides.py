@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow as pa
 from moe_ablm.data.dataset import flat
 from moe_ablm.data.germline import encode_nucleotides, translate_codes
 from moe_ablm.data.readers.columns import place_of
+from moe_ablm.data.readers.options import AS_USUAL, Reading
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.regions import CHAINS
 
@@ -54,6 +55,7 @@ def translated(
     batch: pa.RecordBatch,
     columns: Iterable[str],
     report: Report,
+    reading: Reading,
     chain: str | None = None,
     codon: str | None = None,
 ) -> pa.RecordBatch:
@@ -63,6 +65,7 @@ def translated(
       batch: text columns, `_row` and `_line`.
       columns: those that may hold nucleotides; "sequence_aa_light" holds light chains, and so on.
       report: counts what is translated and what is rejected.
+      reading: says by which germlines V domains are found.
       chain: name of a column that says for each row "heavy", "light" or "" (either).
       codon: name of a column of `first_codons`, which reads of nucleotides have.
     """
@@ -77,7 +80,8 @@ def translated(
         texts = batch[name].to_pylist()
         wanted = batch[chain].to_pylist() if chain else [_chain_named(name)] * len(texts)
         begin = batch[codon].to_pylist() if codon else [UNKNOWN] * len(texts)
-        found = v_domains(*([each[i] for i in rows] for each in (texts, wanted, begin)))
+        some = ([each[i] for i in rows] for each in (texts, wanted, begin))
+        found = v_domains(*some, germlines=reading.germlines)
         for row, (domain, reason) in zip(rows.tolist(), found, strict=True):
             texts[row] = domain
             if reason:
@@ -131,7 +135,11 @@ def first_codons(
 
 
 def v_domains(
-    reads: Sequence[str], chains: Sequence[str], codons: Sequence[int] | None = None
+    reads: Sequence[str],
+    chains: Sequence[str],
+    codons: Sequence[int] | None = None,
+    *,
+    germlines: Sequence[str] = AS_USUAL.germlines,
 ) -> list[tuple[str, str]]:
     """The V domain of each read, or "" and the reason why there is none.
 
@@ -143,29 +151,32 @@ def v_domains(
       reads: nucleotides; gaps are removed, U is T.
       chains: "heavy", "light" or "" (either) for each.
       codons: where the first codon of each begins, or `UNKNOWN` (see `first_codons`).
+      germlines: by which V domains are found, the first ones first.
     """
     clean = [read.upper().replace("U", "T").replace("-", "").replace(".", "") for read in reads]
     found = [("", "")] * len(clean)
     known = [i for i, codon in enumerate(codons or ()) if codon != UNKNOWN]
     in_frame = [_codons_of(clean[i][(codons or ())[i] :][:_LONGEST_READ]) for i in known]
     open_frame = [protein.partition("*")[0] for protein in in_frame]
-    for i, result in zip(known, _annotated(open_frame, [chains[i] for i in known]), strict=True):
+    at_codons = _annotated(open_frame, [chains[i] for i in known], germlines)
+    for i, result in zip(known, at_codons, strict=True):
         found[i] = result
     left = [i for i, (domain, _) in enumerate(found) if not domain]
-    for i, result in zip(left, _in_any_frame(clean, chains, left), strict=True):
+    for i, result in zip(left, _in_any_frame(clean, chains, left, germlines), strict=True):
         found[i] = result
     return found
 
 
 def _in_any_frame(
-    reads: Sequence[str], chains: Sequence[str], rows: Sequence[int]
+    reads: Sequence[str], chains: Sequence[str], rows: Sequence[int], germlines: Sequence[str]
 ) -> list[tuple[str, str]]:
     """The domains, or the reasons, of some reads by their open reading frames."""
     reads, chains = [reads[i] for i in rows], [chains[i] for i in rows]
-    found = _domains(reads, chains)
+    found = _domains(reads, chains, germlines)
     left = [i for i, (domain, reason) in enumerate(found) if not domain and reason != _TOO_LONG]
     back = [reads[i].translate(_COMPLEMENT)[::-1] for i in left]
-    for i, (domain, _) in zip(left, _domains(back, [chains[i] for i in left]), strict=True):
+    turned = _domains(back, [chains[i] for i in left], germlines)
+    for i, (domain, _) in zip(left, turned, strict=True):
         if domain:
             found[i] = domain, ""
     return found
@@ -174,14 +185,16 @@ def _in_any_frame(
 _TOO_LONG = "too long"
 
 
-def _domains(reads: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str]]:
+def _domains(
+    reads: Sequence[str], chains: Sequence[str], germlines: Sequence[str]
+) -> list[tuple[str, str]]:
     frames = [_frames(read) if len(read) <= _LONGEST_READ else [] for read in reads]
     candidates = [
         sorted((p for f in three for p in f.split("*") if len(p) >= _SHORTEST_FRAME), key=len)[::-1]
         for three in frames
     ]
     annotated = iter(
-        _annotated([c for some in candidates for c in some], _spread(candidates, chains))
+        _annotated([c for some in candidates for c in some], _spread(candidates, chains), germlines)
     )
     found: list[tuple[str, str]] = []
     for some in candidates:
@@ -189,10 +202,12 @@ def _domains(reads: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str
         found.append((next((domain for domain, _ in results if domain), ""), ""))
     lost = [i for i, (domain, _) in enumerate(found) if not domain]
     whole = [[f.replace("*", "X") for f in frames[i]] for i in lost]
-    mended = [_across_frames(three) for three in whole]
+    mended = [_across_frames(three, germlines) for three in whole]
     kinds = [chains[i] for i in lost]
-    told = iter(_annotated([f for three in whole for f in three], _spread(whole, kinds)))
-    joined = iter(_annotated([f for some in mended for f in some], _spread(mended, kinds)))
+    told, joined = (
+        iter(_annotated([f for some in group for f in some], _spread(group, kinds), germlines))
+        for group in (whole, mended)
+    )
     for i, three, some in zip(lost, whole, mended, strict=True):
         reasons = {next(told)[1] for _ in three}
         shifted = True in {bool(next(joined)[0]) for _ in some}
@@ -200,11 +215,12 @@ def _domains(reads: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str
     return found
 
 
-def _across_frames(frames: Sequence[str]) -> list[str]:
+def _across_frames(frames: Sequence[str], germlines: Sequence[str]) -> list[str]:
     """Proteins that begin in one frame and go on in another, where words of V genes say so."""
     from moe_ablm.data.germline_scores import encode, v_table, words
 
-    known = np.logical_or.reduce([v_table(chain).has_word.any(axis=1) for chain in CHAINS])
+    tables = [v_table(chain, name) for name in germlines for chain in CHAINS]
+    known = np.logical_or.reduce([table.has_word.any(axis=1) for table in tables])
     hits = [np.cumsum(known[words(encode(f))]) for f in frames if len(f) > _SHORTEST_FRAME]
     proteins = []
     for first, second in permutations(range(len(hits)), 2):
@@ -232,14 +248,17 @@ def _codons_of(read: str) -> str:
     return letters.tobytes().decode()
 
 
-def _annotated(frames: Sequence[str], chains: Sequence[str]) -> list[tuple[str, str]]:
+def _annotated(
+    frames: Sequence[str], chains: Sequence[str], germlines: Sequence[str]
+) -> list[tuple[str, str]]:
     """(domain, "") of each frame that is a V domain of its chain, else ("", reason)."""
     from moe_ablm.data.annotate import annotate_chains  # parasail and the germline tables
 
     found: list[tuple[str, str]] = [("", "not_a_v_domain")] * len(frames)
-    for chain in CHAINS:
+    for name, chain in product(germlines, CHAINS):
         rows = [i for i, c in enumerate(chains) if c in (chain, "") and not found[i][0]]
-        for i, result in zip(rows, annotate_chains([frames[i] for i in rows], chain), strict=True):
+        results = annotate_chains([frames[i] for i in rows], chain, name)
+        for i, result in zip(rows, results, strict=True):
             if not isinstance(result, str):
                 found[i] = result.sequence_aa, ""
             elif result not in ("not_a_v_domain", "wrong_chain") or chains[i]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.errors import UserError
 
 
@@ -20,6 +21,8 @@ class Reading:
         confidence or not of full length.
       dominance: how many times as abundant as the next a heavy chain must be to be its cell's.
       contigs: FASTA of the contigs of a 10x table without regions (Cell Ranger before 5).
+      germlines: "human", folders of others, or several (see `germline.load_germlines`): what V
+        domains are looked for by.
     """
 
     columns: Mapping[str, str] | None = None
@@ -27,6 +30,7 @@ class Reading:
     keep_flagged: bool = False
     dominance: float = 10.0
     contigs: Path | None = None
+    germlines: tuple[str, ...] = (HUMAN,)
 
     def __post_init__(self):
         if not self.dominance > 1:

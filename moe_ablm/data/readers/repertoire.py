@@ -287,7 +287,7 @@ def _immunoglobulins(
     batch = _kept(batch, pc.not_equal(batch["chain"], T_CELL), T_CELL, report)
     if translate or reading.nucleotides == "translate":
         codon = _CODON if _CODON in batch.schema.names else None
-        batch = translated(batch, ["sequence"], report, "chain", codon)
+        batch = translated(batch, ["sequence"], report, reading, "chain", codon)
     empty = pa.array([""] * batch.num_rows, pa.string())
     names = batch.schema.names
     columns = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.errors import UserError
 
 
@@ -22,6 +23,7 @@ class Report:
       on_bad_row: "fail" raises at the first malformed row, "skip" counts it and goes on.
       format: name of the format that was read.
       origin: what goes into the dataset's `source` column; the name of the file.
+      germlines: by which chains are annotated.
       read: rows (records, contigs) found in the source.
       kept: antibodies written.
       joined: rows that became the second chain of a kept antibody.
@@ -38,6 +40,7 @@ class Report:
     on_bad_row: Literal["fail", "skip"] = "fail"
     format: str = ""
     origin: str = ""
+    germlines: tuple[str, ...] = (HUMAN,)
     read: int = 0
     kept: int = 0
     joined: int = 0

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.readers.columns import Choose, column_named, once, place_of
 from moe_ablm.data.readers.delimited import header_of_text, read_delimited
 from moe_ablm.data.readers.missing import without_words
@@ -54,7 +55,8 @@ def read_rows(path: Path, report: Report, choose: Choose) -> Iterator[pa.RecordB
     """Streams a table, parquet or text (see `read_parquet`, `read_delimited`).
 
     Words for "missing" are made "" (see `without_words`). Rows of which a column, or the line of
-    metadata of OAS, says that they are of another species than man are noted.
+    metadata of OAS, says that they are of another species than man are noted, where germlines are
+    human.
 
     Raises:
       UserError: a chosen column is not there, or is twice.
@@ -66,6 +68,8 @@ def read_rows(path: Path, report: Report, choose: Choose) -> Iterator[pa.RecordB
         for column in mapping.values():
             once(header, column, report.source)
         species = column_named(header, "species", "organism", "heavy_species")
+        if report.germlines != (HUMAN,):  # the user knows of other species
+            return mapping
         if species is None or header.count(species) > 1 or species in mapping.values():
             return mapping
         return mapping | {_SPECIES: species}
@@ -78,7 +82,7 @@ def _species_noted(batch: pa.RecordBatch, report: Report) -> pa.RecordBatch:
     if _SPECIES in batch.schema.names:
         species = batch[_SPECIES]
         batch = batch.drop_columns([_SPECIES])
-    elif "Species" in report.metadata:
+    elif "Species" in report.metadata and report.germlines == (HUMAN,):
         species = pa.array([str(report.metadata["Species"])] * batch.num_rows, pa.string())
     else:
         return batch

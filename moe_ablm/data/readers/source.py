@@ -1,6 +1,6 @@
 """From --input to checked batches: recognises the format of a file and calls its reader."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -131,14 +131,14 @@ def open_sources(
     sources: list[Source] = []
     for text in inputs:
         paths = _paths(text)
-        kind = format or _format_of(paths, reading.columns)
+        kind = format or _format_of(paths, reading)
         if len(paths) == 2 and kind != "fasta":
             raise UserError(f"--input {text}: two files are read together only as FASTA")
         if kind == "fasta" and sources and _are_two_chains(sources[-1], paths):
             paths = (*sources.pop().paths, *paths)
         names = " + ".join(map(str, paths))
         origin = " + ".join(p.name for p in paths)
-        report = Report(names, on_bad_row, format=kind, origin=origin)
+        report = Report(names, on_bad_row, format=kind, origin=origin, germlines=reading.germlines)
         sources.append(Source(paths, kind, report, reading, letters))
     return sources
 
@@ -150,7 +150,7 @@ def _paths(text: str) -> tuple[Path, ...]:
     return (existing_file(Path(text)),)
 
 
-def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> str:
+def _format_of(paths: tuple[Path, ...], reading: Reading) -> str:
     path, lines = paths[0], []
     if not is_parquet(path):
         if is_contig_json(path):
@@ -158,18 +158,18 @@ def _format_of(paths: tuple[Path, ...], columns: Mapping[str, str] | None) -> st
         lines = first_lines(path, 1)
         if lines and lines[0].startswith(">"):
             return "protein" if fasta.is_protein_header(lines[0]) else "fasta"
-    if columns is not None:
-        return format_of_columns(columns)
+    if reading.columns is not None:
+        return format_of_columns(reading.columns)
     header = header_of(path)
     kind = format_of_header(header)
     if kind is None and study.is_line_of_chains(lines[0] if lines else ""):
         return "lines"
-    if kind is None or (kind == "table" and _second_chain(path, header)):
+    if kind is None or (kind == "table" and _second_chain(path, header, reading)):
         raise UserError(no_chains(header, str(path), columns_with_chains(path)))
     return kind
 
 
-def _second_chain(path: Path, header: Sequence[str]) -> bool:
+def _second_chain(path: Path, header: Sequence[str], reading: Reading) -> bool:
     """Whether a table of which one chain's column is known holds the other under another name."""
     heavy, light = chain_columns(header)
     if heavy and light:
@@ -179,7 +179,7 @@ def _second_chain(path: Path, header: Sequence[str]) -> bool:
 
     for name, values in columns_with_chains(path).items():
         if name not in (heavy, light, *STUDY_COLUMNS):
-            found = chains_of(values)
+            found = chains_of(values, reading.germlines)
             if found.count(missing) * 2 > len(found):
                 return True
     return False

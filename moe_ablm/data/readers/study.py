@@ -122,7 +122,7 @@ def read_lines(path: Path, report: Report, reading: Reading) -> Iterator[pa.Reco
 def _delivered(batch: pa.RecordBatch, report: Report, reading: Reading) -> pa.RecordBatch:
     batch = without_words(batch, report)  # a word may stand beside a separator, too
     if reading.nucleotides == "translate":
-        batch = translated(batch, [f"sequence_aa_{chain}" for chain in CHAINS], report)
+        batch = translated(batch, [f"sequence_aa_{chain}" for chain in CHAINS], report, reading)
     _note_single_chains(batch, report)
     return batch
 
