@@ -17,6 +17,7 @@ from moe_ablm.scaling.laws_experts import MoeExperts
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
 from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes
+from moe_ablm.scaling.laws_settings import BatchSize, BestSetting, LearningRate
 from moe_ablm.scaling.parabolas import Envelope, IsoFlop, Quadratic
 
 SMOOTH: dict[str, type[SmoothLaw]] = {
@@ -38,7 +39,8 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
     )
 }
 PARABOLIC: dict[str, type[Quadratic]] = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}
-LAWS: dict[str, type[Law]] = {**PARABOLIC, **SMOOTH}
+SETTINGS: dict[str, type[BestSetting]] = {law.name: law for law in (LearningRate, BatchSize)}
+LAWS: dict[str, type[Law]] = {**PARABOLIC, **SMOOTH, **SETTINGS}
 ALIASES = {"data_constrained": "data_constrained_b1"}  # the published form
 NAMES = (*LAWS, *ALIASES)
 

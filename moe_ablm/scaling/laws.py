@@ -104,6 +104,7 @@ class Law:
     needs_experts = False  # a fit is only worth it with runs of several experts
     needs_repeats = False  # a fit is only worth it with runs of more than one epoch
     needs_curves = False  # fitted to whole training curves, not to the last step of each run
+    of_settings = False  # of the best learning rate or batch: every setting that was tried counts
     of_optima = False  # fitted to the best loss of each budget, not to every run
     figure = "loss_against_params"  # the figure that shows the loss of this law
     routers: tuple[str, ...] = ()

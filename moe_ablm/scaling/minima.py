@@ -11,11 +11,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 
-WINDOW = np.log10(8.0)  # sizes up to this factor from the minimum count in a local parabola
-FEWEST_NEAR = 6  # sizes of a local parabola, where so many were run
 RECENTRED = 3  # times that its window moves to the minimum found
-# that are tried; |beta - alpha| / 3 of published laws is < .2
-SKEWS = np.round(np.linspace(-0.6, 0.6, 241), 3)
 FREEDOM_OF_SKEW = 4  # residual degrees of freedom from which on a skew is fitted
 LN10 = np.log(10.0)
 
@@ -32,6 +28,24 @@ def unwarp(x: np.ndarray, skew: float | np.ndarray, middle: float) -> np.ndarray
     inside = t * (x - middle)
     known = np.log1p(np.where(inside > -1.0, inside, 0.0)) / t + middle
     return np.where(skew == 0.0, x, np.where(inside > -1.0, known, np.nan))
+
+
+@dataclass(frozen=True)
+class Local:
+    """What counts near a minimum: values up to a factor from it, at least so many, and the skew."""
+
+    factor: float = 8.0
+    fewest: int = 6
+    most_skew: float = 0.6  # |beta - alpha| / 3 of published laws is < .2
+
+    @property
+    def skews(self) -> np.ndarray:
+        """The skews that are tried, `[s]`."""
+        count = round(self.most_skew / 0.005)
+        return np.round(np.linspace(-self.most_skew, self.most_skew, 2 * count + 1), 3)
+
+
+OF_SIZES = Local()
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Parabolas:
     parts: tuple[Parabola, ...]
     middle: float = 0.0
     skewed: bool = False  # there are enough runs to fit a skew
+    local: Local = OF_SIZES  # skews that are tried
 
     @property
     def freedom(self) -> int:
@@ -79,14 +94,15 @@ class Parabolas:
         """The skew `[...]` with the least sum of weighted squares for losses `[..., n]`."""
         if not self.skewed:
             return np.zeros(loss.shape[:-1])
-        explained = np.zeros((*loss.shape[:-1], SKEWS.size))
+        skews = self.local.skews
+        explained = np.zeros((*loss.shape[:-1], skews.size))
         for p in self.parts:
             root = np.sqrt(p.weights)
             # a constant is in the basis, and without it less is cancelled
             mine = (loss[..., p.members] - loss[..., p.members].mean(axis=-1, keepdims=True)) * root
-            q = np.linalg.qr(p.basis(SKEWS, self.middle) * root[:, None])[0]  # [skews, m, 3]
+            q = np.linalg.qr(p.basis(skews, self.middle) * root[:, None])[0]  # [skews, m, 3]
             explained += np.square(np.einsum("...m,smk->...sk", mine, q, optimize=True)).sum(-1)
-        return SKEWS[np.argmax(explained, axis=-1)]
+        return skews[np.argmax(explained, axis=-1)]
 
     def coefficients(self, loss: np.ndarray, skew: np.ndarray) -> np.ndarray:
         """(a, b, c) of each parabola for losses `[..., n]` at skews `[...]`: `[..., G, 3]`."""
@@ -119,7 +135,7 @@ class Parabolas:
 
 
 def split(
-    groups: np.ndarray, sizes: np.ndarray, loss: np.ndarray, name: str, local: bool
+    groups: np.ndarray, sizes: np.ndarray, loss: np.ndarray, name: str, local: Local | None
 ) -> tuple[Parabolas, list[str]]:
     """Parabolas of the groups `[n]` with at least three sizes `[n]`, and notes on the others.
 
@@ -139,7 +155,7 @@ def split(
             continue
         near, weights = np.arange(z.size), np.ones(z.size)
         if local:
-            near, weights = window(z, loss[members])
+            near, weights = window(z, loss[members], local)
             if near.size < z.size:
                 notes.append(
                     f"{name} {size:.15g}: {near.size} of {z.size} runs near the minimum count"
@@ -151,20 +167,18 @@ def split(
         return Parabolas(tuple(parts)), notes
     middle = float(np.mean(np.concatenate([p.z for p in parts])))
     spare = sum(np.unique(p.z).size - 3 for p in parts)
-    return Parabolas(tuple(parts), middle, spare >= FREEDOM_OF_SKEW), notes
+    return Parabolas(tuple(parts), middle, spare >= FREEDOM_OF_SKEW, local), notes
 
 
-def window(z: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs near the minimum of loss over log10 sizes `[m]`, and their tricube weights.
-
-    Sizes within a factor of 8 of the minimum count, and at least six.
-    """
+def window(z: np.ndarray, loss: np.ndarray, local: Local) -> tuple[np.ndarray, np.ndarray]:
+    """Runs near the minimum of loss over log10 sizes `[m]`, and their tricube weights."""
     sizes = np.unique(z)
     middle = np.array([loss[z == s].mean() for s in sizes])
     at = sizes[np.argmin(middle)]
     for _ in range(RECENTRED):
         gap = np.abs(z - at)
-        reach = max(WINDOW, np.sort(np.abs(sizes - at))[min(FEWEST_NEAR, sizes.size) - 1])
+        fewest = np.sort(np.abs(sizes - at))[min(local.fewest, sizes.size) - 1]
+        reach = max(np.log10(local.factor), fewest)
         near = np.flatnonzero(gap <= reach + 1e-9)
         weights = (1.0 - (gap[near] / (1.5 * reach)) ** 3) ** 3
         a, b, _ = Parabola(0.0, near, z[near], weights).solve(0.0, 0.0) @ loss[near]

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.inputs import Target, check_inputs
-from moe_ablm.scaling.minima import SKEWS, Parabolas, split
+from moe_ablm.scaling.minima import OF_SIZES, Parabolas, split
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.parabolas import Quadratic
 from moe_ablm.scaling.result import Fit, Interval
@@ -93,7 +93,7 @@ def fit_parabolas(
     found = _find(runs, law, seed_sd)
     moved: dict[str, np.ndarray] = {}
     if found.noise is not None and draws > 0:
-        errors = _noise_draws(found.noise, len(runs), draws, seed)
+        errors = noise_draws(found.noise, len(runs), draws, seed)
         both = [s.moved(errors, runs["loss"]) for s in found.both]
         moved = quantities(law, both, found.usable, target)
     return _describe(found, target, moved, level)
@@ -165,8 +165,9 @@ def _describe(
 
 
 def _groups(law: Quadratic, runs: Runs) -> tuple[Parabolas, list[str]]:
+    near = OF_SIZES if law.local else None
     try:
-        return split(law.groups(runs), runs["params"], runs["loss"], law.group, law.local)
+        return split(law.groups(runs), runs["params"], runs["loss"], law.group, near)
     except UserError as error:
         raise UserError(f"law {law.name}: {error}") from None
 
@@ -315,7 +316,7 @@ def _verdicts(
         # three sizes always determine the other two
         verdicts |= {f"{name}[{p.key}]": "identified" for name in "bc"}
     if solved.parabolas.skewed:
-        skew, end = float(solved.skew), float(SKEWS[-1])
+        skew, end = float(solved.skew), solved.parabolas.local.most_skew
         coefficients |= {"skew": skew, "N0": float(10.0**solved.parabolas.middle)}
         at_end = f"not identified: at the end of the range that is tried, {skew:g}"
         verdicts |= {"skew": at_end if abs(skew) >= end else "identified", "N0": "fixed"}
@@ -345,7 +346,7 @@ def _verdict(law: Quadratic, solved: Solved, i: int, noise: Noise | None, notes:
     return verdict
 
 
-def _noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:
+def noise_draws(noise: Noise, runs: int, draws: int, seed: int) -> np.ndarray:
     """Noise `[draws, runs]`; a measured sd is drawn as well."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     sd = np.full(draws, noise.sd)

@@ -28,6 +28,7 @@ from moe_ablm.scaling.plots_schedule import loss_against_area
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Analysis
+from moe_ablm.scaling.tuning_plots import best_setting
 
 # Loss, and both ends of its band where there is one, `[m]` each.
 Curve = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
@@ -431,5 +432,6 @@ OF_LOSS: dict[str, Callable[[Analysis], Figure]] = {
     "loss_against_params": loss_against_params,
     "loss_against_experts": loss_against_experts,
     "loss_against_compute": loss_against_compute,
+    "best_setting": best_setting,
     "envelope": envelope,
 }

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.runs import TUNED
 from moe_ablm.scaling.schedules import KEYS, path_of, rates
 
 # Fields of `run.json` by the role they play in a law.
@@ -141,7 +142,6 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
     if not files:
         raise UserError(f"--input {path}: no run.json in it or below; expected directories of runs")
     sheet = Sheet(path, [], [], is_runs=True)
-    names: dict[str, None] = {}
     for file in files:
         try:
             values = _read_json(file)
@@ -150,6 +150,7 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
                 sheet.skipped.append((str(file), f"status is '{status}', not '{FINISHED[0]}'"))
                 continue
             values["run"] = str(file.parent)
+            values |= _settings_of(file.with_name("config.json"))
             rows = list(_curve_rows(file, values)) if curves else [Row(str(file), values)]
         except UserError as error:
             if not drop_bad:
@@ -157,9 +158,8 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
             sheet.skipped.append((str(file), str(error)))
             continue
         sheet.rows += rows
-        for row in rows:
-            names.update(dict.fromkeys(row.values))
-    sheet.header = list(names)
+    _all_or_none(sheet, TUNED)
+    sheet.header = list(dict.fromkeys(name for row in sheet.rows for name in row.values))
     _count_alike(sheet)
     return sheet
 
@@ -217,6 +217,22 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
         if path is not None and isinstance(row["step"], int) and 0 < row["step"] <= path[0].size:
             row["lr_area"], row["lr_recent"] = (float(p[row["step"] - 1]) for p in path)
         yield Row(f"{results}, row {i}", row)
+
+
+def _settings_of(config: Path) -> dict[str, float]:
+    """What is tuned of a run: peak learning rate, rows an update, weight decay; if known."""
+    if not config.exists():
+        return {}
+    train = _read_json(config).get("config", {}).get("train", {})
+    return {role: train[role] for role in TUNED if train.get(role) is not None}
+
+
+def _all_or_none(sheet: Sheet, roles: Sequence[str]) -> None:
+    """Takes off what some rows lack: their loss counts all the same."""
+    for role in roles:
+        if not all(role in row.values for row in sheet.rows):
+            for row in sheet.rows:
+                row.values.pop(role, None)
 
 
 def _rates_of(config: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -65,6 +65,7 @@ class Reading:
     keep_duplicates: bool = False  # equal rows are replicates with equal (rounded) losses
     curves: bool = False  # keep every step of a run, for the envelope
     need_loss: bool = True  # False for a planned grid
+    settings: bool = False  # keep every learning rate, batch and weight decay, not the best ones
 
 
 def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Runs:
@@ -99,7 +100,8 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
         reasons = reasons or ": nothing below the header"
         raise UserError(f"--input {', '.join(map(str, inputs))}: no usable row{reasons}")
     table = _without_largest(table, reading.drop_largest_losses, dropped)
-    runs = best_settings(_assemble(table, dropped, notes, reading))
+    runs = _assemble(table, dropped, notes, reading)
+    runs = runs if reading.settings or reading.curves else best_settings(runs)
     return _check_loss_units(runs, reading) if reading.need_loss else runs
 
 

@@ -63,11 +63,11 @@ class Runs:
         for role in MODEL:
             if role in self.columns:
                 values = np.unique(self.columns[role], return_inverse=True)[1].reshape(-1)
-                same = _numbered(same * (values.max() + 1) + values)
+                same = numbered(same * (values.max() + 1) + values)
         seen = "tokens" if "tokens" in self.columns else "flops"
         for role in (seen, "unique_tokens"):
             if role in self.columns:
-                same = _within(same, np.log(self.columns[role].astype(float)))
+                same = within(same, np.log(self.columns[role].astype(float)))
         return same
 
     def clusters(self) -> np.ndarray | None:
@@ -102,11 +102,11 @@ class Runs:
             )
 
 
-def _numbered(labels: np.ndarray) -> np.ndarray:
+def numbered(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1].reshape(-1)
 
 
-def _within(same: np.ndarray, value: np.ndarray) -> np.ndarray:
+def within(same: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Parts of the groups `same` whose values lie within `SAME_TOKENS` of their smallest."""
     order = np.lexsort((value, same))
     out = np.empty(same.size, int)
@@ -140,9 +140,9 @@ def best_settings(runs: Runs) -> Runs:
     cells = runs.cells()
     setting = np.zeros(len(runs), int)
     for role in tuned:
-        values = _numbered(runs[role])
-        setting = _numbered(setting * (values.max() + 1) + values)
-    pair = _numbered(cells * (setting.max() + 1) + setting)
+        values = numbered(runs[role])
+        setting = numbered(setting * (values.max() + 1) + values)
+    pair = numbered(cells * (setting.max() + 1) + setting)
     mean = (np.bincount(pair, np.log(runs["loss"])) / np.bincount(pair))[pair]
     lowest = np.full(cells.max() + 1, np.inf)
     np.minimum.at(lowest, cells, mean)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.approaches import bias_notes
-from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, resolve
+from moe_ablm.scaling.catalogue import LAWS, PARABOLIC, SETTINGS, resolve
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.forecast import Forecast, forecast_note, forecasts
@@ -21,6 +21,7 @@ from moe_ablm.scaling.resampling import FEWEST_DRAWS, Bootstrap, bootstrap, boot
 from moe_ablm.scaling.result import Fit, SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import minimise
+from moe_ablm.scaling.tuning import fit_tuning
 
 FOLDS = 10
 FAR_FROM_DELTA = 5.0  # misfit over delta beyond which the choice of delta is told
@@ -58,14 +59,16 @@ def compare(
     best loss of each budget are compared with each other on these losses.
 
     Raises:
-      UserError: some laws are of the best losses, and others of all runs.
+      UserError: some laws are of the best losses or settings, and others of all runs.
     """
     names = dict.fromkeys(resolve(law) for law in laws)
+    alone = [name for name in names if LAWS[name].of_settings]
     best = [name for name in names if LAWS[name].of_optima]
-    if best and len(best) < len(names):
+    if alone or (best and len(best) < len(names)):
+        what = "a setting" if alone else "the best loss of each budget"
         raise UserError(
-            f"--law {best[0]} is of the best loss of each budget, the others are of all runs: they "
-            "cannot be compared; fit it by itself"
+            f"--law {(alone or best)[0]} is of {what}, and cannot be compared with laws of all "
+            "runs; fit it by itself"
         )
     runs = optima(runs) if best else runs
     cells = runs.linked_cells()
@@ -240,6 +243,7 @@ class Question:
     seed: int = 0
     seed_sd: float | None = None
     level: float = 0.95
+    rule: Mapping[str, float] = field(default_factory=dict)  # of a setting, to be judged
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,10 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         if law.group == "flops":
             parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
         return Analysis(parabolas)
+    if name in SETTINGS:
+        asked = (question.fixed, question.rule, question.seed_sd)
+        settings = (question.draws, question.seed, question.target, question.level)
+        return Analysis(fit_tuning(runs, SETTINGS[name](), *asked, *settings))
     of_optima = LAWS[name].of_optima
     made = _at_its_delta(optima(runs) if of_optima else runs, name, question)
     if made.status == "exact" or not made.problem.free.any():

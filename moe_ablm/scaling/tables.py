@@ -16,6 +16,7 @@ from moe_ablm.scaling.forecast import Forecast
 from moe_ablm.scaling.published import Study, published_objective, rounded_objective
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.selection import Analysis, Score
+from moe_ablm.scaling.tuning import TuningFit
 
 SHOWN_DROPS = 8
 # Reasons that differ from row to row, and their common part.
@@ -313,9 +314,25 @@ def show(console: Console, analysis: Analysis, study: Study | None = None) -> No
         console.print(table)
 
 
+def cell_table(fit: TuningFit) -> Table:
+    """The optimum of each cell, and what rules cost there."""
+    table = Table(title="best value of each cell, and regret in nats", title_justify="left")
+    table.add_column("cell")
+    rules = list(fit.cells[0].regret)
+    for name in ("tried", "best", *rules):
+        table.add_column(name, justify="right")
+    for c in fit.cells:
+        ends = "" if math.isnan(c.ends[0]) else f" ({c.ends[0]:.3g} .. {c.ends[1]:.3g})"
+        tried = f"{c.tried[0]:.3g} .. {c.tried[-1]:.3g}"
+        add_row(table, c.name, tried, f"{c.best:.3g}{ends}", *(f"{c.regret[r]:.2g}" for r in rules))
+    return table
+
+
 def extra_tables(analysis: Analysis) -> list[Table]:
-    """Forecasts and the sensitivity to delta, where there are any."""
+    """Cells, forecasts and the sensitivity to delta, where there are any."""
     out = [forecast_table(analysis.forecasts)] if analysis.forecasts else []
+    if isinstance(analysis.fit, TuningFit):
+        out.append(cell_table(analysis.fit))
     return [*out, delta_table(analysis)] if analysis.deltas else out
 
 

@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT=VALUE,...",
         help="inputs at which derived quantities are wanted, as flops=1e21 or params=650e6",
     )
+    add(
+        "--rule",
+        default="",
+        metavar="k=K,by_params=P,by_tokens=Q",
+        help="with --law learning_rate or batch_size: what K N^P D^Q costs in each cell",
+    )
     add("--drop-bad-rows", action="store_true", help="drop unusable rows instead of stopping")
     add(
         "--keep-duplicates",
@@ -113,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:  # a file or a pipe has room for whole tables
         console = Console(width=PIPE_WIDTH)
     laws = args.law or [COMPARE]
+    if args.rule and not (len(laws) == 1 and LAWS.get(laws[0], Law).of_settings):
+        raise UserError("--rule needs --law learning_rate or batch_size")
     if args.power is not None and not args.design:
         raise UserError(f"--power {args.power} needs --design")
     _check_numbers(args)
@@ -124,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         tokens_per_pair=args.tokens_per_pair,
         keep_duplicates=args.keep_duplicates,
         curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
+        settings=len(laws) == 1 and LAWS.get(laws[0], Law).of_settings,
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
@@ -171,6 +180,7 @@ def _fit(
         draws=args.bootstrap,
         seed=args.seed,
         seed_sd=args.seed_sd,
+        rule=_numbers("--rule", args.rule),
     )
     named = [law for law in laws if law != COMPARE]
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
