@@ -229,7 +229,7 @@ def no_index(path):
 
 
 FILES = {
-    "no weights": (weights_away, "holds no weights: expected model.safetensors"),
+    "no weights": (weights_away, "holds no weights: model.safetensors is not there"),
     "pickle": (pickled, "pytorch_model.bin.*convert them.*save_pretrained"),
     "cut": (cut, "not a complete safetensors file"),
     "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),

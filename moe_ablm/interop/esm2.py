@@ -13,7 +13,14 @@ from moe_ablm.interop import huggingface
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
-from moe_ablm.interop.tensors import SINGLE, Tensors, open_tensors, write_tensors
+from moe_ablm.interop.tensors import (
+    AS_COMPUTED,
+    SINGLE,
+    Storage,
+    Tensors,
+    open_tensors,
+    write_weights,
+)
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import path_name
 
@@ -175,6 +182,7 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
         heads=config.number("num_attention_heads"),
         token_dropout=config.expect("token_dropout", False, True, False),
         layer_norm_eps=eps,
+        **huggingface.dropout_rates(config, "hidden_dropout_prob", "attention_probs_dropout_prob"),
         tied=config.expect("tie_word_embeddings", True, True, False),
     )
 
@@ -214,13 +222,16 @@ def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
 # to a directory
 
 
-def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
+def export_esm2(
+    model: Model, out: Path, licence: str | None = None, storage: Storage = AS_COMPUTED
+) -> None:
     """Writes an `EsmForMaskedLM` directory with its tokenizer and a model card.
 
     Args:
       model: what is exported.
       out: a new directory.
       licence: for the model card; None: that of the model's facts.
+      storage: of the weights.
 
     Raises:
       UserError: the model has experts or another activation than GELU, or `out` cannot be written.
@@ -238,8 +249,8 @@ def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
             "gelu: use --format transformers, or --format balm"
         )
     with new_directory(out) as directory:
-        write_tensors(directory / SINGLE, params_to_huggingface(model.params))
-        write_json(directory / CONFIG, _config(model))
+        write_weights(directory / SINGLE, params_to_huggingface(model.params), storage)
+        write_json(directory / CONFIG, _config(model) | {"torch_dtype": storage.dtype})
         huggingface.write_tokenizer(directory, "EsmTokenizer")
         card = model_card(model, ARCHITECTURE, _USE, licence)
         (directory / "README.md").write_text(card)
@@ -256,8 +267,8 @@ def _config(model: Model) -> dict:
         "num_attention_heads": spec.heads,
         "intermediate_size": spec.ffn,
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": spec.hidden_dropout,
+        "attention_probs_dropout_prob": spec.attention_dropout,
         "max_position_embeddings": model.length + OFFSET,
         "position_embedding_type": "rotary",
         "layer_norm_eps": spec.layer_norm_eps,
@@ -268,7 +279,6 @@ def _config(model: Model) -> dict:
         "is_folding_model": False,
         "mask_token_id": MASK,
         "pad_token_id": PAD,
-        "torch_dtype": "float32",
         OURS: huggingface.kept_for_import(model),
     }
 

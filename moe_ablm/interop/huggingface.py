@@ -173,6 +173,30 @@ def ours(config: HuggingFaceConfig) -> dict[str, Any]:
     return kept
 
 
+def dropout_rates(
+    config: HuggingFaceConfig, hidden: str, attention: str, default: float = 0.1
+) -> dict[str, float]:
+    """Rates of dropout of an `EncoderSpec`; that of the embedding is of exports by moe_ablm alone.
+
+    Args:
+      config: config.json of the directory.
+      hidden, attention: its keys of what layers add to the residual stream, of attention weights.
+      default: rate where a key is absent.
+
+    Raises:
+      UserError: a rate is not from 0 to below 1.
+    """
+    rates = {
+        "hidden_dropout": config.real(hidden, default),
+        "attention_dropout": config.real(attention, default),
+        "embedding_dropout": ours(config).get("embedding_dropout", 0.0),
+    }
+    for rate in rates.values():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise UserError(f"{config.file}: a dropout of {rate!r}, expected 0 to below 1")
+    return rates
+
+
 def imported(
     config: HuggingFaceConfig,
     spec: EncoderSpec,
@@ -212,11 +236,13 @@ def imported(
 
 def kept_for_import(model: Model) -> dict:
     """What an export keeps in config.json under `OURS`, for an import of it."""
+    rate = model.spec.embedding_dropout
     return {
         "layout": model.layout_name,
         "length": model.length,
         "regime": model.regime,
         "facts": dict(model.facts),
+        **({"embedding_dropout": rate} if rate else {}),
     }
 
 

@@ -22,7 +22,7 @@ from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
-from moe_ablm.interop.tensors import TensorFile, write_tensors
+from moe_ablm.interop.tensors import AS_COMPUTED, Storage, open_tensors, write_weights
 from moe_ablm.model.encoder import Encoder
 from moe_ablm.model.spec import EncoderSpec, Execution
 from moe_ablm.training.state import params_sha256, path_name
@@ -131,15 +131,15 @@ def save_model(model: Model, out: Path) -> None:
         write_model(model, directory)
 
 
-def write_model(model: Model, directory: Path) -> None:
-    """Writes the two files of a model into a directory that is there.
+def write_model(model: Model, directory: Path, storage: Storage = AS_COMPUTED) -> None:
+    """Writes the files of a model into a directory that is there.
 
     Raises:
       UserError: a setting of the encoder is out of range.
     """
-    encoder = configs.encoder_to_mapping(model.spec)
+    encoder = configs.stored_encoder(model.spec)
     configs.encoder_from_mapping(encoder)  # raises if it could not be read back
-    write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
+    write_weights(directory / PARAMS_FILE, flat_arrays(model.params), storage)
     content = {
         "schema": SCHEMA,
         "encoder": encoder,
@@ -179,9 +179,9 @@ def read_model(directory: Path) -> Model:
         raise UserError(
             f"{directory / MODEL_FILE} is damaged ({error}): import the model again"
         ) from error
-    file = directory / PARAMS_FILE
     shapes = parameter_shapes(spec)
-    with TensorFile(file) as tensors:
+    with open_tensors(directory, PARAMS_FILE) as tensors:
+        file = tensors.path
         names = {path_name(path) for path, _ in nnx.to_flat_state(shapes)}
         if names != set(tensors):
             differing = sorted(names ^ set(tensors))
