@@ -1,6 +1,7 @@
-"""Import and export of ESM-2 in Hugging Face's form (`EsmForMaskedLM`)."""
+"""Import and export of ESM-2 in Hugging Face's form (`EsmForMaskedLM`, `EsmModel`)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import path_name
 
 ARCHITECTURE = "EsmForMaskedLM"
+HEADLESS = "EsmModel"  # its names lack the first part of `EsmForMaskedLM`'s
 OFFSET = 2  # of positions in max_position_embeddings, left over from RoBERTa
 DECODER = "lm_head.decoder.weight"
 
@@ -106,7 +108,7 @@ def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def import_esm2(directory: Path, layout: str | None = None) -> Model:
-    """Imports an `EsmForMaskedLM` directory.
+    """Imports an `EsmForMaskedLM` directory, or one of `EsmModel`, which has no head.
 
     Args:
       directory: with config.json, and model.safetensors in one or several files.
@@ -114,52 +116,64 @@ def import_esm2(directory: Path, layout: str | None = None) -> Model:
         else "esm" (`<cls>H<cls><cls>L<eos>`).
 
     Raises:
-      UserError: the model is not an ESM-2 with a language-model head, or the files are damaged.
+      UserError: the model is no ESM-2, or the files are damaged.
     """
     config = HuggingFaceConfig(directory)
-    spec = _spec(config)
+    architecture = config.architecture(ARCHITECTURE, HEADLESS)
+    spec, head = _spec(config), architecture == ARCHITECTURE
     huggingface.check_vocabulary(directory, config, VOCABULARY)
     tensors = open_tensors(directory)
-    names, ignored = huggingface.sorted_out(tensors, _canonical)
+    names, ignored = huggingface.sorted_out(tensors, _canonical if head else _canonical_headless)
     notes = [
         f"ignored, as the language model does not use them: {huggingface.some(ignored)}"
     ] * bool(ignored)
     if spec.tied and DECODER in names:
         _check_tied(tensors, names)
     shapes = parameter_shapes(spec)
-    huggingface.check_tensors(tensors, names, _expected(shapes))
+    expected = _expected(shapes)
+    absent = {} if head else {n: s for n, s in expected.items() if n.startswith("lm_head.")}
+    huggingface.check_tensors(
+        tensors, names, {n: s for n, s in expected.items() if n not in absent}
+    )
     notes += huggingface.dtype_notes(tensors, names.values())
-    return huggingface.imported(
+    notes += [] if head else ["the model has no language-model head: it only embeds"]
+    model = huggingface.imported(
         config,
         spec,
-        params_from_huggingface(shapes, _Renamed(tensors, names)),
-        architecture=ARCHITECTURE,
+        params_from_huggingface(shapes, _Renamed(tensors, names, absent)),
+        architecture=architecture,
         layout=layout,
         default=("esm", 1024),
         offset=OFFSET,
         notes=notes,
     )
+    return replace(model, head=head)
 
 
 class _Renamed(dict):
-    """Tensors by expected name, read when they are looked up."""
+    """Tensors by expected name, read when they are looked up; zeros for those that are absent."""
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+    def __init__(
+        self,
+        tensors: Tensors,
+        names: Mapping[str, str],
+        absent: Mapping[str, tuple[int, ...]],
+    ):
         super().__init__(names)
-        self._tensors = tensors
+        self._tensors, self._absent = tensors, absent
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._absent:
+            return np.zeros(self._absent[name], np.float32)
         return self._tensors[super().__getitem__(name)]
 
 
 def _spec(config: HuggingFaceConfig) -> EncoderSpec:
     """The encoder that config.json describes; UserError if it has no counterpart here."""
-    config.architecture(ARCHITECTURE)
     config.expect("model_type", "esm", "esm")
     config.expect("vocab_size", None, len(VOCABULARY), why="ESM-2's vocabulary")
-    config.expect(
-        "position_embedding_type", "absolute", "rotary", why="ESM-2 is rotary, ESM-1b is not"
-    )
+    learned = "ESM-1b and ESM-1v learn absolute positions, for which there is no place here"
+    config.expect("position_embedding_type", "absolute", "rotary", why=learned)
     config.expect("emb_layer_norm_before", False, False, why="ESM-2 has none")
     config.expect("hidden_act", "gelu", "gelu")
     config.expect("mask_token_id", MASK, MASK)
@@ -195,6 +209,11 @@ def _canonical(name: str) -> str | None:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return "lm_head.bias" if name == "lm_head.decoder.bias" else name
+
+
+def _canonical_headless(name: str) -> str | None:
+    """As `_canonical`, of the names of `EsmModel`, which lack the first part."""
+    return _canonical(name if name.startswith(("esm.", "lm_head.")) else f"esm.{name}")
 
 
 def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:

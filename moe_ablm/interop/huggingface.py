@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from flax import nnx
 
@@ -78,14 +78,15 @@ class HuggingFaceConfig:
             raise UserError(f"{self.file}: {key} is {value!r}, expected a number of 0 or more")
         return float(value)
 
-    def architecture(self, expected: str) -> None:
-        """UserError unless `architectures` is this model with its language-model head."""
+    def architecture(self, *expected: str) -> str:
+        """The only one of `architectures`; UserError unless it is one of those expected."""
         found = self._values.get("architectures")
-        if found != [expected]:
+        if not isinstance(found, list) or len(found) != 1 or found[0] not in expected:
             raise UserError(
-                f"{self.file}: architectures is {found!r}, expected [{expected!r}]: only a model "
-                "with its language-model head can be imported"
+                f"{self.file}: architectures is {found!r}, expected "
+                f"{' or '.join(repr([name]) for name in expected)}"
             )
+        return found[0]
 
     def heads_divide(self) -> None:
         """UserError unless the heads divide the width into parts of an even width."""
@@ -173,9 +174,17 @@ def ours(config: HuggingFaceConfig) -> dict[str, Any]:
     return kept
 
 
+class Dropouts(TypedDict):
+    """Rates of dropout of an `EncoderSpec`."""
+
+    hidden_dropout: float
+    attention_dropout: float
+    embedding_dropout: float
+
+
 def dropout_rates(
     config: HuggingFaceConfig, hidden: str, attention: str, default: float = 0.1
-) -> dict[str, float]:
+) -> Dropouts:
     """Rates of dropout of an `EncoderSpec`; that of the embedding is of exports by moe_ablm alone.
 
     Args:
@@ -186,11 +195,11 @@ def dropout_rates(
     Raises:
       UserError: a rate is not from 0 to below 1.
     """
-    rates = {
-        "hidden_dropout": config.real(hidden, default),
-        "attention_dropout": config.real(attention, default),
-        "embedding_dropout": ours(config).get("embedding_dropout", 0.0),
-    }
+    rates = Dropouts(
+        hidden_dropout=config.real(hidden, default),
+        attention_dropout=config.real(attention, default),
+        embedding_dropout=ours(config).get("embedding_dropout", 0.0),
+    )
     for rate in rates.values():
         if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise UserError(f"{config.file}: a dropout of {rate!r}, expected 0 to below 1")

@@ -44,6 +44,8 @@ class Model:
       regime: training regime (`data.regime`) such as "paired"; None: not known.
       notes: notes for the user, one sentence each.
       facts: plain JSON for model cards: "config", "data", "metrics" and "licence", if known.
+      head: whether the language-model head is the model's own; else its parameters are zero, and
+        only hidden states, attention and routes can be asked for.
     """
 
     spec: EncoderSpec
@@ -54,6 +56,7 @@ class Model:
     regime: str | None = None
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    head: bool = True
 
     @property
     def layout_name(self) -> str:
@@ -64,6 +67,11 @@ class Model:
         """SHA-256 of the parameters, the encoder, its layout and its length."""
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         return params_sha256(self.params, about, str)
+
+    def require_head(self, what: str) -> None:
+        """UserError where the model has no language-model head, which `what` needs."""
+        if not self.head:
+            raise UserError(f"{what}: {self.source} has no language-model head: it only embeds")
 
 
 def parameter_shapes(spec: EncoderSpec) -> nnx.State:
@@ -149,6 +157,7 @@ def write_model(model: Model, directory: Path, storage: Storage = AS_COMPUTED) -
         "regime": model.regime,
         "notes": list(model.notes),
         "facts": dict(model.facts),
+        **({} if model.head else {"head": False}),
     }
     write_json(directory / MODEL_FILE, content)
 
@@ -174,6 +183,7 @@ def read_model(directory: Path) -> Model:
             "regime": content["regime"],
             "notes": tuple(map(str, content["notes"])),
             "facts": dict(content["facts"]),
+            "head": content.get("head", True) is True,
         }
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(

@@ -169,7 +169,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], storage: Storag
     if len(shards) == 1:
         write_tensors(path, shards[0])
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = path.with_stem(f"{path.stem}-{number:05d}-of-{len(shards):05d}")
         write_tensors(file, shard)

@@ -77,6 +77,8 @@ def export(args: argparse.Namespace) -> None:
     if args.push:
         hub.require_pushable(args.push)
     model = load_model(args.run)
+    if args.format != "native":
+        model.require_head(f"--format {args.format}")
     if args.dtype != "float32":
         model = replace(model, notes=(*model.notes, f"weights were rounded to {args.dtype}"))
     writers = {
