@@ -51,8 +51,14 @@ def encoder_of_run(model: Mapping[str, Any]) -> EncoderSpec:
     return config.spec()
 
 
+def stored_encoder(spec: EncoderSpec) -> dict[str, Any]:
+    """`encoder_to_mapping` with the rates of dropout, as written to `model.json`."""
+    rates = {name: getattr(spec, name) for name in DROPOUTS}
+    return encoder_to_mapping(spec) | {name: rate for name, rate in rates.items() if rate}
+
+
 def encoder_to_mapping(spec: EncoderSpec) -> dict[str, Any]:
-    """Plain nested dict of an encoder, as written to `model.json`; dropout belongs to training."""
+    """Plain nested dict of what decides the function of an encoder: dropout acts in training."""
     tree = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     moe = dataclasses.asdict(MoEConfig.of(spec.moe))
     if moe["l2_scale"] == earlier_l2_scale(moe):
@@ -63,7 +69,7 @@ def encoder_to_mapping(spec: EncoderSpec) -> dict[str, Any]:
 
 
 def encoder_from_mapping(tree: Mapping[str, Any]) -> EncoderSpec:
-    """An encoder from `encoder_to_mapping`, checked.
+    """An encoder from `stored_encoder` or `encoder_to_mapping`, checked.
 
     Raises:
       UserError: a key is unknown or missing, or a value wrong.

@@ -138,6 +138,7 @@ def starting_model(config: Config) -> Model | None:
     if config.train.init is None:
         return None
     model = load_model(config.train.init, "config.train.init")
+    model.require_head("config.train.init")
     require_same_function(model, config.model.spec())
     return model
 

@@ -12,6 +12,7 @@ from random_models import logits_of
 from safetensors.numpy import load_file, save_file
 
 from moe_ablm import api
+from moe_ablm.antibody_model import AntibodyModel
 from moe_ablm.data.tokenizer import AMINO_ACIDS, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.load import import_directory, load_model
@@ -88,6 +89,51 @@ EXTRA = {
 }
 
 
+@pytest.fixture
+def headless(tmp_path, tensors):
+    """A directory as `EsmModel` saves it."""
+    body = {k.removeprefix("esm."): v for k, v in tensors.items() if k.startswith("esm.")}
+    changes = {"architectures": ["EsmModel"], "hidden_dropout_prob": 0.1}
+    return directory(tmp_path / "headless", body, **changes)
+
+
+def test_a_model_without_a_head_embeds_and_does_nothing_else(tmp_path, tensors, headless, main):
+    found, whole = import_directory(headless), import_directory(directory(tmp_path / "d", tensors))
+    body, expected = flat_arrays(found.params), flat_arrays(whole.params)
+    for name in body:
+        if not name.startswith("head/"):
+            np.testing.assert_array_equal(body[name], expected[name], err_msg=name)
+    assert found.spec.hidden_dropout == 0.1 and not found.head and whole.head
+    assert any("it only embeds" in note for note in found.notes)
+    save_model(found, tmp_path / "run")
+    again = load_model(tmp_path / "run")
+    assert not again.head and again.spec == found.spec
+    run = ["--run", tmp_path / "run"]
+    for command in (
+        ["score", *run, "--heavy", "EVQ"],
+        ["scan", *run, "--heavy", "EVQ", "--method", "wild-type-marginal"],
+        ["export", *run, "--format", "hf", "--out", tmp_path / "out"],
+    ):
+        done = main(*command)
+        assert done.returncode == 2 and "has no language-model head: it only" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.hf
+def test_a_model_without_a_head_is_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    torch = pytest.importorskip("torch", reason="needs the extra `hf`")
+    kept = {key: CONFIG[key] for key in CONFIG if key not in ("architectures", "model_type")}
+    theirs = transformers.EsmModel(transformers.EsmConfig(**kept)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    model = AntibodyModel(import_directory(tmp_path / "hf"))
+    row = torch.tensor([[0, 9, 7, 16, 4, 2]])  # EVQL
+    with torch.no_grad():
+        expected = theirs(row, attention_mask=torch.ones_like(row)).last_hidden_state[0, 1:-1]
+    (found,) = model.embed([("EVQL", "")], level="residue")
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
 def test_what_the_language_model_does_not_use_is_ignored_with_a_note(tmp_path, tensors):
     plain = import_directory(directory(tmp_path / "a", tensors))
     twice = {"lm_head.decoder.weight": tensors[WORDS], "lm_head.decoder.bias": None}
@@ -154,13 +200,20 @@ def without(tensors, *names):
 
 CONFIGS = {
     "classifier": ({"architectures": ["EsmForSequenceClassification"]}, "architectures is"),
-    "base model": ({"architectures": ["EsmModel"]}, "language-model head"),
-    "other kind": ({"model_type": "bert"}, "model_type is 'bert', expected 'esm' or 'balm'"),
+    "base model with a head": ({"architectures": ["EsmModel"]}, "holds lm_head.*no place"),
+    "other kind": (
+        {"model_type": "bert"},
+        "model_type is 'bert', expected 'esm' or 'balm'.*norms after",
+    ),
+    "balm-paired": ({"model_type": "roberta"}, "'roberta'.*RoBERTa .*learned absolute positions"),
     "no kind": ({"model_type": None}, "model_type is None"),
     "vocabulary size": ({"vocab_size": 30}, "vocab_size is 30, expected 33"),
     "vocabulary": ({"vocab_list": ["<cls>", "<eos>"]}, "token 1 is '<eos>', expected '<pad>'"),
     "short vocabulary": ({"vocab_list": ["<cls>"]}, "1 tokens, expected 33"),
-    "absolute": ({"position_embedding_type": "absolute"}, "expected 'rotary'.*ESM-1b"),
+    "absolute": (
+        {"position_embedding_type": "absolute"},
+        "expected 'rotary'.*ESM-1b and ESM-1v learn",
+    ),
     "no positions": ({"position_embedding_type": None}, "is 'absolute', expected 'rotary'"),
     "norm before": ({"emb_layer_norm_before": True}, "emb_layer_norm_before is True"),
     "eps": ({"layer_norm_eps": 0.5}, "layer_norm_eps is 0.5, expected above 0"),
@@ -229,7 +282,7 @@ def no_index(path):
 
 
 FILES = {
-    "no weights": (weights_away, "holds no weights: expected model.safetensors"),
+    "no weights": (weights_away, "holds no weights: model.safetensors is not there"),
     "pickle": (pickled, "pytorch_model.bin.*convert them.*save_pretrained"),
     "cut": (cut, "not a complete safetensors file"),
     "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),

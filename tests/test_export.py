@@ -13,7 +13,7 @@ from strict_json import read_all_strictly
 from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.interop.esm2 import export_esm2
-from moe_ablm.interop.load import import_directory
+from moe_ablm.interop.load import import_directory, load_model
 from moe_ablm.interop.saved import save_model
 from moe_ablm.model.families import TopK
 
@@ -21,11 +21,14 @@ FILES = ["README.md", "config.json", "model.safetensors", "special_tokens_map.js
          "tokenizer_config.json", "vocab.txt"]  # fmt: skip
 TIED = {
     "tied": {},
-    "the study's": {"layer_norm_eps": 1e-12, "token_dropout": False},
+    "the study's": {
+        "layer_norm_eps": 1e-12, "token_dropout": False, "hidden_dropout": 0.1,
+        "attention_dropout": 0.1, "embedding_dropout": 0.2,
+    },
     "large eps": {"layer_norm_eps": 0.01},
     "own decoder": {"tied": False},
     "no dropout": {"token_dropout": False},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -38,6 +41,8 @@ def test_a_round_trip_is_bitwise(tmp_path, name):
     assert (found.layout_name, found.length, found.regime) == ("sep", 77, "paired")
     assert found.facts == model.facts
     assert import_directory(tmp_path / "out", "balm").layout_name == "balm"
+    save_model(found, tmp_path / "saved")
+    assert same(load_model(tmp_path / "saved"), model)
 
 
 def test_the_card_tells_what_a_reader_needs(tmp_path):
@@ -53,7 +58,7 @@ def test_the_card_tells_what_a_reader_needs(tmp_path):
     assert card.startswith("---\nlicense: mit\n")
     for words in ("fraction: half", "loss: 1.25", "| CDRH3 |", "| 2.5 |", '"seed": 7', "up to 64",
                   "<cls>HEAVY<cls><cls>LIGHT<eos>", "EsmTokenizer", "paired",
-                  "Weights were converted", "## Licence\n\nmit"):  # fmt: skip
+                  "Weights were converted", "## Intended use", "## Licence\n\nmit"):  # fmt: skip
         assert words in card, words
     export_esm2(replace(model, facts={}), tmp_path / "bare")
     bare = (tmp_path / "bare" / "README.md").read_text()
@@ -104,8 +109,6 @@ def test_the_verbs(tmp_path):
     done = run_command("moe_ablm", "import", "--input", tmp_path / "hf", "--out", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert "rows of up to 64 tokens, layout esm" in done.stdout
-    from moe_ablm.interop.load import load_model
-
     assert same(load_model(tmp_path / "back"), model)
 
 

@@ -40,7 +40,8 @@ class Batch(NamedTuple):
     at: jax.Array
 
 
-# a frozen dataclass, since compiled functions are kept by its value; it returns arrays `[B, ...]`
+# a frozen dataclass, since compiled functions are kept by its value; it returns arrays `[B, ...]`.
+# Its attribute `reads_head`, if there is one, says whether it needs the language-model head.
 Task = Callable[[Encoder, Batch], Any]
 
 
@@ -136,7 +137,12 @@ class Engine:
         Yields:
           (index of the row, its part of the result as numpy arrays, padded to the bucket's length).
           Every row comes once, in any order.
+
+        Raises:
+          UserError: the task needs a language-model head, which the model lacks.
         """
+        if getattr(task, "reads_head", False):
+            self.model.require_head("log-probabilities")
         waiting: list[tuple[np.ndarray, Any]] = []
         for members, length, size in self._batches([len(row) for row in rows]):
             tokens = np.full((size, length), PAD, np.uint8)

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens at every position, or at one position of each row with less work."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
@@ -11,6 +12,8 @@ from moe_ablm.model.encoder import Encoder
 @dataclass(frozen=True)
 class EveryPosition:
     """Log-probabilities of all tokens at all positions, float32 `[B, L, V]`."""
+
+    reads_head: ClassVar[bool] = True
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
         return jax.nn.log_softmax(encoder(batch.tokens, batch.valid).logits, axis=-1)
@@ -23,6 +26,8 @@ class OnePosition:
     The values are those of `EveryPosition`. Of the last layer and the head only what this position
     needs is computed.
     """
+
+    reads_head: ClassVar[bool] = True
 
     def __call__(self, encoder: Encoder, batch: Batch) -> jax.Array:
         logits = encoder(batch.tokens, batch.valid, at=batch.at).logits

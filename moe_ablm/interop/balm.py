@@ -19,7 +19,7 @@ from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_bal
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
-from moe_ablm.interop.tensors import SINGLE, open_tensors, write_tensors
+from moe_ablm.interop.tensors import AS_COMPUTED, SINGLE, Storage, open_tensors, write_weights
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import path_name
 
@@ -144,13 +144,16 @@ def _expected(
     return expected
 
 
-def export_balm(model: Model, out: Path, licence: str | None = None) -> None:
+def export_balm(
+    model: Model, out: Path, licence: str | None = None, storage: Storage = AS_COMPUTED
+) -> None:
     """Writes a `BalmForMaskedLM` or `BalmMoEForMaskedLM` directory with a model card.
 
     Args:
       model: what is exported.
       out: a new directory.
       licence: for the model card; None: that of the model's facts.
+      storage: of the weights.
 
     Raises:
       UserError: BALM's form cannot hold the model, or `out` cannot be written.
@@ -158,10 +161,11 @@ def export_balm(model: Model, out: Path, licence: str | None = None) -> None:
     settings = balm_settings(model)
     kind = settings["model_type"]
     with new_directory(out) as directory:
-        write_tensors(directory / SINGLE, _to_balm(model, kind))
+        write_weights(directory / SINGLE, _to_balm(model, kind), storage)
         config = {
             "architectures": [ARCHITECTURES[kind]],
             **settings,
+            "torch_dtype": storage.dtype,
             OURS: huggingface.kept_for_import(model),
         }
         write_json(directory / CONFIG, config)

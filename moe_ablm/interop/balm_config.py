@@ -10,7 +10,7 @@ from typing import Any
 from moe_ablm.config_schema import MoEConfig
 from moe_ablm.data.tokenizer import NULL, PAD, VOCABULARY
 from moe_ablm.errors import UserError
-from moe_ablm.interop.huggingface import HuggingFaceConfig
+from moe_ablm.interop.huggingface import HuggingFaceConfig, dropout_rates
 from moe_ablm.interop.saved import Model
 from moe_ablm.model.families import Queued, Router, TopK
 from moe_ablm.model.spec import EncoderSpec
@@ -47,6 +47,7 @@ def encoder_spec(config: HuggingFaceConfig) -> tuple[EncoderSpec, list[str]]:
         token_dropout=False,
         activation=config.expect("activation", "swiglu", "swiglu", "gelu"),
         tied=False,
+        **dropout_rates(config, "hidden_dropout", "attention_dropout", config.real("dropout", 0.1)),
     )
     if config["model_type"] == "balm":
         return spec, []
@@ -226,7 +227,9 @@ def balm_settings(model: Model) -> dict[str, Any]:
         "num_attention_heads": spec.heads,
         "intermediate_size": spec.ffn,
         "activation": spec.activation,
-        "dropout": 0.0,
+        "dropout": spec.hidden_dropout,
+        "hidden_dropout": spec.hidden_dropout,
+        "attention_dropout": spec.attention_dropout,
         "ffn_bias": True,
         "max_position_embeddings": model.length,
         "layer_norm_eps": 1e-5,
@@ -234,7 +237,6 @@ def balm_settings(model: Model) -> dict[str, Any]:
         "mask_token_id": BALM_MASK,
         "pad_token_id": PAD,
         "mlm_activation": "gelu",
-        "torch_dtype": "float32",
     }
     if not spec.moe:
         return settings

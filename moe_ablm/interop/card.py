@@ -9,6 +9,13 @@ from moe_ablm.interop.saved import Model
 from moe_ablm.model import flops
 
 UNKNOWN_LICENCE = "other"
+_INTENDED = """## Intended use
+
+Research on sequences of antibodies (a heavy chain, a light chain, or a pair): embeddings,
+pseudo-log-likelihoods, completion of masked residues. A likelihood says how usual a residue is; it
+is no measurement of binding, stability or safety, and the model was not tested for decisions about
+patients. Other proteins, and longer rows, are outside of what it was trained for.
+"""
 
 
 def model_card(model: Model, architecture: str, use: str, licence: str | None) -> str:
@@ -29,6 +36,7 @@ def model_card(model: Model, architecture: str, use: str, licence: str | None) -
         *(f"{note[0].upper()}{note[1:]}.\n" for note in model.notes),
         _architecture(model),
         _rows(model),
+        _INTENDED,
         f"## Use\n\n```python\n{_filled(use, model)}\n```\n",
         _section("Data", model.facts.get("data"), "Not known."),
         _metrics(model.facts.get("metrics") or {}),

@@ -1,6 +1,7 @@
-"""Import and export of ESM-2 in Hugging Face's form (`EsmForMaskedLM`)."""
+"""Import and export of ESM-2 in Hugging Face's form (`EsmForMaskedLM`, `EsmModel`)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,19 @@ from moe_ablm.interop import huggingface
 from moe_ablm.interop.card import model_card
 from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
-from moe_ablm.interop.tensors import SINGLE, Tensors, open_tensors, write_tensors
+from moe_ablm.interop.tensors import (
+    AS_COMPUTED,
+    SINGLE,
+    Storage,
+    Tensors,
+    open_tensors,
+    write_weights,
+)
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import path_name
 
 ARCHITECTURE = "EsmForMaskedLM"
+HEADLESS = "EsmModel"  # its names lack the first part of `EsmForMaskedLM`'s
 OFFSET = 2  # of positions in max_position_embeddings, left over from RoBERTa
 DECODER = "lm_head.decoder.weight"
 
@@ -99,7 +108,7 @@ def params_to_huggingface(params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def import_esm2(directory: Path, layout: str | None = None) -> Model:
-    """Imports an `EsmForMaskedLM` directory.
+    """Imports an `EsmForMaskedLM` directory, or one of `EsmModel`, which has no head.
 
     Args:
       directory: with config.json, and model.safetensors in one or several files.
@@ -107,52 +116,64 @@ def import_esm2(directory: Path, layout: str | None = None) -> Model:
         else "esm" (`<cls>H<cls><cls>L<eos>`).
 
     Raises:
-      UserError: the model is not an ESM-2 with a language-model head, or the files are damaged.
+      UserError: the model is no ESM-2, or the files are damaged.
     """
     config = HuggingFaceConfig(directory)
-    spec = _spec(config)
+    architecture = config.architecture(ARCHITECTURE, HEADLESS)
+    spec, head = _spec(config), architecture == ARCHITECTURE
     huggingface.check_vocabulary(directory, config, VOCABULARY)
     tensors = open_tensors(directory)
-    names, ignored = huggingface.sorted_out(tensors, _canonical)
+    names, ignored = huggingface.sorted_out(tensors, _canonical if head else _canonical_headless)
     notes = [
         f"ignored, as the language model does not use them: {huggingface.some(ignored)}"
     ] * bool(ignored)
     if spec.tied and DECODER in names:
         _check_tied(tensors, names)
     shapes = parameter_shapes(spec)
-    huggingface.check_tensors(tensors, names, _expected(shapes))
+    expected = _expected(shapes)
+    absent = {} if head else {n: s for n, s in expected.items() if n.startswith("lm_head.")}
+    huggingface.check_tensors(
+        tensors, names, {n: s for n, s in expected.items() if n not in absent}
+    )
     notes += huggingface.dtype_notes(tensors, names.values())
-    return huggingface.imported(
+    notes += [] if head else ["the model has no language-model head: it only embeds"]
+    model = huggingface.imported(
         config,
         spec,
-        params_from_huggingface(shapes, _Renamed(tensors, names)),
-        architecture=ARCHITECTURE,
+        params_from_huggingface(shapes, _Renamed(tensors, names, absent)),
+        architecture=architecture,
         layout=layout,
         default=("esm", 1024),
         offset=OFFSET,
         notes=notes,
     )
+    return replace(model, head=head)
 
 
 class _Renamed(dict):
-    """Tensors by expected name, read when they are looked up."""
+    """Tensors by expected name, read when they are looked up; zeros for those that are absent."""
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+    def __init__(
+        self,
+        tensors: Tensors,
+        names: Mapping[str, str],
+        absent: Mapping[str, tuple[int, ...]],
+    ):
         super().__init__(names)
-        self._tensors = tensors
+        self._tensors, self._absent = tensors, absent
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._absent:
+            return np.zeros(self._absent[name], np.float32)
         return self._tensors[super().__getitem__(name)]
 
 
 def _spec(config: HuggingFaceConfig) -> EncoderSpec:
     """The encoder that config.json describes; UserError if it has no counterpart here."""
-    config.architecture(ARCHITECTURE)
     config.expect("model_type", "esm", "esm")
     config.expect("vocab_size", None, len(VOCABULARY), why="ESM-2's vocabulary")
-    config.expect(
-        "position_embedding_type", "absolute", "rotary", why="ESM-2 is rotary, ESM-1b is not"
-    )
+    learned = "ESM-1b and ESM-1v learn absolute positions, for which there is no place here"
+    config.expect("position_embedding_type", "absolute", "rotary", why=learned)
     config.expect("emb_layer_norm_before", False, False, why="ESM-2 has none")
     config.expect("hidden_act", "gelu", "gelu")
     config.expect("mask_token_id", MASK, MASK)
@@ -175,6 +196,7 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
         heads=config.number("num_attention_heads"),
         token_dropout=config.expect("token_dropout", False, True, False),
         layer_norm_eps=eps,
+        **huggingface.dropout_rates(config, "hidden_dropout_prob", "attention_probs_dropout_prob"),
         tied=config.expect("tie_word_embeddings", True, True, False),
     )
 
@@ -187,6 +209,11 @@ def _canonical(name: str) -> str | None:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return "lm_head.bias" if name == "lm_head.decoder.bias" else name
+
+
+def _canonical_headless(name: str) -> str | None:
+    """As `_canonical`, of the names of `EsmModel`, which lack the first part."""
+    return _canonical(name if name.startswith(("esm.", "lm_head.")) else f"esm.{name}")
 
 
 def _check_tied(tensors: Tensors, names: dict[str, str]) -> None:
@@ -214,13 +241,16 @@ def _expected(shapes: nnx.State) -> dict[str, tuple[int, ...]]:
 # to a directory
 
 
-def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
+def export_esm2(
+    model: Model, out: Path, licence: str | None = None, storage: Storage = AS_COMPUTED
+) -> None:
     """Writes an `EsmForMaskedLM` directory with its tokenizer and a model card.
 
     Args:
       model: what is exported.
       out: a new directory.
       licence: for the model card; None: that of the model's facts.
+      storage: of the weights.
 
     Raises:
       UserError: the model has experts or another activation than GELU, or `out` cannot be written.
@@ -238,8 +268,8 @@ def export_esm2(model: Model, out: Path, licence: str | None = None) -> None:
             "gelu: use --format transformers, or --format balm"
         )
     with new_directory(out) as directory:
-        write_tensors(directory / SINGLE, params_to_huggingface(model.params))
-        write_json(directory / CONFIG, _config(model))
+        write_weights(directory / SINGLE, params_to_huggingface(model.params), storage)
+        write_json(directory / CONFIG, _config(model) | {"torch_dtype": storage.dtype})
         huggingface.write_tokenizer(directory, "EsmTokenizer")
         card = model_card(model, ARCHITECTURE, _USE, licence)
         (directory / "README.md").write_text(card)
@@ -256,8 +286,8 @@ def _config(model: Model) -> dict:
         "num_attention_heads": spec.heads,
         "intermediate_size": spec.ffn,
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": spec.hidden_dropout,
+        "attention_probs_dropout_prob": spec.attention_dropout,
         "max_position_embeddings": model.length + OFFSET,
         "position_embedding_type": "rotary",
         "layer_norm_eps": spec.layer_norm_eps,
@@ -268,7 +298,6 @@ def _config(model: Model) -> dict:
         "is_folding_model": False,
         "mask_token_id": MASK,
         "pad_token_id": PAD,
-        "torch_dtype": "float32",
         OURS: huggingface.kept_for_import(model),
     }
 

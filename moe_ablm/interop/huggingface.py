@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from flax import nnx
 
@@ -78,14 +78,15 @@ class HuggingFaceConfig:
             raise UserError(f"{self.file}: {key} is {value!r}, expected a number of 0 or more")
         return float(value)
 
-    def architecture(self, expected: str) -> None:
-        """UserError unless `architectures` is this model with its language-model head."""
+    def architecture(self, *expected: str) -> str:
+        """The only one of `architectures`; UserError unless it is one of those expected."""
         found = self._values.get("architectures")
-        if found != [expected]:
+        if not isinstance(found, list) or len(found) != 1 or found[0] not in expected:
             raise UserError(
-                f"{self.file}: architectures is {found!r}, expected [{expected!r}]: only a model "
-                "with its language-model head can be imported"
+                f"{self.file}: architectures is {found!r}, expected "
+                f"{' or '.join(repr([name]) for name in expected)}"
             )
+        return found[0]
 
     def heads_divide(self) -> None:
         """UserError unless the heads divide the width into parts of an even width."""
@@ -173,6 +174,38 @@ def ours(config: HuggingFaceConfig) -> dict[str, Any]:
     return kept
 
 
+class Dropouts(TypedDict):
+    """Rates of dropout of an `EncoderSpec`."""
+
+    hidden_dropout: float
+    attention_dropout: float
+    embedding_dropout: float
+
+
+def dropout_rates(
+    config: HuggingFaceConfig, hidden: str, attention: str, default: float = 0.1
+) -> Dropouts:
+    """Rates of dropout of an `EncoderSpec`; that of the embedding is of exports by moe_ablm alone.
+
+    Args:
+      config: config.json of the directory.
+      hidden, attention: its keys of what layers add to the residual stream, of attention weights.
+      default: rate where a key is absent.
+
+    Raises:
+      UserError: a rate is not from 0 to below 1.
+    """
+    rates = Dropouts(
+        hidden_dropout=config.real(hidden, default),
+        attention_dropout=config.real(attention, default),
+        embedding_dropout=ours(config).get("embedding_dropout", 0.0),
+    )
+    for rate in rates.values():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise UserError(f"{config.file}: a dropout of {rate!r}, expected 0 to below 1")
+    return rates
+
+
 def imported(
     config: HuggingFaceConfig,
     spec: EncoderSpec,
@@ -212,11 +245,13 @@ def imported(
 
 def kept_for_import(model: Model) -> dict:
     """What an export keeps in config.json under `OURS`, for an import of it."""
+    rate = model.spec.embedding_dropout
     return {
         "layout": model.layout_name,
         "length": model.length,
         "regime": model.regime,
         "facts": dict(model.facts),
+        **({"embedding_dropout": rate} if rate else {}),
     }
 
 

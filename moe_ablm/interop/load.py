@@ -26,6 +26,14 @@ _IMPORTERS = {
 }
 
 
+_LEARNED = "learned absolute positions and norms after the layers, for which there is no place here"
+_REASONS = {
+    "roberta": f"RoBERTa (BALM-paired, AntiBERTa) has {_LEARNED}",
+    "bert": f"BERT (ProtBert, IgBert) has {_LEARNED}",
+    "t5": "T5 (ProtT5) has relative positions, for which there is no place here",
+}
+
+
 def load_model(run: Path | str, name: str = "--run") -> Model:
     """The model of a directory.
 
@@ -143,7 +151,8 @@ def import_directory(directory: Path, layout: str | None = None) -> Model:
       UserError: the model type cannot be imported, or the directory is damaged.
     """
     config = HuggingFaceConfig(directory)
-    kind = config.expect("model_type", None, *_IMPORTERS)
+    why = _REASONS.get(str(config["model_type"]), "")
+    kind = config.expect("model_type", None, *_IMPORTERS, why=why)
     if not isinstance(kind, str):
         raise UserError(f"{config.file}: model_type is {kind!r}, expected a name")
     return _IMPORTERS[kind](directory, layout)

@@ -22,7 +22,7 @@ from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS, Layout
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
-from moe_ablm.interop.tensors import TensorFile, write_tensors
+from moe_ablm.interop.tensors import AS_COMPUTED, Storage, open_tensors, write_weights
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import parameter_shapes
 from moe_ablm.model.spec import EncoderSpec
@@ -45,6 +45,8 @@ class Model:
       regime: training regime (`data.regime`) such as "paired"; None: not known.
       notes: notes for the user, one sentence each.
       facts: plain JSON for model cards: "config", "data", "metrics" and "licence", if known.
+      head: whether the language-model head is the model's own; else its parameters are zero, and
+        only hidden states, attention and routes can be asked for.
     """
 
     spec: EncoderSpec
@@ -55,6 +57,7 @@ class Model:
     regime: str | None = None
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    head: bool = True
 
     @property
     def layout_name(self) -> str:
@@ -69,6 +72,11 @@ class Model:
         """SHA-256 of the parameters, the encoder, its layout and its length."""
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         return params_sha256(self.params, about, str)
+
+    def require_head(self, what: str) -> None:
+        """UserError where the model has no language-model head, which `what` needs."""
+        if not self.head:
+            raise UserError(f"{what}: {self.source} has no language-model head: it only embeds")
 
 
 def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
@@ -131,15 +139,15 @@ def save_model(model: Model, out: Path) -> None:
         write_model(model, directory)
 
 
-def write_model(model: Model, directory: Path) -> None:
-    """Writes the two files of a model into a directory that is there.
+def write_model(model: Model, directory: Path, storage: Storage = AS_COMPUTED) -> None:
+    """Writes the files of a model into a directory that is there.
 
     Raises:
       UserError: a setting of the encoder is out of range.
     """
-    encoder = configs.encoder_to_mapping(model.spec)
+    encoder = configs.stored_encoder(model.spec)
     configs.encoder_from_mapping(encoder)  # raises if it could not be read back
-    write_tensors(directory / PARAMS_FILE, flat_arrays(model.params))
+    write_weights(directory / PARAMS_FILE, flat_arrays(model.params), storage)
     content = {
         "schema": SCHEMA,
         "encoder": encoder,
@@ -149,6 +157,7 @@ def write_model(model: Model, directory: Path) -> None:
         "regime": model.regime,
         "notes": list(model.notes),
         "facts": dict(model.facts),
+        **({} if model.head else {"head": False}),
     }
     write_json(directory / MODEL_FILE, content)
 
@@ -174,14 +183,15 @@ def read_model(directory: Path) -> Model:
             "regime": content["regime"],
             "notes": tuple(map(str, content["notes"])),
             "facts": dict(content["facts"]),
+            "head": content.get("head", True) is True,
         }
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{directory / MODEL_FILE} is damaged ({error}): import the model again"
         ) from error
-    file = directory / PARAMS_FILE
     shapes = parameter_shapes(spec)
-    with TensorFile(file) as tensors:
+    with open_tensors(directory, PARAMS_FILE) as tensors:
+        file = tensors.path
         names = {path_name(path) for path, _ in nnx.to_flat_state(shapes)}
         if names != set(tensors):
             differing = sorted(names ^ set(tensors))

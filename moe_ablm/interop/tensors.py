@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import write_json
 
 FLOATS = ("F32", "F16", "BF16", "F64")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -112,6 +116,12 @@ class Shards(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._at)
 
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._at.clear()
+
 
 Tensors = TensorFile | Shards
 
@@ -122,22 +132,74 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
-def open_tensors(directory: Path) -> Tensors:
-    """The weights of a Hugging Face directory.
+@dataclass(frozen=True)
+class Storage:
+    """How weights are written.
+
+    Attributes:
+      dtype: a key of `DTYPES`; bfloat16 rounds to the nearest, ties to even.
+      shard_bytes: most bytes of tensors in a file; a larger tensor has one of its own. None: all
+        are in one file.
+    """
+
+    dtype: str = "float32"
+    shard_bytes: int | None = None
+
+
+AS_COMPUTED = Storage()
+
+
+def write_weights(path: Path, tensors: Mapping[str, np.ndarray], storage: Storage) -> None:
+    """Writes a safetensors file, or shards beside it and their index, as Hugging Face names them.
+
+    Args:
+      path: of the single file; shards of model.safetensors are model-00001-of-00002.safetensors
+        and so on, and their index model.safetensors.index.json.
+      tensors: float32.
+      storage: how they are written.
+    """
+    dtype = DTYPES[storage.dtype]
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = storage.shard_bytes
+    for name, tensor in tensors.items():
+        tensor = tensor.astype(dtype)
+        if room is not None and shards[-1] and _bytes(shards[-1]) + tensor.nbytes > room:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_tensors(path, shards[0])
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = path.with_stem(f"{path.stem}-{number:05d}-of-{len(shards):05d}")
+        write_tensors(file, shard)
+        places |= dict.fromkeys(shard, file.name)
+    total = sum(map(_bytes, shards))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_json(path.with_name(f"{path.name}.index.json"), index)
+
+
+def _bytes(tensors: Mapping[str, np.ndarray]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def open_tensors(directory: Path, name: str = SINGLE) -> Tensors:
+    """The weights of a directory in the file of a name, or in its shards.
 
     Raises:
       UserError: there are no weights, only pickled ones, or they are damaged.
     """
-    if (directory / SINGLE).exists():
-        return TensorFile(directory / SINGLE)
-    if (directory / INDEX).exists():
-        return Shards(directory / INDEX)
+    index = directory / f"{name}.index.json"
+    if (directory / name).exists():
+        return TensorFile(directory / name)
+    if index.exists():
+        return Shards(index)
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if pickled:
         raise UserError(
-            f"{directory} holds {pickled[0]} and no {SINGLE}: pickled weights can run code and are "
+            f"{directory} holds {pickled[0]} and no {name}: pickled weights can run code and are "
             'not read; convert them where you trust them: python -c "from transformers import '
             f"AutoModelForMaskedLM as M; M.from_pretrained('{directory}')"
             f".save_pretrained('{directory}-safetensors')\""
         )
-    raise UserError(f"{directory} holds no weights: expected {SINGLE} or {INDEX}")
+    raise UserError(f"{directory} holds no weights: {name} is not there, nor {index.name}")

@@ -25,7 +25,7 @@ from moe_ablm.interop.huggingface import (
     write_tokenizer,
 )
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
-from moe_ablm.interop.tensors import SINGLE, open_tensors, write_tensors
+from moe_ablm.interop.tensors import AS_COMPUTED, SINGLE, Storage, open_tensors, write_weights
 from moe_ablm.model.families import ExpertChoice, Soft, TokenChoice, TopP
 from moe_ablm.model.spec import EncoderSpec
 
@@ -33,7 +33,9 @@ ARCHITECTURE = "MoeAblmForMaskedLM"
 CODE = Path(__file__).with_name("hub") / "modeling_moe_ablm.py"  # no module: torch is not here
 
 
-def export_transformers(model: Model, out: Path, licence: str | None = None) -> None:
+def export_transformers(
+    model: Model, out: Path, licence: str | None = None, storage: Storage = AS_COMPUTED
+) -> None:
     """Writes weights, config, code, tokenizer and a model card; `import` reads the directory back.
 
     The code routes as in inference: an antibody's result depends on that antibody alone.
@@ -42,6 +44,7 @@ def export_transformers(model: Model, out: Path, licence: str | None = None) -> 
       model: what is exported, dense or with experts of any router.
       out: a new directory.
       licence: for the model card; None: that of the model's facts.
+      storage: of the weights.
 
     Raises:
       UserError: `out` cannot be written.
@@ -49,8 +52,8 @@ def export_transformers(model: Model, out: Path, licence: str | None = None) -> 
     with new_directory(out) as directory:
         arrays = flat_arrays(model.params).items()
         tensors = {_name(path): _turned(path, array) for path, array in arrays}
-        write_tensors(directory / SINGLE, tensors)
-        write_json(directory / CONFIG, _config(model))
+        write_weights(directory / SINGLE, tensors, storage)
+        write_json(directory / CONFIG, _config(model) | {"torch_dtype": storage.dtype})
         shutil.copyfile(CODE, directory / CODE.name)
         write_tokenizer(directory, "EsmTokenizer")
         (directory / "README.md").write_text(model_card(model, ARCHITECTURE, _USE, licence))
@@ -131,8 +134,7 @@ def _config(model: Model) -> dict:
         "moe": _experts(spec),
         "mask_token_id": MASK,
         "pad_token_id": PAD,
-        "torch_dtype": "float32",
-        OURS: kept_for_import(model) | {"encoder": configs.encoder_to_mapping(spec)},
+        OURS: kept_for_import(model) | {"encoder": configs.stored_encoder(spec)},
     }
 
 

@@ -1,6 +1,8 @@
 """The verbs that read and write weights: import, export, upcycle."""
 
 import argparse
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from moe_ablm.data.tokenizer import LAYOUTS
@@ -47,7 +49,19 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
     add("--push", metavar="ORG/NAME",
         help="also upload it to the Hugging Face hub, privately where the name is new")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights in the files (default float32)")  # fmt: skip
+    add("--shard-size", type=_size, metavar="SIZE",
+        help="most of a file of weights, as 500MB or 5GB (default: all in one)")  # fmt: skip
     add("--licence", help="for the model card, as mit or cc-by-4.0 (default: as its weights came)")
+
+
+def _size(text: str) -> int:
+    """Bytes of a size, in the decimal units of Hugging Face."""
+    match = re.fullmatch(r"([1-9]\d*)([KMG]B)", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500MB or 5GB")
+    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
 
 
 def export(args: argparse.Namespace) -> None:
@@ -57,11 +71,16 @@ def export(args: argparse.Namespace) -> None:
     from moe_ablm.interop.esm2 import export_esm2
     from moe_ablm.interop.load import load_model
     from moe_ablm.interop.native import export_native
+    from moe_ablm.interop.tensors import Storage
     from moe_ablm.interop.transformers_moe import export_transformers
 
     if args.push:
         hub.require_pushable(args.push)
     model = load_model(args.run)
+    if args.format != "native":
+        model.require_head(f"--format {args.format}")
+    if args.dtype != "float32":
+        model = replace(model, notes=(*model.notes, f"weights were rounded to {args.dtype}"))
     writers = {
         "native": export_native,
         "hf": export_esm2,
@@ -69,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
         "transformers": export_transformers,
     }
     write = writers[args.format]
-    write(model, args.out, args.licence)
+    write(model, args.out, args.licence, Storage(args.dtype, args.shard_size))
     print(f"{args.out}: {model.source}")
     if args.push:
         print(f"{hub.push(args.out, args.push)}: --run hf:{args.push}")
