@@ -141,7 +141,7 @@ def inside(case: Case, seed: int, draws: int) -> dict[str, dict[str, bool]]:
     }
 
 
-def main() -> None:
+def parser_of_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--law", action="append", choices=CASES, help="a row; default: all")
     parser.add_argument("--tables", type=int, default=200, help="of each law")
@@ -149,7 +149,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap; 0: profiles only")
     parser.add_argument("--cpu-minutes", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser_of_flags().parse_args(argv)
     done = read(args.out)
     wanted = [
         (name, seed)
