@@ -1,16 +1,19 @@
-"""Coverage of 95 % intervals on simulated tables: `python benchmarks/coverage.py [--sets N]`.
+"""Coverage of 95 % intervals on simulated tables: `python benchmarks/coverage.py --law LAW`.
 
-Each law is fitted to N tables with known coefficients and noise; the share of intervals that hold
-the truth is printed for every coefficient. `--out` keeps a line a table, and a second command goes
-on where the first one stopped.
+Each law is fitted to tables with known coefficients and noise; the share of intervals that hold
+the truth is printed for every coefficient. `--out` keeps a line a table: the same command goes on
+where one was stopped, by `--cpu-minutes` or otherwise, and files of several may be joined by `cat`.
 
-    nice -n 5 python benchmarks/coverage.py --sets 200 --out coverage.jsonl
+    python benchmarks/coverage.py --law joint --tables 200 --cpu-minutes 20 --out coverage.jsonl
+    python benchmarks/coverage.py --tables 0 --out coverage.jsonl          # the table so far
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -70,77 +73,115 @@ def joint_grid() -> Columns:
     return out
 
 
-# by the name in the table: law, design, truth, sd of ln L of a run and of a row
-CASES: dict[str, tuple[str, Callable[[], Columns], Mapping[str, float], float, float]] = {
-    "chinchilla": ("chinchilla", dense_grid, DENSE, 0.0, 2e-3),
-    "chinchilla, checkpoints": ("chinchilla", checkpoint_grid, DENSE, 4e-3, 5e-4),
-    "data_constrained_b2": ("data_constrained_b2", repeated_grid, REPEATED, 0.0, 2e-3),
-    "moe_clark": ("moe_clark", routed_grid, ROUTED, 0.0, 2e-3),
-    "joint": (
-        "joint",
-        joint_grid,
-        REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5},
-        0.0,
-        2e-3,
+def optima_grid() -> Columns:
+    """20 best losses: ten budgets from 3e18 to 1e21 FLOPs, dense and of one router."""
+    return {
+        "flops": np.tile(np.geomspace(3e18, 1e21, 10), 2),
+        "router": np.repeat(["dense", "x"], 10),
+    }
+
+
+class Case(NamedTuple):
+    """What is simulated; `between` and `within` are the sd of ln L of a run and of a row."""
+
+    law: str
+    design: Callable[[], Columns]
+    truth: Mapping[str, float]
+    routers: tuple[str, ...] = ()
+    between: float = 0.0
+    within: float = 2e-3
+    in_every_curve: bool = False  # dense runs lie on the curve of the router
+
+
+BEST = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[x]": 1.8}
+JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5}
+CASES = {
+    "chinchilla": Case("chinchilla", dense_grid, DENSE),
+    "chinchilla, checkpoints": Case(
+        "chinchilla", checkpoint_grid, DENSE, between=4e-3, within=5e-4
     ),
+    "compute": Case("compute", optima_grid, BEST, ("x",)),
+    "data_constrained_b2": Case("data_constrained_b2", repeated_grid, REPEATED),
+    "moe_clark": Case("moe_clark", routed_grid, ROUTED, ("x",), in_every_curve=True),
+    "joint": Case("joint", joint_grid, JOINT, ("x",)),
 }
 
 
-def simulate(case: str, seed: int) -> Runs:
+def simulate(case: Case, seed: int) -> Runs:
     """A table of the case; runs err by themselves, and rows a little more."""
-    name, design, truth, between, within = CASES[case]
-    columns = design()
-    law = SMOOTH[name](("x",)) if name in ("moe_clark", "joint") else SMOOTH[name]()
+    columns = case.design()
+    law = SMOOTH[case.law](case.routers)
     inputs = {k: v for k, v in columns.items() if k != "run"}
-    if name == "moe_clark":
-        inputs["router"] = np.full(columns["params"].size, "x")
-    loss = law.predict(truth, inputs)
+    if case.in_every_curve:
+        inputs["router"] = np.full(columns["router"].size, case.routers[0])
+    loss = law.predict(case.truth, inputs)
     rng = np.random.default_rng(seed)
-    noise = within * rng.standard_normal(loss.size)
+    noise = case.within * rng.standard_normal(loss.size)
     if "run" in columns:
         run = np.unique(columns["run"], return_inverse=True)[1]
-        noise = noise + between * rng.standard_normal(run.max() + 1)[run]
+        noise = noise + case.between * rng.standard_normal(run.max() + 1)[run]
     return Runs(columns | {"loss": loss * np.exp(noise)}, tuple(map(str, range(loss.size))))
 
 
-def inside(case: str, seed: int, draws: int) -> dict[str, dict[str, bool]]:
+def inside(case: Case, seed: int, draws: int) -> dict[str, dict[str, bool]]:
     """Whether the truth is in each interval, by method and coefficient."""
-    name, _, truth, _, within = CASES[case]
-    made = fit_law(simulate(case, seed), name, huber_delta=within if within > 1e-3 else None)
+    delta = case.within if case.within > 1e-3 else None
+    made = fit_law(simulate(case, seed), case.law, huber_delta=delta)
     found = {p.quantity.name: p.interval(0.95) for p in profiles(made)}
     drawn = bootstrap_intervals(made, bootstrap(made, draws, seed)) if draws else {}
     methods = {"profile": found, "bootstrap": {k: v[0] for k, v in drawn.items()}}
     return {
         method: {
-            k: (i.low is None or i.low <= truth[k]) and (i.high is None or truth[k] <= i.high)
+            k: (i.low is None or i.low <= case.truth[k])
+            and (i.high is None or case.truth[k] <= i.high)
             for k, i in intervals.items()
-            if k in truth
+            if k in case.truth
         }
         for method, intervals in methods.items()
     }
 
 
-def main() -> None:
+def parser_of_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--law", action="append", choices=CASES, help="a row; default: all")
+    parser.add_argument("--tables", type=int, default=200, help="of each law")
     parser.add_argument("--first", type=int, default=0, help="seed of the first table")
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap; 0: profiles only")
-    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--cpu-minutes", type=float, default=float("inf"), help="then stop")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"))
-    args = parser.parse_args()
-    done: dict[tuple[str, int], dict] = {}
-    if args.out.exists():
-        for line in args.out.read_text().splitlines():
-            entry = json.loads(line)
-            done[entry["case"], entry["seed"]] = entry["inside"]
-    for case in args.case or CASES:
-        for seed in range(args.first, args.first + args.sets):
-            if (case, seed) not in done:
-                done[case, seed] = inside(case, seed, args.draws)
-                entry = {"case": case, "seed": seed, "inside": done[case, seed]}
-                with args.out.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser_of_flags().parse_args(argv)
+    done = read(args.out)
+    wanted = [
+        (name, seed)
+        for name in args.law or CASES
+        for seed in range(args.first, args.first + args.tables)
+        if (name, seed) not in done
+    ]
+    for i, (name, seed) in enumerate(wanted):
+        if time.process_time() > 60 * args.cpu_minutes:
+            print(f"stopped: {len(wanted) - i} of {len(wanted)} tables are left")
+            break
+        done[name, seed] = inside(CASES[name], seed, args.draws)
+        with args.out.open("a") as file:
+            entry = {"case": name, "seed": seed, "inside": done[name, seed]}
+            file.write(json.dumps(entry) + "\n")
     Console(width=120).print(table_of(done))
+
+
+def read(path: Path) -> dict[tuple[str, int], dict]:
+    """Tables that were done, by law and seed; a line that was cut off is taken off the file."""
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    entries = map(json.loads, whole.splitlines())
+    return {(e["case"], e["seed"]): e["inside"] for e in entries}
 
 
 def table_of(done: Mapping[tuple[str, int], dict]) -> Table:
