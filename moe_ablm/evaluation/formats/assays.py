@@ -78,7 +78,11 @@ def read_assay(
 
     def refuse(antibody: Antibody) -> str | None:
         row = values[antibody.where]
-        return _unusable(row[_TARGET], task, target) or _no_part(row.get(_SPLIT), split)
+        return (
+            _unusable(row[_TARGET], task, target)
+            or _no_part(row.get(_SPLIT), split)
+            or _no_group(row.get(_GROUPS), groups)
+        )
 
     antibodies = tuple(read([source], layout, longest, refuse))
     if not antibodies:
@@ -145,6 +149,10 @@ def _unusable(text: str, task: str, target: str) -> str | None:
             "classes: --task classification)"
         )
     return None
+
+
+def _no_group(text: str | None, groups: str | None) -> str | None:
+    return f"no group: column {groups} is empty" if text is not None and not text.strip() else None
 
 
 def _no_part(text: str | None, split: str | None) -> str | None:

@@ -4,19 +4,21 @@ Out-of-fold predictions of the head are compared with what was measured, with in
 (clones), beside predictions that need no language model: what they reach is no merit of the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
+from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
 from moe_ablm.evaluation.supervised import baselines
 from moe_ablm.evaluation.supervised.folds import (
     annotated,
+    cdr3_of,
     clonal_folds,
     clones,
     joined,
@@ -121,6 +123,8 @@ class Bench:
         if not any(a.heavy.v_gene or a.light.v_gene for a in found):
             self._known = []
             self.notes.append("no V domain among the sequences: no clones, no baseline of V genes")
+        elif not assay.groups and settings.groups == CLONE:
+            self.notes += _without_clone(found)
         self._head = Head(assay.task, max(len(assay.classes), 1))
         self._frozen = settings.training.frozen
         if assay.parts:
@@ -275,6 +279,18 @@ def _require_targets(assay: Assay) -> None:
         raise UserError(
             f"--input: {len(assay.targets):,} antibodies with a target, expected at least {FEWEST}"
         )
+
+
+def _without_clone(antibodies: Sequence[Annotated]) -> list[str]:
+    """A line that counts those of which no relatives are known, if there are any."""
+    lost = sum(not (a.heavy.v_gene and cdr3_of(a.heavy)) for a in antibodies)
+    if not lost:
+        return []
+    return [
+        f"{lost:,} of {counted(len(antibodies), 'antibody', 'antibodies')} have no heavy V gene or "
+        "CDRH3 by annotation: only those of equal sequences are kept in one fold, relatives may be "
+        "in two (--groups COLUMN names groups of your own)"
+    ]
 
 
 def _require_parts(assay: Assay) -> None:
