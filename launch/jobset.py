@@ -58,7 +58,7 @@ XPK_DEVICES = {"a100": "a100-80gb-8", "h100": "h100-80gb-8", "h200": "h200-141gb
 # The process of a container, with the log and the outcome before the trainer's arguments.
 # The first process of a container is sent TERM, alone, and ignores it unless it has a trap.
 # The trainer ends with 0 when it was stopped: `launch.ended` makes that a failure.
-# Each pod removes the outcome: no run ends well before all have met, and one of before is stale.
+# Each pod removes the outcome of earlier attempts: no run ends well before all pods have met.
 COMMAND = f"""\
 log=$1
 export {VARIABLE}="$2"

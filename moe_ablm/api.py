@@ -62,7 +62,7 @@ def load(
     Args:
       run: its directory; `hf:ORG/NAME[@REVISION]`; or `transformers:DIR`, a masked language model
         that transformers loads.
-      precision: "float32", "bfloat16_operands" (quicker on CPUs with AMX) or "bfloat16".
+      precision: "float32", "bfloat16_operands" (faster on CPUs with AMX) or "bfloat16".
       devices: how many share the work.
       batch_tokens: at most so many tokens at once, padding included.
 
@@ -174,7 +174,7 @@ def score(
       model: of `load`.
       antibodies: see above.
       level: "antibody" or "residue".
-      one_pass: mask nothing: quicker and too optimistic.
+      one_pass: score without masks: faster, but too optimistic.
       by_region: of antibodies, perplexities of frameworks and CDRs, too.
 
     Returns:

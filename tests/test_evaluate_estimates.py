@@ -16,6 +16,7 @@ from moe_ablm.evaluation.estimates import (
     ratio,
     redrawn,
     scaled,
+    spearman_of_folds,
     welch,
 )
 
@@ -151,3 +152,19 @@ def test_seeds_that_differ_by_rounding_alone_have_an_interval(apart):
     low, high = blurred(np.full(1000, 0.3), apart, 3)
     assert (low, high) == pytest.approx((0.3, 0.3), abs=1e-11)
     assert low <= 0.3 <= high
+
+
+def test_a_mean_of_the_correlations_of_folds():
+    rng = np.random.default_rng(0)
+    x, folds = rng.standard_normal(60), np.repeat(np.arange(3), 20)
+    y = x + rng.standard_normal(60) + 10 * folds  # between folds, where nobody asks, is most of it
+    units = [str(i) for i in range(60)]
+    found = spearman_of_folds(x, y, units, folds, {"predictor": "a"})
+    each = [stats.spearmanr(x[folds == f], y[folds == f])[0] for f in range(3)]
+    assert found.value == pytest.approx(np.mean(each)) and found.n == 60
+    assert found.metric == "spearman, mean of folds" and found.low < found.value < found.high
+    # a fold of one value has no correlation, and no part in the mean
+    y[folds == 1] = 3.0
+    assert spearman_of_folds(x, y, units, folds, {}, 10).value == pytest.approx(
+        np.mean([each[0], each[2]])
+    )

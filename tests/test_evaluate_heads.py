@@ -8,7 +8,7 @@ from tiny_models import HEAVY, engine, tiny_model
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.evaluation.outcome import Skipped
-from moe_ablm.evaluation.supervised import head_inputs
+from moe_ablm.evaluation.supervised import baselines, head_inputs
 from moe_ablm.evaluation.supervised.head_inputs import (
     IGNORED,
     POOLINGS,
@@ -208,3 +208,13 @@ def test_a_head_of_no_kind_is_refused():
     for values in (("ranking", 1), ("regression", 0), ("regression", 1, "max")):
         with pytest.raises(ValueError, match="expected a kind of"):
             Head(*values)
+
+
+def test_how_often_a_region_has_a_class():
+    """Counts by hand, each one up; the last line is that of residues without a region."""
+    train = [np.array([0, 0, 2]), np.array([-1, 0])]
+    classes = [np.array([1, 0, 1]), np.array([1, -1])]
+    (found,) = baselines.by_region(train, classes, [np.array([0, 1, 2, -1])], 2)
+    np.testing.assert_allclose(
+        found, [[2 / 4, 2 / 4], [1 / 2, 1 / 2], [1 / 3, 2 / 3], [1 / 3, 2 / 3]]
+    )

@@ -108,7 +108,8 @@ def test_values_are_cross_validated_between_clones_and_predicted_again(place, ma
     assert spearman["low"] < spearman["value"] < spearman["high"]
     error = found["mean absolute error", "model"]
     assert error["value"] == pytest.approx(np.abs(np.subtract(held, target)).mean(), abs=1e-5)
-    names = {"model", "ridge on residues", "V genes, mutations, CDRH3 length"}
+    names = {"model", "ridge on embeddings", "ridge on residues",
+             "V genes, mutations, CDRH3 length"}  # fmt: skip
     assert {name for _, name in found} == names
     assert "spearman" in done.stdout and "24 groups (clone)" in done.stdout
     # the same numbers, bit for bit, from disk
@@ -255,3 +256,132 @@ def test_a_model_without_a_head_predicts_nothing(place, main):
     flags = "--run", place / "dense", "--input", place / "assay.csv"
     done = main("predict", *flags)
     assert done.returncode == 2 and "holds no head.json: expected a directory that" in done.stderr
+
+
+def labelled() -> list[dict]:
+    """Aromatic residues of both chains are "b"; one residue of each chain has no label."""
+    rows = []
+    for row in measured(12)[::2]:
+        texts = {c: "".join(".ab"[1 + (x in "WYF")] for x in row[c]) for c in ("heavy", "light")}
+        named = {f"site_{c}": "." + text[1:] for c, text in texts.items()}
+        rows.append(row | named | {"site": "." + texts["heavy"][1:] + texts["light"]})
+    return rows
+
+
+def test_residues_are_labelled_between_clones_and_predicted_again(place, main, finetune):
+    metrics = pytest.importorskip("sklearn.metrics")
+    given = labelled()
+    path = table(place / "residues.csv", given)
+    flags = ("--target", "site", "--task", "residue", "--folds", "2")
+    done = finetune("residues", *flags, *QUICK, input=path)
+    assert done.returncode == 0, done.stderr
+    rows, found = read(place / "residues" / "predictions.csv"), numbers(place / "residues")
+    letters = [x for row in given for x in row["heavy"] + row["light"]]
+    assert [row["residue"] for row in rows] == letters
+    expected = [x for row in given for x in row["site_heavy"] + row["site_light"]]
+    assert [row["target"] or "." for row in rows] == expected
+    assert [row["position"] for row in rows[:2]] == ["1", "2"] and rows[0]["chain"] == "heavy"
+    folds = {}
+    for row in rows:
+        folds.setdefault(row["sequence_id"].partition("r")[0], set()).add(row["fold"])
+    assert all(len(of) == 1 for of in folds.values())
+    known = [row for row in rows if row["target"]]
+    truth = [row["target"] == "b" for row in known]
+    share = [float(row["held_out b"]) for row in known]
+    area = metrics.roc_auc_score(truth, share)
+    assert found["AUC", "model"]["value"] == pytest.approx(area, abs=1e-6) and area > 0.9
+    right = np.mean([row["held_out"] == row["target"] for row in known])
+    assert found["accuracy", "model"]["value"] == pytest.approx(right)
+    names = {"model", "chain and region", "logistic on a window of 15 residues"}
+    assert {name for _, name in found} == names
+    # a residue's own letter is all: the window knows it, regions do not
+    assert found["AUC", "chain and region"]["value"] < 0.9
+    assert found["AUC", "logistic on a window of 15 residues"]["value"] > 0.99
+    flags = "--run", place / "residues", "--input", path, "--out", place / "residues_again.csv"
+    again = main("predict", *flags)
+    assert again.returncode == 0, again.stderr
+    kept = [n for n in rows[0] if n in ("sequence_id", "chain", "position", "residue")]
+    kept += [n for n in rows[0] if n.startswith("prediction")]
+    assert [[row[n] for n in kept] for row in rows] == [
+        [row[n] for n in kept] for row in read(place / "residues_again.csv")
+    ]
+
+
+def test_labels_that_fit_no_residue_are_refused(finetune, tmp_path):
+    short, none = labelled(), labelled()
+    short[0]["site_light"] = "ab"
+    for chain in ("heavy", "light"):
+        none[0][f"site_{chain}"] = "." * len(none[0][chain])
+    # one column for both chains is read as well, and its length is that of both
+    whole = [{k: v for k, v in row.items() if "site_" not in k} for row in labelled()]
+    whole[3]["site"] += "a"
+    wrong = {
+        "site_light holds 2 letters, the light sequence has 107": short,
+        "labels no residue": none,
+        f"column site holds {len(whole[3]['site'])} letters, the sequence has": whole,
+    }
+    for words, rows in wrong.items():
+        path = table(tmp_path / "wrong.csv", rows)
+        done = finetune("refused", "--target", "site", "--task", "residue", input=path)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+FOLD = "hierarchical_cluster_IgG_isotype_stratified_fold"
+
+
+def gdpa1() -> list[dict]:
+    """The columns of GDPa1; some values are missing, as there."""
+    rows = []
+    for i, row in enumerate(measured(12)):
+        known = {"antibody_id": f"GDPa1-{i:03}", "antibody_name": f"mab{i}"}
+        assays = {"Titer": 100.5 + i, "HIC": "" if i == 5 else row["kd"], "AC-SINS_pH7.4": 1.25}
+        chains = {"vh_protein_sequence": row["heavy"], "hc_protein_sequence": row["heavy"] + "AST"}
+        chains |= {"vl_protein_sequence": row["light"], "lc_protein_sequence": row["light"] + "RT"}
+        folds = {"hierarchical_cluster_fold": i % 2, "random_fold": i % 5, FOLD: float(i % 3)}
+        rows.append(known | assays | chains | folds)
+    return rows
+
+
+def test_gdpa1_is_held_out_by_its_own_folds(place, main, finetune):
+    pytest.importorskip("sklearn")
+    path = table(place / "gdpa1.csv", gdpa1())
+    refused = finetune("hic", "--target", "HIC", input=path)
+    assert refused.returncode == 2 and "column HIC holds ''" in refused.stderr
+    done = finetune("hic", "--target", "HIC", "--on-bad-row", "skip", *QUICK, input=path)
+    assert done.returncode == 0, done.stderr
+    rows, given = read(place / "hic" / "predictions.csv"), gdpa1()
+    del given[5]
+    assert [row["sequence_id"] for row in rows] == [row["antibody_name"] for row in given]
+    assert [float(row["fold"]) for row in rows] == [row[FOLD] for row in given]
+    assert "folds are those of the table: 0.0, 1.0, 2.0" in done.stdout
+    assert "left out 1: no target" in done.stdout
+    found = numbers(place / "hic")
+    each = []
+    for fold in "012":
+        of = [row for row in rows if row["fold"] == fold]
+        held, target = ([float(row[name]) for row in of] for name in ("held_out", "target"))
+        each.append(stats.spearmanr(held, target)[0])
+    mean = found["spearman, mean of folds", "model"]
+    assert mean["value"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert mean["low"] <= mean["value"] <= mean["high"]
+    assert ("spearman, mean of folds", "ridge on embeddings") in found
+
+
+FOLDS_WRONG = {
+    "none": ({"part": ""}, [], "no fold: column part holds ''"),
+    "one": ({"part": "a"}, [], "--fold: 1 different folds, expected 2 to 1,000"),
+    "few": ({"part": ["b"] * 8}, [], "--fold: 8 antibodies are in other folds than a, expected"),
+    "both": ({}, ["--folds", "3"], "--fold with --split or --folds"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDS_WRONG)
+def test_folds_that_leave_nothing_to_train_on_are_refused(name, finetune, tmp_path):
+    columns, flags, words = FOLDS_WRONG[name]
+    rows = [row | {"part": "a"} for row in measured(8)]
+    for column, value in columns.items():
+        for i, row in enumerate(rows):
+            row[column] = value if not isinstance(value, list) else (value + ["a"] * 8)[i]
+    path = table(tmp_path / "wrong.csv", rows)
+    done = finetune("refused", "--target", "kd", "--fold", "part", *flags, input=path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr

@@ -130,6 +130,12 @@ def test_only_tpus_pad_what_a_layer_keeps():
         for name in ("gpu", "tpu")
     )
     assert 1.1 < tpu / gpu <= 1.2
+    mesh = memory.abstract_mesh(1, 1, 1)
+    programs = [
+        memory.needed(spec, Execution(backend=name), mesh, (4, 32)).program
+        for name in ("cpu", "gpu", "tpu")
+    ]
+    assert programs == [0, 0, 2 * memory.PROGRAM]
 
 
 def test_what_is_needed_at_the_peak():

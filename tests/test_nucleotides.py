@@ -3,6 +3,10 @@
 The reference is the protein itself, written in codons of the standard genetic code.
 """
 
+import csv
+import gzip
+from itertools import islice
+
 import pyarrow as pa
 import pytest
 from public_headers import coded
@@ -75,6 +79,10 @@ def test_the_alignment_says_where_the_domain_is():
     assert v_domains([both, primer], ["heavy"] * 2, codons) == [(HEAVY, ""), (HEAVY[2:], "")]
     without = [domain for domain, _ in v_domains([both, primer], ["heavy"] * 2)]
     assert without[0] != HEAVY and without[1] == "KR" + HEAVY[2:]
+    # what is before the alignment is not of the V gene, also where it resembles one
+    late = [coded(HEAVY[:2] + "KKKK") + NT_HEAVY[18:]]
+    assert v_domains(late, ["heavy"])[0][0].endswith(HEAVY[6:])
+    assert v_domains(late, ["heavy"], [18]) == [("", "truncated_start")]
     # a wrong place is no reason to lose a read
     assert v_domains([NT_HEAVY, NT_LIGHT], ["", ""], [1, 9999]) == [(HEAVY, ""), (LIGHT, "")]
 
@@ -184,3 +192,28 @@ def test_the_alignment_of_a_table_tells_the_frame(tmp_path, start, germline):
         "nucleotides: frameshift": 1,
     }
     assert report.first["nucleotides: frameshift"] == "row 7 (line 8)"
+
+
+@pytest.mark.parametrize("column", ["sequence", "sequence_alignment"])
+def test_the_nucleotides_of_oas_give_its_proteins(tmp_path, shared_data, column):
+    """500 real reads, aligned by IgBLAST, with leaders and constant regions around the domain."""
+    names = ("sequence_id", "v_call", column, "v_sequence_start", "v_germline_start")
+    proteins, lines = {}, [names]
+    with gzip.open(shared_data / "oas" / "1279068_1.csv.gz", "rt") as f:
+        for row in islice(csv.DictReader(f), 250):
+            for chain in ("heavy", "light"):
+                lines.append(tuple(row[f"{name}_{chain}"] for name in names))
+                protein = row[f"sequence_alignment_aa_{chain}"].replace("-", "").replace(".", "")
+                proteins[row[f"sequence_id_{chain}"]] = protein
+    (tmp_path / "a.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    (source,) = open_sources([str(tmp_path / "a.tsv")])
+    rows = [row for batch in source.batches() for row in batch.to_pylist()]
+    assert len(rows) == source.report.read - source.report.rejected.total() >= 0.99 * 500
+    equal = 0
+    for row in rows:
+        found = row["sequence_aa_heavy"] or row["sequence_aa_light"]
+        protein = proteins[row["sequence_id"]]
+        # the end may differ: an alignment ends where the J gene's does, a domain where FR4 does
+        assert found[:-5] == protein[: len(found) - 5]
+        equal += found == protein
+    assert equal >= 0.9 * 500

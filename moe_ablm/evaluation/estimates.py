@@ -294,3 +294,29 @@ def spearman_number(
     low, high = interval(np.array([correlate(count[index]) for count in counts]))
     value = correlate(np.ones(len(x), int))
     return Number("spearman", value, labels, low, high, len(x))
+
+
+def spearman_of_folds(
+    x: np.ndarray,
+    y: np.ndarray,
+    units: Units,
+    folds: np.ndarray,
+    labels: Mapping[str, str],
+    draws: int = DRAWS,
+) -> Number:
+    """Mean over folds of their correlations, and its interval; as `spearman_number`.
+
+    Args:
+      x, y, units, labels, draws: as there.
+      folds: `[n]`; those in which a correlation is not defined are left out.
+    """
+    parts = [np.flatnonzero(folds == fold) for fold in np.unique(folds).tolist()]
+    correlate = [RankCorrelation(x[part], y[part]) for part in parts]
+
+    def mean(weights: np.ndarray) -> float:
+        each = [c(weights[part]) for c, part in zip(correlate, parts, strict=True)]
+        return float(np.mean([e for e in each if np.isfinite(e)] or [np.nan]))
+
+    index, counts = resampled(units, draws)
+    low, high = interval(np.array([mean(count[index]) for count in counts]))
+    return Number("spearman, mean of folds", mean(np.ones(len(x), int)), labels, low, high, len(x))

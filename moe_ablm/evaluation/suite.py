@@ -207,7 +207,7 @@ def read_samples(path: Path) -> list[Sample]:
             Sample(
                 *(h["metric"], units[at], total[at], weight[at]),
                 *(h["labels"], h["scale"], h["unit"]),
-                tuple(h.get("repeats", ())),  # files of before have none
+                tuple(h.get("repeats", ())),  # older files have none
             )
             for number, h in enumerate(heads)
             for at in [np.flatnonzero(which == number)]

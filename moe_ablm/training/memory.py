@@ -27,10 +27,8 @@ SPARE = 1.1  # XLA's own temporaries and fragmentation, not visible in shapes
 # share of what a layer would keep without remat that is alive at once while its backward pass
 # recomputes it; fused kernels hold no arrays between their operations (python -m launch.compare)
 WORK = 0.5
-LANES, SUBLANES = (
-    128,
-    8,
-)  # of a TPU's tile: the last axis is padded to the one, the next to the other
+LANES, SUBLANES = 128, 8  # of a TPU's tile, to which the last two axes are padded
+PROGRAM = 25_000_000  # bytes of a layer's instructions on a TPU, which lie in its large memory, too
 _ROWS = 16  # rows traced at a time, since experts' rows come in whole blocks
 # any AdamW has the same two moments; of what Muon moves there is one
 _ADAM = OptimizerSpec(2, 1e-3, 1, "linear", 0.1, 0.9, 0.98, 1e-6, 0.01, 1.0)
@@ -70,6 +68,7 @@ class Needed(NamedTuple):
       gradients: as large as the parameters.
       activations: kept for the backward pass, and those of the layer being computed.
       gathered: weights of other devices for the layer being computed and the next one.
+      program: the step's instructions, where they are large and lie in the same memory.
     """
 
     state: int
@@ -77,6 +76,7 @@ class Needed(NamedTuple):
     gradients: int
     activations: int
     gathered: int
+    program: int = 0
 
     @property
     def total(self) -> float:
@@ -86,7 +86,7 @@ class Needed(NamedTuple):
         larger of the two counts.
         """
         held = self.state + self.summed + self.gathered
-        return SPARE * (held + max(self.gradients, self.activations))
+        return SPARE * (held + max(self.gradients, self.activations)) + self.program
 
 
 def needed(
@@ -119,7 +119,8 @@ def needed(
         near = abstract_mesh(1, mesh.shape["expert"], 1)
         gathered = 2 * state_bytes(spec, near)[0] // spec.layers
     summed = params if accumulate > 1 else 0
-    return Needed(state, summed, params, count * activations, gathered)
+    program = PROGRAM * spec.layers if execution.backend == "tpu" else 0
+    return Needed(state, summed, params, count * activations, gathered, program)
 
 
 def fitting_remat(

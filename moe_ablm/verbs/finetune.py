@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from moe_ablm.verbs.reading import RUN, add_format_arguments, reading_of
 from moe_ablm.verbs.writing import out_directory
 
 if TYPE_CHECKING:  # jax only when there is something to compute
+    import numpy as np
+
     from moe_ablm.evaluation.estimates import Number
     from moe_ablm.evaluation.formats.assays import Assay
     from moe_ablm.evaluation.supervised.tuning import Settings, Tuned
@@ -43,12 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", required=True, metavar="FILE", help="a table of antibodies")
     add("--target", required=True, metavar="COLUMN", help="what was measured")
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
-    add("--task", choices=("regression", "classification"), help="default: what the values say")
+    add("--task", choices=("regression", "classification", "residue"),
+        help="default: what the values say; residue: a letter (its class) a residue")  # fmt: skip
     add("--tune", choices=tuple(ENCODER_LR), default=HEAD,
         help="head (default): on the frozen encoder; lora: with adapters of its attention, FFNs, "
         "experts and routers; whole: with all of it")  # fmt: skip
     add("--rank", type=int, default=8, help="of the adapters (default 8)")
-    add("--folds", type=int, default=5, help="of the cross-validation (default 5)")
+    add("--folds", type=int, help="of the cross-validation (default 5)")
+    add("--fold", metavar="COLUMN",
+        help="in which fold each row is held out, instead (default of GDPa1: its own)")  # fmt: skip
     add("--groups", default="clone", metavar="clone|sequence|COLUMN",
         help="what is never divided among folds (default: clone)")  # fmt: skip
     add("--split", metavar="COLUMN",
@@ -83,19 +87,21 @@ def run(args: argparse.Namespace) -> None:
         letters=LETTERS,
         reading=reading_of(args),
     )
-    from moe_ablm.evaluation.formats.assays import read_assay
+    from moe_ablm.evaluation.formats.assays import official_folds, read_assay
     from moe_ablm.evaluation.outcome import Skipped
-    from moe_ablm.evaluation.supervised.tuning import tune
+    from moe_ablm.evaluation.supervised.tuning import CLONE, tune
     from moe_ablm.inference.buckets import Engine
     from moe_ablm.interop.load import load_model
     from moe_ablm.interop.saved import new_directory
 
     with new_directory(args.out) as directory:
         engine = Engine(load_model(args.run), args.precision)
-        settings = _settings(args)
+        settings, fold = _settings(args), args.fold
+        if fold is args.split is args.folds is None and args.groups == CLONE:
+            fold = official_folds(source)
         assay = read_assay(
             *(source, args.target, engine.model.layout, engine.model.length),
-            *(args.task, args.split, _column_of_groups(settings)),
+            *(args.task, args.split, _column_of_groups(settings), fold),
         )
         try:
             tuned = tune(engine, assay, settings, lambda line: print(line, flush=True))
@@ -109,8 +115,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     for name, (least, most) in RANGES.items():
-        if not least <= getattr(args, name) <= most:
-            raise ArgumentError(name, getattr(args, name), f"expected {least} to {most:,}")
+        found = getattr(args, name)
+        if found is not None and not least <= found <= most:
+            raise ArgumentError(name, found, f"expected {least} to {most:,}")
+    if args.fold is not None and not args.split is args.folds is None:
+        raise UserError("--fold with --split or --folds: all say what is held out; give one")
     for name in ("lr", "encoder_lr"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -133,7 +142,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
         rank=args.rank if args.tune == LORA else 0,
         seed=args.seed,
     )
-    return Settings(training, args.steps, args.folds, args.groups)
+    return Settings(training, args.steps, args.folds or Settings.folds, args.groups)
 
 
 def _column_of_groups(settings: "Settings") -> str | None:
@@ -146,10 +155,18 @@ def _write(
     args: argparse.Namespace, directory: Path, settings: "Settings", assay: "Assay", tuned: "Tuned"
 ) -> None:
     """The model, its head, results and predictions."""
+    import numpy as np
     import pyarrow as pa
 
     from moe_ablm.evaluation.suite import as_json
-    from moe_ablm.evaluation.supervised.saved_head import SavedHead, columns, fitted, write_head
+    from moe_ablm.evaluation.supervised.saved_head import (
+        SavedHead,
+        columns,
+        fitted,
+        names,
+        stacked,
+        write_head,
+    )
     from moe_ablm.inference.output import file_identity, write_csv
     from moe_ablm.interop.saved import save_model
     from moe_ablm.results import versions
@@ -173,32 +190,38 @@ def _write(
         "classes": list(assay.classes),
         "tune": args.tune,
         "split": args.split,
+        "folds": sorted(set(assay.folds)),
         "settings": dataclasses.asdict(settings),
         "numbers": [as_json(number) for number in tuned.numbers],
         "notes": tuned.notes,
         "versions": versions(*PACKAGES),
     }
     write_json(directory / "results.json", content)
-    names: Sequence[Any] = assay.targets.tolist()
+    targets, folds, outputs = assay.targets, tuned.folds, tuned.held_out
+    if assay.of_residues:
+        targets, outputs = stacked(list(targets)), stacked(list(outputs))
+        folds = np.repeat(folds, [antibody.residues for antibody in assay.antibodies])
+    held_out = columns(saved.head, assay.classes, outputs, "held_out")
+    values: list[Any] = targets.tolist()
     if assay.classes:
-        names = [assay.classes[i] for i in names]
+        values = [assay.classes[i] if i >= 0 else None for i in values]
     shown = {
-        "sequence_id": [antibody.name for antibody in assay.antibodies],
-        "target": names,
-        "fold": [None if fold < 0 else fold for fold in tuned.folds.tolist()],
-        **_held_out(columns(saved.head, assay.classes, tuned.held_out, "held_out"), tuned),
+        **names(saved.head, assay.antibodies),
+        "target": values,
+        "fold": [None if fold < 0 else fold for fold in folds.tolist()],
+        **_held_out(held_out, folds),
         **columns(saved.head, assay.classes, fitted(predictor, assay.antibodies), "prediction"),
     }
     with (directory / "predictions.csv").open("wb") as stream:
         write_csv(pa.table(shown), stream, header=True)
 
 
-def _held_out(predicted: dict, tuned: "Tuned") -> dict:
+def _held_out(predicted: dict, folds: "np.ndarray") -> dict:
     """Predictions of what was held out; empty for the others."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    held = pa.array(tuned.folds >= 0)
+    held = pa.array(folds >= 0)
     return {k: pc.if_else(held, v, pa.scalar(None, v.type)) for k, v in predicted.items()}
 
 

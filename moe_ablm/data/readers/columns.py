@@ -33,7 +33,7 @@ KEPT_AS_WRITTEN = frozenset(
     + tuple(f"{name}_{chain}" for chain in CHAINS for name in (*RESIDUE_STRINGS, "productive"))
 )
 # Names under which published sets keep the two chains: the studies, classification sets, FLAb,
-# CoV-AbDab, Thera-SAbDab, BD Rhapsody's table of cells. Case, spaces, - and _ do not matter.
+# CoV-AbDab, Thera-SAbDab, GDPa1, BD Rhapsody's table of cells. Case, spaces, - and _ do not matter.
 CHAIN_PAIRS = (
     ("sequence_aa_heavy", "sequence_aa_light"),
     ("h_sequence", "l_sequence"),
@@ -42,6 +42,7 @@ CHAIN_PAIRS = (
     ("HeavySequence", "LightSequence"),
     ("VH", "VL"),
     ("VH_sequence", "VL_sequence"),
+    ("vh_protein_sequence", "vl_protein_sequence"),
     ("heavy_chain", "light_chain"),
     ("BCR_Heavy_VDJ_Translation_Trimmed_Dominant", "BCR_Light_VDJ_Translation_Trimmed_Dominant"),
 )
@@ -49,7 +50,8 @@ CHAIN_PAIRS = (
 OTHER_ARM = ("HeavySequence(ifbispec)", "LightSequence(ifbispec)")
 # ... and single chains: FLAb's nanobodies
 HEAVY_ALONE = ("VHH_sequence", "VHH")
-_IDS = ("sequence_id", "name", "id", "therapeutic", "antibody", "cell_index", "barcode", "cell_id")
+_IDS = ("sequence_id", "name", "id", "therapeutic", "antibody", "cell_index", "barcode", "cell_id",
+        "antibody_name")  # fmt: skip
 AMINO_ACID_CHAINS = ("sequence_alignment_aa", "sequence_aa")
 # AIRR's and Change-O's names, the V domain alone before the whole read
 NUCLEOTIDE_CHAINS = (

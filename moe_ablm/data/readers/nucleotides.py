@@ -80,8 +80,12 @@ def translated(
         texts = batch[name].to_pylist()
         wanted = batch[chain].to_pylist() if chain else [_chain_named(name)] * len(texts)
         begin = batch[codon].to_pylist() if codon else [UNKNOWN] * len(texts)
-        some = ([each[i] for i in rows] for each in (texts, wanted, begin))
-        found = v_domains(*some, germlines=reading.germlines)
+        found = v_domains(
+            [texts[i] for i in rows],
+            [wanted[i] for i in rows],
+            [begin[i] for i in rows],
+            germlines=reading.germlines,
+        )
         for row, (domain, reason) in zip(rows.tolist(), found, strict=True):
             texts[row] = domain
             if reason:
@@ -161,7 +165,7 @@ def v_domains(
     at_codons = _annotated(open_frame, [chains[i] for i in known], germlines)
     for i, result in zip(known, at_codons, strict=True):
         found[i] = result
-    left = [i for i, (domain, _) in enumerate(found) if not domain]
+    left = [i for i, (domain, reason) in enumerate(found) if not (domain or reason == _CUT)]
     for i, result in zip(left, _in_any_frame(clean, chains, left, germlines), strict=True):
         found[i] = result
     return found
@@ -183,6 +187,7 @@ def _in_any_frame(
 
 
 _TOO_LONG = "too long"
+_CUT = "truncated_start"  # behind its first codon: what is before is not of the V gene
 
 
 def _domains(

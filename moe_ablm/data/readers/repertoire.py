@@ -181,10 +181,11 @@ def _read_chains(
     path: Path, report: Report, reading: Reading, cells: bool
 ) -> Iterator[pa.RecordBatch]:
     alternatives: dict[str, list[str]] = {}  # column -> columns of the batch, the first one first
-    translate, aligned = False, list[bool]()  # of the columns of nucleotides, if those are read
+    translate = False
+    aligned: list[bool] = []  # of the columns of nucleotides, if those are read
 
     def choose(header: Sequence[str]) -> dict[str, str]:
-        nonlocal translate
+        nonlocal translate, aligned
         mapping = {}
         given = given_columns(header, report.source, reading.columns or {})
         names = _NAMES | ({} if "sequence" in given else {"sequence": AMINO_ACID_CHAINS})
@@ -197,17 +198,16 @@ def _read_chains(
             mapping["sequence#0"], alternatives["sequence"] = given["sequence"], ["sequence#0"]
             translate = reading.nucleotides == "translate"
         elif "sequence" not in alternatives:
-            bases = [name for name in NUCLEOTIDE_CHAINS if column_named(header, name)]
+            bases = tuple(name for name in NUCLEOTIDE_CHAINS if column_named(header, name))
             if not bases or reading.nucleotides == "refuse":
                 raise UserError(
                     f"{report.source}: no column {AMINO_ACID_CHAINS[-1]}; found {listed(header)}"
                 )
-            aligned.extend(name in ALIGNED_CHAINS for name in bases)
-            for name, known in {"sequence": bases, **V_STARTS}.items():
-                columns = _present(header, known)
-                alternatives[name] = [f"{name}#{i}" for i in range(len(columns))]
-                mapping |= dict(zip(alternatives[name], columns, strict=True))
-            translate = True
+            for name, names_of in ({"sequence": bases} | V_STARTS).items():
+                present = _present(header, names_of)
+                alternatives[name] = [f"{name}#{i}" for i in range(len(present))]
+                mapping |= dict(zip(alternatives[name], present, strict=True))
+            translate, aligned = True, [name in ALIGNED_CHAINS for name in bases]
         return mapping | {name: name for name in _SAMPLES if name in header}
 
     def chains() -> Iterator[pa.RecordBatch]:

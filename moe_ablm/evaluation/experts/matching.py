@@ -88,7 +88,7 @@ def stability(results_a: Mapping, results_b: Mapping) -> list[Number]:
       For each layer that both have: `matched_correlation`; `random_correlation`, of experts paired
       at random; `chance_correlation`, the mean of matchings of unrelated position-only routers (of
       the length scale where they are most alike), with their middle 95 %; and `matched_p`. The last
-      two are left out where an evaluation of before has no such routers. Nothing where an
+      two are left out where an older evaluation has no such routers. Nothing where an
       evaluation was skipped.
     """
     a, b = profiles(results_a), profiles(results_b)

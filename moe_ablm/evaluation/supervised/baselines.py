@@ -5,7 +5,7 @@ length give away; of proteins, regressions on the sequence alone.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,8 @@ NAMES = {
     "classification": "logistic on composition",
     "residue": "logistic on a window of 15 residues",
 }
+EMBEDDINGS = "ridge on embeddings"  # of the language model: what a head has to beat, too
+REGION = "chain and region"
 PENALTIES = np.logspace(-3, 3, 13)  # of ridge regressions
 _AROUND = 7  # residues on either side of one
 _MOST_RESIDUES = 20_000  # of the training set
@@ -156,6 +158,37 @@ def regression(train: Sequence[str], targets: np.ndarray, test: Sequence[str]) -
     if not varied.any():
         return np.full(len(y), targets.mean())
     return RidgeCV(PENALTIES).fit(x[:, varied], targets).predict(y[:, varied])
+
+
+def on_vectors(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Ridge regression on standardised vectors `[n, D]`, its penalty by leave-one-out, `[n]`."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(train, targets).predict(test)
+
+
+def by_region(
+    train: Sequence[np.ndarray],
+    classes: Sequence[np.ndarray],
+    test: Sequence[np.ndarray],
+    count: int,
+) -> list[np.ndarray]:
+    """How often residues of a region have each class, counts one up, `[residues, count]` each.
+
+    Args:
+      train, test: index of the region of each residue, -1 for none (`inference.numbers.regions`).
+      classes: of the residues of `train`, `head_inputs.IGNORED` where there is none.
+      count: classes.
+    """
+    at, of = np.concatenate(train), np.concatenate(classes)
+    known = of != IGNORED
+    # the last line is that of no region
+    table = np.ones((max(int(x.max()) for x in (at, *test)) + 2, count))
+    np.add.at(table, (at[known], of[known]), 1)
+    table /= table.sum(1, keepdims=True)
+    return [table[x] for x in test]
 
 
 def classification(train: Sequence[str], classes: np.ndarray, test: Sequence[str]) -> np.ndarray:
@@ -188,6 +221,22 @@ def residue(
       classes: of the residues of `train`, `head_inputs.IGNORED` where there is none.
       seed: of the draw of up to 20,000 residues to learn from.
     """
+    return _of_windows(_window_model(train, classes, seed).predict, test)
+
+
+def residue_shares(
+    train: Sequence[str],
+    classes: Sequence[np.ndarray],
+    test: Sequence[str],
+    seed: int,
+    count: int,
+) -> list[np.ndarray]:
+    """Probabilities of `count` classes by the same, float64 `[residues, count]` each."""
+    model = _window_model(train, classes, seed)
+    return _of_windows(lambda x: _shares(model, x, count), test)
+
+
+def _window_model(train: Sequence[str], classes: Sequence[np.ndarray], seed: int) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder
 
@@ -197,9 +246,14 @@ def residue(
         known = np.sort(np.random.default_rng(seed).permutation(known)[:_MOST_RESIDUES])
     letters = [np.arange(len(AMINO_ACIDS) + 2)] * x.shape[1]
     model = make_pipeline(OneHotEncoder(categories=letters), _logistic(y[known], 300))
-    model.fit(x[known], y[known])
+    return model.fit(x[known], y[known])
+
+
+def _of_windows(
+    predict: Callable[[np.ndarray], np.ndarray], test: Sequence[str]
+) -> list[np.ndarray]:
     around = np.concatenate([_windows(s) for s in test])
-    pieces = [model.predict(around[i : i + _AT_ONCE]) for i in range(0, len(around), _AT_ONCE)]
+    pieces = [predict(around[i : i + _AT_ONCE]) for i in range(0, len(around), _AT_ONCE)]
     return np.split(np.concatenate(pieces), np.cumsum([len(s) for s in test])[:-1])
 
 

@@ -211,13 +211,16 @@ def out_of_fold(
 ) -> np.ndarray:
     """Predictions for every observation by what was trained without its fold, `[n]` or `[n, C]`.
 
+    Of residues an object array `[n]` of arrays.
+
     Args:
       predict: from indices for training and indices held out to predictions for the latter.
       folds: `[n]`.
     """
     held = [np.flatnonzero(folds == fold) for fold in np.unique(folds).tolist()]
     parts = [predict(np.setdiff1d(np.arange(len(folds)), rows), rows) for rows in held]
-    predictions = np.zeros((len(folds), *parts[0].shape[1:]))
+    kind = object if parts[0].dtype == object else np.float64
+    predictions = np.zeros((len(folds), *parts[0].shape[1:]), kind)
     predictions[np.concatenate(held)] = np.concatenate(parts)
     return predictions
 

@@ -14,7 +14,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.evaluation.supervised.head_inputs import Head
 from moe_ablm.evaluation.supervised.heads import Predictor, predictor_of
 from moe_ablm.files import write_json
-from moe_ablm.inference.antibodies import windows
+from moe_ablm.inference.antibodies import labels, windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.interop.saved import read_json
 from moe_ablm.interop.tensors import TensorFile, write_tensors
@@ -86,7 +86,8 @@ def columns(head: Head, classes: Sequence[str], outputs: np.ndarray, name: str) 
 
     Args:
       head, classes: what is predicted.
-      outputs: of a `Predictor`: values `[n]`, or log-probabilities `[n, classes]`.
+      outputs: of a `Predictor`: values `[n]`, or log-probabilities `[n, classes]`; of residues
+        those of all, `stacked`.
       name: of the column of the value or of the most probable class.
 
     Returns:
@@ -106,15 +107,30 @@ def cost(engine: Engine, antibody: Antibody) -> tuple[int, int]:
 
 
 def fitted(predictor: Predictor, antibodies: Sequence[Antibody]) -> np.ndarray:
-    """Predictions in the windows in which `predict` makes them: the same, bit for bit."""
+    """Predictions in the windows in which `predict` makes them: the same, bit for bit.
+
+    Of residues those of all antibodies, `stacked`.
+    """
     some = windows(antibodies, lambda antibody: cost(predictor.engine, antibody))
-    return np.concatenate([np.asarray(predictor(window)) for window in some])
+    return np.concatenate([stacked(predictor(window)) for window in some])
+
+
+def stacked(outputs: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Outputs of a `Predictor` in one array; of residues `[residues, classes]` of all."""
+    return outputs if isinstance(outputs, np.ndarray) else np.concatenate(outputs)
+
+
+def names(head: Head, antibodies: Sequence[Antibody]) -> dict:
+    """Columns that say what each prediction is of: antibodies, or their residues."""
+    if head.kind == "residue":
+        return labels(antibodies)
+    return {"sequence_id": [antibody.name for antibody in antibodies]}
 
 
 def table(saved: SavedHead, engine: Engine, antibodies: Sequence[Antibody]) -> pa.Table:
-    """A line with the `prediction` for each antibody."""
-    known = {"sequence_id": [antibody.name for antibody in antibodies]}
-    outputs = np.asarray(saved.predictor(engine)(antibodies))
+    """A line with the `prediction` for each antibody, or each of its residues."""
+    known = names(saved.head, antibodies)
+    outputs = stacked(saved.predictor(engine)(antibodies))
     return pa.table(known | columns(saved.head, saved.classes, outputs, "prediction"))
 
 
@@ -160,7 +176,7 @@ def read_head(directory: Path) -> SavedHead:
         precision = str(content.get("precision", "float32"))  # of before it was kept
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}")
-        if head.kind == "classification" and len(classes) != head.outputs:
+        if head.kind != "regression" and len(classes) != head.outputs:
             raise ValueError(f"{len(classes)} classes, {head.outputs} outputs")
         with TensorFile(directory / TENSORS_FILE) as tensors:
             found = {name: tensors[name] for name in tensors}

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError, counted
 from moe_ablm.evaluation.cohort import Annotated
-from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
+from moe_ablm.evaluation.estimates import Number, Sample, spearman_number, spearman_of_folds
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
 from moe_ablm.evaluation.supervised import baselines
@@ -25,13 +25,16 @@ from moe_ablm.evaluation.supervised.folds import (
     numbered,
     out_of_fold,
 )
-from moe_ablm.evaluation.supervised.head_inputs import Head, HeadInputs, inputs_of
+from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, HeadInputs, inputs_of
 from moe_ablm.evaluation.supervised.heads import Predictor, Training, fit, settled
 from moe_ablm.inference.buckets import Engine
+from moe_ablm.inference.embed import embed
+from moe_ablm.inference.numbers import regions
 
 CLONE, SEQUENCE = "clone", "sequence"  # groups; else the name of a column
 FEWEST = 10  # antibodies to train on
 FEWEST_TESTED = 3
+MOST_FOLDS = 1000
 MODEL = "model"
 # from indices to train on and indices held out to predictions of the latter
 Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -67,7 +70,7 @@ class Tuned:
       predictor: trained on all antibodies, or on the assay's training set; its encoder is settled.
       folds: where each antibody was held out, int64 `[n]`; -1 where it was not.
       held_out: predictions of what was trained without it: values `[n]`, or log-probabilities
-        `[n, C]`; NaN where it was not held out.
+        `[n, C]`, of residues an object array of `[residues, C]`; NaN where it was not held out.
       numbers: of the head and of the baselines.
       notes: sentences for the reader.
     """
@@ -97,12 +100,24 @@ def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], 
         folds, predictor, tested = bench.tested(say)
     else:
         folds, predictor, tested = bench.cross_validated(say)
-    if not np.isfinite(tested[MODEL]).all():
+    if not all(np.isfinite(each).all() for each in tested[MODEL]):
         raise UserError("--lr: training came to no finite predictions: lower it, or --encoder-lr")
     numbers = bench.numbers(folds, tested)
-    held_out = np.full((len(folds), *tested[MODEL].shape[1:]), np.nan, np.float32)
+    if assay.of_residues:
+        shape = len(assay.classes)
+        held_out = _objects([np.full((len(t), shape), np.nan, np.float32) for t in assay.targets])
+    else:
+        held_out = np.full((len(folds), *tested[MODEL].shape[1:]), np.nan, np.float32)
     held_out[folds >= 0] = tested[MODEL]
     return Tuned(predictor, folds, held_out, numbers, bench.notes)
+
+
+def _objects(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """An object array of arrays of any shapes."""
+    found = np.empty(len(arrays), object)
+    for i, array in enumerate(arrays):
+        found[i] = array
+    return found
 
 
 class Bench:
@@ -123,12 +138,14 @@ class Bench:
         if not any(a.heavy.v_gene or a.light.v_gene for a in found):
             self._known = []
             self.notes.append("no V domain among the sequences: no clones, no baseline of V genes")
-        elif not assay.groups and settings.groups == CLONE:
+        elif settings.groups == CLONE and not (assay.groups or assay.folds or assay.parts):
             self.notes += _without_clone(found)
         self._head = Head(assay.task, max(len(assay.classes), 1))
         self._frozen = settings.training.frozen
         if assay.parts:
             _require_parts(assay)
+        elif assay.folds:
+            _require_given_folds(assay)
         else:
             self._require_folds()
         self._inputs = inputs_of(engine, assay.antibodies, self._head, not self._frozen)
@@ -136,12 +153,12 @@ class Bench:
     def _require_folds(self) -> None:
         assay, count = self._assay, self._settings.folds
         what = f"groups (--groups {self._settings.groups})"
-        classes = assay.targets if assay.classes else np.zeros(len(assay.targets), int)
+        classes = _classes(assay)
         for index in np.unique(classes).tolist():
             members = self._groups[classes == index]
             groups = len(np.unique(members))
             if groups < count:
-                of = f"class {assay.classes[index]!r}: " if assay.classes else ""
+                of = f"class {assay.classes[index]!r}: " if len(np.unique(classes)) > 1 else ""
                 raise UserError(
                     f"{of}{len(members):,} antibodies are of {groups} {what}, expected at least "
                     f"{count}, one a fold: set --folds, or --groups {SEQUENCE} (or a column), "
@@ -152,19 +169,13 @@ class Bench:
         self, say: Callable[[str], None]
     ) -> tuple[np.ndarray, Predictor, dict[str, np.ndarray]]:
         """Folds, the predictor that has seen all, and out-of-fold predictions by predictor."""
-        assay, settings = self._assay, self._settings
-        folds = clonal_folds(
-            self._groups,
-            _strata(assay),
-            settings.folds,
-            np.random.default_rng(settings.training.seed),
-        )
-        done = 0
+        settings, folds = self._settings, self._folds()
+        count, done = len(np.unique(folds)), 0
 
         def predict(train: np.ndarray, held: np.ndarray) -> np.ndarray:
             nonlocal done
             done += 1
-            say(f"fold {done} of {settings.folds}: {len(train):,} to train on, {len(held):,} not")
+            say(f"fold {done} of {count}: {len(train):,} to train on, {len(held):,} not")
             return self._outputs(self._fitted(train), held)
 
         tested = {MODEL: out_of_fold(predict, folds)}
@@ -172,11 +183,23 @@ class Bench:
         say(f"all {len(folds):,} antibodies")
         sizes = ", ".join(map(str, np.bincount(folds)))
         groups = len(np.unique(self._groups))
+        pairs = np.unique(np.stack([self._groups, folds]), axis=1)[0]
+        divided = int((np.unique(pairs, return_counts=True)[1] > 1).sum())
+        where = f"{divided:,} of them" if divided else "none of them"
         self.notes.append(
-            f"{len(folds):,} antibodies in {groups:,} groups ({settings.groups}), none of them in "
-            f"two folds; folds of {sizes}; intervals are over groups"
+            f"{len(folds):,} antibodies in {groups:,} groups ({settings.groups}), {where} in two "
+            f"folds; folds of {sizes}; intervals are over groups"
         )
         return folds, self._fitted(np.arange(len(folds))), tested
+
+    def _folds(self) -> np.ndarray:
+        """The fold in which each antibody is held out: that of the assay, or by groups."""
+        if self._assay.folds:
+            names = np.unique(self._assay.folds)
+            self.notes.append(f"folds are those of the table: {', '.join(names.tolist())}")
+            return np.searchsorted(names, self._assay.folds)
+        rng = np.random.default_rng(self._settings.training.seed)
+        return clonal_folds(self._groups, _strata(self._assay), self._settings.folds, rng)
 
     def tested(
         self, say: Callable[[str], None]
@@ -209,7 +232,15 @@ class Bench:
         inputs: HeadInputs | list = self._inputs.take(rows)
         if not self._frozen:  # hidden states are those of a new encoder
             inputs = [self._assay.antibodies[i] for i in rows.tolist()]
-        return np.asarray(predictor(inputs))
+        found = predictor(inputs)
+        return _objects(found) if isinstance(found, list) else found
+
+    def _vectors(self) -> np.ndarray:
+        """Mean hidden state of each antibody, of the encoder as it is given, float32 `[n, D]`."""
+        states = self._inputs.states
+        if states is None:
+            states = embed(self._engine, self._assay.antibodies, "antibody")
+        return np.stack([each.mean(0, dtype=np.float64) for each in states]).astype(np.float32)
 
     def _baselines(self) -> dict[str, Predict]:
         if not baselines.has_sklearn():
@@ -222,12 +253,19 @@ class Bench:
             return [values[i] for i in rows.tolist()]
 
         count = len(assay.classes)
+        if assay.of_residues:
+            return self._residue_baselines(letters)
         learn: Callable = baselines.regression
         by_genes: Callable = baselines.values_by_genes
         if assay.classes:
             learn = partial(baselines.composition, count=count)
             by_genes = partial(baselines.by_genes, count=count)
         found: dict[str, Predict] = {}
+        if not assay.classes:
+            vectors = self._vectors()
+            found[baselines.EMBEDDINGS] = lambda train, held: baselines.on_vectors(
+                vectors[train], assay.targets[train], vectors[held]
+            )
         if known:
             found[baselines.BASELINE] = lambda train, held: by_genes(
                 some(known, train), assay.targets[train], some(known, held)
@@ -237,15 +275,35 @@ class Bench:
         )
         return found
 
+    def _residue_baselines(self, letters: list[str]) -> dict[str, Predict]:
+        targets, count = self._assay.targets, len(self._assay.classes)
+        places = regions(self._assay.antibodies)
+
+        def by_region(train: np.ndarray, held: np.ndarray) -> np.ndarray:
+            known = [places[i] for i in train.tolist()]
+            asked = [places[i] for i in held.tolist()]
+            return _objects(baselines.by_region(known, targets[train], asked, count))
+
+        def by_window(train: np.ndarray, held: np.ndarray) -> np.ndarray:
+            known, asked = ([letters[i] for i in rows.tolist()] for rows in (train, held))
+            seed = self._settings.training.seed
+            return _objects(baselines.residue_shares(known, targets[train], asked, seed, count))
+
+        return {baselines.REGION: by_region, baselines.NAMES[self._assay.task]: by_window}
+
     def numbers(self, folds: np.ndarray, tested: Mapping[str, np.ndarray]) -> list[Number]:
         """Scores of all predictors on what was held out."""
         held = folds >= 0
         truth, units = self._assay.targets[held], [f"group {g}" for g in self._groups[held]]
+        if self._assay.of_residues:
+            return _residue_numbers(truth, units, folds[held], tested)
         if not self._assay.classes:
             found = []
             for name, values in tested.items():
                 about, error = {"predictor": name}, np.abs(values - truth)
                 found.append(spearman_number(values, truth, units, about))
+                if self._assay.folds:  # as benchmarks with folds of their own report it
+                    found.append(spearman_of_folds(values, truth, units, folds[held], about))
                 sample = Sample("mean absolute error", units, error, np.ones(len(error)), about)
                 found.append(sample.number())
             return found
@@ -259,20 +317,45 @@ class Bench:
         return found + score_numbers(truth, shares, last, units, folds[held][None], {})
 
 
+def _residue_numbers(
+    truth: np.ndarray, units: list[str], folds: np.ndarray, tested: Mapping[str, np.ndarray]
+) -> list[Number]:
+    """Scores of predictions of residues that have a class; residues of an antibody are one unit."""
+    sizes = [len(each) for each in truth]
+    classes = np.concatenate(truth)
+    known = classes != IGNORED
+    classes = classes[known]
+    of = [unit for unit, is_known in zip(np.repeat(units, sizes), known, strict=True) if is_known]
+    shares = {name: np.concatenate(found)[known][None] for name, found in tested.items()}
+    shares[MODEL] = np.exp(shares[MODEL].astype(np.float64))
+    found = [
+        accuracy_sample(classes, p, of, {"predictor": name}).number() for name, p in shares.items()
+    ]
+    held = np.repeat(folds, sizes)[known][None]
+    return found + score_numbers(classes, shares, list(shares)[-1], of, held, {})
+
+
+def _classes(assay: Assay) -> np.ndarray:
+    """What folds should have equally many of: classes of antibodies; else one, int64 `[n]`."""
+    whole = assay.classes and not assay.of_residues
+    return assay.targets if whole else np.zeros(len(assay.targets), np.int64)
+
+
 def _strata(assay: Assay) -> np.ndarray:
     """Classes that folds should have equally many of; of values quarters, int64 `[n]`."""
     if assay.classes:
-        return assay.targets
+        return _classes(assay)
     cuts = np.quantile(assay.targets, [0.25, 0.5, 0.75])
     return np.searchsorted(cuts, assay.targets, side="right")
 
 
 def _require_targets(assay: Assay) -> None:
-    distinct = len(np.unique(assay.targets))
+    distinct = len(assay.classes) if assay.of_residues else len(np.unique(assay.targets))
     if distinct < 2:
         only = assay.classes[0] if assay.classes else f"{assay.targets[0]:g}"
+        what = "labelled residues of all " if assay.of_residues else "all "
         raise UserError(
-            f"--target: all {len(assay.targets):,} antibodies have the one value {only!r}: "
+            f"--target: {what}{len(assay.targets):,} antibodies have the one value {only!r}: "
             "expected two different ones or more, to be told apart"
         )
     if len(assay.targets) < FEWEST:
@@ -293,12 +376,34 @@ def _without_clone(antibodies: Sequence[Annotated]) -> list[str]:
     ]
 
 
+def _require_given_folds(assay: Assay) -> None:
+    """Without any fold there is enough to train on, of every class."""
+    folds, classes = np.array(assay.folds), _classes(assay)
+    names = np.unique(folds).tolist()
+    if not 2 <= len(names) <= MOST_FOLDS:
+        raise UserError(f"--fold: {len(names):,} different folds, expected 2 to {MOST_FOLDS:,}")
+    for name in names:
+        left = classes[folds != name]
+        if len(left) < FEWEST:
+            raise UserError(
+                f"--fold: {len(left)} antibodies are in other folds than {name}, expected at least "
+                f"{FEWEST} to train on"
+            )
+        if missing := set(np.unique(classes).tolist()) - set(np.unique(left).tolist()):
+            raise UserError(
+                f"--fold: all antibodies of class {assay.classes[min(missing)]!r} are in fold "
+                f"{name}, expected some in another, to be trained on"
+            )
+
+
 def _require_parts(assay: Assay) -> None:
     parts = np.array(assay.parts)
     for part, fewest in (("train", FEWEST), ("test", FEWEST_TESTED)):
         found = int((parts == part).sum())
         if found < fewest:
             raise UserError(f"--split: {found} rows are {part}, expected at least {fewest}")
+    if assay.of_residues:
+        return
     trained = assay.targets[parts == "train"]
     if len(np.unique(trained)) < 2:
         raise UserError("--split: all antibodies of the part train have one target, expected two")
