@@ -205,9 +205,9 @@ WRONG = {
     ),
     "part": ({"part": ["rest"]}, ["--target", "kd", "--split", "part"], "part holds 'rest'"),
     "group": (
-        {"clone": ["", "x"]},
-        ["--target", "kd", "--groups", "clone"],
-        "no group: column clone is empty",
+        {"family": ["x", "", "y"]},
+        ["--target", "kd", "--groups", "family"],
+        "no group: column family is empty",
     ),
     "no test": ({"part": "train"}, ["--target", "kd", "--split", "part"], "0 rows are test"),
     "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 to 1,024"),
@@ -240,7 +240,7 @@ def test_relatives_that_annotation_cannot_find_are_counted():
     rows = [*measured(12), *({**row, "heavy": row["heavy"][:-12]} for row in measured())]
     pairs = tuple(Antibody(row["name"], row["heavy"], row["light"]) for row in rows)
     assay = Assay("regression", pairs, np.array([float(row["kd"]) for row in rows]))
-    notes = Bench(engine(), assay, Settings()).notes
+    notes = Bench(engine(), assay, Settings(Training())).notes
     assert any("48 of 72 antibodies have no heavy V gene or CDRH3" in note for note in notes)
 
 
