@@ -42,7 +42,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 def _read(argv: list[str], values: flags.FlagValues) -> Config:
     """The config of a command line; `values` get its other flags."""
-    file, argv = _taken(argv)
+    file, argv = taken("config", argv)
     if not file:
         raise UserError("--config is missing: --config=FILE.py")
     tree = load(file)
@@ -60,16 +60,16 @@ def _read(argv: list[str], values: flags.FlagValues) -> Config:
     return configs.from_mapping(values.config)
 
 
-def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, the last one, and the arguments without it."""
-    file, rest, words = None, [], iter(argv)
+def taken(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, the last one, and the arguments without it."""
+    found, rest, words = None, [], iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag in ("--config", "-config"):
-            file = value if equals else next(words, None)
+        if flag in (f"--{name}", f"-{name}"):
+            found = value if equals else next(words, None)
         else:
             rest.append(word)
-    return file, rest
+    return found, rest
 
 
 def _check_keys(argv: list[str]) -> None:

@@ -34,7 +34,7 @@ def load(given: str, flag: str = "--config", example: str = "configs/base.py") -
         return get_config(*arguments)
     except UserError:
         raise
-    except Exception as error:  # whatever a file may raise
+    except (Exception, SystemExit) as error:  # whatever a file may raise
         raise UserError(f"{flag}={name}{_line(error, path)}: {_said(error)}") from error
 
 
@@ -70,7 +70,7 @@ def _check_takes(get_config: Any, arguments: tuple[str, ...], given: str, flag: 
         raise UserError(f"{flag}={given}: {expected}") from error
 
 
-def _line(error: Exception, path: Path) -> str:
+def _line(error: BaseException, path: Path) -> str:
     """ ", line N" of the file where an error arose."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path.resolve():
         return f", line {error.lineno}"
@@ -82,6 +82,6 @@ def _line(error: Exception, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = error.msg if isinstance(error, SyntaxError) else error.args[0] if error.args else ""
     return f"{type(error).__name__}: {' '.join(str(text).split())[:300]}".removesuffix(": ")

@@ -67,7 +67,9 @@ def end(command: Callable[[], int | None], name: str = "moe_ablm") -> int:
         try:
             code = command() or 0
         except SystemExit as stop:  # of argparse
-            code = stop.code if isinstance(stop.code, int) else 0
+            if isinstance(stop.code, str):
+                raise UserError(stop.code) from stop
+            code = int(stop.code or 0)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read stdout, as `head`, has seen enough
         _no_more_output()

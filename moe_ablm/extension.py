@@ -18,6 +18,8 @@ from moe_ablm import outcome
 from moe_ablm.config_schema import Config
 from moe_ablm.data.mixture import parse_regime
 from moe_ablm.errors import UserError
+from moe_ablm.results import SHORTER
+from moe_ablm.training.tracking import STATE as SENT
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def set_aside(workdir: Path, extension: Extension) -> None:
     It moves `run.json` and checkpoints that the longer run does not have. Interrupted, it can be
     repeated as long as `config.json` is that of the shorter run.
     """
-    aside = workdir / f"ended-at-{extension.before.train.steps}"
+    aside = workdir / f"{SHORTER}{extension.before.train.steps}"
     aside.mkdir(exist_ok=True)
     for name in ("config.json", "results.jsonl"):
         if (workdir / name).exists():
@@ -100,9 +102,12 @@ def set_aside(workdir: Path, extension: Extension) -> None:
     if extension.back_to is None:
         return
     (aside / "checkpoints").mkdir(exist_ok=True)
-    for step in _steps(workdir):
-        if step > extension.back_to:
-            (workdir / "checkpoints" / str(step)).rename(aside / "checkpoints" / str(step))
+    dropped = [step for step in _steps(workdir) if step > extension.back_to]
+    if dropped and (workdir / SENT).exists():
+        # a tracker takes no update back: the longer run becomes a run of its own there
+        (workdir / SENT).replace(aside / SENT)
+    for step in dropped:
+        (workdir / "checkpoints" / str(step)).rename(aside / "checkpoints" / str(step))
 
 
 def _stored(workdir: Path, asked: str) -> Config:

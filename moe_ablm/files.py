@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -43,7 +44,7 @@ def all_or_none(out: Path) -> Iterator[Path]:
       UserError: there is no place to write.
     """
     made = [place for place in (out, *out.parents) if not place.exists()]
-    temporary = out.parent / f".{out.name}.{_process()}.partial"
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"  # nobody else's
     try:
         try:
             temporary.mkdir(parents=True)

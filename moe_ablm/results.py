@@ -8,6 +8,14 @@ from pathlib import Path
 from moe_ablm.errors import UserError
 from moe_ablm.files import json_text, write_atomically
 
+SHORTER = "ended-at-"  # begins the name of the folder with what a run was before it was extended
+
+
+def is_extended(file: Path) -> bool:
+    """Whether a file of a run lies in the run that goes on from it."""
+    folder = file.parent
+    return folder.name.startswith(SHORTER) and (folder.parent / "results.jsonl").exists()
+
 
 def read_results(path: Path) -> list[dict]:
     """The whole lines of a `results.jsonl`; a line cut off by a crash at its end is left out."""

@@ -320,10 +320,12 @@ class Trainer:
         self.progress.update(step, losses["loss"], speed)
         if step % self.config.log.every and step != self.config.train.steps:
             return
+        # a skipped update leaves its place in the schedule to the next one
+        skipped = 0 if metrics.skipped is None else int(metrics.skipped)
         per_token = flops.train_flops_per_token(self.spec, self.feed.row, self.record.mean_choices)
         flop_rate = speed * per_token
         values = losses | norms | {
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.schedule(step - 1 - skipped)),
             "tokens_seen": self.record.tokens_seen,
             "epochs": self.feed.mixture.epochs(step),
             "tokens_per_second": speed,
@@ -331,7 +333,7 @@ class Trainer:
             "matmul_peak_share": flop_rate / self.peak.flops,
         }  # fmt: skip
         if metrics.skipped is not None:
-            values["skipped_updates"] = int(metrics.skipped)
+            values["skipped_updates"] = skipped
         if metrics.router is not None:
             values["router"] = router_metrics(metrics.router, self.spec.moe_layers)
         self._log("train", step, values)

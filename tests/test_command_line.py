@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 from conftest import tiny_flags
 
-from moe_ablm.command_line import parse
+from moe_ablm.command_line import parse, taken
 from moe_ablm.config_keys import ELSEWHERE, keys
 from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
@@ -82,3 +83,22 @@ def test_a_file_may_stand_apart_and_the_last_one_counts():
 def test_names_of_others_lead_to_keys_that_there_are():
     leaves = {key.rpartition(".")[2] for key in keys(Config, "config")}
     assert set(ELSEWHERE.values()) <= leaves and not leaves & set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ([], None),
+        (["--workdir=a"], "a"),
+        (["-workdir", "b", "--workdirs=c"], "b"),
+        (["--workdir=a", "--workdir", "d"], "d"),
+    ],
+)
+def test_a_flag_in_each_form_that_absl_reads(given, value):
+    assert taken("workdir", ["train", *given])[0] == value
+    if given:
+        values = flags.FlagValues()
+        for name in ("workdir", "workdirs"):
+            flags.DEFINE_string(name, None, "", flag_values=values)
+        values(["train", *given])
+        assert values.workdir == value

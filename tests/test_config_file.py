@@ -23,6 +23,7 @@ WRONG = {
     "nothing": ("x = 1\n", "", "has no function get_config"),
     "an argument": ("def get_config():\n    pass\n", ":size=8m", "leave out ':size=8m'"),
     "no argument": ("def get_config(size):\n    pass\n", "", "needs an argument: --config="),
+    "exit": ("import sys\ndef get_config():\n    sys.exit('no data')\n", "", "line 3.*no data"),
     "bytes": ("x = '\0'\n", "", "null bytes"),
 }
 

@@ -64,7 +64,9 @@ def test_codes(capsys):
     assert end(raising(UserError("x: wrong"))) == 2
     assert capsys.readouterr().err == "moe_ablm: x: wrong\n"
     assert end(raising(KeyboardInterrupt())) == INTERRUPTED == 130
-    assert end(raising(SystemExit(2))) == 2
+    assert end(raising(SystemExit(2))) == 2 and end(raising(SystemExit())) == 0
+    assert end(raising(SystemExit("no data"))) == 2
+    assert capsys.readouterr().err == "moe_ablm: no data\n"
     assert end(raising(MemoryError())) == 2
     assert "out of memory" in capsys.readouterr().err
     assert obstacle(OSError(errno.ESTALE, "Stale file handle", "/mnt/x")).startswith("/mnt/x: St")

@@ -9,7 +9,7 @@ from conftest import tiny_config
 from moe_ablm import config as configs
 from moe_ablm import trainer
 from moe_ablm.errors import UserError
-from moe_ablm.extension import plan_extension
+from moe_ablm.extension import plan_extension, set_aside
 from moe_ablm.interop.load import load_model
 from moe_ablm.results import read_results
 
@@ -71,6 +71,20 @@ def test_other_schedules_begin_anew_and_say_so(tmp_path):
     assert found["fingerprint"] != configs.fingerprint(config_of("linear", 20), "d")
     with pytest.raises(UserError, match="different run .*train.steps: 20 there, 10 now.*extend-to"):
         trainer.run(short, tmp_path / "w")
+
+
+@pytest.mark.parametrize(("schedule", "sent"), [("wsd", False), ("constant", True)])
+def test_a_tracker_never_mixes_the_shorter_run_with_the_longer_one(schedule, sent, tmp_path):
+    """Where updates are done again, they belong to a run of its own there."""
+    short = config_of(schedule, 12)
+    of_a_run(short, tmp_path, steps=(10, 12))
+    (tmp_path / "tracker.json").write_text("{}")
+    extension = plan_extension(short, tmp_path, 20)
+    set_aside(tmp_path, extension)
+    set_aside(tmp_path, extension)  # as after an interruption
+    assert (tmp_path / "tracker.json").exists() == sent
+    assert (tmp_path / "ended-at-12" / "tracker.json").exists() != sent
+    assert (tmp_path / "checkpoints" / "10").exists()
 
 
 def of_a_run(config, workdir, steps=(12,), **run):

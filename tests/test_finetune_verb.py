@@ -8,13 +8,14 @@ import pytest
 from scipy import stats
 from tiny_models import HEAVY, LIGHT, engine, tiny_model
 
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
 from moe_ablm.evaluation.proteins import Settings as ProteinSettings
 from moe_ablm.evaluation.proteins import evaluate_task
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.evaluation.supervised.heads import Training
-from moe_ablm.evaluation.supervised.tuning import Settings, tune
+from moe_ablm.evaluation.supervised.tuning import Bench, Settings, tune
 from moe_ablm.interop.saved import flat_arrays, read_model, save_model
 
 BEFORE, AFTER = HEAVY[: HEAVY.index("AKDRG")], "FDYWGQGTLVTVSS"
@@ -203,6 +204,11 @@ WRONG = {
         "class 'no': 8 antibodies are of 4 gro",
     ),
     "part": ({"part": ["rest"]}, ["--target", "kd", "--split", "part"], "part holds 'rest'"),
+    "group": (
+        {"family": ["x", "", "y"]},
+        ["--target", "kd", "--groups", "family"],
+        "no group: column family is empty",
+    ),
     "no test": ({"part": "train"}, ["--target", "kd", "--split", "part"], "0 rows are test"),
     "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 to 1,024"),
     "rate": ({}, ["--target", "kd", "--lr", "1e30", *QUICK[:4]], "--lr: training came to no fin"),
@@ -220,6 +226,22 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(name, place, finetune,
     lines = [each for each in done.stderr.splitlines() if "compiled for" not in each]
     assert len(lines) == 1
     assert not [p for p in place.iterdir() if "refused" in p.name]
+
+
+def test_training_that_comes_to_nothing_is_refused_with_a_split_too(place, finetune):
+    flags = ("--split", "part", "--lr", "1e30", *QUICK[:4])
+    done = finetune("nothing", "--target", "kd", *flags)
+    assert done.returncode == 2 and "--lr: training came to no finite" in done.stderr
+    assert not (place / "nothing").exists()
+
+
+def test_relatives_that_annotation_cannot_find_are_counted():
+    """Framework 4 is cut off: no clone is known of these."""
+    rows = [*measured(12), *({**row, "heavy": row["heavy"][:-12]} for row in measured())]
+    pairs = tuple(Antibody(row["name"], row["heavy"], row["light"]) for row in rows)
+    assay = Assay("regression", pairs, np.array([float(row["kd"]) for row in rows]))
+    notes = Bench(engine(), assay, Settings(Training())).notes
+    assert any("48 of 72 antibodies have no heavy V gene or CDRH3" in note for note in notes)
 
 
 def test_too_few_rows(finetune, tmp_path):

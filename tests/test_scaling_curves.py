@@ -176,3 +176,16 @@ def test_the_figure_has_every_run_in_the_colour_of_its_cluster():
         "cluster 1: 2 runs",
         "cluster 2: 1 runs",
     ]
+
+
+def test_what_a_run_was_before_it_was_extended_is_no_run_of_its_own(runs):
+    names = read_trajectories(runs, "loss").names
+    longer = runs / "a"
+    (longer / "ended-at-20").mkdir()
+    lines = (longer / "results.jsonl").read_text().splitlines()[:4]
+    (longer / "ended-at-20" / "results.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_trajectories(runs, "loss").names == names
+    # alone it is one
+    (longer / "ended-at-20").rename(runs / "ended-at-20")
+    assert len(read_trajectories(runs, "loss").names) == len(names)  # two points are too few
+    assert any("ended-at-20" in name for name, _ in read_trajectories(runs, "loss").left_out)

@@ -213,6 +213,19 @@ def test_training_curves_of_run_directories(tmp_path):
     np.testing.assert_allclose(runs["flops"], [1e17, 2e17])
 
 
+@pytest.mark.parametrize(("schedule", "rows"), [("wsd", 2), ("constant", 1)])
+def test_of_a_run_that_was_extended_only_a_cooled_end_counts(schedule, rows, tmp_path):
+    """As a row of its own; its curve is that of the longer run."""
+    make_run(tmp_path / "a")
+    aside = tmp_path / "a" / "ended-at-10"
+    make_run(aside, tokens_seen=2_000_000_000, valid_loss_final=2.7)
+    (aside / "config.json").write_text(json.dumps({"config": {"train": {"schedule": schedule}}}))
+    assert len(read_runs([tmp_path])) == rows
+    whole = read_runs([tmp_path], Reading(curves=True))
+    assert whole["loss"].tolist() == [2.8, 2.5] and len(set(whole.clusters())) == 1
+    assert any("has its curve" in reason for _, reason in whole.dropped)
+
+
 def test_runs_that_tell_novel_chains_apart_are_fitted_on_those(tmp_path):
     now = {"corpus_tokens": 1_500_000_000, "valid_loss_novel": 2.75}
     make_run(tmp_path / "a", **now)

@@ -11,6 +11,7 @@ from moe_ablm.scaling.reading import Reading
 from moe_ablm.scaling.resampling import bootstrap
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.schedules import MEMORY, path_of, rates
+from moe_ablm.training.spec import SCHEDULES
 
 TRUTH = {"E": 1.2, "A": 0.9, "alpha": 0.45, "C": 250.0}
 
@@ -20,12 +21,13 @@ def train(schedule="cosine", steps=3000, lr=1e-3, warmup=100, decay_share=0.2):
             "decay_share": decay_share}  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
-def test_rates_are_those_of_the_optimizer_after_the_warm_up(schedule):
+@pytest.mark.parametrize("restarts", [(), (21,)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rates_are_those_of_the_optimizer_after_the_warm_up(schedule, restarts):
     from moe_ablm.training.optimizer import make_schedule
     from moe_ablm.training.spec import OptimizerSpec
 
-    given = train(schedule, steps=50, warmup=7)
+    given = train(schedule, steps=50, warmup=7) | {"restarts": restarts}
     spec = OptimizerSpec(**given, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.0, clip=1.0)
     expected = np.array([make_schedule(spec)(i) for i in range(50)])
     ours = rates(given)
@@ -136,3 +138,8 @@ def test_the_command_line(tmp_path, capsys):
                  "--bootstrap", "40", "--out", str(out)]) == 0  # fmt: skip
     assert "alpha" in capsys.readouterr().out
     assert (out / "figures" / "loss_against_area.svg").exists()
+
+
+def test_a_schedule_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="'rsqrt' is not known"):
+        rates(train("rsqrt"))

@@ -5,7 +5,7 @@ its checkpoints instead.
 """
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -116,17 +116,23 @@ def new_directory(out: Path, flag: str = "--out"):
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{flag} {out} is there already: choose a new name or remove it")
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    made = False  # only what was made here is removed
     try:
         temporary.mkdir(parents=True)
+        made = True
         yield temporary
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
     except OSError as error:
+        named = error.filename is not None and Path(error.filename)
+        if made and named and not any(named.is_relative_to(p) for p in (temporary, out)):
+            raise  # of something that the block reads
         raise UserError(f"{flag} {out} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_model(model: Model, out: Path) -> None:

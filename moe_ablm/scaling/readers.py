@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.results import is_extended
 from moe_ablm.scaling.runs import TUNED
 from moe_ablm.scaling.schedules import KEYS, path_of, rates
 
@@ -143,6 +144,9 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
         raise UserError(f"--input {path}: no run.json in it or below; expected directories of runs")
     sheet = Sheet(path, [], [], is_runs=True)
     for file in files:
+        if is_extended(file) and (curves or _never_cooled(file)):
+            sheet.skipped.append((str(file), "the run that goes on from it has its curve"))
+            continue
         try:
             values = _read_json(file)
             status = str(values.get("status", "")).lower()
@@ -162,6 +166,13 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
     sheet.header = list(dict.fromkeys(name for row in sheet.rows for name in row.values))
     _count_alike(sheet)
     return sheet
+
+
+def _never_cooled(file: Path) -> bool:
+    """Whether a shorter run ended at a constant rate: it is a checkpoint of the longer one."""
+    config = file.with_name("config.json")
+    train = _read_json(config).get("config", {}).get("train", {}) if config.exists() else {}
+    return train.get("schedule") == "constant"
 
 
 def _count_alike(sheet: Sheet) -> None:

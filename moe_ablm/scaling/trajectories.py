@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from moe_ablm.errors import UserError, suggestion
+from moe_ablm.results import is_extended
 from moe_ablm.scaling.readers import read_sheet
 
 FEWEST_POINTS = 3
@@ -81,7 +82,7 @@ def read_trajectories(path: Path, metric: str) -> Trajectories:
 
 
 def _of_runs(path: Path, metric: str) -> Trajectories:
-    files = sorted(path.rglob("results.jsonl"))
+    files = sorted(f for f in path.rglob("results.jsonl") if not is_extended(f))
     if not files:
         raise UserError(
             f"--input {path}: no results.jsonl in it or below; expected a folder of runs"

@@ -127,7 +127,8 @@ def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformation:
 def muon(spec: OptimizerSpec) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices `[..., N, M]`: the momentum, orthogonalised.
 
-    What leads the last two axes is no part of a matrix: each expert's is orthogonalised on its own.
+    What leads the last two axes is no part of a matrix: each expert's is orthogonalised on its own,
+    or each of the equal pieces that experts of several `widths` are made of.
     An update is O * sqrt(max(1, M / N)), with O from five Newton-Schulz iterations (singular values
     of some .7 to 1.2) of Nesterov's momentum of .95; weights decay by `weight_decay` times Muon's
     own rate.

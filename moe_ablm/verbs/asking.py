@@ -85,7 +85,8 @@ def add_asking_arguments(
         "--precision",
         choices=tuple(PRECISIONS),
         default="float32",
-        help="precision of the computation; bfloat16_operands is faster on CPUs with AMX",
+        help="precision of the computation (default: float32; of predict that of its head); "
+        "bfloat16_operands is faster on CPUs with AMX",
     )
     parser.add_argument(
         "--devices", type=int, default=1, metavar="N", help="devices that share a batch (default 1)"

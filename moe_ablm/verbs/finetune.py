@@ -175,7 +175,9 @@ def _write(
     model = predictor.engine.model
     how = {HEAD: "as it was", LORA: "with adapters", WHOLE: "tuned"}[args.tune]
     source = f"{model.source}; {how}, with a head for {args.target} of {Path(args.input).name}"
-    save_model(dataclasses.replace(model, source=source), directory)
+    # the losses of a run are not those of weights that have been tuned since
+    facts = {k: v for k, v in model.facts.items() if args.tune == HEAD or k != "metrics"}
+    save_model(dataclasses.replace(model, source=source, facts=facts), directory)
     saved = SavedHead.of(predictor, assay.classes, args.target)
     write_head(saved, directory)
     content = {

@@ -224,6 +224,8 @@ def scan(args: argparse.Namespace) -> None:
         return scan.passes(antibody, args.method, chosen), antibody.residues * 19 * 160
 
     options = {"method": args.method, **_of_residues(args), **said}
+    if args.figures is not None:  # lines that are there already have none
+        options["figures"] = True
     ask(args, Question(options, answer, cost, refuse=_refusing(chosen)))
 
 
@@ -267,12 +269,19 @@ def attention(args: argparse.Namespace) -> None:
     ask(args, question)
 
 
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `predict`."""
+    add_asking_arguments(parser)
+    parser.set_defaults(precision=None)
+
+
 def predict(args: argparse.Namespace) -> None:
     """Writes what the head of a fine-tuned model says of every antibody."""
     from moe_ablm.evaluation.supervised.saved_head import cost, read_head, table
     from moe_ablm.interop.hub import local_directory
 
     saved = read_head(local_directory(args.run, "--run"))
+    args.precision = args.precision or saved.precision
     question = Question(
         {"head": saved.digest()},
         lambda engine, antibodies: table(saved, engine, antibodies),
@@ -288,5 +297,5 @@ VERBS = {
     "scan": (add_scan_arguments, scan),
     "route": (add_route_arguments, route),
     "attention": (add_attention_arguments, attention),
-    "predict": (add_asking_arguments, predict),
+    "predict": (add_predict_arguments, predict),
 }

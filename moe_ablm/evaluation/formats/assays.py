@@ -104,7 +104,12 @@ def read_assay(
             unusable = _unlabelled(row, antibody, target)
         else:
             unusable = _unusable(row[_TARGET], task, target)
-        return unusable or _no_part(row.get(_SPLIT), split) or _no_fold(row.get(_FOLD), fold)
+        return (
+            unusable
+            or _no_part(row.get(_SPLIT), split)
+            or _no_group(row.get(_GROUPS), groups)
+            or _no_fold(row.get(_FOLD), fold)
+        )
 
     antibodies = tuple(read([source], layout, longest, refuse))
     if not antibodies:
@@ -205,6 +210,10 @@ def _unusable(text: str, task: str, target: str) -> str | None:
             "classes: --task classification)"
         )
     return None
+
+
+def _no_group(text: str | None, groups: str | None) -> str | None:
+    return f"no group: column {groups} is empty" if text is not None and not text.strip() else None
 
 
 def _unlabelled(row: Mapping[str, str], antibody: Antibody, target: str) -> str | None:

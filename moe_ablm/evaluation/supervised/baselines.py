@@ -77,10 +77,10 @@ def by_genes(
     count: int,
 ) -> np.ndarray:
     """Probabilities of `count` classes by logistic regression on one-hot features, `[n, count]`."""
-    linear_model, extraction = require_sklearn()
+    _, extraction = require_sklearn()
     table = extraction.DictVectorizer()
     x = table.fit_transform(train)
-    model = linear_model.LogisticRegression(max_iter=1000).fit(x, classes)
+    model = _logistic(classes).fit(x, classes)
     return _shares(model, table.transform(test), count)
 
 
@@ -92,6 +92,14 @@ def values_by_genes(
     table = extraction.DictVectorizer(sparse=False)
     x = table.fit_transform(train)
     return linear_model.RidgeCV(PENALTIES).fit(x, targets).predict(table.transform(test))
+
+
+def _logistic(classes: np.ndarray, steps: int = 1000) -> Any:
+    """Logistic regression; of one class, all that a fold may hold, that class."""
+    from sklearn.dummy import DummyClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=steps) if len(set(classes)) > 1 else DummyClassifier()
 
 
 def _shares(model: Any, x: Any, count: int) -> np.ndarray:
@@ -185,22 +193,21 @@ def by_region(
 
 def classification(train: Sequence[str], classes: np.ndarray, test: Sequence[str]) -> np.ndarray:
     """Multinomial logistic regression on composition and length, int64 `[n]`."""
-    return _logistic(train, classes).predict(_composition(test))
+    return _of_composition(train, classes).predict(_composition(test))
 
 
 def composition(
     train: Sequence[str], classes: np.ndarray, test: Sequence[str], count: int
 ) -> np.ndarray:
     """Probabilities of `count` classes by the same, float64 `[n, count]`."""
-    return _shares(_logistic(train, classes), _composition(test), count)
+    return _shares(_of_composition(train, classes), _composition(test), count)
 
 
-def _logistic(train: Sequence[str], classes: np.ndarray) -> Any:
-    from sklearn.linear_model import LogisticRegression
+def _of_composition(train: Sequence[str], classes: np.ndarray) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model = make_pipeline(StandardScaler(), _logistic(classes))
     return model.fit(_composition(train), classes)
 
 
@@ -230,7 +237,6 @@ def residue_shares(
 
 
 def _window_model(train: Sequence[str], classes: Sequence[np.ndarray], seed: int) -> Any:
-    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder
 
@@ -239,7 +245,7 @@ def _window_model(train: Sequence[str], classes: Sequence[np.ndarray], seed: int
     if len(known) > _MOST_RESIDUES:
         known = np.sort(np.random.default_rng(seed).permutation(known)[:_MOST_RESIDUES])
     letters = [np.arange(len(AMINO_ACIDS) + 2)] * x.shape[1]
-    model = make_pipeline(OneHotEncoder(categories=letters), LogisticRegression(max_iter=300))
+    model = make_pipeline(OneHotEncoder(categories=letters), _logistic(y[known], 300))
     return model.fit(x[known], y[known])
 
 

@@ -291,7 +291,7 @@ def _trained(
     state = _optimizer(training.weight_decay).init(params)
     size = min(training.batch, len(inputs))
     steps, step = training.epochs * -(-len(inputs) // size), 0
-    best, least = params, np.inf
+    best, least = None, np.inf
     for _ in range(training.epochs):
         order = rng.permutation(len(inputs))
         for first in range(0, len(order), size):
@@ -306,7 +306,7 @@ def _trained(
         loss = _mean_loss(network, params | fixed, *checked, size) if checked else -step
         if loss < least:
             best, least = params, loss
-    return best
+    return params if best is None else best  # no loss was a number: predictions will tell
 
 
 def _mean_loss(

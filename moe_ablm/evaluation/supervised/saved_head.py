@@ -18,6 +18,7 @@ from moe_ablm.inference.antibodies import labels, windows
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.interop.saved import read_json
 from moe_ablm.interop.tensors import TensorFile, write_tensors
+from moe_ablm.model.spec import PRECISIONS
 
 SCHEMA = "moe_ablm.head/1"
 HEAD_FILE, TENSORS_FILE = "head.json", "head.safetensors"
@@ -35,6 +36,7 @@ class SavedHead:
       model: digest of the encoder's parameters.
       batch: antibodies that a head computes at once.
       tensors: weights by name, float32, with mean and standard deviation of the targets.
+      precision: of the states that it was trained on.
     """
 
     head: Head
@@ -43,15 +45,16 @@ class SavedHead:
     model: str
     batch: int
     tensors: dict[str, np.ndarray]
+    precision: str = "float32"
 
     @classmethod
     def of(cls, predictor: Predictor, classes: Sequence[str], target: str) -> "SavedHead":
         """Of a predictor whose encoder is not trained any more (`heads.settled`)."""
         tensors = {name: np.asarray(x) for name, x in predictor.params["head"].items()}
         tensors |= dict(zip(_SCALE, predictor.scale, strict=True))
-        digest = predictor.engine.model.digest()
+        digest, precision = predictor.engine.model.digest(), predictor.engine.precision
         head = predictor.network.head
-        return cls(head, tuple(classes), target, digest, predictor.batch, tensors)
+        return cls(head, tuple(classes), target, digest, predictor.batch, tensors, precision)
 
     def predictor(self, engine: Engine) -> Predictor:
         """The predictor on the encoder that it was trained on.
@@ -70,6 +73,7 @@ class SavedHead:
 
     def digest(self) -> str:
         """SHA-256 of all that decides a prediction."""
+        # as before precisions were told; that of a prediction is an option of the verb
         about = repr((self.head, self.classes, self.model, self.batch))
         found = hashlib.sha256(about.encode())
         for name in sorted(self.tensors):
@@ -142,6 +146,7 @@ def write_head(saved: SavedHead, directory: Path) -> None:
         "target": saved.target,
         "model": saved.model,
         "batch": saved.batch,
+        "precision": saved.precision,
     }
     write_json(directory / HEAD_FILE, content)
 
@@ -168,6 +173,9 @@ def read_head(directory: Path) -> SavedHead:
         classes = tuple(map(str, content["classes"]))
         target, model = str(content["target"]), str(content["model"])
         batch = int(content["batch"])
+        precision = str(content.get("precision", "float32"))  # of before it was kept
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}")
         if head.kind != "regression" and len(classes) != head.outputs:
             raise ValueError(f"{len(classes)} classes, {head.outputs} outputs")
         with TensorFile(directory / TENSORS_FILE) as tensors:
@@ -177,7 +185,7 @@ def read_head(directory: Path) -> SavedHead:
             raise ValueError(f"{TENSORS_FILE} lacks {min(missing)}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): run finetune again") from error
-    return SavedHead(head, classes, target, model, batch, found)
+    return SavedHead(head, classes, target, model, batch, found, precision)
 
 
 WEIGHTS = ("centre", "spread", "query", "inner", "inner_bias", "outer", "outer_bias")

@@ -10,13 +10,15 @@ from functools import partial
 
 import numpy as np
 
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
+from moe_ablm.evaluation.cohort import Annotated
 from moe_ablm.evaluation.estimates import Number, Sample, spearman_number, spearman_of_folds
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
 from moe_ablm.evaluation.supervised import baselines
 from moe_ablm.evaluation.supervised.folds import (
     annotated,
+    cdr3_of,
     clonal_folds,
     clones,
     joined,
@@ -136,6 +138,8 @@ class Bench:
         if not any(a.heavy.v_gene or a.light.v_gene for a in found):
             self._known = []
             self.notes.append("no V domain among the sequences: no clones, no baseline of V genes")
+        elif settings.groups == CLONE and not (assay.groups or assay.folds or assay.parts):
+            self.notes += _without_clone(found)
         self._head = Head(assay.task, max(len(assay.classes), 1))
         self._frozen = settings.training.frozen
         if assay.parts:
@@ -358,6 +362,18 @@ def _require_targets(assay: Assay) -> None:
         raise UserError(
             f"--input: {len(assay.targets):,} antibodies with a target, expected at least {FEWEST}"
         )
+
+
+def _without_clone(antibodies: Sequence[Annotated]) -> list[str]:
+    """A line that counts those of which no relatives are known, if there are any."""
+    lost = sum(not (a.heavy.v_gene and cdr3_of(a.heavy)) for a in antibodies)
+    if not lost:
+        return []
+    return [
+        f"{lost:,} of {counted(len(antibodies), 'antibody', 'antibodies')} have no heavy V gene or "
+        "CDRH3 by annotation: only those of equal sequences are kept in one fold, relatives may be "
+        "in two (--groups COLUMN names groups of your own)"
+    ]
 
 
 def _require_given_folds(assay: Assay) -> None:
