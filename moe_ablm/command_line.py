@@ -11,6 +11,7 @@ from moe_ablm import config as configs
 from moe_ablm.config import Config
 from moe_ablm.config_file import load
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 
 _WRONG_VALUE = re.compile(r"flag --(config\.[\w.]+)=(.*?): ", re.DOTALL)
 
@@ -27,6 +28,7 @@ def parse(argv: list[str]) -> tuple[Config, Path, int | None]:
     config = _read(argv, values)
     if not values.workdir:
         raise UserError("--workdir is missing: --config=FILE.py --workdir=DIR")
+    require_local(values.workdir, "--workdir")
     return config, Path(values.workdir), values["extend-to"].value
 
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import json_text, write_atomically
+from moe_ablm.files import json_text, require_local, write_atomically
 
 
 def read_results(path: Path) -> list[dict]:
@@ -28,6 +28,7 @@ def read_evaluated(run: Path) -> list[dict]:
     Raises:
       UserError: it has not.
     """
+    require_local(run, "--run")
     file = run / "results.jsonl"
     records = read_results(file)
     if not any(r["kind"] == "eval" for r in records):

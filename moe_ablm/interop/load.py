@@ -6,6 +6,7 @@ from typing import Any
 from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 from moe_ablm.interop.balm import import_balm
 from moe_ablm.interop.esm2 import import_esm2
 from moe_ablm.interop.huggingface import HuggingFaceConfig
@@ -43,6 +44,7 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
             f"{name} {run}: a model that transformers computes is only asked (embed, score, "
             "infill, scan, evaluate); here expected a run, or what python -m moe_ablm import wrote"
         )
+    require_local(run, name)
     run = Path(run)
     if not run.is_dir():
         found = "is a file" if run.exists() else "is not there"
