@@ -16,6 +16,32 @@ from typing import IO, Any
 
 from moe_ablm.errors import UserError
 
+# object stores by the scheme of their addresses, and what copies from them
+STORES = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive", "s3a": "", "az": "",
+          "abfs": "", "abfss": "", "hdfs": "hdfs dfs -get"}  # fmt: skip
+
+
+def in_store(path: Path | str) -> str | None:
+    """What to say of a path that names an object store, which has no locks and no renames.
+
+    None of any other path.
+    """
+    scheme, colon, rest = str(path).partition(":/")
+    if not colon or scheme not in STORES:
+        return None
+    address = f"{scheme}://{rest.lstrip('/')}"
+    how = f" ({STORES[scheme]} {address} DIR)" if STORES[scheme] else ""
+    return (
+        f"{address} is in an object store, and files are locked, renamed and mapped here: name a "
+        f"directory of a file system, and copy to and from it{how}"
+    )
+
+
+def require_local(path: Path | str, name: str) -> None:
+    """Raises `UserError` where a path, given by `name`, is of an object store."""
+    if reason := in_store(path):
+        raise UserError(f"{name} {reason}")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

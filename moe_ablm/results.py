@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import json_text, write_atomically
+from moe_ablm.files import json_text, require_local, write_atomically
 
 SHORTER = "ended-at-"  # begins the name of the folder with what a run was before it was extended
 
@@ -36,6 +36,7 @@ def read_evaluated(run: Path) -> list[dict]:
     Raises:
       UserError: it has not.
     """
+    require_local(run, "--run")
     file = run / "results.jsonl"
     records = read_results(file)
     if not any(r["kind"] == "eval" for r in records):

@@ -17,6 +17,7 @@ from launch.cell import Cell
 from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
 from sweeps.grid import Point, Recipe
 from sweeps.planned import PLAN, Planned, write_plan
@@ -170,6 +171,7 @@ def _options(study: Study, argv: list[str] | None):
     options, rest = parser.parse_known_args(argv)
     from sweeps.plan import unplanned_flags  # imports jax
 
+    require_local(options.out, "--out")
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: expected 1 or more")
     if not 0 <= options.start_seconds < float("inf"):

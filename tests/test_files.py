@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 from strict_json import read_strictly
 
 import moe_ablm
-from moe_ablm.files import json_text, locked, replacing, write_atomically, write_json
+from moe_ablm.command_line import parse
+from moe_ablm.data.dataset import Dataset
+from moe_ablm.errors import UserError
+from moe_ablm.files import in_store, json_text, locked, replacing, write_atomically, write_json
 
 
 def test_content_is_replaced_as_a_whole(tmp_path):
@@ -89,3 +93,42 @@ def test_locks_keep_other_processes_out(theirs, shared, free, tmp_path):
         other.stdin.close()
         with locked(path, wait=True):  # released when the process ends
             pass
+
+
+def test_an_address_in_an_object_store_is_told_from_a_path():
+    assert in_store("runs/gs") is None and in_store("transformers:/d") is None
+    assert in_store("C:/x") is None and in_store("hf:org/name") is None
+    for path in ("gs://b/x", Path("gs://b/x")):  # which has one slash left
+        assert str(in_store(path)).startswith("gs://b/x is in an object store")
+    assert "(aws s3 cp --recursive s3://b DIR)" in str(in_store("s3://b"))
+    assert "(" not in str(in_store("az://b"))
+
+
+STORE = "gs://bucket/it"
+TAKEN = {
+    "prepare --input": ("prepare", "--input", STORE, "--out", "d"),
+    "prepare --out": ("prepare", "--input", "pairs.csv", "--out", STORE),
+    "describe --input": ("describe", "--input", STORE, "--out", "f"),
+    "evaluate --out": ("evaluate", "--run", "r", "--input", "d", "--out", STORE),
+    "score --run": ("score", "--run", STORE, "--heavy", "EVQLV"),
+    "score --input": ("score", "--run", "r", "--input", STORE),
+    "report --run": ("report", "--run", STORE),
+    "report --watch": ("report", "--run", STORE, "--watch"),
+    "import --input": ("import", "--input", STORE, "--out", "r"),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_verbs_refuse_an_object_store_in_a_line(name, main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = main(*TAKEN[name])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "gs://bucket/it is in an object store" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_and_its_data_are_on_a_file_system():
+    with pytest.raises(UserError, match=r"--workdir gs://bucket/it is in an object store"):
+        parse(["train", f"--config={REPO}/configs/quickstart.py", f"--workdir={STORE}"])
+    with pytest.raises(UserError, match=r"dataset gs://bucket/it is in an object store"):
+        Dataset(STORE)

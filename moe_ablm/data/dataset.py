@@ -22,7 +22,7 @@ from moe_ablm.data import tokenizer
 from moe_ablm.data.chains import hash_chains
 from moe_ablm.data.regions import CHAINS, regions_from_cdr_mask, segments_from_mask
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_json
+from moe_ablm.files import require_local, write_json
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -356,6 +356,7 @@ class Dataset:
 
 
 def _read_card(path: Path) -> dict:
+    require_local(path, "dataset")
     file = path / "dataset.json"
     if not file.is_file():
         what = "is not there" if not path.exists() else "has no dataset.json"

@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
 from moe_ablm.errors import UserError
-from moe_ablm.files import write_json
+from moe_ablm.files import require_local, write_json
 from moe_ablm.interop.saved import Model, read_json
 from moe_ablm.interop.tensors import PICKLES, SINGLE, Tensors
 from moe_ablm.model.spec import EncoderSpec
@@ -27,6 +27,7 @@ class HuggingFaceConfig:
     """
 
     def __init__(self, directory: Path):
+        require_local(directory, "--input")
         if not directory.is_dir():
             found = "is a file" if directory.exists() else "is not there"
             refused = "; pickled weights can run code and are not read"

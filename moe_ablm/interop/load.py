@@ -7,6 +7,7 @@ from typing import Any
 from moe_ablm import config as configs
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 from moe_ablm.interop.balm import import_balm
 from moe_ablm.interop.esm2 import import_esm2
 from moe_ablm.interop.hub import is_hub_name, local_directory
@@ -55,6 +56,7 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
         )
     if is_hub_name(run):
         return _of_hub(str(run), name)
+    require_local(run, name)
     run = Path(run)
     if not run.is_dir():
         found = "is a file" if run.exists() else "is not there"

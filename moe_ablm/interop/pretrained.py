@@ -247,6 +247,7 @@ def _between(
     where: str,
 ) -> list[int]:
     """Special tokens between the chains of a pair."""
+    found: list[Any]
     if kind in _BETWEEN:
         found = [getattr(tokenizer, f"{name}_id", None) for name in _BETWEEN[kind]]
     else:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 from moe_ablm.results import read_evaluated
 
 AXES = {"updates": "step", "tokens seen": "tokens_seen", "FLOPs": "flops"}
@@ -68,6 +69,7 @@ def places_of(runs: Sequence[Path]) -> list[Path]:
     """
     places = [run.resolve() for run in runs]
     for run, place in zip(runs, places, strict=True):
+        require_local(run, "--run")
         if places.count(place) > 1:
             raise UserError(f"--run {run}: this run is given twice")
     return places

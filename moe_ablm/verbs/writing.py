@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_ablm.files import in_store
+
 # a directory of such a name would be taken for a file by whoever finds it
 FILE_ENDINGS = (
     *(".csv", ".tsv", ".txt", ".xlsx", ".xls", ".parquet", ".arrow", ".json", ".jsonl", ".npz"),
@@ -55,6 +57,8 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _named(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
+    if reason := in_store(text):
+        raise argparse.ArgumentTypeError(reason)
     try:
         Path(text).exists()
     except (OSError, ValueError) as error:  # too long, or with a zero byte

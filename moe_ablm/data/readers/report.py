@@ -10,6 +10,7 @@ from typing import Literal
 
 from moe_ablm.data.germline import HUMAN
 from moe_ablm.errors import UserError
+from moe_ablm.files import require_local
 
 
 @dataclass
@@ -116,6 +117,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def existing_file(path: Path, flag: str = "--input") -> Path:
     """The path if it is a file that has bytes; a UserError says what it is otherwise."""
+    require_local(path, flag)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings)
