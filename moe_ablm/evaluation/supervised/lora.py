@@ -1,8 +1,8 @@
 """Low-rank adapters: a weight is W + 2 A B with factors of a small rank (Hu et al. 2021, eq. 3).
 
-They are added to the parameters, not to the layers: attention, FFNs, routers and experts are adapted
-by one rule, and the encoder computes as it always does. Each expert has factors of its own, and of
-experts of several widths each of their equal pieces.
+They are added to the parameters, not to the layers: attention, FFNs, routers and experts are
+adapted by one rule, and the encoder computes as it always does. Each expert has factors of its own,
+and of experts of several widths each of their equal pieces.
 """
 
 from typing import Any
