@@ -273,9 +273,18 @@ def analyse(runs: Runs, question: Question) -> Analysis:
             parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
         return Analysis(parabolas)
     if name in SETTINGS:
-        asked = (question.fixed, question.rule, question.seed_sd)
-        settings = (question.draws, question.seed, question.target, question.level)
-        return Analysis(fit_tuning(runs, SETTINGS[name](), *asked, *settings))
+        tuned = fit_tuning(
+            runs,
+            SETTINGS[name](),
+            fixed=question.fixed,
+            rule=question.rule,
+            seed_sd=question.seed_sd,
+            draws=question.draws,
+            seed=question.seed,
+            target=question.target,
+            level=question.level,
+        )
+        return Analysis(tuned)
     of_optima = LAWS[name].of_optima
     made = _at_its_delta(optima(runs) if of_optima else runs, name, question)
     if made.status == "exact" or not made.problem.free.any():

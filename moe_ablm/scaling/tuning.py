@@ -144,8 +144,14 @@ def lowest_at_each(runs: Runs, setting: str) -> Tried:
         sd = float(np.sqrt(np.sum((loss - mean[config]) ** 2) / freedom))
         noise = Noise(sd, freedom, "replicates")
     tokens = runs["tokens"] if "tokens" in runs else np.full(len(runs), np.nan)
-    points = (cells, runs["params"], tokens, runs[setting])
-    return Tried(*(column[first] for column in points), lowest, noise)
+    return Tried(
+        cell=cells[first],
+        params=runs["params"][first],
+        tokens=tokens[first],
+        value=runs[setting][first],
+        loss=lowest,
+        noise=noise,
+    )
 
 
 def _cells(
@@ -170,7 +176,8 @@ def _cells(
     if noise is not None and draws > 0:
         errors = noise_draws(noise, tried.loss.size, draws, seed)
         drawn = solved.moved(errors, tried.loss).minima()
-    out, outside = [], []
+    out: list[Cell] = []
+    outside: list[Cell] = []
     for i, part in enumerate(parabolas.parts):
         mine = np.flatnonzero(tried.cell == part.size)
         order = mine[np.argsort(tried.value[mine])]
@@ -199,8 +206,13 @@ def _cells(
 
 def _line(cells: Sequence[Cell], fixed: Mapping[str, float], law: BestSetting) -> Line:
     """The power law through the optima of the cells."""
-    logs = [np.log([getattr(c, role) for c in cells]) for role in ("params", "tokens", "best")]
-    return Line.through(*logs, fixed, law.name)
+    return Line.through(
+        np.log([c.params for c in cells]),
+        np.log([c.tokens for c in cells]),
+        np.log([c.best for c in cells]),
+        fixed,
+        law.name,
+    )
 
 
 def _judged(

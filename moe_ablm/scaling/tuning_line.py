@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -84,7 +85,8 @@ class Line:
     ) -> tuple[dict[str, float], dict[str, tuple[Interval, ...]]]:
         """The setting at the target's inputs and its interval; nothing where one is missing."""
         needed = {*self.names, *(n for n, value in self.fixed.items() if value)}
-        logs = {n: np.log(float(target[r])) for n, r in EXPONENTS.items() if r in target}
+        given = cast(Mapping[str, float], target)
+        logs = {n: np.log(given[r]) for n, r in EXPONENTS.items() if r in given}
         if not logs or not needed <= set(logs):
             return {}, {}
         gap = np.array([logs[n] for n in self.names]) - self.middle
@@ -123,8 +125,8 @@ def _untold(
         elif np.ptp(values) < SAME:
             held[name] = 0.0
             notes.append(f"{name} is held at 0: all cells have the same {EXPONENTS[name]}")
-    free = [logs[n] for n in logs if n not in held]
-    if len(free) == 2 and abs(np.corrcoef(*free)[0, 1]) > TOGETHER:
+    free = np.stack([logs[n] for n in logs if n not in held] or [np.zeros(1)])
+    if len(free) == 2 and abs(np.corrcoef(free)[0, 1]) > TOGETHER:
         held["by_tokens"] = 0.0
         notes.append(
             "by_tokens is held at 0: tokens go with sizes in these cells, so that by_params is the "

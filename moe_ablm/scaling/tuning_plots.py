@@ -34,8 +34,8 @@ def best_setting(analysis: "Analysis") -> Figure:
         right.plot(told, cell.best, "o", ms=4, color=color)
     left.set(xscale="log", xlabel=label, ylabel="loss above the cell's lowest (nats)")
     left.set_ylim(-0.02 * SHOWN, SHOWN)
-    told = np.array([_told(fit, cell) for cell in cells])
-    ends = np.array([told.min() / 1.3, told.max() * 1.3])
+    values = [_told(fit, cell) for cell in cells]
+    ends = [min(values) / 1.3, max(values) * 1.3]
     right.plot(ends, ends, "-", lw=1.2, color="0.4", label="the law")
     right.set(xscale="log", yscale="log", ylabel=f"best {label} of a cell")
     right.set_xlabel(f"{label} of the law")
