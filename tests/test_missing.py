@@ -49,7 +49,7 @@ def test_a_word_is_no_cell_and_no_id(tmp_path, word):
     (tmp_path / "a.tsv").write_text("\n".join("\t".join(line) for line in lines) + "\n")
     found, report = read(tmp_path / "a.tsv")
     assert found == [(HEAVY, ""), ("", LIGHT)] and report.joined == 0
-    assert report.notes["chain that names no cell: kept alone"] == 2
+    assert report.notes["chain that names no cell: read alone"] == 2
 
 
 def test_a_label_may_be_a_word(tmp_path):

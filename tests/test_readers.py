@@ -181,7 +181,7 @@ def test_one_chain_is_kept_and_no_chain_is_a_bad_row(tmp_path):
     rows, report = read(path)
     assert len(rows) == 2 and report.first["no sequence"] == "row 3 (line 4)"
     assert report.rejected == {"no sequence": 1}
-    remark = "row without {} chain: the other kept alone"
+    remark = "row without {} chain: the other read alone"
     assert report.notes == {remark.format("light"): 1, remark.format("heavy"): 1}
 
 
@@ -371,8 +371,8 @@ def test_fasta_of_suffixed_chains(tmp_path):
     assert (found["b"]["sequence_aa_heavy"], found["b"]["sequence_aa_light"]) == (HEAVY, "")
     assert found["d"]["_any_chain"] and not found["a"]["_any_chain"]
     assert report.read == 4 and report.joined == 1
-    assert report.notes["cell without light chain: kept alone"] == 1
-    assert report.notes["chain that names no cell: kept alone"] == 1
+    assert report.notes["cell without light chain: read alone"] == 1
+    assert report.notes["chain that names no cell: read alone"] == 1
 
 
 @pytest.mark.parametrize(

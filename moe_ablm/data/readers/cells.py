@@ -58,7 +58,7 @@ def join_cells(
             alone = np.array(keys, np.uint64) == 0
             if alone.any():
                 where = place_of(batch, int(np.argmax(alone)))
-                report.note("chain that names no cell: kept alone", where, int(alone.sum()))
+                report.note("chain that names no cell: read alone", where, int(alone.sum()))
                 single = [_antibody(row, None) for row in batch.filter(pa.array(alone)).to_pylist()]
                 yield pa.RecordBatch.from_pylist(single, schema=_ANTIBODIES)
             if not alone.all():
@@ -124,7 +124,7 @@ def _joined(rows: list[dict], report: Report, reading: Reading) -> list[dict]:
             continue
         for row in heavy + light:
             missing = "light" if heavy else "heavy"
-            report.note(f"cell without {missing} chain: kept alone", _place(row))
+            report.note(f"cell without {missing} chain: read alone", _place(row))
             antibodies.append(_antibody(row, None))
     return antibodies
 

@@ -29,7 +29,8 @@ class Report:
       kept: antibodies written.
       joined: rows that became the second chain of a kept antibody.
       rejected: rows left out, by reason.
-      notes: rows kept after a change or with something to know, by remark.
+      notes: rows read with a change or with something to know, by remark; what follows in the
+        chain of readers and annotation may reject them still.
       first: for each reason or remark, the place of its first row.
       examples: what was found there, for reasons that have something to tell.
       metadata: what the file says about itself (the first line of OAS files).
@@ -87,7 +88,7 @@ class Report:
             )
 
     def note(self, remark: str, place: str, rows: int = 1) -> None:
-        """Counts rows that are kept, but about which the user should know something."""
+        """Counts rows that are no rejects, but about which the user should know something."""
         if rows:
             self.notes[remark] += rows
             self.first.setdefault(remark, place)

@@ -135,7 +135,7 @@ def _note_single_chains(batch: pa.RecordBatch, report: Report) -> None:
     for chain, here, other in zip(CHAINS, missing, reversed(missing), strict=True):
         alone = np.flatnonzero(pc.and_not(here, other).to_numpy(zero_copy_only=False))
         if len(alone):
-            remark = f"row without {chain} chain: the other kept alone"
+            remark = f"row without {chain} chain: the other read alone"
             report.note(remark, place_of(batch, alone[0]), len(alone))
 
 
