@@ -57,8 +57,8 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _named(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
-    if reason := in_store(text):
-        raise argparse.ArgumentTypeError(reason)
+    if refused := in_store(text):
+        raise argparse.ArgumentTypeError(refused)
     try:
         Path(text).exists()
     except (OSError, ValueError) as error:  # too long, or with a zero byte
