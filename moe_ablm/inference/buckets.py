@@ -112,7 +112,7 @@ class Engine:
 
     def __repr__(self) -> str:
         count = params_total(self.model.spec)
-        return f"Engine({self.model.source}: {count:,} parameters, {self.precision})"
+        return f"{type(self).__name__}({self.model.source}: {count:,} parameters, {self.precision})"
 
     def run(
         self, task: Task, rows: Sequence[np.ndarray], at: Sequence[int] | None = None
