@@ -47,7 +47,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/.test: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,eval,hub]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,eval,hub,completion]'
 	touch $@ .venv/.run
 
 .venv/.hf: setup.py | $(BIN)/python

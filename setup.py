@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-JAX = ">=0.10.1,<0.12"
+JAX = ">=0.10.1,<0.13"
 
 setup(
     name="moe_ablm",
@@ -64,6 +64,7 @@ setup(
             "nvidia-cudnn-cu12>=9.8,<10",
             "nvidia-cuda-nvcc-cu12>=12.6.85,<13",
         ],
+        "completion": ["argcomplete>=3.5,<4"],
         "hub": ["huggingface_hub>=1.0,<3"],
         "anndata": ["anndata>=0.12,<1"],
         "olga": ["olga>=1.2.4,<2"],

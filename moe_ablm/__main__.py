@@ -8,6 +8,7 @@ import argparse
 import importlib
 import logging
 import math
+import os
 import sys
 
 from moe_ablm.allocator import restart_with_huge_pages
@@ -95,8 +96,18 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def complete() -> None:
+    """Answers a shell that asks for completions, as argcomplete does; ends the process."""
+    import argcomplete
+
+    verb = [*os.environ["COMP_LINE"].split()[1:], None][0]
+    argcomplete.autocomplete(parser_of(verb), always_complete_options="long")
+
+
 def console() -> None:
     """The command line of this process; ends the process."""
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell's hook alone
+        complete()
     computing = ("questions", "evaluate", "finetune", TRAIN, QUICKSTART)
     if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
