@@ -28,8 +28,9 @@ ROUTERS = {
     "sequence": {"router": "sequence"},
 }  # fmt: skip
 
-# learning rates with the lowest validation loss after 200 updates at seed 0 (docs/moe.md): of .002,
-# .004 and .008 (dense), of .001, .002, .004 and .008 (top-2, expert choice); soft-MoE's was not tuned
+# learning rates with the lowest validation loss after 200 updates at seed 0 (docs/moe.md), of .002,
+# .004 and .008 for dense, of .001, .002, .004 and .008 for top-2 and expert choice; soft-MoE's was
+# not tuned
 RATES = {"dense": 4e-3, "top2": 2e-3, "expert-choice": 2e-3, "soft": 2e-3}
 
 
