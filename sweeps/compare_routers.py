@@ -3,10 +3,11 @@
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
     python sweeps/compare_routers.py --data=data/pairs --seeds=3 --jobs=1
 
-Trains every config of configs/compare_routers.py at every learning rate of --rates. The table of
-complete runs is printed at the end; the same command prints it again. A row shows the rate with the
-lowest mean validation loss: one rate for all would favour the routers that it suits. FLOPs per
-token are relative to the dense encoder; top-p and soft-MoE spend more.
+Trains every config of configs/compare_routers.py at the learning rate that it was tuned to (`RATES`
+there), or at each of --rates. The table of complete runs is printed at the end; the same command
+prints it again. A row shows the rate with the lowest mean validation loss: one rate for all would
+favour the routers that it suits. FLOPs per token are relative to the dense encoder; top-p and
+soft-MoE spend more.
 """
 
 import argparse
@@ -14,13 +15,12 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from configs.compare_routers import rate_of
 from launch.state import COMPLETE, CellState, read_summary
 from moe_ablm.results import read_results
 from sweeps import grid
 from sweeps.planned import Planned
 from sweeps.study import Study, data_path, main
-
-RATES = (1e-3, 2e-3, 4e-3)
 
 ROWS = [
     ("dense", "interleaved"),
@@ -45,16 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates",
         type=float,
         nargs="+",
-        default=RATES,
-        help="learning rates tried for every row; default %(default)s",
+        help="learning rates tried for every row; default: the tuned one of each",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=["-".join(row) for row in ROWS],
+        default=["-".join(row) for row in ROWS],
+        metavar="ROUTER-PLACEMENT",
+        help="rows of the table; default all: %(default)s",
     )
 
 
 def points(options: argparse.Namespace) -> list[grid.Point]:
     """The rows with every rate, seed after seed."""
-    routers, placements = zip(*ROWS, strict=True)
-    rows = grid.paired(router=routers, placement=placements)
-    return grid.product([{"seed": s} for s in range(options.seeds)], rows, lr=options.rates)
+    rows = [
+        {"router": router, "placement": placement, "lr": rate}
+        for router, placement in ROWS
+        if f"{router}-{placement}" in options.rows
+        for rate in options.rates or [rate_of(router)]
+    ]
+    return grid.product([{"seed": s} for s in range(options.seeds)], rows)
 
 
 def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
