@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from moe_ablm.data.readers import Reading, Source, open_sources
-from moe_ablm.data.readers.report import why_nothing
+from moe_ablm.data.readers import Reading
 from moe_ablm.errors import UserError, counted
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import WatchedBar
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # jax only when there is something to compute
     import pyarrow as pa
 
     from moe_ablm.data.antibody import Antibody
+    from moe_ablm.data.readers import Source
     from moe_ablm.inference.buckets import Engine
 
 
@@ -127,7 +127,8 @@ def ask(args: argparse.Namespace, question: Question) -> None:
         _print_left_out(source)
 
 
-def _sources(args: argparse.Namespace, question: Question) -> list[Source]:
+def _sources(args: argparse.Namespace, question: Question) -> "list[Source]":
+    from moe_ablm.data.readers import open_sources
     from moe_ablm.inference.antibodies import LETTERS
 
     sources = open_sources(
@@ -143,8 +144,9 @@ def _sources(args: argparse.Namespace, question: Question) -> list[Source]:
 
 
 def _antibodies(
-    args: argparse.Namespace, sources: list[Source], engine: "Engine", question: Question
+    args: argparse.Namespace, sources: "list[Source]", engine: "Engine", question: Question
 ) -> Iterator["Antibody"]:
+    from moe_ablm.data.readers.report import why_nothing
     from moe_ablm.inference.antibodies import LETTERS, given, read
 
     model = engine.model
@@ -181,7 +183,7 @@ def _write(
     args: argparse.Namespace,
     engine: "Engine",
     question: Question,
-    sources: list[Source],
+    sources: "list[Source]",
     antibodies: Iterator["Antibody"],
 ) -> None:
     from moe_ablm.inference.output import Output
@@ -216,7 +218,7 @@ def _write(
 
 
 def _command(
-    args: argparse.Namespace, engine: "Engine", question: Question, sources: list[Source]
+    args: argparse.Namespace, engine: "Engine", question: Question, sources: "list[Source]"
 ) -> dict[str, Any]:
     """All that decides the content of the output."""
     from moe_ablm.inference.output import file_identity
@@ -242,7 +244,7 @@ def _chosen(args: argparse.Namespace) -> list[list]:
     ]
 
 
-def _print_left_out(source: Source) -> None:
+def _print_left_out(source: "Source") -> None:
     report = source.report
     for reason, rows in report.rejected.most_common():
         first = report.first[reason]

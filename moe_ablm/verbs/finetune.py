@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_ablm.data.readers import open_sources
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.files import write_json
 from moe_ablm.model.spec import PRECISIONS
@@ -78,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
       UserError: flags, model or table are wrong.
     """
     _check(args)
+    from moe_ablm.data.readers import open_sources
     from moe_ablm.inference.antibodies import LETTERS
 
     (source,) = open_sources(

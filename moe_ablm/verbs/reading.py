@@ -6,15 +6,18 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from moe_ablm.data.germline import HUMAN, parse_germlines
 from moe_ablm.data.positions import SCHEMES
-from moe_ablm.data.readers import FORMATS, Reading, Source, open_sources, parse_columns
+from moe_ablm.data.readers import FORMATS, Reading
 from moe_ablm.errors import UserError
 from moe_ablm.progress import WatchedBar
+
+if TYPE_CHECKING:  # pyarrow only when something is read
+    from moe_ablm.data.readers import Source
 
 RUN = "a trained run, an import, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"  # of --run
 ASKED = f"{RUN}, or transformers:DIR"  # of --run of verbs that only ask
@@ -94,6 +97,8 @@ def add_numbering(parser: argparse.ArgumentParser, default: str | None = "imgt")
 
 def reading_of(args: argparse.Namespace) -> Reading:
     """What `add_format_arguments` says of how files are read."""
+    from moe_ablm.data.readers import parse_columns
+
     return Reading(
         columns=parse_columns(args.columns),
         nucleotides=args.nucleotides,
@@ -103,12 +108,14 @@ def reading_of(args: argparse.Namespace) -> Reading:
     )
 
 
-def sources_of(args: argparse.Namespace) -> list[Source]:
+def sources_of(args: argparse.Namespace) -> "list[Source]":
     """The sources that the flags name; nothing but the first lines of files is read yet.
 
     Raises:
       UserError: see `open_sources`, `parse_germlines`; `--workers` is not positive.
     """
+    from moe_ablm.data.readers import open_sources
+
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1")
     return open_sources(
@@ -122,7 +129,7 @@ def sources_of(args: argparse.Namespace) -> list[Source]:
 class Course:
     """How far the reading of some sources is, and how many rows there will be."""
 
-    def __init__(self, sources: list[Source]):
+    def __init__(self, sources: "list[Source]"):
         self._reports = [source.report for source in sources]
         self._sizes = [sum(p.stat().st_size for p in source.paths) for source in sources]
         self._consumed = [0] * len(sources)
@@ -156,7 +163,7 @@ class Course:
         return round(rows * (read - lost) / read) if rows and read else None
 
 
-def reading_progress(verb: str, sources: list[Source], after: str = "") -> WatchedBar:
+def reading_progress(verb: str, sources: "list[Source]", after: str = "") -> WatchedBar:
     """A bar over the rows of all files; silent without a terminal.
 
     Use as a context manager around whatever exhausts the sources.

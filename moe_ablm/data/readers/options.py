@@ -8,6 +8,19 @@ from typing import Literal
 from moe_ablm.data.germline import HUMAN
 from moe_ablm.errors import UserError
 
+# name -> what it is, for help and for dataset cards
+FORMATS = {
+    "table": "CSV, TSV or parquet with a column for each chain",
+    "joined": "CSV or parquet with both chains in `sequence`, a separator between them",
+    "lines": "lines without a header, each with both chains and a separator, or one chain",
+    "oas-paired": "OAS paired CSV",
+    "oas-unpaired": "OAS unpaired CSV",
+    "airr": "AIRR or Change-O rearrangement table, chains joined by `cell_id`",
+    "10x": "10x contig annotations, CSV or JSON, chains joined by `barcode`",
+    "fasta": "FASTA of antibody chains (`id|H` and `id|L`, or two files)",
+    "protein": "FASTA of general proteins",
+}
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -18,7 +18,7 @@ from moe_ablm.data.readers.columns import (
     no_chains,
 )
 from moe_ablm.data.readers.contig_json import is_contig_json
-from moe_ablm.data.readers.options import AS_USUAL, Reading
+from moe_ablm.data.readers.options import AS_USUAL, FORMATS, Reading
 from moe_ablm.data.readers.parquet import is_parquet
 from moe_ablm.data.readers.report import Report, existing_file, nearest
 from moe_ablm.data.readers.rows import columns_with_chains, header_of
@@ -26,18 +26,6 @@ from moe_ablm.data.readers.stream import first_lines
 from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import UserError
 
-# name -> what it is, for help and for dataset cards
-FORMATS = {
-    "table": "CSV, TSV or parquet with a column for each chain",
-    "joined": "CSV or parquet with both chains in `sequence`, a separator between them",
-    "lines": "lines without a header, each with both chains and a separator, or one chain",
-    "oas-paired": "OAS paired CSV",
-    "oas-unpaired": "OAS unpaired CSV",
-    "airr": "AIRR or Change-O rearrangement table, chains joined by `cell_id`",
-    "10x": "10x contig annotations, CSV or JSON, chains joined by `barcode`",
-    "fasta": "FASTA of antibody chains (`id|H` and `id|L`, or two files)",
-    "protein": "FASTA of general proteins",
-}
 _READERS = {
     "table": study.read_table,
     "joined": study.read_joined,
