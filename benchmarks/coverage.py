@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
 from moe_ablm.scaling.catalogue import SMOOTH
@@ -195,7 +196,7 @@ def table_of(done: Mapping[tuple[str, int], dict]) -> Table:
             names = dict.fromkeys(k for v in kept for k in v[method])
             shares = {k: [v[method][k] for v in kept if k in v[method]] for k in names}
             text = ", ".join(f"{k} {100 * np.mean(s):.1f}" for k, s in shares.items())
-            table.add_row(case, method, str(len(kept)), text)
+            table.add_row(case, method, str(len(kept)), Text(text))  # [x] is no markup
     return table
 
 

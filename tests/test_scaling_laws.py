@@ -20,6 +20,8 @@ SMOOTH = (
     "joint",
     "annealing",
     "annealing_sizes",
+    "compute",
+    "compute_slopes",
 )
 
 
@@ -37,6 +39,7 @@ def columns(size=40, seed=0):
         "router": np.where(experts > 1, rng.choice(["soft", "topk"], size), "dense"),
         "granularity": rng.choice([1.0, 2.0, 4.0], size),
         "sparsity": rng.choice([0.0, 0.5, 0.9], size),
+        "flops": 6 * params * tokens,
         "lr_area": np.exp(rng.normal(0, 1, size)),
         "lr_recent": np.exp(rng.normal(-8, 1, size)),
     }
@@ -61,7 +64,7 @@ def setup(name, centre):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradients_are_exact(name):
-    law, _, x, theta = setup(name, Centre(18.0, 23.0))
+    law, _, x, theta = setup(name, Centre(18.0, 23.0, 42.0))
     exact = law.jacobian(theta, x)
     step = 1e-6
     for k in range(theta.shape[1]):
@@ -72,7 +75,7 @@ def test_gradients_are_exact(name):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_natural_units_predict_the_same_loss(name):
-    centre = Centre(18.0, 23.0)
+    centre = Centre(18.0, 23.0, 42.0)
     law, observed, x, theta = setup(name, centre)
     natural = law.shift(theta, centre)
     plain = make_inputs(observed, Centre(), law.routers)

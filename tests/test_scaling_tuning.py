@@ -183,6 +183,8 @@ def test_runs_with_other_rates_are_no_seeds_of_each_other(tmp_path):
     assert sorted(every["lr"]) == [1e-3, 1e-3, 4e-3] and set(every["batch"]) == {32.0}
     write_run(tmp_path, "d", loss=2.05)  # of before configs were kept
     assert len(read_runs([tmp_path])) == 4
+    (tmp_path / "d" / "config.json").write_text('{"config": null}')  # no config of ours
+    assert len(read_runs([tmp_path])) == 4
 
 
 def test_the_command_writes_the_law_its_cells_and_its_figure(tmp_path, capsys):

@@ -234,7 +234,10 @@ def _settings_of(config: Path) -> dict[str, float]:
     """What is tuned of a run: peak learning rate, rows an update, weight decay; if known."""
     if not config.exists():
         return {}
-    train = _read_json(config).get("config", {}).get("train", {})
+    content = _read_json(config).get("config")
+    train = content.get("train") if isinstance(content, dict) else None
+    if not isinstance(train, dict):
+        return {}
     return {role: train[role] for role in TUNED if train.get(role) is not None}
 
 
