@@ -53,7 +53,11 @@ def plain(values) -> list:
     return [None if value != value else value for value in values]
 
 
-@pytest.mark.parametrize("asked", ASKED)
+QUICK = ("embed", "score", "infill")  # the others, which the examples call too, by --slow
+EVERY = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ASKED]
+
+
+@pytest.mark.parametrize("asked", EVERY)
 def test_a_frame_is_answered_as_the_verb_writes_it(asked, model, run, tmp_path, main):
     pandas = pytest.importorskip("pandas")
     options, flags, rows, alone = ASKED[asked]
