@@ -31,6 +31,7 @@ VERBS = {
     "scan": "all single mutants, scored",
     "route": "experts of every residue and layer",
     "attention": "attention between heavy and light chain",
+    "app": "a page in the browser: one antibody, seen through a model",
     "finetune": "a head for a laboratory's assay, tested between clones and kept",
     "predict": "what a fine-tuned model says of new antibodies",
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
@@ -97,7 +98,7 @@ def parser_of(named: str | None) -> argparse.ArgumentParser:
 
 def console() -> None:
     """The command line of this process; ends the process."""
-    computing = ("asking", "evaluate", "finetune", TRAIN, QUICKSTART)
+    computing = ("asking", "app", "evaluate", "finetune", TRAIN, QUICKSTART)
     if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     leave(main(sys.argv))
