@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -332,8 +332,8 @@ def page(engine: "Engine") -> Any:
     )  # fmt: skip
 
 
-def serve(engine: "Engine", address: str, port: int) -> None:
-    """Serves the page until Ctrl-C.
+def serve(engine: "Engine", address: str, port: int) -> NoReturn:
+    """Serves the page until Ctrl-C, which ends it with KeyboardInterrupt.
 
     Raises:
       UserError: the port is taken, or the address is not of this machine.
@@ -354,4 +354,5 @@ def serve(engine: "Engine", address: str, port: int) -> None:
         ) from error
     print(f"http://{address}:{port}   (Ctrl-C ends it)", flush=True)
     server.start()
-    server.io_loop.start()
+    server.io_loop.start()  # Panel takes Ctrl-C and ends the loop
+    raise KeyboardInterrupt

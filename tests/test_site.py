@@ -134,6 +134,7 @@ def test_pages_in_a_browser(site, width):
         visiting(width) as (page, wrong),
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.set_default_timeout(300_000)
         for path in sorted(p for p in site.rglob("index.html")):
             url = f"http://127.0.0.1:{server.server_port}/{path.parent.relative_to(site)}/"
             page.goto(url, wait_until="load")
