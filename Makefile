@@ -6,7 +6,7 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( 
 	"moe_ablm needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." \
 	% tuple(sys.version_info[:2]))'
 
-.PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench
+.PHONY: .venv-aot quickstart test test-slow test-slurm test-aot lint bench docs
 
 quickstart: .venv/.run
 	$(BIN)/python -m moe_ablm quickstart
@@ -15,7 +15,7 @@ quickstart: .venv/.run
 test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/.test .venv/.hf
+test-slow: .venv/.test .venv/.hf .venv/.docs
 	$(BIN)/python -m pytest --slow
 
 # as root, on Debian or where SLURM and munge are installed; skipped, with the reason, elsewhere
@@ -30,6 +30,10 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site of docs/ in site/; a warning, such as a link to nowhere, is an error
+docs: .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.hf
 	$(BIN)/python benchmarks/train_step.py
@@ -52,6 +56,10 @@ $(BIN)/python:
 
 .venv/.hf: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[hf,anndata]'
+	touch $@ .venv/.run
+
+.venv/.docs: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs,notebooks,app,browser]'
 	touch $@ .venv/.run
 
 .venv-aot: .venv-aot/.done

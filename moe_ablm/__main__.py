@@ -32,6 +32,7 @@ VERBS = {
     "scan": "all single mutants, scored",
     "route": "experts of every residue and layer",
     "attention": "attention between heavy and light chain",
+    "app": "a page in the browser: one antibody, seen through a model",
     "finetune": "a head for a laboratory's assay, tested between clones and kept",
     "predict": "what a fine-tuned model says of new antibodies",
     "evaluate": "perplexity, mutations, experts, classifiers ...: all in one report",
@@ -108,7 +109,7 @@ def console() -> None:
     """The command line of this process; ends the process."""
     if "_ARGCOMPLETE" in os.environ:  # set by the shell's hook alone
         complete()
-    computing = ("questions", "evaluate", "finetune", TRAIN, QUICKSTART)
+    computing = ("questions", "app", "evaluate", "finetune", TRAIN, QUICKSTART)
     if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
     leave(main(sys.argv))

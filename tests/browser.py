@@ -1,11 +1,13 @@
 """Pages in a headless Chromium: what it shows, and what its console says."""
 
+import contextlib
 import html
 import json
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,38 @@ function look(frame) {
 </script><iframe width="1000" height="900" onload="look(this)" src="%s"></iframe>"""
 
 
+def chromium() -> str:
+    """Where it is; skips the test where it is not."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no chromium on the PATH (apt-get install chromium)")
+    return browser
+
+
+@contextlib.contextmanager
+def visiting(width: int, height: int = 900) -> Iterator[tuple]:
+    """(page of Playwright, list of what went wrong): pages of a server of this machine.
+
+    Errors of the console and of scripts, requests that failed, and requests to elsewhere.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
+    wrong: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+
+        def requested(request) -> None:
+            if not re.match(r"(http|ws)://127\.0\.0\.1:|data:|blob:", request.url):
+                wrong.append(f"elsewhere: {request.url}")
+
+        page.on("request", requested)
+        page.on("pageerror", lambda error: wrong.append(f"script: {error}"))
+        page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text}"))
+        page.on("response", lambda r: r.status >= 400 and wrong.append(f"{r.status}: {r.url}"))
+        yield page, wrong
+        browser.close()
+
+
 def browse(page: Path) -> dict:
     """What Chromium shows of a page; skips the test where there is no Chromium.
 
@@ -40,9 +74,7 @@ def browse(page: Path) -> dict:
       text, images (widths, 0 where one is broken), tables, scripts, lost (links to nowhere),
       beyond (pixels by which the page is too wide), console (lines).
     """
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium on the PATH (apt-get install chromium)")
+    browser = chromium()
     wrapper = page.with_name(f"{page.stem}-looked-at.html")
     wrapper.write_text(WRAPPER % page.name)
     with tempfile.TemporaryDirectory(prefix="moe_ablm-chromium-") as profile:

@@ -1,0 +1,107 @@
+"""Pages of the site that have their source elsewhere; `mkdocs.yml` names this file twice.
+
+README.md, CONTRIBUTING.md and CHANGELOG.md as pages, a page of API reference for each room of
+`moe_ablm`, and the mermaid picture of docs/architecture.md drawn here, since a script that draws it
+in the browser would be fetched from elsewhere.
+"""
+
+import re
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+TOP = Path(__file__).resolve().parents[1]
+COPIED = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+EXAMPLE = re.compile(r"^( *)Examples?:\n((?:\1 +\S.*(?:\n|\Z))+)", re.MULTILINE)
+PICTURE = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+WIDTH, HEIGHT, STEP_X, STEP_Y = 108, 34, 150, 74  # of a box, and from one to the next
+
+
+def on_files(files: Files, config) -> Files:
+    """Adds the pages that are no files of docs/."""
+    pages = {page: from_top((TOP / source).read_text()) for source, page in COPIED.items()}
+    pages["reference/api.md"] = reference("api")
+    for room in sorted(p.parent.name for p in TOP.glob("moe_ablm/*/__init__.py")):
+        if room != "verbs":  # command lines, not for import
+            pages[f"reference/{room}.md"] = reference(room)
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def from_top(text: str) -> str:
+    """Links from the top of the checkout as links from docs/."""
+    return re.sub(r"\]\(docs/", "](", text)
+
+
+def reference(module: str) -> str:
+    """The page of a module and those below it."""
+    return f"# moe_ablm.{module}\n\n::: moe_ablm.{module}\n    options:\n      heading_level: 2\n"
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Mermaid graphs as pictures."""
+    return PICTURE.sub(lambda found: draw(found[1]), markdown)
+
+
+class Examples(griffe.Extension):
+    """Examples of docstrings are code, of which Markdown would make links and quotations."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = EXAMPLE.sub(
+                r"\1Example:\n\1  ```python\n\2\1  ```\n", obj.docstring.value
+            )
+
+
+def levels(edges: list[tuple[str, str]], names: list[str]) -> dict[str, int]:
+    """Of each name the length of the longest way down along the edges."""
+    level = dict.fromkeys(names, 0)
+    for _ in names:
+        for upper, lower in edges:
+            level[upper] = max(level[upper], level[lower] + 1)
+    return level
+
+
+def draw(graph: str) -> str:
+    """The SVG of a mermaid graph of lines `a --> b` or `a`, without a circle."""
+    edges = re.findall(r"^\s*(\w+) --> (\w+)$", graph, re.MULTILINE)
+    names = list(dict.fromkeys(re.findall(r"^\s+(\w+)|--> (\w+)", graph, re.MULTILINE)))
+    names = list(dict.fromkeys(a or b for a, b in names))
+    level = levels(edges, names)
+    top = max(level.values())
+    place = {}
+    for row, below in groupby(sorted(names, key=lambda name: -level[name]), key=level.get):
+        for column, name in enumerate(below):
+            # every other row stands aside, so that no arrow runs through a box
+            place[name] = (20 + STEP_X * (2 * column + row % 2), 10 + STEP_Y * (top - row))
+    width = max(x for x, _ in place.values()) + WIDTH + 60
+    parts = [
+        f'<svg viewBox="0 0 {width} {(top + 1) * STEP_Y}" style="max-width:{width}px;width:100%" '
+        f'role="img" aria-label="{escape(", ".join(f"{a} imports {b}" for a, b in edges))}">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" '
+        'markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="currentColor"/>'
+        "</marker></defs>",
+    ]
+    for upper, lower in edges:
+        (x, y), (u, v) = place[upper], place[lower]
+        begin, end = x + WIDTH / 2, u + WIDTH / 2
+        parts.append(
+            f'<path d="M{begin} {y + HEIGHT}C{begin} {y + HEIGHT + 40} {end} {v - 40} {end} {v}" '
+            'fill="none" stroke="currentColor" opacity=".6" marker-end="url(#tip)"/>'
+        )
+    for name, (x, y) in place.items():
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="#cfd8dc" '
+            f'stroke="currentColor"/><text x="{x + WIDTH / 2}" y="{y + 22}" font-size="15" '
+            f'text-anchor="middle" fill="#1c2430">{name}</text>'
+        )
+    return f"<figure>{''.join(parts)}</svg></figure>"
