@@ -36,6 +36,7 @@ ROWS = [
     ("soft-l2", "interleaved"),
     ("sequence", "interleaved"),
 ]
+CHAINS = ("heavy", "light_unseen")  # of `valid_loss_by_chain`: those that no run was trained on
 REGIONS = ("CDRH3", "CDRL3", "FRH1")
 
 
@@ -78,7 +79,8 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
 
 def table(cells: list[Planned], states: list[CellState]) -> str:
     """A title and a Markdown table with one line per row of `ROWS` that has complete runs."""
-    head = ["router", "placement", "rate", "seeds", "FLOPs", "train loss", "validation", *REGIONS]
+    head = ["router", "placement", "rate", "seeds", "FLOPs", "train loss", "validation"]
+    head += [*(chain.replace("_", ", ") for chain in CHAINS), *REGIONS]
     head += ["load entropy", "dropped", "tokens/s", "memory MB", "verdict"]
     complete = [p for p, s in zip(cells, states, strict=True) if s.name == COMPLETE]
     rows = {row: runs for row in ROWS if (runs := best_rate(row, complete))}
@@ -131,7 +133,11 @@ def columns(runs: list[Planned], dense: float | None) -> list[str]:
         f"{mean(map(flops_per_token, runs)) / dense:.2f}" if dense else "",
         with_error([run["train_loss_final"] for run in found], 3),
         with_error([run["valid_loss_final"] for run in found], 3),
-        *(with_error([run["valid_loss_by_region"][r] for run in found], 3) for r in REGIONS),
+        *(
+            with_error([run.get(f"valid_loss_by_{part}", {}).get(name) for run in found], 3)
+            for part, names in (("chain", CHAINS), ("region", REGIONS))
+            for name in names
+        ),
         f"{mean(s['entropy'] for s in routing):.3f}" if routing else "",
         f"{mean(s['dropped'] for s in routing):.1%}" if routing else "",
         f"{mean(speeds):,.0f}" if speeds else "",
@@ -148,10 +154,13 @@ def last_router(workdir: Path) -> list[dict]:
     ]
 
 
-def with_error(values: list[float], digits: int) -> str:
-    """Mean and its standard error."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{error}"
+def with_error(values: list[float | None], digits: int) -> str:
+    """Mean and its standard error; "" where a run has no value, as older ones by chain."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return ""
+    error = f" ± {stdev(known) / len(known) ** 0.5:.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{error}"
 
 
 study = Study(

@@ -444,6 +444,12 @@ def test_routers_are_compared_without_the_speed_of_a_run_that_had_none(tmp_path)
                   stability={"verdict": "stable"},
                   valid_loss_by_region=dict.fromkeys(compare_routers.REGIONS, 1.0))  # fmt: skip
     assert "500" in compare_routers.columns(cells, None)
+    assert "1.500" not in compare_routers.columns(cells, None)  # older runs tell no chains apart
+    shutil.rmtree(cells[1].cell.workdir)
+    write_run(cells[1], tokens_per_second=1.0, peak_memory=1, train_loss_final=2.0,
+              stability={"verdict": "stable"}, valid_loss_by_chain={"heavy": 1.5},
+              valid_loss_by_region=dict.fromkeys(compare_routers.REGIONS, 1.0))  # fmt: skip
+    assert "1.500" in compare_routers.columns(cells[1:], None)
     assert "" in compare_routers.columns(cells[:1], None)
 
 
