@@ -5,9 +5,10 @@
 
 Columns: cell, fingerprint, state, step, note; params (active), total_params, tokens, unique_tokens,
 corpus_tokens, flops, experts, router, seed, loss (validation, nats), loss_metric, as `fit` reads
-them; loss_all, loss_novel, loss_CHAIN (heavy, light_seen, light_unseen, ...), loss_REGION,
-valid_loss_best, train_loss_final, verdict, tokens_per_second; axis_NAME of the grid. A cell that is
-not complete has no loss; its tokens and flops are the planned ones.
+them; lr, batch, weight_decay where all complete cells say them; loss_all, loss_novel, loss_CHAIN
+(heavy, light_seen, light_unseen, ...), loss_REGION, valid_loss_best, train_loss_final, verdict,
+tokens_per_second; axis_NAME of the grid. A cell that is not complete has no loss; its tokens and
+flops are the planned ones.
 
 --loss chooses the column `loss`: novel is the loss on chains that no training antibody has, all the
 loss on all chains; or name a chain. The default is novel where every complete cell has it (older
@@ -27,6 +28,8 @@ from launch.state import COMPLETE, CellState, finite, read_summary, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
+from moe_ablm.scaling.readers import settings_of
+from moe_ablm.scaling.runs import TUNED
 from sweeps.planned import Planned, read_plan
 
 CHAIN_LOSSES = tuple(
@@ -106,6 +109,7 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Cell
     states = [state_of(p.cell, p.steps) for p in cells]
     rows = [row(p, s) for p, s in zip(cells, states, strict=True)]
     complete = [each for each in rows if each["state"] == COMPLETE]
+    _add_settings(cells, rows, complete)
     notes = []
     if loss is None:
         lacking = sum(each["loss_novel"] is None for each in complete)
@@ -129,6 +133,16 @@ def collect(folder: Path, out: Path, loss: str | None = None) -> tuple[list[Cell
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     return states, notes
+
+
+def _add_settings(cells: Sequence[Planned], rows: list[dict], complete: list[dict]) -> None:
+    """Columns of what is tuned, where all complete cells say it: cells that differ are no seeds."""
+    for p, each in zip(cells, rows, strict=True):
+        each |= settings_of(p.cell.workdir / "config.json")
+    for role in TUNED:
+        if not all(role in each for each in complete):
+            for each in rows:
+                each.pop(role, None)
 
 
 def _novel_differ(cells: Sequence[Planned], states: Sequence[CellState]) -> list[str]:

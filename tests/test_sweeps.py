@@ -407,6 +407,22 @@ def test_collect_writes_what_its_name_says(sweep, capsys):
     assert not (folder / "runs.xlsx").exists()
 
 
+def test_cells_that_differ_in_what_is_tuned_are_no_seeds(tmp_path):
+    points = {"train.lr": [1e-3, 2e-3], "seed": [0, 1]}
+    cells = tiny_plan(tmp_path, **points)
+    write_plan(tmp_path, "test", cells)
+    for p in cells:
+        write_run(p)
+        train = {"lr": float(p.axes["train.lr"]), "batch": 8, "weight_decay": 0.1}
+        (p.cell.workdir / "config.json").write_text(json.dumps({"config": {"train": train}}))
+    out = tmp_path / "runs.parquet"
+    assert collect.main([str(tmp_path), "--out", str(out)]) == 0
+    assert pq.read_table(out)["lr"].to_pylist() == [1e-3, 1e-3, 2e-3, 2e-3]
+    (cells[0].cell.workdir / "config.json").unlink()
+    assert collect.main([str(tmp_path), "--out", str(out)]) == 0
+    assert "lr" not in pq.read_table(out).column_names
+
+
 def test_a_dry_run_needs_no_data(tmp_path, monkeypatch, capsys):
     """As the README has it, in a clone without data/."""
     argv = [SMALL[1], "--ladder=paper", "--seeds=1", "--routers=dense", "--dry-run"]

@@ -154,7 +154,7 @@ def _read_run_directories(path: Path, curves: bool, drop_bad: bool) -> Sheet:
                 sheet.skipped.append((str(file), f"status is '{status}', not '{FINISHED[0]}'"))
                 continue
             values["run"] = str(file.parent)
-            values |= _settings_of(file.with_name("config.json"))
+            values |= settings_of(file.with_name("config.json"))
             rows = list(_curve_rows(file, values)) if curves else [Row(str(file), values)]
         except UserError as error:
             if not drop_bad:
@@ -230,8 +230,12 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
         yield Row(f"{results}, row {i}", row)
 
 
-def _settings_of(config: Path) -> dict[str, float]:
-    """What is tuned of a run: peak learning rate, rows an update, weight decay; if known."""
+def settings_of(config: Path) -> dict[str, float]:
+    """What is tuned of a run, by its `config.json`: the roles `TUNED`; {} where it is not known.
+
+    Raises:
+      UserError: the file is not JSON.
+    """
     if not config.exists():
         return {}
     content = _read_json(config).get("config")
