@@ -28,7 +28,8 @@ WIDTH, HEIGHT, STEP_X, STEP_Y = 108, 34, 150, 74  # of a box, and from one to th
 def on_files(files: Files, config) -> Files:
     """Adds the pages that are no files of docs/."""
     pages = {page: from_top((TOP / source).read_text()) for source, page in COPIED.items()}
-    pages["reference/api.md"] = reference("api")
+    for module in ("antibody_model", "api"):
+        pages[f"reference/{module}.md"] = reference(module)
     for room in sorted(p.parent.name for p in TOP.glob("moe_ablm/*/__init__.py")):
         if room != "verbs":  # command lines, not for import
             pages[f"reference/{room}.md"] = reference(room)

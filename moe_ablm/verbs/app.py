@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.model.spec import PRECISIONS
+from moe_ablm.verbs.reading import ASKED
 
 PORTS = range(1, 1 << 16)
 HERE = "127.0.0.1"
@@ -13,7 +14,7 @@ HERE = "127.0.0.1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--run", type=Path, required=True, help="a trained run, or an import")
+    parser.add_argument("--run", type=Path, required=True, help=ASKED)
     parser.add_argument("--port", type=int, default=5006, help="of the page (default %(default)s)")
     parser.add_argument(
         "--address",
@@ -42,8 +43,6 @@ def run(args: argparse.Namespace) -> None:
             "app draws its page with Panel, which is missing: pip install 'moe_ablm[app]'"
         )
     from moe_ablm.app import serve
-    from moe_ablm.inference.buckets import Engine
-    from moe_ablm.interop.load import load_model
+    from moe_ablm.inference.engines import engine_of
 
-    engine = Engine(load_model(args.run), args.precision)
-    serve(engine, args.address, args.port)
+    serve(engine_of(args.run, args.precision), args.address, args.port)
