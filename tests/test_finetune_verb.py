@@ -357,7 +357,7 @@ def test_gdpa1_is_held_out_by_its_own_folds(place, main, finetune):
     assert "left out 1: no target" in done.stdout
     found = numbers(place / "hic")
     each = []
-    for fold in "012":
+    for fold in ("0.0", "1.0", "2.0"):
         of = [row for row in rows if row["fold"] == fold]
         held, target = ([float(row[name]) for row in of] for name in ("held_out", "target"))
         each.append(stats.spearmanr(held, target)[0])

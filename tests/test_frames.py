@@ -46,6 +46,20 @@ def test_names_of_published_tables():
     assert items_of({"heavy": "EVQ", "light": "DIQ"}) == [Antibody("", "EVQ", "DIQ")]
 
 
+@pytest.mark.parametrize(("heavy", "light"), [("VH", "VL"), ("HeavySequence", "LightSequence")])
+def test_names_are_read_as_in_files(heavy, light):
+    assert items_of({heavy: ["EVQ"], light: ["DIQ"]}) == [Antibody("", "EVQ", "DIQ")]
+
+
+def test_a_column_that_is_there_twice_is_refused():
+    pandas = pytest.importorskip("pandas")
+    twice = pandas.DataFrame([["EVQ", "QVQ"], ["EVQ", "QVQ"]], columns=["heavy", "heavy"])
+    arrow = pa.table([["EVQ"], ["QVQ"]], names=["heavy", "heavy"])
+    for table in (twice, arrow):
+        with pytest.raises(UserError, match="column heavy is there twice"):
+            items_of(table)
+
+
 def test_a_tuple_is_one_pair_and_a_list_is_several_chains():
     assert items_of(("EVQ", "DIQ")) == [("EVQ", "DIQ")]
     assert items_of(("EVQ", None)) == [("EVQ", None)]
@@ -58,7 +72,7 @@ def test_a_tuple_is_one_pair_and_a_list_is_several_chains():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"VH": ["EVQ"], "VL": ["DIQ"]}, "columns VH, VL; expected sequence_aa_heavy and"),
+        ({"V1": ["EVQ"], "V2": ["DIQ"]}, "columns V1, V2; expected sequence_aa_heavy and"),
         ({"heavy": ["EVQ"], "light": ["DIQ", "DIQ"]}, "different lengths"),
         ({"heavy": ["EVQ", 7], "light": ["DIQ", ""]}, "row 2, column heavy: found 7"),
         (5, "found 5"),

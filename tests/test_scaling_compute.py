@@ -130,6 +130,23 @@ def test_a_grid_counts_by_the_minima_of_its_budgets():
     assert interval.low < GAIN < interval.high < 1.1 * GAIN
 
 
+def test_a_kind_of_two_sizes_a_budget_counts_by_its_lowest_losses():
+    """The best size and one eighteen times as large, whose loss is no best one."""
+    runs = grid(sd=0.0)
+    place = np.tile(np.arange(7), 16)
+    some = runs.take((runs["router"] == "dense") | np.isin(place, (3, 6)))
+    best = optima(some)
+    mine = best["loss"][best["router"] == "top2"]
+    expected = runs["loss"][(runs["router"] == "top2") & (place == 3)]
+    np.testing.assert_array_equal(np.sort(mine), np.sort(expected))
+    assert any("top2: no budget of 3 sizes" in note for note in best.notes)
+
+
+def test_a_kind_that_is_not_there_has_no_prediction():
+    with pytest.raises(UserError, match="router=top3: the kinds are dense, top2"):
+        analyse(ladder(), Question("compute", draws=0, target={"router": "top3", "flops": 1e20}))
+
+
 def test_numbers_of_experts_are_kinds_of_their_own():
     runs = ladder()
     experts = np.where(runs["router"] == "top2", np.tile([8.0, 64.0], 8), 1.0)

@@ -159,6 +159,11 @@ def test_cells_without_a_minimum_are_named_and_too_few_are_refused():
         fit_tuning(runs, BatchSize(), draws=0)
     with pytest.raises(UserError, match="--fix k"):
         fit_tuning(runs, LearningRate(), {"k": 1.0}, draws=0)
+    with pytest.raises(UserError, match="--rule k=-1: expected a finite number, above 0"):
+        fit_tuning(runs, LearningRate(), draws=0, rule={"k": -1.0})
+    columns = {name: values for name, values in runs.columns.items() if name != "tokens"}
+    with pytest.raises(UserError, match="by_tokens=0.3: the input has no column 'tokens'"):
+        fit_tuning(Runs(columns, runs.source), LearningRate(), {"by_tokens": 0.3}, draws=0)
     with pytest.raises(UserError, match="cannot be compared"):
         compare(runs, ["learning_rate", "chinchilla"])
     assert "learning_rate" not in applicable(runs.columns)

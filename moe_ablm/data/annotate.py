@@ -290,7 +290,7 @@ def _best_of(
     best, rows = rank.argmax(axis=0), np.arange(batch.num_rows)
     every = pa.concat_batches([done for done, _ in found])
     done = every.take(pa.array(best * batch.num_rows + rows))
-    names = np.array([Path(name).name for name in germlines], object)[best]
+    names = np.array([Path(name).resolve().name for name in germlines], object)[best]
     names[~np.logical_or.reduce([lacks_annotation(batch, c, reannotate) for c in CHAINS])] = ""
     return done.append_column(GERMLINES, pa.array(names, pa.string())), reasons[best, rows]
 

@@ -167,7 +167,7 @@ def parse_germlines(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
         load_germlines(name)
-    called = [Path(name).name for name in names]
+    called = [Path(name).resolve().name for name in names]
     if len(set(called)) < len(called):
         raise UserError(f"--germlines {text}: two are called the same; rename a folder")
     return names

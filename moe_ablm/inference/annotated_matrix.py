@@ -63,5 +63,7 @@ def embedded(
     found = annotated(table)
     if frame is not None:
         beside = frame.iloc[owner].set_axis(found.obs_names)
+        if "sequence_id" in beside:  # the caller's own; the index has that of the frame
+            found.obs["sequence_id"] = beside["sequence_id"]
         found.obs = found.obs.join(beside[[n for n in beside if n not in found.obs]])
     return found

@@ -1,6 +1,10 @@
 """The engine of whatever `--run` names: a run, an import, or a directory of transformers."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
+
+import jax
 
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.torch_engine import TorchEngine
@@ -27,6 +31,10 @@ def engine_of(
     Raises:
       UserError: see `load_model` and `load_pretrained`; an argument is out of range.
     """
+    if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # where there is no accelerator; more devices than cores would compute one after the other
+        with suppress(RuntimeError):  # in Python jax may have been used before
+            jax.config.update("jax_num_cpu_devices", min(devices, os.cpu_count() or 1))
     ours, theirs = kinds
     if not str(run).startswith(PREFIX):
         return ours(load_model(run, name), precision, devices, batch_tokens)

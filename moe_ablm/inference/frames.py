@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody
-from moe_ablm.data.readers.columns import CHAIN_PAIRS
+from moe_ablm.data.readers.columns import CHAIN_PAIRS, chain_columns
 from moe_ablm.errors import UserError
 from moe_ablm.inference.output import flat
 
@@ -46,6 +46,10 @@ def items_of(given: Any) -> list[Any]:
     """
     if isinstance(given, (str, Antibody)) or _is_pair(given):
         return [given]
+    if hasattr(given, "columns"):
+        names = [str(name) for name in getattr(given, "column_names", given.columns)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"antibodies: column {twice} is there twice: rename or drop one")
     if isinstance(given, Mapping):
         if all(value is None or isinstance(value, str) for value in given.values()):
             return _antibodies([given], list(given))
@@ -81,16 +85,15 @@ def _of_columns(columns: Mapping[str, list]) -> list[Any]:
 
 def _antibodies(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
     known = {name.lower(): name for name in names}
-    pair = next((p for p in CHAIN_PAIRS if known.keys() & set(p)), None)
+    heavy, light = chain_columns(names)
     single = next((known[name] for name in SINGLE if name in known), None)
-    if pair is None and single is None:
+    if heavy is light is single is None:
         raise UserError(
             f"antibodies: a table with columns {', '.join(names)}; expected "
             f"{' or '.join(' and '.join(p) for p in CHAIN_PAIRS)}, or {SINGLE[-1]}"
         )
-    if pair is None:
+    if heavy is light is None:
         return [_text(row, single, number) for number, row in enumerate(rows, start=1)]
-    heavy, light = (known.get(name) for name in pair)
     identifier = next((known[name] for name in IDS if name in known), None)
     return [
         Antibody(
@@ -150,8 +153,8 @@ def as_frame_of(
     else:
         names = pa.array([antibodies[i].name for i in owner.tolist()], pa.string())
         table = table.set_column(0, "sequence_id", names)
-    if isinstance(frame, pa.Table):
-        return table
+    if isinstance(frame, pa.Table | pa.RecordBatch):
+        return table  # type: ignore[return-value]  # of a batch a table, too
     if hasattr(frame, "iloc"):  # pandas
         return flat(table).to_pandas().set_axis(frame.index.take(owner))  # type: ignore[attr-defined]
     return type(frame)(flat(table))  # type: ignore[call-arg]  # polars reads Arrow as it is

@@ -138,7 +138,7 @@ def _told(what: str, revision: str | None) -> Iterator[None]:
             f"cache ({constants.HF_HUB_CACHE}): fetch it once where there is a network"
         ) from error
     except (errors.HTTPError, OSError, ValueError) as error:  # of the transport, too
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{what}: {constants.ENDPOINT} refuses: {reason}") from error
     finally:
         if quiet:

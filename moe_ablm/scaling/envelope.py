@@ -64,6 +64,7 @@ def fit_envelope(
     floor, moved_floor = _above_floor(lowest, kept)
     if all(len(v) >= (1 - MOST_LOST) * draws for v in moved_floor.values()):
         intervals |= _intervals(moved_floor, draws, level)
+    open_ended = [name for name in floor if name not in intervals]
     derived = {k: v for k, v in values.items() if k in ("N_opt", "D_opt")}
     coefficients = {k: v for k, v in (values | floor).items() if k not in derived}
     return Fit(
@@ -74,15 +75,21 @@ def fit_envelope(
         huber_delta=float("inf"),
         delta_source="least squares on the log-log envelope",
         status="exact" if lowest.passages.size == 2 else "converged",
-        identifiable=dict.fromkeys(coefficients, True),
-        verdicts=dict.fromkeys(coefficients, "identified"),
+        identifiable={name: name not in open_ended for name in coefficients},
+        verdicts={n: "not judged" if n in open_ended else "identified" for n in coefficients},
         intervals=intervals,
         derived=derived,
         target=target.copy(),
-        notes=(*runs.notes, *_few(lowest.passages.size)),
+        notes=(*runs.notes, *_few(lowest.passages.size), *_without_interval(open_ended)),
         data_unit=runs.data_unit,
         runs=runs,
     )
+
+
+def _without_interval(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{', '.join(names)}: no interval, as too many draws have too few passages"]
 
 
 def _few(passages: int) -> list[str]:

@@ -50,11 +50,27 @@ def optima(runs: Runs) -> Runs:
             columns, names = _minima(made, str(mine["router"][0]))
             notes.append(f"{names[0]} ...: the losses at the minima of {len(names)} budgets count")
             notes += [n for n in made.notes if n not in runs.notes]
+        elif "params" in mine:
+            lowest = _lowest(mine)
+            notes.append(
+                f"{mine['router'][0]}: no budget of {FEWEST_SIZES} sizes, so the lowest loss of "
+                "each counts, which is above that of the best size; "
+                f"{len(mine) - lowest.size} rows are left out"
+            )
+            mine = mine.take(lowest)
+            columns, names = mine.columns, mine.source
         parts.append(columns)
         source += names
     roles = ("flops", "loss", "router")
     joined = {r: np.concatenate([part[r] for part in parts]) for r in roles}
     return Runs(joined, tuple(source), runs.dropped, tuple(notes), runs.data_unit)
+
+
+def _lowest(runs: Runs) -> np.ndarray:
+    """The row of the lowest loss of each budget."""
+    groups = IsoFlop.for_runs(runs.columns).groups(runs)
+    rows = (np.flatnonzero(groups == budget) for budget in np.unique(groups))
+    return np.array([row[np.argmin(runs["loss"][row])] for row in rows])
 
 
 def kind_names(runs: Runs) -> np.ndarray:

@@ -286,7 +286,10 @@ def analyse(runs: Runs, question: Question) -> Analysis:
         )
         return Analysis(tuned)
     of_optima = LAWS[name].of_optima
-    made = _at_its_delta(optima(runs) if of_optima else runs, name, question)
+    fitted = optima(runs) if of_optima else runs
+    if of_optima:
+        _require_kind(fitted, question.target)
+    made = _at_its_delta(fitted, name, question)
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
     walked = profiles(made, question.level)
@@ -314,6 +317,13 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     notes += (forecast_note(future),) if future else ()
     made = replace(with_open_profiles(made, walked), intervals=intervals, notes=notes)
     return Analysis(made, boot, walked, lack_of_fit(made), deltas, future)
+
+
+def _require_kind(fitted: Runs, target: Target | None) -> None:
+    """UserError where a target names a kind of model that there is not."""
+    asked, kinds = (target or {}).get("router"), np.unique(fitted["router"].astype(str)).tolist()
+    if asked is not None and asked not in kinds:
+        raise UserError(f"--target router={asked}: the kinds are {', '.join(kinds)}")
 
 
 def _at_its_delta(runs: Runs, name: str, question: Question) -> SmoothFit:

@@ -92,9 +92,16 @@ def fit_tuning(
     check_inputs("--target", target or {})
     for flag, given in (("--fix", fixed), ("--rule", rule or {})):
         allowed = (*EXPONENTS, "k") if flag == "--rule" else tuple(EXPONENTS)
-        for name in given:
+        for name, value in given.items():
             if name not in allowed:
                 raise UserError(f"{flag} {name}=...: law {law.name} takes {', '.join(allowed)}")
+            if not np.isfinite(value) or (name == "k" and value <= 0):
+                above = ", above 0" if name == "k" else ""
+                raise UserError(f"{flag} {name}={value:g}: expected a finite number{above}")
+            if value and name in EXPONENTS and EXPONENTS[name] not in runs:
+                raise UserError(
+                    f"{flag} {name}={value:g}: the input has no column {EXPONENTS[name]!r}"
+                )
     cells, notes = _cells(runs, law, seed_sd, draws, seed, level)
     line = _line(cells, fixed, law)
     cells = tuple(_judged(i, cells, line, fixed, law, rule) for i in range(len(cells)))

@@ -115,7 +115,7 @@ def _numbered(
     """Rows with a sequence and its numbering by the germlines that annotate the row."""
     from moe_ablm.data.numbering import number_chains
 
-    first, *_ = called = [Path(name).name for name in report.germlines]
+    first, *_ = called = [Path(name).resolve().name for name in report.germlines]
     fitting = batch["germlines"].to_pylist() if "germlines" in batch.schema.names else []
     fitting = [name or first for name in fitting] or [first] * len(sequences)
     for name, germlines in zip(called, report.germlines, strict=True):

@@ -6,7 +6,6 @@ They share the flags of `add_asking_arguments`, and `ask`. Each verb of question
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,11 +109,6 @@ def ask(args: argparse.Namespace, question: Question) -> None:
     if args.input and (args.heavy or args.light):
         raise UserError("--input with --heavy or --light: give files, or chains, not both")
     sources = _sources(args, question) if args.input else []
-    import jax
-
-    if args.devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # where there is no accelerator; more devices than cores would compute one after the other
-        jax.config.update("jax_num_cpu_devices", min(args.devices, os.cpu_count() or 1))
     from moe_ablm.inference.engines import engine_of
 
     engine = engine_of(args.run, args.precision, args.devices, args.batch_tokens)

@@ -205,10 +205,11 @@ def _write(
     values: list[Any] = targets.tolist()
     if assay.classes:
         values = [assay.classes[i] if i >= 0 else None for i in values]
+    called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(folds.tolist()))
     shown = {
         **names(saved.head, assay.antibodies),
         "target": values,
-        "fold": [None if fold < 0 else fold for fold in folds.tolist()],
+        "fold": [None if fold < 0 else called[fold] for fold in folds.tolist()],
         **_held_out(held_out, folds),
         **columns(saved.head, assay.classes, fitted(predictor, assay.antibodies), "prediction"),
     }

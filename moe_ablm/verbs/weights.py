@@ -66,6 +66,7 @@ def _size(text: str) -> int:
 
 def export(args: argparse.Namespace) -> None:
     """Loads the best checkpoint and writes it in another form."""
+    from moe_ablm.evaluation.supervised.saved_head import HEAD_FILE
     from moe_ablm.interop import hub
     from moe_ablm.interop.balm import export_balm
     from moe_ablm.interop.esm2 import export_esm2
@@ -90,6 +91,8 @@ def export(args: argparse.Namespace) -> None:
     write = writers[args.format]
     write(model, args.out, args.licence, Storage(args.dtype, args.shard_size))
     print(f"{args.out}: {model.source}")
+    if not hub.is_hub_name(args.run) and (args.run / HEAD_FILE).exists():
+        print(f"the head of {args.run} is not exported: predict takes {args.run} itself")
     if args.push:
         print(f"{hub.push(args.out, args.push)}: --run hf:{args.push}")
 

@@ -220,7 +220,7 @@ def _unlabelled(row: Mapping[str, str], antibody: Antibody, target: str) -> str 
     """Why a row has no label for each residue, or None."""
     whole = _TARGET in row
     parts = [("", target, antibody.heavy + antibody.light)] if whole else [
-        (f" {chain}", f"{target}_{chain}", letters) for chain, letters in antibody.chains()
+        (f" {chain}", f"{target}_{chain}", getattr(antibody, chain)) for chain in CHAINS
     ]  # fmt: skip
     for chain, column, letters in parts:
         text = row.get(_TARGET if whole else chain.strip(), "").strip()
