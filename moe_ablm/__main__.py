@@ -112,6 +112,7 @@ def console() -> None:
     computing = ("questions", "app", "evaluate", "finetune", TRAIN, QUICKSTART)
     if any(SHARED.get(verb, verb) in computing for verb in sys.argv[1:2]):
         restart_with_huge_pages()
+    Interrupts.alone = True
     leave(main(sys.argv))
 
 

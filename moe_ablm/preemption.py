@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from moe_ablm.endings import INTERRUPTED
@@ -48,16 +49,17 @@ class Interrupts:
     """
 
     current: "Interrupts | None" = None  # of this process
+    alone = False  # whether the process is there for the command alone, and ends with it
 
     def __init__(self, name: str = "moe_ablm", after: str = "give the same command again"):
         self.after, self.heard, self.saves = after, 0, False
-        self._over = threading.Event()
+        self._over, self._telling = threading.Event(), threading.Lock()
         self._name = name
 
     def __enter__(self) -> "Interrupts":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._before = signal.signal(signal.SIGINT, _raise), signal.set_wakeup_fd(self._write)
+        self._before = signal.signal(signal.SIGINT, self._raise), signal.set_wakeup_fd(self._write)
         Interrupts.current = self
         sys.unraisablehook = _without_interrupts
         self._thread = threading.Thread(target=self._answer, daemon=True)
@@ -73,6 +75,16 @@ class Interrupts:
         os.close(self._write)
         self._thread.join(GRACE)  # the command may be over before the answer to Ctrl-C is told
 
+    def _raise(self, _: int, frame: FrameType | None) -> NoReturn:
+        """Not among imports, where an extension in C++ may abort at an exception; none saves."""
+        if self.alone and _imports(frame):
+            if self._telling.acquire(blocking=False):
+                self._tell(f"interrupted: {self.after}")
+            else:
+                self._over.wait(0.1)  # the thread is telling it
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
     def _answer(self) -> None:
         while number := os.read(self._read, 1):
             if number[0] != signal.SIGINT:
@@ -84,7 +96,7 @@ class Interrupts:
                 os._exit(INTERRUPTED)
             if self.saves:
                 self._tell("heard Ctrl-C, saving; again: end without saving")
-            else:
+            elif self._telling.acquire(blocking=False):
                 self._tell(f"interrupted: {self.after}")
                 threading.Thread(target=_end_late, args=(self._over,), daemon=True).start()
         os.close(self._read)
@@ -95,8 +107,11 @@ class Interrupts:
             os.write(2, f"{start}{self._name}: {text}\n".encode())
 
 
-def _raise(*_) -> None:
-    raise KeyboardInterrupt
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported."""
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _without_interrupts(told: Any) -> None:

@@ -115,5 +115,6 @@ def _status_of(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    Interrupts.alone = True
     restart_with_huge_pages()
     leave(main(sys.argv))

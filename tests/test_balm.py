@@ -211,7 +211,10 @@ CONFIGS = {
     "head": ({"mlm_activation": "relu"}, "mlm_activation is 'relu'"),
     "router": ({"router_type": "hash"}, "router_type is 'hash', expected one of top-k"),
     "router bias": ({"router_bias": True}, "router_bias is True"),
-    "classifier": ({"architectures": ["BalmMoEForSequenceClassification"]}, "language-model head"),
+    "classifier": (
+        {"architectures": ["BalmMoEForSequenceClassification"]},
+        "expected .*ForMaskedLM",
+    ),
     "capacity": ({"expert_capacity": 0}, "expert_capacity is 0"),
     "unlimited choice": ({"router_type": "expert-choice"}, "expert choice needs one"),
     "absolute": (
