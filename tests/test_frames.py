@@ -23,7 +23,9 @@ def tables():
     yield "dict of arrays", {name: np.array(c, object) for name, c in columns.items()}
 
 
-@pytest.mark.parametrize(("kind", "table"), tables(), ids=lambda x: x if type(x) is str else "")
+@pytest.mark.parametrize(
+    ("kind", "table"), list(tables()), ids=lambda x: x if type(x) is str else ""
+)
 def test_a_table_is_its_pairs_with_their_names(kind, table):
     assert items_of(table) == NAMED
 
