@@ -172,15 +172,16 @@ capacity are wider. `sweeps/compare_routers.py` compares all routers in minutes.
 _STEPS = 2000
 SPECIALISATION = Study(
     "specialisation",
-    """Three encoders of equal active parameters and tokens to dissect: dense, top-2, soft-MoE.
+    """Encoders of equal tokens to dissect: dense, top-2, expert choice, soft-MoE.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs
-    python sweeps/specialisation.py --data=data/pairs --seeds=2 --jobs=2
+    python sweeps/specialisation.py --data=data/pairs --jobs=2
     python -m moe_ablm evaluate --run runs/specialisation/CELL --input data/pairs --out DIR
 
-Configs of configs/compare_routers.py, five times as long.
+Configs of configs/compare_routers.py, five times as long. Active parameters are equal but for
+soft-MoE, where all experts compute.
 """,
-    seeded(product(router=("dense", "top2", "soft"))),
+    seeded(product(router=("dense", "top2", "expert-choice", "soft"))),
     recipe_of(
         "configs/compare_routers.py",
         "data/pairs",
@@ -193,6 +194,7 @@ Configs of configs/compare_routers.py, five times as long.
     ),
     device="core",
     mfu=0.15,
+    seeds=3,
 )
 STUDIES = {
     s.name: s for s in (MASKING, PAIRING, PLACEMENT, SOFT_L2, PADDING, ROUTERS, SPECIALISATION)
