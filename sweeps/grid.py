@@ -1,8 +1,7 @@
 """Grid expressions: lists of points, each a dict from the name of an axis to a value.
 
 product(size=["8m", "35m"], seed=range(3))                  every size with every seed: 6 points
-paired(size=["8m", "35m"], lr=[4e-4, 2e-4])                 side by side: 2 points
-product(paired(size=["8m", "35m"], lr=[4e-4, 2e-4]), seed=range(3))                  6 points
+product([{"size": "8m", "lr": 4e-4}, {"size": "35m", "lr": 2e-4}], seed=range(3))    6 points
 [p for p in points if p["router"] != "dense" or p["experts"] == 1]                   a part
 product(a) + product(b)                                     one after the other
 """
@@ -37,15 +36,6 @@ def product(*grids: list[Point], **axes: Iterable) -> list[Point]:
     """
     parts = [*grids, *([{name: value} for value in values] for name, values in axes.items())]
     return [_joined(points) for points in itertools.product(*parts)]
-
-
-def paired(**axes: Iterable) -> list[Point]:
-    """Axes side by side: the first values make a point, the second ones, and so on.
-
-    Raises:
-      ValueError: axes of different lengths.
-    """
-    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
 
 
 def _joined(points: Iterable[Point]) -> Point:
