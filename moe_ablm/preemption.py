@@ -76,7 +76,10 @@ class Interrupts:
         self._thread.join(GRACE)  # the command may be over before the answer to Ctrl-C is told
 
     def _raise(self, _: int, frame: FrameType | None) -> NoReturn:
-        """Not among imports, where an extension in C++ may abort at an exception; none saves."""
+        """KeyboardInterrupt; among imports, where C++ may abort at one, the end of the process.
+
+        Nothing is to be saved or tidied up there.
+        """
         if self.alone and _imports(frame):
             if self._telling.acquire(blocking=False):
                 self._tell(f"interrupted: {self.after}")

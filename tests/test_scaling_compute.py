@@ -131,7 +131,7 @@ def test_a_grid_counts_by_the_minima_of_its_budgets():
 
 
 def test_a_kind_of_two_sizes_a_budget_counts_by_its_lowest_losses():
-    """The best size and one eighteen times as large, whose loss is no best one."""
+    """The best size and one six times as large (1.8^3), whose loss is no best one."""
     runs = grid(sd=0.0)
     place = np.tile(np.arange(7), 16)
     some = runs.take((runs["router"] == "dense") | np.isin(place, (3, 6)))

@@ -141,10 +141,8 @@ class Engine:
         Raises:
           UserError: the task needs a language-model head, which the model lacks.
         """
-        if getattr(task, "reads_head", False) and not self.model.head:
-            raise NotOffered(
-                f"log-probabilities: {self.model.source} has no language-model head: it only embeds"
-            )
+        if getattr(task, "reads_head", False):
+            self.model.require_head("log-probabilities", NotOffered)
         waiting: list[tuple[np.ndarray, Any]] = []
         for members, length, size in self._batches([len(row) for row in rows]):
             tokens = np.full((size, length), PAD, np.uint8)

@@ -73,10 +73,10 @@ class Model:
         about = repr((configs.encoder_to_mapping(self.spec), self.layout, self.length))
         return params_sha256(self.params, about, str)
 
-    def require_head(self, what: str) -> None:
-        """UserError where the model has no language-model head, which `what` needs."""
+    def require_head(self, what: str, error: type[UserError] = UserError) -> None:
+        """Raises `error` where the model has no language-model head, which `what` needs."""
         if not self.head:
-            raise UserError(f"{what}: {self.source} has no language-model head: it only embeds")
+            raise error(f"{what}: {self.source} has no language-model head: it only embeds")
 
 
 def flat_arrays(params: nnx.State) -> dict[str, np.ndarray]:
