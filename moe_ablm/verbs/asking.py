@@ -57,10 +57,16 @@ class Question:
 
 
 def add_asking_arguments(
-    parser: argparse.ArgumentParser, suffixes: tuple[str, ...] = SUFFIXES
+    parser: argparse.ArgumentParser, suffixes: tuple[str, ...] = SUFFIXES, run: str = ASKED
 ) -> None:
-    """Flags of the model, of the sequences, and of where results go, in files of these suffixes."""
-    parser.add_argument("--run", type=Path, required=True, help=ASKED)
+    """Flags of the model, of the sequences, and of where results go.
+
+    Args:
+      parser: of the verb.
+      suffixes: of the files that it can write.
+      run: which models it takes.
+    """
+    parser.add_argument("--run", type=Path, required=True, help=run)
     parser.add_argument(
         "--input",
         action="append",

@@ -9,7 +9,7 @@ from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
 from moe_ablm.verbs.asking import ANNDATA, SUFFIXES, Question, add_asking_arguments, ask
-from moe_ablm.verbs.reading import add_numbering
+from moe_ablm.verbs.reading import RUN, add_numbering
 from moe_ablm.verbs.writing import out_directory
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -231,7 +231,7 @@ def scan(args: argparse.Namespace) -> None:
 
 def add_route_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `route`."""
-    add_asking_arguments(parser)
+    add_asking_arguments(parser, run=RUN)
     add_numbering(parser)
 
 
@@ -249,7 +249,7 @@ def route(args: argparse.Namespace) -> None:
 
 def add_attention_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `attention`."""
-    add_asking_arguments(parser)
+    add_asking_arguments(parser, run=RUN)
     parser.add_argument(
         "--layer", type=int, default=-1, help="0 is the first layer, -1 (default) the last one"
     )
@@ -271,7 +271,7 @@ def attention(args: argparse.Namespace) -> None:
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `predict`."""
-    add_asking_arguments(parser)
+    add_asking_arguments(parser, run=RUN)
     parser.set_defaults(precision=None)
 
 
