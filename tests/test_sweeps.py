@@ -69,8 +69,7 @@ def test_grid_expressions_by_hand():
         {"size": "m", "seed": 0},
         {"size": "m", "seed": 1},
     ]
-    b = grid.paired(size=["s", "m"], lr=[2, 1])
-    assert b == [{"size": "s", "lr": 2}, {"size": "m", "lr": 1}]
+    b: list[grid.Point] = [{"size": "s", "lr": 2}, {"size": "m", "lr": 1}]
     assert grid.product(b, seed=[7]) == [
         {"size": "s", "lr": 2, "seed": 7},
         {"size": "m", "lr": 1, "seed": 7},
