@@ -164,14 +164,17 @@ class AntibodyModel(Engine):
           >>> list(model.infill(masked)["filled"])
           [2, 3]
         """
-        options = (samples, temperature, seed, top, regions, positions, numbering)
+        drawn, chosen = (samples, temperature, seed, top), (regions, positions, numbering)
         if not is_frame(antibodies):
-            return api.infill(self, antibodies, *options)
+            return api.infill(self, antibodies, *drawn, *chosen)
         from moe_ablm.inference import infill as infilling
+        from moe_ablm.inference.sampling import Sampling
+
+        sampling = Sampling(*drawn)
 
         def answer(given: list[Antibody]) -> pa.Table:
-            given, sampling = api.to_infill(given, *options)
-            return infilling.table(self, given, "antibody", sampling)
+            masked = api.masked_at(given, *chosen)
+            return infilling.table(self, masked, "antibody", sampling)
 
         return self._framed(antibodies, answer, letters=infilling.INFILLED)
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # jax, and numpy, when there is something to compute
     from moe_ablm.data.antibody import Antibody
     from moe_ablm.data.positions import Selection
     from moe_ablm.inference.buckets import Engine
-    from moe_ablm.inference.sampling import Sampling
 
 __all__ = ["UserError", "attention", "embed", "infill", "load", "route", "scan", "score"]
 
@@ -106,23 +105,17 @@ def chosen_of(
     return given, chosen
 
 
-def to_infill(
+def masked_at(
     given: "list[Antibody]",
-    samples: int,
-    temperature: float,
-    seed: int,
-    top: int,
     regions: str | Sequence[str] | None,
     positions: str | Sequence[str] | None,
     numbering: str,
-) -> "tuple[list[Antibody], Sampling]":
-    """The antibodies with the chosen residues masked, and how they are filled in."""
+) -> "list[Antibody]":
+    """The antibodies with the chosen residues masked; as they are where none are chosen."""
     from moe_ablm.inference.numbers import masked
-    from moe_ablm.inference.sampling import Sampling
 
-    sampling = Sampling(samples, temperature, seed, top)
     given, chosen = chosen_of(given, regions, positions, numbering)
-    return given if chosen is None else [masked(a, chosen) for a in given], sampling
+    return given if chosen is None else [masked(a, chosen) for a in given]
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -231,12 +224,11 @@ def infill(
       infill(model, ("EVQLV___SGGG...", ""), samples=10, temperature=0.8, seed=1)[0]["heavy"]
     """
     from moe_ablm.inference import infill as infilling
+    from moe_ablm.inference.sampling import Sampling
 
-    given, sampling = to_infill(
-        given_of(model, antibodies, infilling.INFILLED),
-        *(samples, temperature, seed, top),
-        *(regions, positions, numbering),
-    )
+    sampling = Sampling(samples, temperature, seed, top)  # refused before the model is asked
+    given = given_of(model, antibodies, infilling.INFILLED)
+    given = masked_at(given, regions, positions, numbering)
     return [
         {
             "heavy": c.antibody.heavy,
