@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import math
 import subprocess
 import sys
 import time
@@ -15,12 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from moe_ablm.__main__ import main
-from moe_ablm.data import complete
+from moe_ablm.data import complete, usage
 from moe_ablm.data.align import REASONS
 from moe_ablm.data.annotate import ChainAnnotation, annotate_batch, annotate_chains
-from moe_ablm.data.germline_scores import AMINO_ACIDS, BACKGROUND
+from moe_ablm.data.germline import LOCI_OF_CHAIN, JAllele, load_germlines
+from moe_ablm.data.germline_scores import (
+    AMINO_ACIDS,
+    BACKGROUND,
+    J_TRIM,
+    SCORE_SCALE,
+    TRIMMED,
+    j_table,
+)
 from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW
 from moe_ablm.data.readers.report import Report
 from moe_ablm.data.simulate import simulate
@@ -289,10 +299,14 @@ def test_chains_of_another_species_are_noted():
 # OAS
 
 
+def oas_rows(shared_data: Path, name: str) -> list[dict[str, str]]:
+    with gzip.open(shared_data / "oas" / f"{name}.csv.gz", "rt", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.parametrize(("chain", "least"), [("heavy", 0.96), ("light", 0.985)])
 def test_agreement_with_oas(shared_data, chain, least):
-    with gzip.open(shared_data / "oas" / "1279068_1.csv.gz", "rt", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = oas_rows(shared_data, "1279068_1")
     found = annotate_chains([row[f"sequence_alignment_aa_{chain}"] for row in rows], chain)
     both = [(r, f) for r, f in zip(rows, found, strict=True) if isinstance(f, ChainAnnotation)]
     assert len(both) >= 0.99 * len(rows)
@@ -302,9 +316,83 @@ def test_agreement_with_oas(shared_data, chain, least):
     # of genes with one protein the one without D is named first
     first = [row[f"v_call_{chain}"].split("*")[0] == f.v_gene for row, f in both]
     assert np.mean(first) >= {"heavy": 0.98, "light": 0.99}[chain]
-    joining = [row[f"j_call_{chain}"].split("*")[0] in f.j_call.split("|") for row, f in both]
-    assert np.mean(joining) >= {"heavy": 0.965, "light": 0.975}[chain]
-    assert np.mean([len(f.j_call.split("|")) for _, f in both]) < 1.45
+
+
+def most_alike(found: ChainAnnotation) -> str:
+    """The J with most residues as the chain has them, counted from the CDR3's end; of equally many
+    the one used most (`usage.py`)."""
+    locus, end = found.v_gene[:3], found.cdr_mask_aa.rindex("3") + 1
+
+    def alike(j: JAllele) -> tuple[int, int]:
+        pairs = zip(j.amino_acids[j.motif :], found.sequence_aa[end:], strict=False)
+        before = zip(j.amino_acids[: j.motif][::-1], found.cdr3_aa[::-1], strict=False)
+        return sum(a == b for a, b in (*pairs, *before)), usage.J_USAGE[locus].get(j.gene, 0)
+
+    return max(load_germlines().j_of(locus), key=alike).gene
+
+
+@pytest.mark.parametrize(
+    ("name", "chain", "first", "named"),
+    [
+        ("1279068_1", "heavy", 0.915, 0.967),
+        ("1279068_1", "light", 0.9, 0.978),
+        ("SRR10358525", "heavy", 0.987, 0.993),
+        ("SRR10358525", "light", 0.938, 0.996),
+    ],
+)
+def test_j_genes_of_oas(shared_data, name, chain, first, named):
+    """OAS calls J by nucleotides. Counting equal residues names fewer of them."""
+    rows = oas_rows(shared_data, name)
+    found = annotate_chains([row[f"sequence_alignment_aa_{chain}"] for row in rows], chain)
+    both = [
+        (row[f"j_call_{chain}"].split("*")[0], f)
+        for row, f in zip(rows, found, strict=True)
+        if isinstance(f, ChainAnnotation)
+    ]
+    right = np.mean([f.j_gene == true for true, f in both])
+    assert right >= first
+    assert right > np.mean([most_alike(f) == true for true, f in both]) + 0.01
+    assert np.mean([true in f.j_call.split("|") for true, f in both]) >= named
+    assert np.mean([len(f.j_call.split("|")) for _, f in both]) < 1.3
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_prior_of_a_trimmed_j_is_a_negative_binomial(chain):
+    """Of every J, by the number of whole codons that are left of it before W/F118."""
+    table, seen = j_table(chain), 0
+    for j in load_germlines().j_of(*LOCI_OF_CHAIN[chain]):
+        places = [i for i, (gene,) in enumerate(table.genes) if gene == j.gene]
+        mean, dispersion = J_TRIM[j.locus]
+        lost = stats.nbinom(dispersion, dispersion / (dispersion + mean))
+        n = j.motif_nucleotide
+        whole, part = [], []
+        for left in range(j.motif + 1):
+            at = n - 3 * left  # so many nucleotides are lost, or one or two fewer
+            whole.append(math.log(lost.pmf(at) if at < n else lost.sf(n - 1)))
+            cut = sum(lost.pmf(t) for t in (at - 1, at - 2) if t >= 0)
+            part.append(math.log(cut) if cut else TRIMMED / SCORE_SCALE)
+        for prior, expected in ((table.whole_prior, whole), (table.cut_prior, part)):
+            given = prior[: j.motif + 1, places] / SCORE_SCALE
+            error = np.abs(given - np.array(expected)[:, None]).max(axis=0)
+            assert error.min() <= 0.5 / SCORE_SCALE + 1e-9
+            assert (prior[j.motif + 1 :, places[error.argmin()]] == TRIMMED).all()
+            seen += 1
+    assert seen == 2 * len(table.genes)
+
+
+@pytest.mark.parametrize(
+    ("cdr3", "fr4", "gene"),
+    [
+        # J2 with L124 replaced explains Y116 and T117; J1 only after it lost its W
+        ("QQSYSAPMYT", "FGQGTKVEIK", "IGKJ2"),
+        # J1 as it is in the germline
+        ("QQSYSAPMWT", "FGQGTKVEIK", "IGKJ1"),
+    ],
+)
+def test_a_j_is_not_trimmed_for_nothing(cdr3, fr4, gene):
+    (found,) = annotate_chains([ADALIMUMAB_VL[:88] + cdr3 + fr4], "light")
+    assert found.cdr3_aa == cdr3 and gene in found.j_call.split("|")
+    assert found.j_gene == gene
 
 
 # What lies around a V domain

@@ -9,6 +9,7 @@ from tiny_models import HEAVY, LIGHT, engine, tiny_model
 from moe_ablm import api
 from moe_ablm.__main__ import main
 from moe_ablm.data.antibody import Antibody
+from moe_ablm.data.germline import load_germlines
 from moe_ablm.data.positions import selection
 from moe_ablm.errors import UserError
 from moe_ablm.inference import infill, route, scan, score
@@ -65,6 +66,31 @@ def test_numbers_in_the_tables_of_verbs():
         assert lines, name
         assert {(line["number"], line["region"]) for line in lines} == {("107", "CDRH3")}, name
     assert tables["infill"].num_rows == 2
+
+
+def test_tables_of_verbs_number_by_the_germlines_that_are_given(tmp_path):
+    """IGHV3-23 with the gap of framework 1 at 9 instead of 10: the ninth residue is 10."""
+    human = load_germlines()
+    (gene,) = (v for v in human.v if v.name == "IGHV3-23*01")
+    codons = ["..."] * int(gene.imgt[-1])
+    for i, position in enumerate(gene.imgt.tolist()):
+        codons[position + (position == 9) - 1] = gene.nucleotides[3 * i : 3 * i + 3]
+    (j,) = (j for j in human.j if j.name == "IGHJ4*02")
+    (tmp_path / "h.fasta").write_text(
+        f">{gene.name}\n{''.join(codons)}\n>{j.name}\n{j.nucleotides}\n"
+    )
+    other, masked_9 = (str(tmp_path),), Antibody("a", HEAVY[:8] + "_" + HEAVY[9:], "")
+    (wild_type,) = scan.scan(MODEL, [ALONE], "wild-type-marginal")
+    tables = {
+        "score": score.table(MODEL, [ALONE], "residue", one_pass=True, germlines=other),
+        "route": route.table(MODEL, [ALONE], germlines=other),
+        "infill": infill.table(MODEL, [masked_9], "residue", Sampling(), germlines=other),
+        "scan": scan.table([ALONE], [wild_type], germlines=other),
+    }
+    for name, table in tables.items():
+        lines = [line for line in table.to_pylist() if line["position"] == 9]
+        assert {line["number"] for line in lines} == {"10"}, name
+    assert numbered_labels([ALONE], "imgt")["number"][8] == "9"
 
 
 @pytest.mark.parametrize("method", scan.METHODS)

@@ -4,6 +4,7 @@ The other species is made up: codons of human V genes are drawn anew, but where 
 by them (C23, W41, C104), so that its domains are none by human germlines.
 """
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,12 +15,20 @@ import pyarrow.csv as pacsv
 import pytest
 from public_headers import coded
 from test_annotate import ADALIMUMAB_VH, ADALIMUMAB_VL, TRASTUZUMAB_VH, TRASTUZUMAB_VL
+from tiny_models import tiny_model
 
 from moe_ablm.__main__ import main
 from moe_ablm.data.annotate import annotate_batch, annotate_chains, chains_of
+from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.germline import HUMAN, VAllele, load_germlines
 from moe_ablm.data.numbering import number_chains
+from moe_ablm.data.positions import selection
+from moe_ablm.data.readers import Reading, open_sources
 from moe_ablm.data.readers.nucleotides import v_domains
+from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.inference.antibodies import read
+from moe_ablm.inference.numbers import nothing_chosen, numbered_labels, regions
+from moe_ablm.interop.saved import save_model
 
 LOCI = ("IGH", "IGK", "IGL")
 HUMANS = [(TRASTUZUMAB_VH, TRASTUZUMAB_VL), (ADALIMUMAB_VH, ADALIMUMAB_VL)]
@@ -166,4 +175,61 @@ def test_the_verbs(tmp_path, other, domains, capsys):
     capsys.readouterr()
     wrong = ["annotate", *given[:2], "--germlines", "mouse", "--out", str(tmp_path / "n.csv")]
     assert main(["moe_ablm", *wrong]) == 2
-    assert "--germlines mouse: no such folder" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "--germlines mouse: no such folder: only human germlines" in refusal
+    assert "ogrdb.airr-community.org" in refusal and "docs/annotation.md" in refusal
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_verbs_that_ask_a_model_number_by_them(tmp_path, other, domains, capsys):
+    save_model(tiny_model(), tmp_path / "run")
+    (heavy, v_gene, framework), (light, *_) = domains["heavy"][2], domains["light"][5]
+    rows = {"human": HUMANS[0], "dragon": (heavy, light)}
+    text = "".join(f"{name},{h},{x}\n" for name, (h, x) in rows.items())
+    (tmp_path / "a.csv").write_text("id,heavy,light\n" + text)
+    given = ["--run", str(tmp_path / "run"), "--input", str(tmp_path / "a.csv")]
+    out = ["--out", str(tmp_path / "out.csv")]
+    score = ["moe_ablm", "score", *given, "--level", "residue", "--one-pass", *out]
+    several = ["--germlines", f"human,{other}"]
+    assert main([*score, *several]) == 0
+    lines = lines_of(tmp_path / "out.csv")
+    human, dragon = ([x for x in lines if x["sequence_id"] == name] for name in rows)
+    people, monster = Antibody("human", *HUMANS[0]), Antibody("dragon", heavy, light)
+    by_human = numbered_labels([people, monster], "imgt")
+    assert [line["number"] for line in human] == by_human["number"][: len(human)]
+    assert set(by_human["number"][len(human) :]) == set(by_human["region"][len(human) :]) == {""}
+    # framework residues have the positions that the gaps of the V gene give them
+    (allele,) = (v for v in load_germlines(other).v if v.gene == v_gene)
+    assert all(line["number"] and line["region"] for line in dragon)
+    for line, position in zip(dragon, allele.imgt[: len(framework)].tolist(), strict=False):
+        if line["region"].startswith("FR"):
+            assert line["number"] == str(position)
+    assert main(score) == 2
+    assert "is there already (other reading)" in capsys.readouterr().err
+
+    selected = selection(None, "H104", "imgt")
+    assert selected and nothing_chosen(monster, selected) and not nothing_chosen(people, selected)
+    scan = ["moe_ablm", "scan", *given, "--method", "wild-type-marginal", "--positions", "H104"]
+    assert main([*scan, *several, "--out", str(tmp_path / "all.csv")]) == 0
+    found = lines_of(tmp_path / "all.csv")
+    assert Counter(line["sequence_id"] for line in found) == dict.fromkeys(rows, 19)
+    assert {(line["residue"], line["number"]) for line in found} == {("C", "104")}
+
+    labels = numbered_labels([monster], "imgt", (other,))
+    assert [line["number"] for line in dragon] == labels["number"]
+    (cells,) = regions([monster], (HUMAN, other))
+    assert (cells >= 0).all() and (regions([monster])[0] == -1).all()
+
+
+def test_verbs_that_ask_a_model_tell_chains_by_them(tmp_path, other, domains):
+    (heavy, *_), (light, *_) = domains["heavy"][0], domains["light"][0]
+    fasta = tmp_path / "a.fasta"
+    fasta.write_text(f">a\n{light}\n>b\n{heavy}\n>c\n{HUMANS[0][1]}\n")
+    for germlines, chains in (((HUMAN, other), "lhl"), ((HUMAN,), "hhl")):
+        (source,) = open_sources([str(fasta)], reading=Reading(germlines=germlines))
+        antibodies = list(read([source], LAYOUTS["esm"], 400))
+        assert "".join("h" if a.heavy else "l" for a in antibodies) == chains

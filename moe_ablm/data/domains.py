@@ -208,10 +208,10 @@ def find_junction(
 ) -> Junction:
     """The best framework 4 behind C104, and the J alleles that may have made it and the CDR3's end.
 
-    The J that is named is the most probable one, usage included; beside it stand all that explain
-    the chain as well, and all whose probability is within `NEARLY_AS_PROBABLE` of its. Mutations in
-    framework 4 make one J of another (IGKJ1 and 2 differ in two residues), which nucleotides tell
-    and amino acids do not.
+    The J that is named is the most probable one, usage and trimming included; beside it stand all
+    that explain the chain as well, and all whose probability is within `NEARLY_AS_PROBABLE` of
+    its. Mutations in framework 4 make one J of another (IGKJ1 and 2 differ in two residues), which
+    nucleotides tell and amino acids do not.
 
     Args:
       codes: residue codes `[n, L]`, OTHER behind the end of a chain.
@@ -236,8 +236,9 @@ def find_junction(
     cdr3_length = scores.max(axis=2).argmax(axis=1)
     at_best = scores[rows, cdr3_length].astype(np.int32)
     found = at_best.max(axis=1) >= MIN_FR4_SCORE
-    with_cdr3 = at_best + _cdr3_scores(tail, cdr3_length, table)
-    probable = with_cdr3 + table.prior
+    explained, trimmed = _cdr3_scores(tail, cdr3_length, table)
+    with_cdr3 = at_best + explained
+    probable = at_best + trimmed + table.prior
     j = probable.argmax(axis=1)
     fr4_length = np.minimum(table.fr4_length[j], room - cdr3_length)
     ends_here = cdr3_length + fr4_length == room
@@ -265,18 +266,25 @@ def _ends_alike(seen: np.ndarray, germline: np.ndarray, length: np.ndarray) -> n
     return ((seen == germline) & last).any(axis=1)
 
 
-def _cdr3_scores(tail: np.ndarray, cdr3_length: np.ndarray, table: JTable) -> np.ndarray:
-    """Log-odds `[n, J]` of the CDR3's end under each J, trimmed where that explains it best.
+def _cdr3_scores(
+    tail: np.ndarray, cdr3_length: np.ndarray, table: JTable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds `[n, J]` of the CDR3's end under each J, trimmed where that explains it best; and
+    the same with the probability that it is trimmed there.
 
     A J may be trimmed within a codon: then its nucleotides still say something of that residue.
     """
     before, _, alleles = table.cdr3_scores.shape
-    best = np.zeros((len(tail), alleles), np.int32)
-    total = np.zeros_like(best)
-    for i in range(before):
-        at = cdr3_length - 1 - i
+    total = np.zeros((len(tail), alleles), np.int32)
+    explained, probable = np.zeros_like(total), np.full_like(total, IMPOSSIBLE)
+    for k in range(before + 1):
+        at = cdr3_length - 1 - k
         code = np.where(at >= 0, tail[np.arange(len(tail)), np.maximum(at, 0)], OTHER)
-        np.maximum(best, total + table.cut_scores[i, code], out=best)
-        total += table.cdr3_scores[i, code]
-        np.maximum(best, total, out=best)
-    return best
+        cut = total + table.cut_scores[k, code]
+        np.maximum(explained, total, out=explained)
+        np.maximum(explained, cut, out=explained)
+        np.maximum(probable, total + table.whole_prior[k], out=probable)
+        np.maximum(probable, cut + table.cut_prior[k], out=probable)
+        if k < before:
+            total += table.cdr3_scores[k, code]
+    return explained, probable

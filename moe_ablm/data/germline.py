@@ -20,6 +20,7 @@ from moe_ablm.errors import UserError
 # First IMGT position of CDR1, framework 2, CDR2, framework 3, CDR3.
 REGION_STARTS = (27, 39, 56, 66, 105)
 HUMAN = "human"  # the germlines of this package
+OGRDB = "https://ogrdb.airr-community.org/germline_sets"  # those of other species
 LOCI = ("IGH", "IGK", "IGL")
 LOCI_OF_CHAIN = {"heavy": ("IGH",), "light": ("IGK", "IGL")}
 
@@ -206,6 +207,21 @@ def _alleles_of_package() -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def files_of_germlines(folder: Path) -> list[Path]:
+    """The FASTA files of a folder, in the order of their names.
+
+    Raises:
+      UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--germlines {folder}: no such folder: only {HUMAN} germlines are part of this "
+            f"package; put the gapped FASTA of another species ({OGRDB}) into a folder and give "
+            "that (docs/annotation.md, Other species)"
+        )
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+
+
 def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """V, D and J alleles of the FASTA files of a folder, (name, sequence) sorted by name.
 
@@ -215,9 +231,7 @@ def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
     Raises:
       UserError: no such folder, no FASTA file, or an allele that is there twice and differs.
     """
-    if not folder.is_dir():
-        raise UserError(f"--germlines {folder}: no such folder (human, or a folder of FASTA files)")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+    files = files_of_germlines(folder)
     found: dict[str, str] = {}
     for path in files:
         try:

@@ -10,7 +10,7 @@ transversion), or, in one replacement out of five, any residue. Whole numbers ma
 that a tie between alleles is a tie on every machine and in every batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
@@ -35,7 +35,7 @@ K = 3  # length of the words that find a domain
 WORDS = CODES**K
 
 SCORE_SCALE = 16
-# Expected share of replaced residues in framework and in CDR1/2 of a typical repertoire.
+# Expected share of replaced residues in framework and in CDRs of a typical repertoire.
 FRAMEWORK_MUTATION_RATE = 0.03
 CDR_MUTATION_RATE = 0.08
 MULTIPLE_HIT_SHARE = 0.2
@@ -56,6 +56,10 @@ J_USAGE: dict[str, dict[str, float]] = {
         **{"IGLJ6": 0.2, "IGLJ5": 0.1, "IGLJ4": 0.05},
     },
 }
+# Nucleotides that a J loses before it is joined: mean and dispersion of a negative binomial, with
+# the moments of OLGA's models of human B cells (Sethna et al. 2019), which were inferred from
+# nucleotides; palindromic ones count as none lost.
+J_TRIM = {"IGH": (6.3, 3.0), "IGK": (3.1, 2.7), "IGL": (2.5, 1.9)}
 # V alleles whose nucleotides are also an allele of a second gene that the germline set leaves out.
 GENE_OF_SAME_SEQUENCE = {
     "IGKV1D-13*02": "IGKV1-13",
@@ -169,7 +173,10 @@ class JTable:
     fr4_length: np.ndarray  # [J]
     fr4_scores: np.ndarray  # [11, 21, J] int16
     cdr3_scores: np.ndarray  # [9, 21, J] int16; index i is i + 1 residues before 118
-    cut_scores: np.ndarray  # [9, 21, J] int16: the same of a codon that is trimmed in part
+    # Of a J that keeps k = 0, 1, ... whole codons before 118:
+    whole_prior: np.ndarray  # [10, J] int32: it lost all nucleotides before them
+    cut_prior: np.ndarray  # [10, J] int32: it keeps one or two of the codon before them
+    cut_scores: np.ndarray  # [10, 21, J] int16: the residue of that codon, trimmed in part
 
 
 def _v_scores(alleles: list[VAllele], n: int) -> np.ndarray:
@@ -256,22 +263,50 @@ def _v_table(chain: str, germlines: str) -> VTable:
     )
 
 
-def _cut_log_odds(kept: str) -> np.ndarray:
-    """Scores `[21]` of a residue of which the J gives the last one or two nucleotides.
+def _cut_odds(end: str) -> np.ndarray:
+    """Odds `[21]` of a residue of which the J gives the last one or two nucleotides.
 
-    The others are drawn, from A, C, G and T alike. The same is said of one as of two.
+    The others are drawn, from A, C, G and T alike.
     """
+    codons = ["".join(c) for c in product("ACGT", repeat=3) if "".join(c).endswith(end)]
+    residues = [r for r in map(translate, codons) if r != "*"]
     probability = np.zeros(OTHER)
-    ends = {kept[-n:] for n in range(1, len(kept) + 1)}
-    for end in ends:
-        codons = ["".join(c) for c in product("ACGT", repeat=3) if "".join(c).endswith(end)]
-        residues = [r for r in map(translate, codons) if r != "*"]
-        for residue in residues:
-            probability[AMINO_ACIDS.index(residue)] += 1 / len(residues) / len(ends)
+    for residue in residues:
+        probability[AMINO_ACIDS.index(residue)] += 1 / len(residues)
     probability = (1.0 - CUT_MISSED) * probability + CUT_MISSED * BACKGROUND
-    scores = np.zeros(CODES, np.int16)
-    scores[:OTHER] = np.rint(SCORE_SCALE * np.log(probability / BACKGROUND))
-    return scores
+    return np.append(probability / BACKGROUND, 1.0)
+
+
+def _trimming(locus: str, nucleotides: int) -> np.ndarray:
+    """Probability that a J loses 0, 1, ... of its `nucleotides` before 118, the last: or more.
+
+    A float64 `[nucleotides + 1]`.
+    """
+    mean, dispersion = J_TRIM[locus]
+    lost = np.arange(nucleotides)
+    growth = (lost + dispersion) / (lost + 1) * mean / (mean + dispersion)
+    none = (dispersion / (mean + dispersion)) ** dispersion
+    probability = none * np.cumprod([1.0, *growth])
+    probability[-1] = 1.0 - probability[:-1].sum()
+    return probability
+
+
+def _trimmed(allele: JAllele) -> Iterator[tuple[float, float, np.ndarray]]:
+    """By the whole codons 0, 1, ... that a J keeps before 118: the probability that it keeps no
+    more, that it keeps a part of the codon before them, and that codon's odds `[21]`."""
+    n = allele.motif_nucleotide
+    lost = _trimming(allele.locus, n)
+    for end in range(n, -1, -3):
+        parts = range(max(end - 2, 0), end)
+        cut = sum(lost[start] for start in parts)
+        odds = sum(lost[start] * _cut_odds(allele.nucleotides[start:end]) for start in parts)
+        yield lost[end], cut, odds / cut if parts else np.zeros(CODES)
+
+
+def _scaled_log(probability: np.ndarray | float) -> np.ndarray:
+    """Whole numbers in units of a score; `TRIMMED` for what cannot be."""
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.rint(SCORE_SCALE * np.log(probability)), TRIMMED)
 
 
 def _j_prior(allele: JAllele, usage: dict[str, float]) -> int:
@@ -296,18 +331,20 @@ def _j_table(chain: str, germlines: str) -> JTable:
     fr4 = np.full((len(alleles), lengths.max()), OTHER, np.uint8)
     fr4_scores = np.zeros((lengths.max(), CODES, len(alleles)), np.int16)
     cdr3_scores = np.full((before, CODES, len(alleles)), TRIMMED, np.int16)
-    cut_scores = np.full((before, CODES, len(alleles)), TRIMMED, np.int16)
+    cut_scores = np.full((before + 1, CODES, len(alleles)), TRIMMED, np.int16)
+    whole_prior = np.full((before + 1, len(alleles)), TRIMMED, np.int32)
+    cut_prior = np.full((before + 1, len(alleles)), TRIMMED, np.int32)
     for i, j in enumerate(alleles):
         codons = _codon_codes(j.nucleotides[j.frame :])
-        kept = np.full(len(codons), 1.0 - FRAMEWORK_MUTATION_RATE)
+        in_cdr3 = np.arange(len(codons)) < j.motif
+        kept = 1.0 - np.where(in_cdr3, CDR_MUTATION_RATE, FRAMEWORK_MUTATION_RATE)
         scores = log_odds(codons, kept, None)
         fr4[i, : lengths[i]] = encode(j.amino_acids[j.motif :])
         fr4_scores[: lengths[i], :, i] = scores[j.motif :]
         cdr3_scores[: j.motif, :, i] = scores[: j.motif][::-1]
-        # nucleotides of the CDR3, the last first, three to a codon
-        reversed_cdr3 = j.nucleotides[: j.motif_nucleotide][::-1]
-        for k in range(-(-len(reversed_cdr3) // 3)):
-            cut_scores[k, :, i] = _cut_log_odds(reversed_cdr3[3 * k : 3 * k + 2][::-1])
+        for k, (whole, cut, odds) in enumerate(_trimmed(j)):
+            whole_prior[k, i], cut_prior[k, i] = _scaled_log(whole), _scaled_log(cut)
+            cut_scores[k, :, i] = _scaled_log(odds)
     return JTable(
         genes=tuple((j.gene,) for j in alleles),
         locus=_loci(alleles),
@@ -316,5 +353,7 @@ def _j_table(chain: str, germlines: str) -> JTable:
         fr4_length=lengths,
         fr4_scores=fr4_scores,
         cdr3_scores=cdr3_scores,
+        whole_prior=whole_prior,
+        cut_prior=cut_prior,
         cut_scores=cut_scores,
     )

@@ -36,11 +36,13 @@ class Numbering:
       start: index in the chain of the first residue of the domain.
       numbers: of each residue of the domain, "105" or "111A".
       regions: uint8 codes of `REGIONS` of each residue, by IMGT.
+      v_identity: share of residues up to C104 that are the germline's.
     """
 
     start: int
     numbers: tuple[str, ...]
     regions: np.ndarray
+    v_identity: float
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ def number_chains(
                 continue
             here = regions[row, : domains.length[row]]
             numbers = numbers_of(domains, row, scheme)
-            found.append(Numbering(int(domains.start[row]), numbers, here))
+            identity = float(domains.v_identity[row])
+            found.append(Numbering(int(domains.start[row]), numbers, here, identity))
     return found
 
 

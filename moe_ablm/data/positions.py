@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.regions import CHAINS, region_names
 from moe_ablm.errors import ArgumentError, suggestion
 
@@ -32,11 +33,13 @@ class Selection:
       regions: out of `region_names`.
       spans: positions.
       scheme: one of `SCHEMES`, of the positions; regions are IMGT's.
+      germlines: by which residues are numbered (see `germline.load_germlines`).
     """
 
     regions: tuple[str, ...]
     spans: tuple[Span, ...]
     scheme: str
+    germlines: tuple[str, ...] = (HUMAN,)
 
     def chosen(self, chain: str, numbers: Sequence[str], regions: Sequence[str]) -> np.ndarray:
         """Which residues of a chain are chosen, bool `[residues]`.
@@ -64,7 +67,10 @@ class Selection:
 
 
 def selection(
-    regions: str | Sequence[str] | None, positions: str | Sequence[str] | None, scheme: str
+    regions: str | Sequence[str] | None,
+    positions: str | Sequence[str] | None,
+    scheme: str,
+    germlines: tuple[str, ...] = (HUMAN,),
 ) -> Selection | None:
     """The selection of `--regions CDRH3,CDRL3` and `--positions H105-H117,L27A`; None: neither.
 
@@ -83,7 +89,7 @@ def selection(
     for given, text in ((regions, "regions"), (positions, "positions")):
         if given is not None and not _parts(given):
             raise ArgumentError(text, given, "expected at least one")
-    return Selection(tuple(named), tuple(spans), scheme) if named or spans else None
+    return Selection(tuple(named), tuple(spans), scheme, germlines) if named or spans else None
 
 
 def _parts(given: str | Sequence[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from moe_ablm.data.annotate import chains_of
 from moe_ablm.data.antibody import Antibody, tokens_of
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.readers import Report, Source
 from moe_ablm.data.readers.check import check_batch
 from moe_ablm.data.readers.columns import ANY_CHAIN, LINE, ROW, place_of
@@ -70,7 +71,8 @@ def read(
 
 def _rows(source: Source) -> Iterator[tuple[int, Antibody]]:
     for batch in source.batches():
-        yield from zip(batch[ROW].to_pylist(), _antibodies(batch), strict=True)
+        antibodies = _antibodies(batch, source.report.germlines)
+        yield from zip(batch[ROW].to_pylist(), antibodies, strict=True)
 
 
 def _unfit(antibody: Antibody, layout: Layout, longest: int) -> str | None:
@@ -86,7 +88,7 @@ def _unfit(antibody: Antibody, layout: Layout, longest: int) -> str | None:
     )
 
 
-def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
+def _antibodies(batch: pa.RecordBatch, germlines: Sequence[str] = (HUMAN,)) -> list[Antibody]:
     n, names = batch.num_rows, batch.schema.names
     empty = [""] * n
     columns = [
@@ -107,7 +109,8 @@ def _antibodies(batch: pa.RecordBatch) -> list[Antibody]:
     if ANY_CHAIN not in names:
         return antibodies
     either = np.flatnonzero(np.asarray(batch[ANY_CHAIN], bool))
-    for index, chain in zip(either, chains_of([antibodies[i].heavy for i in either]), strict=True):
+    chains = chains_of([antibodies[i].heavy for i in either], germlines)
+    for index, chain in zip(either, chains, strict=True):
         if chain == "light":
             old = antibodies[index]
             antibodies[index] = Antibody(old.name, "", old.heavy, old.where)

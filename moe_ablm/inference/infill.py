@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID, MASK, MASKED
 from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
@@ -147,6 +148,7 @@ def table(
     level: str,
     sampling: Sampling,
     numbering: str = "imgt",
+    germlines: Sequence[str] = (HUMAN,),
 ) -> pa.Table:
     """A table of the completed chains, or at level "residue" of the residues and candidates."""
     done = infill(engine, antibodies, sampling)
@@ -162,7 +164,7 @@ def table(
             }
         )
     each = [(c, f) for c in done for f in c.filled]
-    labels = numbered_labels([c.antibody for c in done], numbering)
+    labels = numbered_labels([c.antibody for c in done], numbering, germlines)
     first = np.cumsum([0] + [c.antibody.residues for c in done])
     line = [int(first[i]) + f.place for i, c in enumerate(done) for f in c.filled]
     columns = {

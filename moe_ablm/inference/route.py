@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, row_of
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.errors import UserError
 from moe_ablm.inference.buckets import Batch, Engine
 from moe_ablm.inference.numbers import numbered_labels
@@ -80,7 +81,12 @@ def bytes_of(engine: Engine, antibody: Antibody) -> int:
     return antibody.residues * len(engine.model.spec.moe_layers) * each
 
 
-def table(engine: Engine, antibodies: Sequence[Antibody], numbering: str = "imgt") -> pa.Table:
+def table(
+    engine: Engine,
+    antibodies: Sequence[Antibody],
+    numbering: str = "imgt",
+    germlines: Sequence[str] = (HUMAN,),
+) -> pa.Table:
     """A table with a line for each residue, layer and expert.
 
     For token choice and expert choice it has only experts that compute for the residue, or `expert`
@@ -88,7 +94,7 @@ def table(engine: Engine, antibodies: Sequence[Antibody], numbering: str = "imgt
     slots and `share`, the sum of `combine`.
     """
     routings, layers = route(engine, antibodies), np.array(engine.model.spec.moe_layers)
-    labels = numbered_labels(antibodies, numbering)
+    labels = numbered_labels(antibodies, numbering, germlines)
     names = {name: np.array(values) for name, values in labels.items()}
     if isinstance(routings[0], Weights):
         dispatch, combine = (np.concatenate(arrays) for arrays in zip(*routings, strict=True))

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, Row, row_of
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.positions import Selection
 from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS, FIRST_AMINO_ACID
 from moe_ablm.inference.buckets import Engine
@@ -94,10 +95,14 @@ def passes(antibody: Antibody, method: str, selection: Selection | None = None) 
 
 
 def table(
-    antibodies: Sequence[Antibody], scores: Sequence[np.ndarray], numbering: str = "imgt"
+    antibodies: Sequence[Antibody],
+    scores: Sequence[np.ndarray],
+    numbering: str = "imgt",
+    germlines: Sequence[str] = (HUMAN,),
 ) -> pa.Table:
     """A table with a line per mutant: wild type `residue`, `mutant`, and its log-odds `score`."""
-    columns = {n: np.array(values) for n, values in numbered_labels(antibodies, numbering).items()}
+    labels = numbered_labels(antibodies, numbering, germlines)
+    columns = {name: np.array(values) for name, values in labels.items()}
     log_odds = np.concatenate(scores)
     letters = np.array(list(AMINO_ACIDS))
     # NaN: the wild type is none of the 20 amino acids, or not selected, so there are no mutants

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody, Row, row_of
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.regions import CHAINS, region_names
 from moe_ablm.data.tokenizer import MASK, is_amino_acid
 from moe_ablm.inference.buckets import Engine
@@ -97,7 +98,10 @@ def perplexity(log_likelihoods: np.ndarray) -> float:
 
 
 def summary(
-    antibodies: Sequence[Antibody], scores: Sequence[np.ndarray], by_region: bool = False
+    antibodies: Sequence[Antibody],
+    scores: Sequence[np.ndarray],
+    by_region: bool = False,
+    germlines: Sequence[str] = (HUMAN,),
 ) -> dict[str, list]:
     """Columns with one value per antibody.
 
@@ -119,7 +123,7 @@ def summary(
         ]
         columns[f"perplexity{name}"] = [perplexity(s) for s in chosen]
     if by_region:
-        cells = regions(antibodies)
+        cells = regions(antibodies, germlines)
         for number, name in enumerate(region_names()):
             columns[f"perplexity_{name}"] = [
                 perplexity(s[cell == number]) for s, cell in zip(scores, cells, strict=True)
@@ -134,10 +138,11 @@ def table(
     one_pass: bool = False,
     by_region: bool = False,
     numbering: str = "imgt",
+    germlines: Sequence[str] = (HUMAN,),
 ) -> pa.Table:
     """`summary` as a table; at level "residue" numbers, regions and `log_likelihood`."""
     scores = score(engine, antibodies, one_pass)
     if level == "antibody":
-        return pa.table(summary(antibodies, scores, by_region))
-    columns = numbered_labels(antibodies, numbering)
+        return pa.table(summary(antibodies, scores, by_region, germlines))
+    columns = numbered_labels(antibodies, numbering, germlines)
     return pa.table(columns | {"log_likelihood": np.concatenate(scores)})

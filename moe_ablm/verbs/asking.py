@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from moe_ablm.data.germline import HUMAN, files_of_germlines
 from moe_ablm.data.readers import Reading
 from moe_ablm.errors import UserError, counted
 from moe_ablm.model.spec import PRECISIONS
 from moe_ablm.progress import WatchedBar
-from moe_ablm.verbs.reading import ASKED, Course, add_format_arguments, reading_of
+from moe_ablm.verbs.reading import (
+    ASKED,
+    Course,
+    add_format_arguments,
+    add_germlines,
+    reading_of,
+)
 from moe_ablm.verbs.writing import out_file
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -79,6 +86,7 @@ def add_asking_arguments(
         parser,
         "stop at a row that is malformed or too long (default), or leave it out and count it",
     )
+    add_germlines(parser)
     parser.add_argument(
         "--out",
         type=out_file(*suffixes),
@@ -236,12 +244,19 @@ def _command(
 
 def _chosen(args: argparse.Namespace) -> list[list]:
     """Reading options that differ from their defaults; older outputs have none of them."""
+    from moe_ablm.inference.output import file_identity
+
     reading = reading_of(args)
-    return [
+    differing = [
         [name, str(getattr(reading, name))]
         for name in ("nucleotides", "keep_flagged", "dominance", "contigs")
         if getattr(reading, name) != getattr(Reading, name)
     ]
+    if reading.germlines != Reading.germlines:
+        folders = [Path(name) for name in reading.germlines if name != HUMAN]
+        files = [file_identity(path) for folder in folders for path in files_of_germlines(folder)]
+        differing.append(["germlines", list(reading.germlines), *files])
+    return differing
 
 
 def _print_left_out(source: "Source") -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_ablm.data.germline import parse_germlines
 from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.tokenizer import MASKED
 from moe_ablm.errors import UserError
@@ -41,7 +42,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def _selection(args: argparse.Namespace) -> tuple[Selection | None, dict[str, Any]]:
     """What --regions and --positions choose, and the options that say so."""
-    chosen = selection(args.regions, args.positions, args.numbering)
+    germlines = parse_germlines(args.germlines)
+    chosen = selection(args.regions, args.positions, args.numbering, germlines)
     said = {"regions": args.regions, "positions": args.positions, "numbering": args.numbering}
     return chosen, said if chosen else {}
 
@@ -113,16 +115,17 @@ def score(args: argparse.Namespace) -> None:
 
     options = {"level": args.level, "one_pass": args.one_pass, "by_region": args.by_region}
     options |= _of_residues(args)
+    germlines = parse_germlines(args.germlines)
+
+    def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
+        return table(engine, antibodies, **options, germlines=germlines)
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
         # log-probabilities of all tokens are held for a while
         held = 4 * engine.model.spec.vocabulary + 128
         return (1 if args.one_pass else antibody.residues), antibody.residues * held
 
-    ask(
-        args,
-        Question(options, lambda engine, antibodies: table(engine, antibodies, **options), cost),
-    )
+    ask(args, Question(options, answer, cost))
 
 
 def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +158,7 @@ def infill(args: argparse.Namespace) -> None:
     from moe_ablm.inference.sampling import Sampling
 
     sampling = Sampling(args.samples, args.temperature, args.seed, args.top)
-    chosen, said = _selection(args)
+    (chosen, said), germlines = _selection(args), parse_germlines(args.germlines)
     from moe_ablm.inference.infill import INFILLED, table
     from moe_ablm.inference.numbers import masked
 
@@ -169,7 +172,7 @@ def infill(args: argparse.Namespace) -> None:
     def answer(engine: "Engine", antibodies: Sequence["Antibody"]) -> "pa.Table":
         nonlocal whole
         whole += sum(MASKED not in antibody.heavy + antibody.light for antibody in antibodies)
-        return table(engine, antibodies, args.level, sampling, args.numbering)
+        return table(engine, antibodies, args.level, sampling, args.numbering, germlines)
 
     def change(antibody: "Antibody") -> "Antibody":
         return antibody if chosen is None else masked(antibody, chosen)
@@ -202,7 +205,7 @@ def add_scan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def scan(args: argparse.Namespace) -> None:
     """Writes the log-odds of every mutant."""
-    chosen, said = _selection(args)
+    (chosen, said), germlines = _selection(args), parse_germlines(args.germlines)
     if args.figures is not None:
         try:
             args.figures.mkdir(parents=True, exist_ok=True)
@@ -218,7 +221,7 @@ def scan(args: argparse.Namespace) -> None:
             for antibody, log_odds in zip(antibodies, scores, strict=True):
                 path = figure_path(args.figures, antibody)
                 draw_scan(antibody, log_odds, args.method, path)
-        return scan.table(antibodies, scores, args.numbering)
+        return scan.table(antibodies, scores, args.numbering, germlines)
 
     def cost(engine: "Engine", antibody: "Antibody") -> tuple[int, int]:
         return scan.passes(antibody, args.method, chosen), antibody.residues * 19 * 160
@@ -239,9 +242,10 @@ def route(args: argparse.Namespace) -> None:
     """Writes a line for each residue, layer and expert."""
     from moe_ablm.inference.route import bytes_of, table
 
+    germlines = parse_germlines(args.germlines)
     question = Question(
         _of_residues(args),
-        lambda engine, antibodies: table(engine, antibodies, args.numbering),
+        lambda engine, antibodies: table(engine, antibodies, args.numbering, germlines),
         lambda engine, antibody: (1, bytes_of(engine, antibody)),
     )
     ask(args, question)

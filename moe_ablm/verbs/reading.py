@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +33,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_format_arguments(parser, "stop at a malformed row (default), or count it and leave it out")
     parser.add_argument("--reannotate", action="store_true", help="replace existing annotation")
-    parser.add_argument(
-        "--germlines",
-        default=HUMAN,
-        metavar="human,DIR",
-        help="by which chains are annotated: human (default), a folder of FASTA files of another "
-        "species with IMGT's gaps (OGRDB's), or several, of which those that fit a row best are "
-        "taken",
-    )
+    add_germlines(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -85,6 +77,18 @@ def add_format_arguments(parser: argparse.ArgumentParser, bad_row: str) -> None:
     )
 
 
+def add_germlines(parser: argparse.ArgumentParser) -> None:
+    """The flag that says by which germlines V domains are found, annotated and numbered."""
+    parser.add_argument(
+        "--germlines",
+        default=HUMAN,
+        metavar="human,DIR",
+        help="by which V domains are found, annotated and numbered: human (default), a folder of "
+        "FASTA files of another species with IMGT's gaps (OGRDB's), or several, of which those "
+        "that fit an antibody best are taken",
+    )
+
+
 def add_numbering(parser: argparse.ArgumentParser, default: str | None = "imgt") -> None:
     """The flag that says whose numbers residues have."""
     parser.add_argument(
@@ -96,7 +100,11 @@ def add_numbering(parser: argparse.ArgumentParser, default: str | None = "imgt")
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """What `add_format_arguments` says of how files are read."""
+    """What `add_format_arguments` and `add_germlines` say of how files are read.
+
+    Raises:
+      UserError: see `parse_columns`, `parse_germlines`.
+    """
     from moe_ablm.data.readers import parse_columns
 
     return Reading(
@@ -105,6 +113,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
         keep_flagged=args.keep_flagged,
         dominance=args.dominance,
         contigs=args.contigs,
+        germlines=parse_germlines(getattr(args, "germlines", HUMAN)),  # not of every verb
     )
 
 
@@ -112,7 +121,7 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
     """The sources that the flags name; nothing but the first lines of files is read yet.
 
     Raises:
-      UserError: see `open_sources`, `parse_germlines`; `--workers` is not positive.
+      UserError: see `open_sources`, `reading_of`; `--workers` is not positive.
     """
     from moe_ablm.data.readers import open_sources
 
@@ -122,7 +131,7 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
         args.input,
         format=args.format,
         on_bad_row=args.on_bad_row,
-        reading=replace(reading_of(args), germlines=parse_germlines(args.germlines)),
+        reading=reading_of(args),
     )
 
 
