@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         drop_largest_losses=args.drop_largest_losses,
         tokens_per_pair=args.tokens_per_pair,
         keep_duplicates=args.keep_duplicates,
-        curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
+        curves=all(LAWS.get(law, Law).needs_curves for law in laws),
         settings=len(laws) == 1 and LAWS.get(laws[0], Law).of_settings,
         gaps=not args.design and any(LAWS.get(law, Law).of_gap for law in laws),
         covariates=_covariates(args.covariates, laws),
