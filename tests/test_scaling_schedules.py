@@ -7,6 +7,7 @@ import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import fit_law, read_runs
+from moe_ablm.scaling.inputs import check_inputs
 from moe_ablm.scaling.laws_schedule import MultiPower
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.reading import Reading
@@ -197,9 +198,8 @@ def test_a_table_has_no_schedule(tmp_path):
     (tmp_path / "runs.csv").write_text(table)
     with pytest.raises(UserError, match=r"needs the whole schedule of each run, which a table"):
         fit_law(read_runs([tmp_path / "runs.csv"], Reading(curves=True)), "multi_power")
-    made = fit_law(runs_of(schedules_of(POWER)), "multi_power", np.inf)
     with pytest.raises(UserError, match=r"lr_history: expected the array of schedules.history"):
-        made.predict(params=1e7, lr_area=1.0, lr_history=2.0)
+        check_inputs("--target", {"params": 1e7, "lr_area": 1.0, "lr_history": 2.0})
 
 
 def test_sizes_share_the_schedule():

@@ -108,11 +108,11 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
     natural = any(law.parameters[law.index(n)].linear for n in fixed)
     centre = Centre()
     if not natural:
-        mean = [
+        params, tokens, flops = (
             float(np.log(runs[k]).mean()) if k in runs else 0.0
             for k in ("params", "tokens", "flops")
-        ]
-        centre = Centre(*mean, _mean_log_rate(observed))
+        )
+        centre = Centre(params, tokens, flops, _mean_log_rate(observed))
     x = make_inputs(observed, centre, law.routers)
     log_loss = np.log(observed["loss"])
     low, high = _bounds(law, log_loss, natural)

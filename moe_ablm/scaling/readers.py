@@ -257,8 +257,7 @@ def settings_of(config: Path) -> dict[str, float]:
     if not config.exists():
         return {}
     content = _read_json(config).get("config")
-    train = content.get("train") if isinstance(content, dict) else None
-    if not isinstance(train, dict):
+    if not isinstance(content, dict) or not isinstance(train := content.get("train"), dict):
         return {}
     found = {role: train[role] for role in TUNED if train.get(role) is not None}
     model = content.get("model")
