@@ -20,6 +20,7 @@ SMOOTH = (
     "joint",
     "annealing",
     "annealing_sizes",
+    "multi_power",
     "compute",
     "compute_slopes",
     "gap",
@@ -45,6 +46,9 @@ def columns(size=40, seed=0):
         "flops": 6 * params * tokens,
         "lr_area": np.exp(rng.normal(0, 1, size)),
         "lr_recent": np.exp(rng.normal(-8, 1, size)),
+        "lr_history": np.stack(
+            [np.exp(rng.normal(-9, 1, (size, 9))), *rng.normal(-2, 1, (2, size, 9))], axis=-1
+        ),
     }
 
 

@@ -18,7 +18,7 @@ from moe_ablm.scaling.laws_experts import MoeExperts
 from moe_ablm.scaling.laws_gap import Gap, GapActive, GapTotal
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
-from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes
+from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes, MultiPower
 from moe_ablm.scaling.laws_settings import BatchSize, BestSetting, LearningRate
 from moe_ablm.scaling.parabolas import Envelope, IsoFlop, Quadratic
 
@@ -36,6 +36,7 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
         Joint,
         Annealing,
         AnnealingSizes,
+        MultiPower,
         Compute,
         ComputeSlopes,
         Gap,

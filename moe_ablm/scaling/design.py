@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -274,10 +275,11 @@ def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
 
 def _settings(fit: SmoothFit) -> dict[str, float]:
     """The covariates of the law, as the target has them."""
-    missing = [name for name in fit.runs.covariates if name not in fit.target]
+    given: Mapping[str, Any] = {**fit.target}
+    missing = [name for name in fit.runs.covariates if name not in given]
     if missing:
         raise UserError(f"--advise: the loss depends on {missing[0]}; --target {missing[0]}=...")
-    return {name: fit.target[name] for name in fit.runs.covariates}
+    return {name: value for name, value in given.items() if name in fit.runs.covariates}
 
 
 def _kinds(runs: Runs) -> tuple[tuple[str, ...], list[float], list[dict], list[np.ndarray]]:

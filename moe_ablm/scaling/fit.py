@@ -108,11 +108,11 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
     natural = any(law.parameters[law.index(n)].linear for n in fixed)
     centre = Centre()
     if not natural:
-        mean = [
+        params, tokens, flops = (
             float(np.log(runs[k]).mean()) if k in runs else 0.0
             for k in ("params", "tokens", "flops")
-        ]
-        centre = Centre(*mean)
+        )
+        centre = Centre(params, tokens, flops, _mean_log_rate(observed))
     x = make_inputs(observed, centre, law.routers)
     log_loss = np.log(observed["loss"])
     low, high = _bounds(law, log_loss, natural)
@@ -131,6 +131,14 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
     if clusters is not None:
         problem = replace(problem, clusters=clusters[index])
     return Setup(law, problem, centre, template, index)
+
+
+def _mean_log_rate(columns: Mapping[str, np.ndarray]) -> float:
+    """Mean of ln of the learning rates after drops; 0 where there are none."""
+    if "lr_history" not in columns:
+        return 0.0
+    nodes = columns["lr_history"][:, 1:]
+    return float(nodes[..., 1][nodes[..., 0] != 0.0].mean()) if np.any(nodes[..., 0]) else 0.0
 
 
 def _fixed_value(parameter: Parameter, value: float) -> float:

@@ -25,6 +25,7 @@ INPUTS = (
     "sparsity",
     "lr_area",
     "lr_recent",
+    "lr_history",
     "weight_decay",
     "dropout",
 )
@@ -67,6 +68,10 @@ def check_inputs(where: str, values: Mapping[str, object]) -> None:
             raise UserError(f"{where}: unknown input {name}; expected one of {', '.join(INPUTS)}")
         if name == "router":
             continue
+        if name == "lr_history":
+            if np.ndim(np.asarray(value)) != 3:
+                raise UserError(f"{where}: {name}: expected the array of schedules.history")
+            continue
         try:
             numbers = np.atleast_1d(np.asarray(value, float))
         except (TypeError, ValueError):
@@ -85,10 +90,11 @@ class Centre:
     log_params: float = 0.0
     log_tokens: float = 0.0
     log_flops: float = 0.0
+    log_rate: float = 0.0  # of the learning rates of `lr_history`
 
     def back(self) -> "Centre":
         """The centre that undoes this one."""
-        return Centre(-self.log_params, -self.log_tokens, -self.log_flops)
+        return Centre(*(-v for v in vars(self).values()))
 
 
 ABSENT = np.empty(0)
@@ -102,7 +108,8 @@ class Inputs:
     / D0, `c` training FLOPs / C0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a
     log), `router` index into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S),
     `lr_area` and `lr_recent` the logs of the sum of learning rates and of the recent one,
-    `weight_decay` and `dropout` as they are.
+    `weight_decay` and `dropout` as they are; `lr_history` `[n, nodes, 3]` is of
+    `schedules.history`, ln of rates / their mean.
     """
 
     size: int
@@ -118,6 +125,7 @@ class Inputs:
     density: np.ndarray
     lr_area: np.ndarray
     lr_recent: np.ndarray
+    lr_history: np.ndarray
     weight_decay: np.ndarray
     dropout: np.ndarray
 
@@ -135,8 +143,14 @@ def make_inputs(
     A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect.
     `total_params` defaults to `params`, `experts` to 1.
     """
-    size = max(np.asarray(v).size for v in columns.values())
-    get = {k: np.broadcast_to(np.asarray(v), (size,)) for k, v in columns.items()}
+    size = max(len(np.atleast_1d(v)) for v in columns.values())
+    get = {
+        k: np.broadcast_to(np.asarray(v), (size,)) for k, v in columns.items() if k != "lr_history"
+    }
+    history = np.asarray(columns.get("lr_history", ABSENT))
+    if history.size:
+        used = np.any(history[:, :, 0] != 0.0, axis=0)
+        history = history[:, used] - np.array([0.0, centre.log_rate, 0.0])
 
     def log(name: str, shift: float) -> np.ndarray:
         return np.log(get[name].astype(float)) - shift if name in get else ABSENT
@@ -168,6 +182,7 @@ def make_inputs(
         density=density,
         lr_area=log("lr_area", 0.0),
         lr_recent=log("lr_recent", 0.0),
+        lr_history=history,
         weight_decay=plain("weight_decay"),
         dropout=plain("dropout"),
     )

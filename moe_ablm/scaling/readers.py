@@ -15,7 +15,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.results import is_extended
 from moe_ablm.scaling.inputs import BELOW_ONE, FROM_ZERO
 from moe_ablm.scaling.runs import TUNED
-from moe_ablm.scaling.schedules import KEYS, path_of, rates
+from moe_ablm.scaling.schedules import KEYS, history, path_of, rates
 
 # Fields of `run.json` by the role they play in a law.
 RUN_FIELDS = {
@@ -214,7 +214,7 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
         lines = results.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{results}: cannot be read: {error}") from None
-    path = _rates_of(file.with_name("config.json"))
+    rows = []
     for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -229,9 +229,21 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
             row["tokens_seen"] = seen
             if total and values.get("flops"):
                 row["flops"] = values["flops"] * seen / total
-        if path is not None and isinstance(row["step"], int) and 0 < row["step"] <= path[0].size:
-            row["lr_area"], row["lr_recent"] = (float(p[row["step"] - 1]) for p in path)
-        yield Row(f"{results}, row {i}", row)
+        rows.append(Row(f"{results}, row {i}", row))
+    _add_schedule([row.values for row in rows], _rates_of(file.with_name("config.json")))
+    yield from rows
+
+
+def _add_schedule(rows: Sequence[dict], eta: np.ndarray | None) -> None:
+    """What laws of whole curves need of the schedule up to each row, where that is known."""
+    if eta is None:
+        return
+    known = [r for r in rows if isinstance(r["step"], int) and 0 < r["step"] <= eta.size]
+    area, recent = path_of(eta)
+    steps = np.array([r["step"] for r in known], int)
+    for row, t, nodes in zip(known, steps, history(eta, steps), strict=True):
+        row |= {"lr_area": float(area[t - 1]), "lr_recent": float(recent[t - 1])}
+        row["lr_history"] = nodes
 
 
 def settings_of(config: Path) -> dict[str, float]:
@@ -245,8 +257,7 @@ def settings_of(config: Path) -> dict[str, float]:
     if not config.exists():
         return {}
     content = _read_json(config).get("config")
-    train = content.get("train") if isinstance(content, dict) else None
-    if not isinstance(train, dict):
+    if not isinstance(content, dict) or not isinstance(train := content.get("train"), dict):
         return {}
     found = {role: train[role] for role in TUNED if train.get(role) is not None}
     model = content.get("model")
@@ -263,13 +274,13 @@ def _all_or_none(sheet: Sheet, roles: Sequence[str]) -> None:
                 row.values.pop(role, None)
 
 
-def _rates_of(config: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What `path_of` says of the run's schedule; None where it is not known."""
+def _rates_of(config: Path) -> np.ndarray | None:
+    """Learning rates of the run's schedule; None where it is not known."""
     if not config.exists():
         return None
     try:
         train = _read_json(config)["config"]["train"]
-        return path_of(rates(train))
+        return rates(train)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{config}: the schedule is not readable ({error!r}); expected config.train with "

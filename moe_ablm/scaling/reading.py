@@ -54,6 +54,7 @@ OTHER_NAMES = {
 }
 LABELS = ("router", "run")
 ROLES = NUMBERS + LABELS
+OF_SCHEDULES = "lr_history"  # an array a row, of folders of runs
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ def _parse(
                 r: number(row, r, n) for r, n in names.items() if r in NUMBERS
             }
             values |= {r: label(row, n) for r, n in names.items() if r in LABELS}
+            if OF_SCHEDULES in row.values and sheet.is_runs:
+                values[OF_SCHEDULES] = row.values[OF_SCHEDULES]
             clamped += _complete(values, names, sheet.is_runs, reading)
         except BadValue as bad:
             if bad.missing_loss or sheet.is_runs or reading.drop_bad_rows:
@@ -283,7 +286,8 @@ def _without_duplicates(table: list[Row], dropped: list[tuple[str, str]]) -> lis
     out = []
     for source, values in table:
         copied = source.startswith(values.get("run") or "\0")
-        key = tuple(sorted((k, str(v)) for k, v in values.items() if not (copied and k == "run")))
+        apart = (OF_SCHEDULES, "run") if copied else (OF_SCHEDULES,)
+        key = tuple(sorted((k, str(v)) for k, v in values.items() if k not in apart))
         if key in seen:
             dropped.append((source, f"duplicate of {seen[key]}"))
         else:
@@ -311,7 +315,7 @@ def _assemble(
     reading: Reading,
 ) -> Runs:
     """Columns that every row has; without `unique_tokens`, `unique_pairs` replace them."""
-    roles = [r for r in ROLES if all(r in v for _, v in table)]
+    roles = [r for r in (*ROLES, OF_SCHEDULES) if all(r in v for _, v in table)]
     columns = {r: np.array([v[r] for _, v in table]) for r in roles}
     unit = "tokens"
     if "unique_pairs" in columns and "unique_tokens" not in columns:

@@ -12,6 +12,7 @@ from moe_ablm.scaling.inputs import INPUTS
 # settings that are tuned: runs that differ are no seeds
 TUNED = ("lr", "batch", "weight_decay", "dropout")
 MODEL = ("params", "total_params", "experts", "granularity", "sparsity", "router")
+SCHEDULE = ("lr_area", "lr_recent")  # of whole curves: another schedule is another config
 SAME_TOKENS = 2e-3  # seeds of one config differ by less: their sequences have other lengths
 
 
@@ -65,7 +66,7 @@ class Runs:
         where these are not known.
         """
         same = np.zeros(len(self), int)
-        for role in (*MODEL, *self.covariates):
+        for role in (*MODEL, *SCHEDULE, *self.covariates):
             if role in self.columns:
                 values = np.unique(self.columns[role], return_inverse=True)[1].reshape(-1)
                 same = numbered(same * (values.max() + 1) + values)
@@ -86,10 +87,18 @@ class Runs:
         """An integer per run, equal for rows whose runs share a cell, `[n]`.
 
         Left out of a fit together: a checkpoint tells the loss of the next one of its run, and of
-        the same checkpoint of another seed. Without checkpoints these are the cells.
+        the same checkpoint of another seed. Without checkpoints these are the cells. Schedules that
+        share a trunk are no seeds of each other: there the ends of runs tell.
         """
         cells, run = self.cells(), self.clusters()
-        return cells if run is None else _linked(run, cells)
+        if run is None:
+            return cells
+        if "lr_area" not in self.columns:
+            return _linked(run, cells)
+        order = np.argsort(self.columns["lr_area"], kind="stable")
+        end = np.empty(run.max() + 1, int)
+        end[run[order]] = cells[order]  # the last of equal ones stays
+        return numbered(end[run])
 
     def flops(self) -> np.ndarray:
         """FLOPs of each run: as given, else 6 N D."""
@@ -100,6 +109,11 @@ class Runs:
     def require(self, names: Sequence[str], law: str) -> None:
         """Raises UserError where the law needs a column that the table lacks."""
         missing = [n for n in names if n not in self.columns]
+        if missing and missing[0] == "lr_history":
+            raise UserError(
+                f"law {law} needs the whole schedule of each run, which a table cannot have: give "
+                "--input a folder of runs with their config.json and results.jsonl"
+            )
         if missing:
             raise UserError(
                 f"law {law} needs the column '{missing[0]}' and the input has "

@@ -1,7 +1,6 @@
 """`python -m moe_ablm fit`: fits scaling laws to tables of runs."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,105 +8,26 @@ from typing import TYPE_CHECKING
 
 from moe_ablm.errors import UserError
 from moe_ablm.files import all_or_none, write_json
-from moe_ablm.verbs.writing import out_directory
+from moe_ablm.verbs.fit_flags import (
+    COMPARE,
+    add_arguments,
+    check_numbers,
+    numbers_of,
+    reading_of,
+    target_of,
+)
 
 if TYPE_CHECKING:  # loaded when the verb runs
     from rich.console import Console
     from rich.table import Table
 
-    from moe_ablm.scaling.inputs import Target
     from moe_ablm.scaling.published import Study
     from moe_ablm.scaling.reading import Reading
     from moe_ablm.scaling.runs import Runs
     from moe_ablm.scaling.selection import Analysis, Score
 
-COMPARE = "compare"
+__all__ = ["add_arguments", "run"]
 PIPE_WIDTH = 180
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb; scripts rely on their names."""
-    from moe_ablm.scaling.published import STUDIES
-
-    add = parser.add_argument
-    add(
-        "--input",
-        action="append",
-        required=True,
-        metavar="FILE|RUNS",
-        help="CSV, TSV, parquet or a directory of runs; repeatable",
-    )
-    add(
-        "--columns",
-        default="",
-        metavar="ROLE=NAME,...",
-        help="columns by role: params, tokens, unique_tokens, unique_pairs, loss, total_params, "
-        "experts, router, granularity, sparsity, flops, run, step, seed, lr, batch, weight_decay, "
-        "dropout, train_loss",
-    )
-    add(
-        "--where",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="keep rows whose column has this value; repeatable",
-    )
-    add(
-        "--law",
-        action="append",
-        metavar="LAW",
-        help="a law's name, repeatable; 'compare' is all laws that the columns allow (default)",
-    )
-    add(
-        "--huber-delta", type=float, help="of ln L; inf is least squares (default: seed sd or 1e-3)"
-    )
-    add("--bootstrap", type=int, default=1000, metavar="N", help="draws (default 1000)")
-    add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--seed-sd", type=float, help="known sd of one run's loss, for parabolas and designs")
-    add("--fix", default="", metavar="NAME=VALUE,...", help="hold coefficients at these values")
-    add(
-        "--target",
-        default="",
-        metavar="INPUT=VALUE,...",
-        help="inputs at which derived quantities are wanted, as flops=1e21 or params=650e6",
-    )
-    add(
-        "--rule",
-        default="",
-        metavar="k=K,by_params=P,by_tokens=Q",
-        help="with --law learning_rate or batch_size: what K N^P D^Q costs in each cell",
-    )
-    add(
-        "--covariates",
-        default="",
-        metavar="NAME,...",
-        help="weight_decay, dropout: factors on the over-fitting term of the law",
-    )
-    add("--drop-bad-rows", action="store_true", help="drop unusable rows instead of stopping")
-    add(
-        "--keep-duplicates",
-        action="store_true",
-        help="equal rows are replicates whose rounded losses agree, not copies",
-    )
-    add("--drop-largest-losses", type=int, default=0, metavar="N", help="leave out N outliers")
-    add("--tokens-per-pair", type=float, help="turns unique_pairs into unique_tokens")
-    add("--published", choices=sorted(STUDIES), help="print a study's numbers beside ours")
-    add("--advise", action="store_true", help="the best model under the limits below")
-    add("--max-flops", type=float, help="training FLOPs; a token costs what the runs' flops say")
-    add("--max-params", type=float, help="total parameters that fit in memory")
-    add("--max-unique", type=float, help="unique tokens at hand")
-    add("--max-inference-flops", type=float, help="of a token, forward; a third of training")
-    add("--next-run", metavar="GRID", help="table of candidate cells to rank")
-    add("--design", action="store_true", help="check a planned grid (no losses) and stop")
-    add(
-        "--power",
-        type=int,
-        metavar="DRAWS",
-        help="with --design --law joint: simulate whether the grid tells tau = 0 from 1",
-    )
-    add(
-        "--out", type=out_directory, required=True, metavar="DIR", help="fit.json, report.html, ..."
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moe_ablm.scaling.catalogue import LAWS
     from moe_ablm.scaling.laws import Law
-    from moe_ablm.scaling.reading import Reading, read_runs
+    from moe_ablm.scaling.reading import read_runs
 
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for whole tables
@@ -130,58 +50,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--rule needs --law learning_rate or batch_size")
     if args.power is not None and not args.design:
         raise UserError(f"--power {args.power} needs --design")
-    _check_numbers(args)
-    reading = Reading(
-        columns=_pairs("--columns", [args.columns]),
-        where=_pairs("--where", args.where),
-        drop_bad_rows=args.drop_bad_rows,
-        drop_largest_losses=args.drop_largest_losses,
-        tokens_per_pair=args.tokens_per_pair,
-        keep_duplicates=args.keep_duplicates,
-        curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
-        settings=len(laws) == 1 and LAWS.get(laws[0], Law).of_settings,
-        gaps=not args.design and any(LAWS.get(law, Law).of_gap for law in laws),
-        covariates=_covariates(args.covariates, laws),
-        need_loss=not args.design,
-    )
+    check_numbers(args)
+    reading = reading_of(args, laws)
     runs = read_runs(args.input, reading)
     with all_or_none(args.out) as out:
         if args.design:
             _design(console, runs, laws, args, out)
             return 0
         return _fit(console, runs, laws, args, out, reading)
-
-
-def _covariates(text: str, laws: Sequence[str]) -> tuple[str, ...]:
-    """The names of --covariates; raises UserError for an unknown one or a law that has no place."""
-    from moe_ablm.scaling.catalogue import SMOOTH, overfits
-    from moe_ablm.scaling.covariates import COVARIATES
-
-    names = tuple(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
-    for name in names:
-        if name not in COVARIATES:
-            raise UserError(f"--covariates {name}: expected some of {', '.join(COVARIATES)}")
-        for law in laws:
-            if law != COMPARE and not overfits(law):
-                raise UserError(
-                    f"--covariates {name}: law {law} has no over-fitting term; use one of "
-                    f"{', '.join(filter(overfits, SMOOTH))}"
-                )
-    return names
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for a number out of range, before anything is read or fitted."""
-    for flag in ("bootstrap", "seed", "drop_largest_losses"):
-        value = getattr(args, flag)
-        if value < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected 0 or more")
-    for flag in ("seed_sd", "tokens_per_pair", "max_flops", "max_params", "max_unique",
-                 "max_inference_flops"):  # fmt: skip
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} {value}: expected a positive number")
 
 
 def _fit(
@@ -202,12 +78,12 @@ def _fit(
     question = Question(
         law="",
         huber_delta=args.huber_delta,
-        fixed=_numbers("--fix", args.fix),
-        target=_target(args, runs),
+        fixed=numbers_of("--fix", args.fix),
+        target=target_of(args, runs),
         draws=args.bootstrap,
         seed=args.seed,
         seed_sd=args.seed_sd,
-        rule=_numbers("--rule", args.rule),
+        rule=numbers_of("--rule", args.rule),
     )
     named = [law for law in laws if law != COMPARE]
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
@@ -347,7 +223,7 @@ def _design(
         runs,
         names[0],
         1e-3 if args.seed_sd is None else args.seed_sd,
-        fixed=_numbers("--fix", args.fix),
+        fixed=numbers_of("--fix", args.fix),
     )
     console.print(design_table(design))
     for warning in design.warnings:
@@ -396,42 +272,3 @@ def _scores_json(scores: Sequence["Score"], sentence: str) -> dict:
             for s in scores
         ],
     }
-
-
-def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
-    """`a=b,c=d` (or several such) to a mapping."""
-    out = {}
-    for part in (p for item in items for p in item.split(",") if p.strip()):
-        name, sign, value = part.partition("=")
-        if not sign or not name.strip() or not value.strip():
-            raise UserError(f"{flag} {part!r}: expected NAME=VALUE")
-        if name.strip() in out:
-            raise UserError(f"{flag} {name.strip()}=...: given twice")
-        out[name.strip()] = value.strip()
-    return out
-
-
-def _target(args: argparse.Namespace, runs: "Runs") -> "Target":
-    """The inputs of the target; pairs become the unit of the runs' data sizes."""
-    from moe_ablm.scaling.inputs import make_target
-
-    pairs = _pairs("--target", [args.target])
-    router = {"router": pairs.pop("router")} if "router" in pairs else {}
-    target = {k: _number("--target", k, v) for k, v in pairs.items()}
-    if "unique_pairs" in target:
-        if runs.data_unit != "pairs" and not args.tokens_per_pair:
-            raise UserError("--target unique_pairs=...: the runs are in tokens; --tokens-per-pair?")
-        scale = 1.0 if runs.data_unit == "pairs" else args.tokens_per_pair
-        target["unique_tokens"] = target.pop("unique_pairs") * scale
-    return make_target("--target", {**target, **router})
-
-
-def _numbers(flag: str, text: str) -> dict[str, float]:
-    return {k: _number(flag, k, v) for k, v in _pairs(flag, [text]).items()}
-
-
-def _number(flag: str, name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"{flag} {name}={value}: expected a number") from None
