@@ -1,11 +1,14 @@
 """Models of transformers beside ours: the same numbers as transformers itself, on every path."""
 
+import csv
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 from pretrained_models import FAMILIES, save
+from safetensors import safe_open
 from small_datasets import random_records, write_dataset
 from tiny_models import HEAVY, LIGHT, tiny_model
 
@@ -151,6 +154,61 @@ def test_verbs_take_it_as_a_run(place, main, tmp_path, direct):
     done = main("finetune", "--run", run, "--input", tmp_path / "s.jsonl", "--target", "x",
                 "--out", tmp_path / "o")  # fmt: skip
     assert done.returncode == 2 and not (tmp_path / "o").exists()
+
+
+def assay(path):
+    """Chains whose value is their number of W."""
+    rng, lines = np.random.default_rng(0), ["name,heavy,light,kd"]
+    for i in range(24):
+        heavy, light = ("".join(rng.choice(list("AGSTW"), 12)) for _ in range(2))
+        lines.append(f"a{i},{heavy},{light},{heavy.count('W')}")
+    path.write_text("\n".join(lines) + "\n")
+    return [line.split(",") for line in lines[1:]]
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_head_is_trained_on_its_hidden_states_and_predicts_again(place, main, tmp_path, direct):
+    antibodies = assay(tmp_path / "assay.csv")
+    base = shutil.copytree(place / "AntiBERTa2", tmp_path / "theirs")
+    run, out = f"{PREFIX}{base}", tmp_path / "tuned"
+    flags = ("--input", tmp_path / "assay.csv", "--target", "kd", "--groups", "sequence")
+    few = ("--task", "regression", "--folds", "2", "--steps", "30", "--lr", "0.01")
+    done = main("finetune", "--run", run, *flags, *few, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = rows_of(out / "predictions.csv")
+    with safe_open(out / "head.safetensors", "numpy") as file:
+        p = {name: file.get_tensor(name).astype(np.float64) for name in file}
+    for row, (_, heavy, light, _) in zip(found[:4], antibodies, strict=False):
+        x = direct("AntiBERTa2", heavy, light)[1][-1].astype(np.float16).astype(np.float64)
+        x = (x - p["centre"]) / p["spread"]
+        weights = np.exp(x @ p["query"])
+        inner = (x * weights / weights.sum()).sum(0) @ p["inner"] + p["inner_bias"]
+        inner *= 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+        value = (inner @ p["outer"] + p["outer_bias"]) * p["target_sd"] + p["target_mean"]
+        assert float(row["prediction"]) == pytest.approx(value.item(), abs=2e-3)
+    asked = ("--run", out, "--input", tmp_path / "assay.csv")
+    done = main("predict", *asked, "--out", tmp_path / "again.csv")
+    assert done.returncode == 0, done.stderr
+    again = rows_of(tmp_path / "again.csv")
+    assert [r["prediction"] for r in again] == [r["prediction"] for r in found]
+    pair = ("--heavy", "EVQLV", "--light", "DIQM", "--one-pass")
+    one, other = (main("score", "--run", each, *pair).stdout for each in (out, run))
+    assert one == other and one
+    for tune in ("lora", "whole"):
+        done = main("finetune", "--run", run, *flags, "--tune", tune, "--out", tmp_path / "no")
+        assert done.returncode == 2 and f"--tune {tune}: " in done.stderr
+        assert "computed by transformers and not trained" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "no").exists()
+    save(FAMILIES["AntiBERTa2"], base, seed=1)  # other weights in its place
+    done = main("predict", *asked, "--out", tmp_path / "other.csv")
+    assert done.returncode == 2 and "trained on other weights" in done.stderr
+    shutil.rmtree(base)
+    done = main("predict", *asked, "--out", tmp_path / "gone.csv")
+    assert done.returncode == 2 and f"a head on {PREFIX}{base}: no config.json" in done.stderr
 
 
 def test_in_python_it_answers_data_frames(place, asked):

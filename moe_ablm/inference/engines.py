@@ -9,7 +9,7 @@ import jax
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.torch_engine import TorchEngine
 from moe_ablm.interop.load import load_model
-from moe_ablm.interop.pretrained import PREFIX, load_pretrained
+from moe_ablm.interop.pretrained import PREFIX, base_of, load_pretrained
 
 
 def engine_of(
@@ -23,7 +23,8 @@ def engine_of(
     """Loads a model and prepares it.
 
     Args:
-      run: see `load_model`; or `transformers:DIR`, which torch computes (`torch_engine`).
+      run: see `load_model`; or `transformers:DIR`, which torch computes (`torch_engine`), or what
+        `finetune` wrote of such a model.
       precision, devices, batch_tokens: see `Engine`.
       name: flag or argument that gave `run`, for messages.
       kinds: the engine of an encoder of ours, and that of a model of transformers.
@@ -36,7 +37,11 @@ def engine_of(
         with suppress(RuntimeError):  # in Python jax may have been used before
             jax.config.update("jax_num_cpu_devices", min(devices, os.cpu_count() or 1))
     ours, theirs = kinds
-    if not str(run).startswith(PREFIX):
+    directory = base_of(Path(run))
+    if directory is not None:
+        name = f"{name} {run}, a head on"
+    elif str(run).startswith(PREFIX):
+        directory = Path(str(run).removeprefix(PREFIX))
+    else:
         return ours(load_model(run, name), precision, devices, batch_tokens)
-    model = load_pretrained(Path(str(run).removeprefix(PREFIX)), name)
-    return theirs(model, precision, devices, batch_tokens)
+    return theirs(load_pretrained(directory, name), precision, devices, batch_tokens)

@@ -55,8 +55,8 @@ def load_model(run: Path | str, name: str = "--run") -> Model:
     if str(run).startswith(PREFIX):
         raise UserError(
             f"{name} {run}: a model that transformers computes is only asked (embed, score, "
-            "infill, scan, app, evaluate); here expected a run, or what python -m moe_ablm import "
-            "wrote"
+            "infill, scan, app, evaluate, finetune of a head); here expected a run, or what "
+            "python -m moe_ablm import wrote"
         )
     if is_hub_name(run):
         return _of_hub(str(run), name)

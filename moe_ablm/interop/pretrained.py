@@ -29,11 +29,14 @@ from moe_ablm.data.tokenizer import (
     Layout,
 )
 from moe_ablm.errors import UserError
-from moe_ablm.interop.saved import Model
+from moe_ablm.files import write_json
+from moe_ablm.interop.saved import Model, read_json
 from moe_ablm.interop.tensors import open_tensors
 from moe_ablm.model.spec import EncoderSpec
 
 PREFIX = "transformers:"  # of a `--run` that names a directory of transformers
+BASE_FILE = "base.json"  # beside a head: where the encoder is that it was trained on
+_BASE_SCHEMA = "moe_ablm.base/1"
 
 # separators of pairs where they are not what the tokenizer itself puts between two texts: ESM-2 has
 # none, and takes ft-ESM's; ESM-C has a token for the end of a chain; BALM has one </s>
@@ -61,12 +64,14 @@ class Pretrained(Model):
       ids: int64 `[V]`, the id in its vocabulary that is read for each of our tokens.
       known: bool `[V]`, which of our tokens its vocabulary has.
       sha256: of weights, vocabulary and layout.
+      directory: where it is.
     """
 
     network: Any = None
     ids: np.ndarray = field(default_factory=lambda: np.zeros(len(VOCABULARY), np.int64))
     known: np.ndarray = field(default_factory=lambda: np.zeros(len(VOCABULARY), bool))
     sha256: str = ""
+    directory: Path = Path()
 
     def digest(self) -> str:
         """SHA-256 of the weights, the vocabulary and the layout."""
@@ -115,7 +120,32 @@ def load_pretrained(directory: Path, name: str = "--run") -> Pretrained:
         ids=ids,
         known=known,
         sha256=_digest(directory, ids, layout),
+        directory=directory,
     )
+
+
+def write_base(model: Pretrained, directory: Path) -> None:
+    """Writes where a model is into a directory that is to stand for it; weights are not copied."""
+    content = {"schema": _BASE_SCHEMA, "run": f"{PREFIX}{model.directory.resolve()}"}
+    write_json(directory / BASE_FILE, content)
+
+
+def base_of(directory: Path) -> Path | None:
+    """The directory of transformers that one stands for; None where it stands for none.
+
+    Raises:
+      UserError: the file that says so is damaged.
+    """
+    file = directory / BASE_FILE
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    run = content.get("run")
+    if content.get("schema") != _BASE_SCHEMA or not str(run).startswith(PREFIX):
+        raise UserError(
+            f"{file}: expected schema {_BASE_SCHEMA!r} and a run {PREFIX}DIR: run finetune again"
+        )
+    return Path(str(run).removeprefix(PREFIX))
 
 
 def _library(name: str, where: str) -> Any:

@@ -12,7 +12,7 @@ from rich.table import Table
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.files import write_json
 from moe_ablm.model.spec import PRECISIONS
-from moe_ablm.verbs.reading import RUN, add_format_arguments, reading_of
+from moe_ablm.verbs.reading import ASKED, add_format_arguments, reading_of
 from moe_ablm.verbs.writing import out_directory
 
 if TYPE_CHECKING:  # jax only when there is something to compute
@@ -36,12 +36,13 @@ RANGES = {
     "seed": (0, 2**63 - 1),
 }
 PACKAGES = ("moe_ablm", "jax", "flax", "numpy", "scikit-learn")  # what computes
+OF_OTHERS = ("torch", "transformers")  # what computes a model of theirs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     add = parser.add_argument
-    add("--run", type=Path, required=True, help=RUN)
+    add("--run", type=Path, required=True, help=f"{ASKED} (of which a head alone is trained)")
     add("--input", required=True, metavar="FILE", help="a table of antibodies")
     add("--target", required=True, metavar="COLUMN", help="what was measured")
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
@@ -98,12 +99,12 @@ def run(args: argparse.Namespace) -> None:
     from moe_ablm.evaluation.formats.assays import official_folds, read_assay
     from moe_ablm.evaluation.outcome import Skipped
     from moe_ablm.evaluation.supervised.tuning import CLONE, tune
-    from moe_ablm.inference.buckets import Engine
-    from moe_ablm.interop.load import load_model
+    from moe_ablm.inference.engines import engine_of
     from moe_ablm.interop.saved import new_directory
 
     with new_directory(args.out) as directory:
-        engine = Engine(load_model(args.run), args.precision)
+        engine = engine_of(args.run, args.precision)
+        _require_own(args, engine)
         _require_experts(args, engine)
         settings, fold = _settings(args), args.fold
         if fold is args.split is args.folds is None and args.groups == CLONE:
@@ -150,6 +151,16 @@ def _of_experts(args: argparse.Namespace) -> str:
     if args.freeze_routers:
         return "--freeze-routers"
     return "--expert-dropout" if args.expert_dropout else ""
+
+
+def _require_own(args: argparse.Namespace, engine: "Engine") -> None:
+    from moe_ablm.interop.pretrained import Pretrained
+
+    if args.tune != HEAD and isinstance(engine.model, Pretrained):
+        raise UserError(
+            f"--tune {args.tune}: {engine.model.directory} is computed by transformers and not "
+            "trained; expected --tune head, or weights that python -m moe_ablm import converts"
+        )
 
 
 def _require_experts(args: argparse.Namespace, engine: "Engine") -> None:
@@ -201,6 +212,7 @@ def _write(
         write_head,
     )
     from moe_ablm.inference.output import file_identity, write_csv
+    from moe_ablm.interop.pretrained import Pretrained, write_base
     from moe_ablm.interop.saved import save_model
     from moe_ablm.results import versions
 
@@ -208,9 +220,14 @@ def _write(
     model = predictor.engine.model
     how = {HEAD: "as it was", LORA: "with adapters", WHOLE: "tuned"}[args.tune]
     source = f"{model.source}; {how}, with a head for {args.target} of {Path(args.input).name}"
-    # the losses of a run are not those of weights that have been tuned since
-    facts = {k: v for k, v in model.facts.items() if args.tune == HEAD or k != "metrics"}
-    save_model(dataclasses.replace(model, source=source, facts=facts), directory)
+    packages = PACKAGES
+    if isinstance(model, Pretrained):
+        packages += OF_OTHERS
+        write_base(model, directory)
+    else:
+        # the losses of a run are not those of weights that have been tuned since
+        facts = {k: v for k, v in model.facts.items() if args.tune == HEAD or k != "metrics"}
+        save_model(dataclasses.replace(model, source=source, facts=facts), directory)
     saved = SavedHead.of(predictor, assay.classes, args.target)
     write_head(saved, directory)
     content = {
@@ -227,7 +244,7 @@ def _write(
         "settings": dataclasses.asdict(settings),
         "numbers": [as_json(number) for number in tuned.numbers],
         "notes": tuned.notes,
-        "versions": versions(*PACKAGES),
+        "versions": versions(*packages),
     }
     write_json(directory / "results.json", content)
     called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(tuned.folds.tolist()))
