@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import REPO, run_command
 from random_models import logits_of, random_model, same
 from strict_json import read_all_strictly
 
@@ -188,3 +188,26 @@ def test_the_tokenizer_makes_the_rows_that_the_model_was_trained_on(tmp_path, tr
     assert tokenizer(row_text(model, heavy, light))["input_ids"] == expected
     assert tokenizer.mask_token_id == 32 and tokenizer.pad_token_id == 1
     assert tokenizer("EV<mask>L")["input_ids"] == [0, 9, 7, 32, 4, 2]
+
+
+@pytest.mark.hf
+@pytest.mark.slow
+def test_the_recipe_of_the_docs_makes_onnx(tmp_path, monkeypatch):
+    """With the logits of the model, for rows of other numbers and lengths, too."""
+    for library in ("torch", "transformers", "onnxscript"):
+        pytest.importorskip(library, reason="needs the extra `hf`, onnx and onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    model = random_model()
+    (tmp_path / "export").mkdir()
+    export_esm2(model, tmp_path / "export" / "8m")
+    monkeypatch.chdir(tmp_path)
+    part = (REPO / "docs" / "weights.md").read_text().partition("**ONNX.**")[2]
+    exec(part.partition("```python\n")[2].partition("```")[0], {})  # noqa: S102
+    session = onnxruntime.InferenceSession("8m.onnx")
+    for tokens in ([[0, 5, 32, 7, 2], [0, 9, 2, 1, 1], [0, 5, 6, 7, 2]], [[0, 5, 9, 32, 7, 4, 2]]):
+        tokens = np.array(tokens)
+        valid = tokens != 1
+        given = {"input_ids": tokens, "attention_mask": valid.astype(np.int64)}
+        (found,) = session.run(["logits"], given)
+        expected = logits_of(model, tokens, valid)
+        np.testing.assert_allclose(found[valid], expected[valid], atol=1e-5)
