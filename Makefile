@@ -1,6 +1,7 @@
 # Each target makes .venv if there is none and installs what it needs, nothing else.
 # make bench BALM=PATH: with a checkout of github.com/brineylab/BALM, compares with that, too.
 PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := .venv/bin
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
 	"moe_ablm needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." \

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
-from moe_ablm.scaling.catalogue import SMOOTH
+from moe_ablm.scaling.catalogue import saved_law
 from moe_ablm.scaling.resampling import bootstrap_intervals
 
 Columns = dict[str, np.ndarray]
@@ -82,6 +82,18 @@ def optima_grid() -> Columns:
     }
 
 
+def gap_grid() -> Columns:
+    """162 runs: three sizes, 1 to 60 epochs, dense and two numbers of experts, three settings."""
+    n, u, k, e = np.meshgrid(
+        np.geomspace(1e6, 1.6e7, 3), [1e6, 8e6], [1.0, 5.0, 60.0], [1.0, 8.0, 64.0]
+    )
+    out = {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
+    out["total_params"] = out["params"] * (1 + 0.5 * (e.ravel() - 1))
+    out = {name: np.tile(v, 3) for name, v in out.items()}
+    out["weight_decay"] = np.repeat([0.0, 0.1, 0.1], n.size)
+    return out | {"dropout": np.repeat([0.0, 0.0, 0.2], n.size)}
+
+
 class Case(NamedTuple):
     """What is simulated; `between` and `within` are the sd of ln L of a run and of a row."""
 
@@ -92,9 +104,12 @@ class Case(NamedTuple):
     between: float = 0.0
     within: float = 2e-3
     in_every_curve: bool = False  # dense runs lie on the curve of the router
+    covariates: tuple[str, ...] = ()
 
 
 BEST = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[x]": 1.8}
+OVERFIT = {"fresh": 0.97, "P": 0.004, "delta": 0.6, "kappa": 0.5, "tau": 0.0}
+OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3}
 JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5}
 CASES = {
     "chinchilla": Case("chinchilla", dense_grid, DENSE),
@@ -104,6 +119,9 @@ CASES = {
     "compute": Case("compute", optima_grid, BEST, ("x",)),
     "data_constrained_b2": Case("data_constrained_b2", repeated_grid, REPEATED),
     "moe_clark": Case("moe_clark", routed_grid, ROUTED, ("x",), in_every_curve=True),
+    "gap, covariates": Case(
+        "gap", gap_grid, OVERFIT, within=1e-2, covariates=("weight_decay", "dropout")
+    ),
     "joint": Case("joint", joint_grid, JOINT, ("x",)),
 }
 
@@ -111,7 +129,7 @@ CASES = {
 def simulate(case: Case, seed: int) -> Runs:
     """A table of the case; runs err by themselves, and rows a little more."""
     columns = case.design()
-    law = SMOOTH[case.law](case.routers)
+    law = saved_law(case.law, case.routers, case.covariates)
     inputs = {k: v for k, v in columns.items() if k != "run"}
     if case.in_every_curve:
         inputs["router"] = np.full(columns["router"].size, case.routers[0])
@@ -121,7 +139,12 @@ def simulate(case: Case, seed: int) -> Runs:
     if "run" in columns:
         run = np.unique(columns["run"], return_inverse=True)[1]
         noise = noise + case.between * rng.standard_normal(run.max() + 1)[run]
-    return Runs(columns | {"loss": loss * np.exp(noise)}, tuple(map(str, range(loss.size))))
+    loss = (loss + law.offset) * np.exp(noise) - law.offset
+    if law.of_gap:
+        columns = columns | {"train_loss": np.full(loss.size, 2.0)}
+        loss = loss + columns["train_loss"]
+    source = tuple(map(str, range(loss.size)))
+    return Runs(columns | {"loss": loss}, source, covariates=case.covariates)
 
 
 def inside(case: Case, seed: int, draws: int) -> dict[str, dict[str, bool]]:

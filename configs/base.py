@@ -38,6 +38,10 @@ def get_config() -> ConfigDict:
     model.activation = "gelu"  # of dense FFNs and experts: gelu (ESM-2), swiglu (BALM)
     model.tied = True  # the LM head's decoder is the embedding (ESM-2); False: its own (BALM)
     model.layer_norm_eps = 1e-5  # ESM-2's; the AbLM scaling study's models have 1e-12
+    # positions with a learned vector each, added to the embedding (ESM-1b, RoBERTa); 0: rotary
+    model.learned_positions = 0
+    model.embedding_norm = False  # normalise the embedding before the first layer
+    model.post_norm = False  # normalise after attention and FFN instead of before them (RoBERTa)
     # dropout rates in training (docs/training.md)
     model.attention_dropout = 0.0  # of attention weights
     model.hidden_dropout = 0.0  # of what attention and FFN add to the residual stream

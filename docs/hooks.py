@@ -1,10 +1,11 @@
 """Pages of the site that have their source elsewhere; `mkdocs.yml` names this file twice.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md as pages, a page of API reference for each room of
-`moe_ablm`, and the mermaid picture of docs/architecture.md drawn here, since a script that draws it
-in the browser would be fetched from elsewhere.
+README.md, CONTRIBUTING.md and CHANGELOG.md as pages, a page of API reference for each module of
+`moe_ablm` and for each room one that lists them, and the mermaid picture of docs/architecture.md
+drawn here, since a script that draws it in the browser would be fetched from elsewhere.
 """
 
+import ast
 import re
 from html import escape
 from itertools import groupby
@@ -20,7 +21,7 @@ COPIED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-EXAMPLE = re.compile(r"^( *)Examples?:\n((?:\1 +\S.*(?:\n|\Z))+)", re.MULTILINE)
+EXAMPLE = re.compile(r"^( *)Examples?:\n((?:\1 +\S.*\n)*\1 +\S.*)", re.MULTILINE)
 PICTURE = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 WIDTH, HEIGHT, STEP_X, STEP_Y = 108, 34, 150, 74  # of a box, and from one to the next
 
@@ -32,7 +33,7 @@ def on_files(files: Files, config) -> Files:
         pages[f"reference/{module}.md"] = reference(module)
     for room in sorted(p.parent.name for p in TOP.glob("moe_ablm/*/__init__.py")):
         if room != "verbs":  # command lines, not for import
-            pages[f"reference/{room}.md"] = reference(room)
+            pages |= reference_of_room(room)
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -44,8 +45,36 @@ def from_top(text: str) -> str:
 
 
 def reference(module: str) -> str:
-    """The page of a module and those below it."""
-    return f"# moe_ablm.{module}\n\n::: moe_ablm.{module}\n    options:\n      heading_level: 2\n"
+    """The page of a module."""
+    return f"# moe_ablm.{module}\n\n{documented(module)}"
+
+
+def documented(module: str) -> str:
+    """What mkdocstrings fills in for a module."""
+    return f"::: moe_ablm.{module}\n    options:\n      heading_level: 2\n"
+
+
+def reference_of_room(room: str) -> dict[str, str]:
+    """The page of a room, which lists its modules, and a page for each of them, by name."""
+    pages, lines = {}, []
+    for source in sorted((TOP / "moe_ablm" / room).rglob("*.py")):
+        parts = source.relative_to(TOP / "moe_ablm" / room).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__init__")
+        about = ast.get_docstring(ast.parse(source.read_text()))
+        if not module or not about or not (source.parent / "__init__.py").exists():
+            continue  # the room itself; no module, such as code that exports take along
+        pages[f"reference/{room}/{module}.md"] = (
+            f"# moe_ablm.{room}.{module}\n\nIn [moe_ablm.{room}](../{room}.md).\n\n"
+            + documented(f"{room}.{module}")
+        )
+        summary = about.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| [{module}]({room}/{module}.md) | {summary} |\n")
+    own = ast.get_docstring(ast.parse((TOP / "moe_ablm" / room / "__init__.py").read_text()))
+    table = "| module | |\n|---|---|\n" + "".join(lines)
+    pages[f"reference/{room}.md"] = (
+        f"# moe_ablm.{room}\n\n{table}\n{documented(room) if own else ''}"
+    )
+    return pages
 
 
 def on_page_markdown(markdown: str, **_) -> str:
@@ -59,7 +88,7 @@ class Examples(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
             obj.docstring.value = EXAMPLE.sub(
-                r"\1Example:\n\1  ```python\n\2\1  ```\n", obj.docstring.value
+                r"\1Example:\n\1  ```python\n\2\n\1  ```", obj.docstring.value
             )
 
 

@@ -13,9 +13,10 @@ import jax
 
 from launch.compile import GB, compile_step
 from launch.meshes import ROUTERS, hardware, rung
-from moe_ablm.endings import Parser
-from moe_ablm.errors import UserError
+from moe_ablm.endings import Parser, end
+from moe_ablm.preemption import Interrupts
 
+NAME = "launch.compare"
 TOLERANCE = 0.15
 ROWS = 64  # a device: as many as make activations weigh more than the state
 CASES = [(name, "8m", router) for name in ("h100x8", "v5e-8") for router in ROUTERS]
@@ -39,6 +40,11 @@ def line(name: str, size: str, router: str) -> tuple[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
+    with Interrupts(NAME):
+        return end(lambda: _run(argv), NAME)
+
+
+def _run(argv: list[str] | None) -> int:
     parser = Parser(
         prog="python -m launch.compare",
         description=__doc__,
@@ -47,14 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked for
     print("| hardware | size | router | planned GB | compiled GB | |\n|---|---|---|--:|--:|--:|")
     far = 0
-    try:
-        for case in CASES:
-            text, off = line(*case)
-            print(text, flush=True)
-            far += abs(off) > TOLERANCE
-    except UserError as error:
-        print(f"launch.compare: {error}", file=sys.stderr)
-        return 2
+    for case in CASES:
+        text, off = line(*case)
+        print(text, flush=True)
+        far += abs(off) > TOLERANCE
     return 1 if far else 0
 
 

@@ -24,13 +24,15 @@ from launch import hlo, topology
 from launch.meshes import NAMES, Hardware, MeshPlan, given_keys, hardware, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config_schema import Config
-from moe_ablm.endings import Parser
+from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.parallel.mesh import make_mesh
+from moe_ablm.preemption import Interrupts
 from moe_ablm.program import abstract_arguments, execution_on, make_program
 
 GB = 10**9
+NAME = "launch.compile"
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,11 @@ def table(c: Compiled) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    with Interrupts(NAME):
+        return end(lambda: _run(argv), NAME)
+
+
+def _run(argv: list[str] | None) -> int:
     parser = Parser(
         prog="python -m launch.compile",
         description=__doc__,
@@ -181,21 +188,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the same, for programs")
     options, rest = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked for
-    try:
-        if unknown := [a for a in rest if not a.startswith("--config")]:
-            raise UserError(f"{unknown[0]!r} is not understood: expected --config... or --help")
-        found = compile_step(read_config(rest), hardware(options.hardware), given_keys(rest))
-        if options.json:
-            _write(options.json, to_json(found))
-    except UserError as error:
-        print(f"launch.compile: {error}", file=sys.stderr)
-        return 2
+    if unknown := [a for a in rest if not a.startswith("--config")]:
+        raise UserError(f"{unknown[0]!r} is not understood: expected --config... or --help")
+    found = compile_step(read_config(rest), hardware(options.hardware), given_keys(rest))
+    if options.json:
+        _write(options.json, to_json(found))
     Console(width=None if sys.stdout.isatty() else 120).print(table(found))
     if found.fits:
         print(f"it fits {options.hardware}")
         return 0
     print(
-        f"launch.compile: it does not fit {options.hardware}: {found.memory.total / GB:.2f} GB a "
+        f"{NAME}: it does not fit {options.hardware}: {found.memory.total / GB:.2f} GB a "
         f"device, of {found.plan.hardware.usable / GB:.2f} that can be used: use more devices, "
         "train.accumulate, or a smaller batch",
         file=sys.stderr,

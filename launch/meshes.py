@@ -28,7 +28,7 @@ from rich.table import Table
 
 from launch.cell import config_of
 from moe_ablm.config_schema import Config
-from moe_ablm.endings import Parser
+from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.model.flops import params_total
 from moe_ablm.model.spec import SIZES, EncoderSpec
@@ -371,6 +371,10 @@ def table(rows: list[tuple[str, str, str, MeshPlan | str]]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 if what was asked for does not exist or does not fit."""
+    return end(lambda: _run(argv), "launch.meshes")
+
+
+def _run(argv: list[str] | None) -> int:
     parser = Parser(
         prog="python -m launch.meshes",
         description=__doc__,
@@ -384,11 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--accumulate", type=int, default=1, help="train.accumulate; default %(default)s")
     add("--length", type=int, default=256, help="data.length; default %(default)s")
     options = parser.parse_args(argv)
-    try:
-        rows = _rows(options)
-    except UserError as error:
-        print(f"launch.meshes: {error}", file=sys.stderr)
-        return 2
+    rows = _rows(options)
     Console(width=None if sys.stdout.isatty() else 130).print(table(rows))
     for name in sorted({row[0] for row in rows if not isinstance(row[3], str)}):
         for variable, value in hardware(name).environment.items():

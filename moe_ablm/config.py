@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from moe_ablm.config_checks import check, check_model
-from moe_ablm.config_keys import LATER, build, earlier_l2_scale
+from moe_ablm.config_keys import LATER, LATER_OF_ENCODER, build, earlier_l2_scale
 from moe_ablm.config_schema import DROPOUTS, Config, ModelConfig, MoEConfig, require
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import EncoderSpec
@@ -63,8 +63,9 @@ def encoder_to_mapping(spec: EncoderSpec) -> dict[str, Any]:
     moe = dataclasses.asdict(MoEConfig.of(spec.moe))
     if moe["l2_scale"] == earlier_l2_scale(moe):
         del moe["l2_scale"]
-    if spec.layer_norm_eps == EncoderSpec.layer_norm_eps:  # earlier versions had no other
-        del tree["layer_norm_eps"]
+    for name in LATER_OF_ENCODER:
+        if tree[name] == getattr(EncoderSpec, name):  # earlier versions had no other
+            del tree[name]
     return {k: v for k, v in tree.items() if k not in DROPOUTS} | {"moe": moe}
 
 

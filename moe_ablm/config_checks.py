@@ -69,6 +69,9 @@ def check(c: Config) -> None:
     check_model(c.model)
     spec = c.model.spec()
     layers = spec.layers
+    positions = spec.learned_positions
+    require(not positions or c.data.length <= positions, "data.length", c.data.length,
+             f"at most model.learned_positions ({positions})")  # fmt: skip
     require(0 <= c.train.freeze <= layers, "train.freeze", c.train.freeze,
              f"0 (off) to the number of layers ({layers})")  # fmt: skip
     require(spec.moe is not None or c.train.router_lr == 1, "train.router_lr", c.train.router_lr,
@@ -169,6 +172,8 @@ def check_model(m: ModelConfig) -> None:
         require(getattr(spec, name) > 0, f"model.{name}", getattr(spec, name), "a positive number")
     require(0 < spec.layer_norm_eps <= 0.01, "model.layer_norm_eps", spec.layer_norm_eps,
              "above 0, at most .01")  # fmt: skip
+    require(0 <= spec.learned_positions < 2**16, "model.learned_positions", spec.learned_positions,
+             "0 (rotary positions) to 65,535")  # fmt: skip
     require(spec.layers <= MOST_LAYERS, "model.layers", spec.layers, f"1 to {MOST_LAYERS:,}")
     if spec.d_model % spec.heads:
         raise UserError(

@@ -11,6 +11,8 @@ from moe_ablm.config_schema import DROPOUTS, Config
 from moe_ablm.errors import UserError, suggestion
 from moe_ablm.model.spec import EncoderSpec
 
+# settings of the encoder that later versions have, whose defaults are what earlier ones did
+LATER_OF_ENCODER = ("layer_norm_eps", "learned_positions", "embedding_norm", "post_norm")
 MOST = 2**32 - 1  # of whole numbers: what seeds have room for
 
 
@@ -24,7 +26,7 @@ def earlier_l2_scale(moe: Mapping[str, Any]) -> float | None:
 LATER: dict[str, Any] = {
     "config.model.moe.exceed": True,
     "config.model.moe.l2_scale": earlier_l2_scale,
-    "config.model.layer_norm_eps": EncoderSpec.layer_norm_eps,
+    **{f"config.model.{name}": getattr(EncoderSpec, name) for name in LATER_OF_ENCODER},
     **{f"config.model.{name}": 0.0 for name in DROPOUTS},
     "config.train.init": None,
     "config.train.freeze": 0,

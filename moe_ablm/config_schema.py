@@ -116,6 +116,9 @@ class ModelConfig:
     attention_dropout: float
     hidden_dropout: float
     embedding_dropout: float
+    learned_positions: int
+    embedding_norm: bool
+    post_norm: bool
     moe: MoEConfig
 
     def spec(self) -> EncoderSpec:
@@ -138,6 +141,9 @@ class ModelConfig:
             attention_dropout=self.attention_dropout,
             hidden_dropout=self.hidden_dropout,
             embedding_dropout=self.embedding_dropout,
+            learned_positions=self.learned_positions,
+            embedding_norm=self.embedding_norm,
+            post_norm=self.post_norm,
         )
 
 

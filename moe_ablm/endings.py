@@ -8,14 +8,18 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from moe_ablm.errors import UserError, suggestion
 
 INTERRUPTED = 130  # of a process that Ctrl-C ended, as shells have it
+_AGAIN = "interrupted: give the same command again"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # how libraries write the number of an error that is no OSError: pyarrow, tensorstore, safetensors
 _NUMBER = re.compile(r"(?:OS error|os error|[Ee]rrno) (\d+)")
@@ -75,6 +79,8 @@ def end(command: Callable[[], int | None], name: str = "moe_ablm") -> int:
         _no_more_output()
         return 1
     except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nobody has said a word
+            print(f"{name}: {_AGAIN}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         line = obstacle(error)
@@ -84,6 +90,28 @@ def end(command: Callable[[], int | None], name: str = "moe_ablm") -> int:
         print(f"{name}: {line}", file=sys.stderr)
         return 2
     return code
+
+
+def end_imports(package: Path) -> None:
+    """Ctrl-C in a command of this folder ends it in one line, until `end` carries it out.
+
+    To be called by the package, which Python imports before what the command imports: callbacks of
+    libraries would swallow the exception, or it would be a traceback through all of them. Nothing
+    is to be saved or tidied up there.
+    """
+
+    def answer(number: int, frame: FrameType | None) -> NoReturn:
+        while frame is not None and frame.f_code is not end.__code__:
+            frame = frame.f_back
+        if frame is None:
+            os.write(2, f"{package.name}: {_AGAIN}\n".encode())
+            os._exit(INTERRUPTED)
+        signal.signal(number, signal.default_int_handler)  # `end` says it
+        raise KeyboardInterrupt
+
+    # -m: Python is about to look for the command in the package
+    if sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent == package:
+        signal.signal(signal.SIGINT, answer)
 
 
 def obstacle(error: BaseException) -> str | None:

@@ -5,10 +5,10 @@
 
 Columns: cell, fingerprint, state, step, note; params (active), total_params, tokens, unique_tokens,
 corpus_tokens, flops, experts, router, seed, loss (validation, nats), loss_metric, as `fit` reads
-them; lr, batch, weight_decay where all complete cells say them; loss_all, loss_novel, loss_CHAIN
-(heavy, light_seen, light_unseen, ...), loss_REGION, valid_loss_best, train_loss_final, verdict,
-tokens_per_second; axis_NAME of the grid. A cell that is not complete has no loss; its tokens and
-flops are the planned ones.
+them; lr, batch, weight_decay, dropout where all complete cells say them; loss_all, loss_novel,
+loss_CHAIN (heavy, light_seen, light_unseen, ...), loss_REGION, valid_loss_best, train_loss_final
+(laws of the gap read it), verdict, tokens_per_second; axis_NAME of the grid. A cell that is not
+complete has no loss; its tokens and flops are the planned ones.
 
 --loss chooses the column `loss`: novel is the loss on chains that no training antibody has, all the
 loss on all chains; or name a chain. The default is novel where every complete cell has it (older

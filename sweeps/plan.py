@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from configs.base import get_config
 from launch.cell import Cell, config_of
 from moe_ablm import config as configs
-from moe_ablm.config_schema import Config, ModelConfig, MoEConfig
+from moe_ablm.config_schema import Config
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
@@ -24,7 +25,7 @@ from sweeps.planned import Planned
 
 _COUNTED_STEPS = 200  # enough to know the tokens of a step
 # any: what is drawn does not depend on it
-_MODEL = ModelConfig("", 1, 1, 1, 1, False, "gelu", False, 1e-5, 0.0, 0.0, 0.0, MoEConfig())
+_MODEL = configs.from_mapping(get_config()).model
 _NAME = 80  # longest part of a cell's name before the fingerprint
 
 

@@ -6,6 +6,7 @@
 Works from any machine that sees the files, whoever launched the cells.
 """
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -17,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.state import COMPLETE, FAILED, STATES, CellState, state_of
-from moe_ablm.endings import Parser
-from moe_ablm.errors import UserError
+from moe_ablm.endings import Parser, end
 from sweeps.cost import wide_console
 from sweeps.planned import Planned, read_plan
 
@@ -62,6 +62,10 @@ def _duration(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 1 where a cell failed or is damaged, or 2 for wrong input."""
+    return end(lambda: _run(argv), "sweeps")
+
+
+def _run(argv: list[str] | None) -> int:
     parser = Parser(
         prog="python -m sweeps.status",
         description=__doc__,
@@ -70,23 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watch", action="store_true", help="until nothing is left to run")
     options = parser.parse_args(argv)
     console = wide_console()
-    try:
-        study, cells = read_plan(options.dir)
-        states = _states(cells)
-        if options.watch:
-            with Live(standing(study, cells, states), console=console, auto_refresh=False) as live:
-                while any(s.name in ("running", "waiting", "interrupted") for s in states):
-                    time.sleep(EVERY)
-                    study, cells = read_plan(options.dir)
-                    states = _states(cells)
-                    live.update(standing(study, cells, states), refresh=True)
-        else:
-            console.print(standing(study, cells, states))
-    except UserError as error:
-        print(f"sweeps: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    study, cells = read_plan(options.dir)
+    states = _states(cells)
+    if not options.watch:
+        console.print(standing(study, cells, states))
+    else:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Live(standing(study, cells, states), console=console, auto_refresh=False) as live,
+        ):
+            while any(s.name in ("running", "waiting", "interrupted") for s in states):
+                time.sleep(EVERY)
+                study, cells = read_plan(options.dir)
+                states = _states(cells)
+                live.update(standing(study, cells, states), refresh=True)
     return int(any(s.name in (FAILED, "damaged") for s in states))
 
 

@@ -1,7 +1,8 @@
 """Runs command lines of the package in forked children of one process that has imported it.
 
 Importing jax takes seconds; dozens of command lines that end in an error message should not pay for
-it each. Reads a JSON list `[module, argument, ...]` a line, answers `[code, stdout, stderr]`.
+it each. Reads a JSON list `[folder, module, argument, ...]` a line and answers
+`[code, stdout, stderr]` of the command in that folder.
 """
 
 import json
@@ -18,7 +19,7 @@ SECONDS = 300
 MAINS = {"moe_ablm": moe_ablm.__main__.main, "moe_ablm.train": moe_ablm.train.main}
 
 
-def run(module: str, arguments: list[str]) -> list:
+def run(folder: str, module: str, arguments: list[str]) -> list:
     """Exit code, stdout and stderr of `python -m module arguments`, from a forked child."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
@@ -26,6 +27,7 @@ def run(module: str, arguments: list[str]) -> list:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             signal.alarm(SECONDS)  # a command that hangs has failed
+            os.chdir(folder)
             sys.argv = [module, *arguments]
             code = 1
             try:
@@ -46,5 +48,5 @@ def run(module: str, arguments: list[str]) -> list:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        module, *arguments = json.loads(line)
-        print(json.dumps(run(module, arguments)), flush=True)
+        folder, module, *arguments = json.loads(line)
+        print(json.dumps(run(folder, module, arguments)), flush=True)

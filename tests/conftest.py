@@ -128,8 +128,8 @@ def run_quickly(cache):
         **options,
     )
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        server.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+    def run(*arguments: str, folder: Path = REPO) -> subprocess.CompletedProcess:
+        server.stdin.write(json.dumps([str(folder), *map(str, arguments)]) + "\n")
         server.stdin.flush()
         return subprocess.CompletedProcess(arguments, *json.loads(server.stdout.readline()))
 

@@ -290,6 +290,31 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(changes, scale):
     assert configs.fingerprint(other, "d") != configs.fingerprint(config, "d")
 
 
+def test_encoders_from_before_learned_positions_are_what_they_were():
+    """Their config, fingerprint and what identifies them as models have nothing of the new keys."""
+    config = tiny_config()
+    new = {"learned_positions": 300, "embedding_norm": True, "post_norm": True}
+    tree = configs.to_dict(config)
+    for name in new:
+        del tree["model"][name]
+        assert f"model.{name}" not in configs.identity(config, "d")
+    assert configs.from_mapping(tree) == config
+    assert configs.encoder_of_run(tree["model"]) == config.model.spec()
+    assert not new.keys() & configs.stored_encoder(config.model.spec()).keys()
+    for name, value in new.items():
+        other = tiny_config(**{f"model__{name}": value})
+        assert configs.fingerprint(other, "d") != configs.fingerprint(config, "d")
+        spec = other.model.spec()
+        assert configs.encoder_from_mapping(configs.stored_encoder(spec)) == spec
+
+
+def test_rows_are_no_longer_than_positions_are_learned():
+    with pytest.raises(UserError, match=r"data.length=256: expected at most .*\(200\)"):
+        tiny_config(model__learned_positions=200)
+    with pytest.raises(UserError, match="model.learned_positions=-1: expected 0 .rotary"):
+        tiny_config(model__learned_positions=-1)
+
+
 def test_a_normalised_router_of_today_starts_with_logits_of_standard_deviation_one():
     today, then = tiny_config(**SOFT), configs.from_mapping(earlier(**SOFT))
     assert (today.model.moe.l2_scale, then.model.moe.l2_scale) == (None, 1.0)

@@ -1,9 +1,10 @@
 """Contracts of one training step: shapes and shardings of every variant, collectives of the mesh.
 
-`python tests/test_contracts.py OUT.json` lowers and compiles the steps on eight devices; the tests
-run it in a process of its own and look at what it found.
+`python tests/test_contracts.py OUT.json [--slow]` lowers and compiles the steps on eight devices;
+the tests run it in a process of its own and look at what it found.
 """
 
+import functools
 import json
 import math
 import os
@@ -48,11 +49,16 @@ MOES = {
 ROUTERS = tuple(MOES)
 FIXED = ("capacity", "topp", "expert_choice", "soft")  # as many rows go to each expert
 DROPLESS = ("dropless", "sequence")  # rows go to the experts if they fit, else weights to the rows
-# what is compiled for eight devices; an expert axis shards nothing of a dense encoder
-VARIANTS = [((2, 4, 1), r) for r in ROUTERS if r != "none"]
-VARIANTS += [((8, 1, 1), r) for r in ("none", "dropless", "capacity", "soft", "sequence")]
-VARIANTS += [((1, 8, 1), r) for r in ("dropless", "capacity", "sequence")]
-VARIANTS += [((2, 2, 2), r) for r in ("none", "dropless", "capacity")]
+# what is compiled for eight devices, some ten seconds each; an expert axis shards nothing of a
+# dense encoder
+VARIANTS = [((2, 4, 1), r) for r in ("dropless", "capacity", "expert_choice", "soft", "batch")]
+VARIANTS += [((8, 1, 1), r) for r in ("none", "dropless")]
+VARIANTS += [((1, 8, 1), r) for r in ("dropless", "capacity")]
+VARIANTS += [((2, 2, 2), r) for r in ("none", "dropless")]
+# their siblings: by --slow alone
+SIBLINGS = [((2, 4, 1), r) for r in ("topp", "sequence")]
+SIBLINGS += [((8, 1, 1), r) for r in ("capacity", "soft", "sequence")]
+SIBLINGS += [((1, 8, 1), "sequence"), ((2, 2, 2), "capacity")]
 OPTIMIZER = OptimizerSpec(
     steps=10, lr=1e-3, warmup=2, schedule="linear", decay_share=0.1,
     beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, clip=1.0,
@@ -158,10 +164,10 @@ def host_batch() -> dict[str, np.ndarray]:
     }
 
 
-def on_eight_devices() -> dict:
+def on_eight_devices(variants: list) -> dict:
     """By mesh and router: collectives of the compiled step, shardings that drift, three losses."""
     with ThreadPoolExecutor(2) as pool:
-        compiled = dict(zip(VARIANTS, pool.map(compiled_step, VARIANTS), strict=True))
+        compiled = dict(zip(variants, pool.map(compiled_step, variants), strict=True))
     found = {}
     for (sizes, router), (mesh, state, step) in compiled.items():
         with jax.set_mesh(mesh):
@@ -204,22 +210,29 @@ def three_losses(spec, step, mesh, batch) -> list[float]:
     return losses
 
 
+def variants(of=lambda mesh, router: True) -> list:
+    """Parameters of a test: variants of which `of` is true; siblings are slow."""
+    slow = [pytest.param(*v, marks=pytest.mark.slow) for v in SIBLINGS if of(*v)]
+    return [v for v in VARIANTS if of(*v)] + slow
+
+
 @pytest.fixture(scope="module")
-def eight_devices(tmp_path_factory):
+def eight_devices(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("eight") / "found.json"
     environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    subprocess.run([sys.executable, __file__, path], env=environment, check=True)
+    slow = ["--slow"] if request.config.getoption("--slow") else []
+    subprocess.run([sys.executable, __file__, path, *slow], env=environment, check=True)
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("router", [r for mesh, r in VARIANTS if mesh == (8, 1, 1)])
-def test_pure_data_parallelism_needs_all_reduce_alone(eight_devices, router):
-    found = eight_devices[f"(8, 1, 1) {router}"]["collectives"]
+@pytest.mark.parametrize(("mesh", "router"), variants(lambda mesh, _: mesh == (8, 1, 1)), ids=str)
+def test_pure_data_parallelism_needs_all_reduce_alone(eight_devices, mesh, router):
+    found = eight_devices[f"{mesh} {router}"]["collectives"]
     assert set(found) == {"all-reduce"}, found
 
 
-@pytest.mark.parametrize(("mesh", "router"), [v for v in VARIANTS if v[1] != "batch"], ids=str)
+@pytest.mark.parametrize(("mesh", "router"), variants(lambda _, r: r != "batch"), ids=str)
 def test_only_parameters_are_gathered(eight_devices, mesh, router):
     """Rows travel to the experts; what fsdp shards travels to the rows that need it."""
     found = eight_devices[f"{mesh} {router}"]
@@ -235,7 +248,7 @@ def test_only_parameters_are_gathered(eight_devices, mesh, router):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "router"), [v for v in VARIANTS if v[1] in FIXED and v[0][1] > 1], ids=str
+    ("mesh", "router"), variants(lambda mesh, r: r in FIXED and mesh[1] > 1), ids=str
 )
 def test_rows_travel_there_and_back(eight_devices, mesh, router):
     """Two all-to-alls forward and two backward, and nothing gathered but what fsdp shards."""
@@ -245,8 +258,11 @@ def test_rows_travel_there_and_back(eight_devices, mesh, router):
         assert "all-gather" not in found
 
 
-@pytest.mark.parametrize("router", DROPLESS)
-@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "router"),
+    variants(lambda mesh, r: r in DROPLESS and mesh in [(2, 4, 1), (1, 8, 1)]),
+    ids=str,
+)
 def test_what_a_dropless_layer_sends(eight_devices, mesh, router):
     """Rows there and back, forward and backward; weights in the other branch alone.
 
@@ -286,30 +302,30 @@ def _part(shape: list[int], whole: list[int]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("mesh", "router"), VARIANTS, ids=str)
+@pytest.mark.parametrize(("mesh", "router"), variants(), ids=str)
 def test_a_step_returns_its_state_where_it_found_it(eight_devices, mesh, router):
     """Otherwise the second step compiles anew, and donated memory cannot be used again."""
     assert eight_devices[f"{mesh} {router}"]["drifted"] == []
 
 
-@pytest.fixture(scope="module", params=ROUTERS)
-def losses_of_one(request):
-    """Three steps on one device, by router."""
+@functools.cache
+def losses_of_one(router: str) -> list[float]:
+    """Three steps on one device."""
     mesh = make_mesh(-1, 1, 1)
-    spec = TINY[request.param]
+    spec = TINY[router]
     step, _, _ = step_and_arguments(spec, mesh)
     with jax.set_mesh(mesh):
         quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         step = jax.jit(step, compiler_options=quickly)
-        return request.param, three_losses(spec, step, mesh, global_batch(host_batch(), mesh))
+        return three_losses(spec, step, mesh, global_batch(host_batch(), mesh))
 
 
-def test_three_steps_have_the_same_loss_on_every_mesh(eight_devices, losses_of_one):
-    router, expected = losses_of_one
+@pytest.mark.parametrize(("mesh", "router"), variants(), ids=str)
+def test_three_steps_have_the_same_loss_on_every_mesh(eight_devices, mesh, router):
+    expected = losses_of_one(router)
     assert abs(expected[0] - expected[2]) > 1e-4  # parameters moved
-    for mesh in (mesh for mesh, which in VARIANTS if which == router):
-        found = eight_devices[f"{mesh} {router}"]["losses"]
-        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=str(mesh))
+    found = eight_devices[f"{mesh} {router}"]["losses"]
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 # shapes of every variant, nothing allocated
@@ -320,16 +336,14 @@ def abstract_mesh(sizes):
     return jax.sharding.AbstractMesh(sizes, ("data", "expert", "fsdp"), axis_types=(axes,) * 3)
 
 
-def slow_from(size: str):
-    """Sizes as parameters: the larger ones take seconds each to trace."""
-    names = list(SIZES)
-    first = names.index(size)
-    return names[:first] + [pytest.param(name, marks=pytest.mark.slow) for name in names[first:]]
+def quick(values, few):
+    """Values as parameters; those that are not among the few are slow: seconds each to trace."""
+    return [v if v in few else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("size", slow_from("35m"))
+@pytest.mark.parametrize("mesh", quick(MESHES, [(1, 1, 1), (2, 4, 1)]), ids=str)
+@pytest.mark.parametrize("size", quick(SIZES, ["8m"]))
 def test_shapes_and_dtypes_of_a_step(size, mesh, router):
     spec = EncoderSpec(*SIZES[size], moe=MOES[router])
     step, state, batch = step_and_arguments(spec, abstract_mesh(mesh))
@@ -416,4 +430,5 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(on_eight_devices()))
+    asked = VARIANTS + (SIBLINGS if "--slow" in sys.argv else [])
+    Path(sys.argv[1]).write_text(json.dumps(on_eight_devices(asked)))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from moe_blocks import jit
 
-from moe_ablm.interop.esm2 import params_from_huggingface
+from moe_ablm.interop.naming import ESM
 from moe_ablm.model import flops
 from moe_ablm.model.encoder import Encoder, Observe
 from moe_ablm.model.families import ExpertChoice, Soft, TopK
@@ -50,7 +50,7 @@ def huggingface():
 def imported(huggingface, spec):
     tensors = {k[2:]: huggingface[k] for k in huggingface.files if k.startswith("w/")}
     _, params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))
-    return params_from_huggingface(params, tensors)
+    return ESM.read(params, tensors)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -79,6 +79,9 @@ SPECS = {
     "top1": tiny_spec(moe=TopK(experts=4, k=1)),
     "top2": tiny_spec(moe=TopK(experts=4, k=2, placement="every", first_dense=0)),
     "expert choice": tiny_spec(moe=ExpertChoice(experts=4)),
+    "learned positions, norms after": tiny_spec(
+        learned_positions=30, embedding_norm=True, post_norm=True
+    ),
     "soft": tiny_spec(tied=False, activation="swiglu", moe=Soft(experts=4, slots=3)),
 }
 
@@ -307,9 +310,36 @@ def test_live_against_transformers(token_dropout):
         expected = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(valid).long())
     spec = EncoderSpec(3, 64, 128, 4, token_dropout=token_dropout)
     tensors = {k: v.numpy() for k, v in model.state_dict().items()}
-    params = params_from_huggingface(nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))[1], tensors)
+    params = ESM.read(nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))[1], tensors)
     found = encode(spec, Execution(), params)(tokens, valid).logits
     np.testing.assert_allclose(found[valid], expected.logits.numpy()[valid], atol=1e-5, rtol=0)
+
+
+def test_learned_positions_learn_from_packed_rows_as_from_others():
+    """Gradients of two rows apart, and of the same in one, where places are looked up."""
+    name = "learned positions, norms after"
+    spec = replace(SPECS[name], layers=1, token_dropout=False)
+    definition, params = nnx.split(Encoder(spec, Execution(), nnx.Rngs(0)))
+
+    def gradient(tokens, valid, packing=None):
+        def loss(params):
+            logits = nnx.merge(definition, params)(tokens, valid, packing).logits
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+            return (picked * valid).sum()
+
+        return jit(jax.grad(loss))(params)
+
+    tokens = np.array([[0, 5, 6, 2, 1], [0, 9, 8, 7, 2]])
+    antibody = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]])
+    position = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0]])
+    row = np.array([[0, 5, 6, 2, 0, 9, 8, 7, 2, 1]])
+    apart = gradient(jnp.asarray(tokens), jnp.asarray(tokens != 1))
+    packing = Packing(jnp.asarray(antibody), jnp.asarray(position))
+    together = gradient(jnp.asarray(row), jnp.asarray(row != 1), packing)
+    for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    learned = np.abs(np.asarray(apart["positions"].get_value())).max(1)
+    assert (learned[:5] > 0).all() and (learned[5:] == 0).all()
 
 
 def test_packed_rows_give_the_logits_of_separate_ones(model, rows):

@@ -16,6 +16,7 @@ from moe_ablm.evaluation.estimates import (
     ratio,
     redrawn,
     scaled,
+    spearman_number,
     spearman_of_folds,
     welch,
 )
@@ -152,6 +153,29 @@ def test_seeds_that_differ_by_rounding_alone_have_an_interval(apart):
     low, high = blurred(np.full(1000, 0.3), apart, 3)
     assert (low, high) == pytest.approx((0.3, 0.3), abs=1e-11)
     assert low <= 0.3 <= high
+
+
+def test_a_correlation_of_several_heads_has_their_error():
+    """Heads that learn more or less: the interval covers what the mean of many heads would be."""
+    rng = np.random.default_rng(7)
+
+    def heads(n, count):
+        y = rng.standard_normal(n)
+        learned = np.exp(0.3 * rng.standard_normal((count, 1)))
+        return learned * y + rng.standard_normal((count, n)), y
+
+    x, y = heads(4000, 400)
+    truth = np.mean([stats.spearmanr(each, y)[0] for each in x])
+    units = [str(i) for i in range(80)]
+    inside = {"heads": 0, "proteins alone": 0}
+    for _ in range(100):
+        x, y = heads(80, 3)
+        found = spearman_number(x, y, units, {}, 100)
+        assert found.value == pytest.approx(np.mean([stats.spearmanr(each, y)[0] for each in x]))
+        inside["heads"] += found.low <= truth <= found.high
+        alone = spearman_number(x[0], y, units, {}, 100)
+        inside["proteins alone"] += alone.low <= truth <= alone.high
+    assert inside["heads"] >= 92 and inside["proteins alone"] < 80
 
 
 def test_a_mean_of_the_correlations_of_folds():

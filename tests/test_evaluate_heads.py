@@ -1,5 +1,7 @@
 """Heads: what can be learned is, the same twice, and an antibody's prediction is its own."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from moe_ablm.evaluation.supervised.head_inputs import (
     inputs_of,
 )
 from moe_ablm.evaluation.supervised.heads import Training, fit, settled
+from moe_ablm.inference.buckets import Engine
+from moe_ablm.interop.saved import flat_arrays
 
 CLASSES = Head("classification", 2)
 SHORT = Training(epochs=30, batch=16, lr=1e-2)
@@ -218,3 +222,76 @@ def test_how_often_a_region_has_a_class():
     np.testing.assert_allclose(
         found, [[2 / 4, 2 / 4], [1 / 2, 1 / 2], [1 / 3, 2 / 3], [1 / 3, 2 / 3]]
     )
+
+
+ALL = 1 - 1e-7  # of the units of experts: none is left
+
+
+@pytest.fixture(scope="module")
+def restrained(motif):
+    """With frozen routers, and no expert in any update; losses of both sets."""
+    one_layer = Engine(tiny_model("topk", layers=1))
+    training = Training(
+        epochs=2, batch=32, encoder_lr=3e-3, full=True, freeze_routers=True, expert_dropout=ALL
+    )
+    watched = dict(zip(("train", "held_out"), motif, strict=True))
+    return [fit(one_layer, *motif[0], CLASSES, training, watched=watched) for _ in range(2)]
+
+
+def test_neither_frozen_routers_nor_experts_that_are_dropped_learn(restrained):
+    """The bias of an expert's output is no unit of it: through it a router would be trained."""
+    before, after = (flat_arrays(p) for p in (
+        tiny_model("topk", layers=1).params, restrained[0].params["encoder"],
+    ))  # fmt: skip
+    still = {name for name in before if (before[name] == after[name]).all()}
+    of_experts = {f"layers/0/ffn/{name}" for name in ("router", "up", "up_bias", "down")}
+    assert {name for name in still if not name.startswith("head/")} == of_experts
+    jax.tree.map(np.testing.assert_array_equal, *(each.params for each in restrained))
+
+
+def test_losses_are_those_of_what_is_predicted(motif, restrained):
+    """Of the whole encoder, whatever training went without."""
+    found = restrained[0]
+    for name, (some, target) in zip(("train", "held_out"), motif, strict=True):
+        assert len(found.losses[name]) == 2
+        expected = -np.mean(found(some)[np.arange(len(some)), target], dtype=np.float64)
+        assert found.losses[name][-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_of_values_are_in_units_of_their_variance(motif):
+    (train, classes), (test, truth) = motif
+    values, targets = classes * 7.0 + np.arange(64), truth * 7.0
+    watched, training = {"held_out": (test, targets)}, Training(epochs=2)
+    found, unwatched = (
+        fit(engine(), train, values, Head("regression", 1), training, watched=each)
+        for each in (watched, None)
+    )
+    expected = np.mean((found(test).astype(np.float64) - targets) ** 2) / values.var()
+    assert found.losses["held_out"][-1] == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_array_equal(unwatched(test), found(test))
+
+
+@pytest.mark.slow
+def test_adapters_of_frozen_routers_stay_and_those_of_experts_learn(motif):
+    training = Training(epochs=3, batch=16, encoder_lr=3e-3, rank=2, freeze_routers=True)
+    found, thinned = (
+        settled(fit(engine("topk"), *motif[0], CLASSES, each))
+        for each in (training, replace(training, expert_dropout=0.5))
+    )
+    model = found.engine.model.params
+    before, after = (flat_arrays(p) for p in (tiny_model("topk").params, model))
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert {name.rpartition("/")[2] for name in moved} == {"kernel", "up", "down"}
+    other = flat_arrays(thinned.engine.model.params)
+    assert any((after[name] != other[name]).any() for name in moved)
+
+
+def test_the_epoch_that_is_kept_is_that_of_least_loss(motif):
+    (train, classes), (test, truth) = motif
+    drawn = np.random.default_rng(3).permutation(classes)  # nothing to learn: held-out loss rises
+    training = Training(epochs=8, batch=16, lr=3e-2)
+    valid = test, truth
+    found = fit(engine(), train, drawn, CLASSES, training, valid, {"valid": valid})
+    loss = -np.mean(found(test)[np.arange(len(test)), truth], dtype=np.float64)
+    assert loss == pytest.approx(min(found.losses["valid"]), rel=1e-4)
+    assert loss < found.losses["valid"][-1]

@@ -19,7 +19,7 @@ from moe_ablm.evaluation.proteins import Settings, compared, evaluate
 from moe_ablm.evaluation.subject import Subject
 from moe_ablm.evaluation.supervised import baselines
 
-QUICK = Settings(steps=400, lr=1e-2)
+QUICK = Settings(steps=400, lr=1e-2, repeats=2)
 
 
 @pytest.fixture
@@ -335,10 +335,15 @@ def test_accuracy_counts_known_residues_by_protein():
     members = [Protein("EV", "HE"), Protein("DIQ", "H  ")]
     truth = [np.array([0, 1]), np.array([0, -1, -1])]
     found = [np.array([0, 0]), np.array([1, 1, 0])]
-    sample = compared("residue", members, truth, found, {})
+    sample = compared("residue", members, truth, [found], {})
     np.testing.assert_array_equal(sample.total, [1, 0])
     np.testing.assert_array_equal(sample.weight, [2, 1])
     assert sample.number().value == pytest.approx(1 / 3) and list(sample.units) == ["EV", "DIQ"]
+    # of two heads the mean, and what each has
+    other = [np.array([0, 1]), np.array([0, 0, 0])]
+    sample = compared("residue", members, truth, [found, other], {})
+    np.testing.assert_array_equal(sample.total, [1.5, 0.5])
+    assert sample.repeats == pytest.approx((1 / 3, 1.0))
 
 
 def test_nothing_given_and_nothing_that_fits_are_skipped(subject, write):

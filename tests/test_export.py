@@ -26,6 +26,8 @@ TIED = {
         "attention_dropout": 0.1, "embedding_dropout": 0.2,
     },
     "large eps": {"layer_norm_eps": 0.01},
+    "ESM-1b": {"learned_positions": 90, "embedding_norm": True},
+    "ESM-1v": {"learned_positions": 90},
     "own decoder": {"tied": False},
     "no dropout": {"token_dropout": False},
 }  # fmt: skip
@@ -91,6 +93,7 @@ def test_the_tokenizer_files_hold_the_vocabulary(tmp_path):
     [
         ({"moe": TopK(experts=4)}, "experts in layers 1.*--format balm"),
         ({"activation": "swiglu"}, "activation swiglu.*--format balm"),
+        ({"post_norm": True}, "norms after attention and FFN.*--format transformers"),
     ],
 )
 def test_what_esm2_has_no_place_for_is_refused(tmp_path, changes, words):

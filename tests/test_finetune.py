@@ -111,6 +111,15 @@ def test_frozen_are_the_embedding_and_the_first_layers():
     assert not any(jax.tree.leaves(frozen_mask(params, 0))[1:])
 
 
+def test_learned_positions_and_the_norm_after_them_are_of_the_embedding():
+    spec = EncoderSpec(1, 8, 16, 2, learned_positions=5, embedding_norm=True)
+    flat = jax.tree_util.tree_leaves_with_path(frozen_mask(random_params(spec), 1))
+    assert {path[0].key for path, frozen in flat if frozen} == {
+        "embedding", "positions", "embedding_norm", "layers"
+    }  # fmt: skip
+    assert {path[0].key for path, frozen in flat if not frozen} == {"final_norm", "head"}
+
+
 SPEC = tiny_config().model.spec()
 OTHERS = {
     "layers": (dataclasses.replace(SPEC, layers=3), "model.layers=2 .there 3"),

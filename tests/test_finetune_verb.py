@@ -158,6 +158,35 @@ def test_classes_on_a_split_and_predicted_again(tune, place, main, finetune):
     assert not any("head" in name for name in moved), "the language-model head has no part"
 
 
+RESTRAINED = ("--tune", "whole", "--freeze-routers", "--expert-dropout", "0.3")
+
+
+@pytest.mark.parametrize("run", ["dense", pytest.param("topk", marks=pytest.mark.slow)])
+def test_losses_after_each_pass_are_written(run, place, finetune):
+    """Those of the last pass are what the held-out predictions say."""
+    out, flags = f"losses_{run}", RESTRAINED if run == "topk" else ()
+    few = "--folds", "2", "--steps", "8"
+    done = finetune(out, "--target", "binds", "--losses", *few, *flags, run=run)
+    assert done.returncode == 0, done.stderr
+    lines, rows = (read(place / out / name) for name in ("losses.csv", "predictions.csv"))
+    assert [(x["fold"], x["pass"]) for x in lines] == [
+        (fold, str(i + 1)) for fold in "01" for i in range(8)
+    ]
+    held = []
+    for fold in "01":
+        shares = [float(r[f"held_out {r['target']}"]) for r in rows if r["fold"] == fold]
+        held.append(-np.log(shares).mean())
+        last = [x for x in lines if x["fold"] == fold][-1]
+        assert float(last["held_out"]) == pytest.approx(held[-1], abs=2e-3)  # states of float16
+    told = next(line for line in done.stdout.splitlines() if line.startswith("loss after 8 passes"))
+    words = told.partition(" what was held out")[0].split()
+    assert float(words[-2]) == pytest.approx(np.mean(held), abs=2e-3)
+    if flags:
+        kept, given = (flat_arrays(m.params) for m in (read_model(place / out), experts()))
+        still = {name for name in given if (kept[name] == given[name]).all()}
+        assert "layers/0/ffn/router" in still and "layers/0/ffn/up" not in still
+
+
 def test_the_same_head_on_the_same_split_scores_as_in_evaluate(tmp_path):
     rng = np.random.default_rng(4)
     letters = ["".join(rng.choice(list("ACDWY"), 30)) for _ in range(60)]
@@ -213,6 +242,17 @@ WRONG = {
     "rank": ({}, ["--target", "kd", "--rank", "0"], "--rank 0: expected 1 to 1,024"),
     "rate": ({}, ["--target", "kd", "--lr", "1e30", *QUICK[:4]], "--lr: training came to no fin"),
     "frozen": ({}, ["--target", "kd", "--encoder-lr", "1"], "--encoder-lr: the encoder is frozen"),
+    "routers": ({}, ["--target", "kd", "--freeze-routers"], "-routers: the encoder is frozen; exp"),
+    "all dropped": (
+        {},
+        ["--target", "kd", "--expert-dropout", "1"],
+        "--expert-dropout 1.0: expected 0 to below 1",
+    ),
+    "dense": (
+        {},
+        ["--target", "kd", "--tune", "whole", "--expert-dropout", ".1"],
+        "is a dense model; expected one with experts",
+    ),
 }
 
 

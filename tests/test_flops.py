@@ -82,6 +82,15 @@ def test_counts_by_hand():
     assert flops.train_flops_per_token(spec, RowShape(7, 7)) == 6 * multiply_adds
 
 
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("embedding_norm", [False, True])
+def test_positions_and_norms_are_counted(embedding_norm, post_norm):
+    spec = EncoderSpec(
+        2, 12, 20, 2, learned_positions=7, embedding_norm=embedding_norm, post_norm=post_norm
+    )
+    assert flops.params_total(spec) == sum(size for size, _ in parts(spec))
+
+
 # wide enough for matmuls to be nearly everything
 WIDE = {"layers": 1, "d_model": 1024, "ffn": 1024, "heads": 4}
 EVERY = {"placement": "every", "first_dense": 0, "experts": 4}

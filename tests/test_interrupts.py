@@ -4,10 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
-from conftest import command, tiny_flags
+from conftest import REPO, command, tiny_flags
+
+from moe_ablm import endings
 
 SECOND = 1.0 + 5.0  # beside what a busy machine takes to wake a thread
 
@@ -33,6 +37,12 @@ def answer(process: subprocess.Popen) -> str:
     return line
 
 
+def waited(*tasks: Path) -> float:
+    """Seconds for which threads were ready and had no processor; 0 where Linux does not tell."""
+    files = [task / "schedstat" for task in tasks]
+    return sum(int(file.read_text().split()[1]) for file in files if file.exists()) / 1e9
+
+
 def code_of(process: subprocess.Popen) -> int:
     """As a shell tells it: Python ends itself by the signal where that came within an `exec`."""
     code = process.wait(timeout=60)
@@ -51,16 +61,31 @@ SWALLOWED = (
 HEAD = "from moe_ablm.preemption import Interrupts, stop_flag\n"
 
 
-@pytest.mark.parametrize("work", [IN_A_LIBRARY, SWALLOWED], ids=["in a library", "swallowed"])
-def test_a_main_thread_that_does_not_listen(work):
+@pytest.mark.parametrize(
+    ("work", "needed"),
+    [(IN_A_LIBRARY, False), (SWALLOWED, True)],
+    ids=["in a library", "swallowed"],
+)
+def test_a_main_thread_that_does_not_listen(work, needed):
+    """A line within a second, however busy the machine: time that others had does not count.
+
+    That of the main thread is needed where it has Python's lock to hand over.
+    """
     body = "with Interrupts(after='begin again'):\n"
     inner = READY + work
     body += "".join(f"    {line}\n" for line in inner.splitlines())
     process = start(code=HEAD + body)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
+    own, here = (Path(f"/proc/{pid}/task") for pid in (process.pid, os.getpid()))
+    threads = [here / f"{threading.get_native_id()}"]
+    threads += [task for task in own.glob("*") if needed or task.name != own.parent.name]
+    before = waited(*threads)
+    began = time.monotonic()
     press(process)
     assert answer(process) == "moe_ablm: interrupted: begin again\n"
+    took = time.monotonic() - began
+    assert took - (waited(*threads) - before) < 1.0
     assert code_of(process) == 130
     assert process.stderr.read() == ""
 
@@ -129,6 +154,42 @@ def test_the_trainer_before_it_trains(tmp_path):
     assert "interrupted: " in line and f"--workdir={tmp_path / 'w'}" in line
     assert code_of(process) == 130
     assert process.stderr.read() == ""
+
+
+def test_nothing_that_takes_long_is_imported_before_ctrl_c_is_heard():
+    """The command lines, up to the line that begins to listen."""
+    code = "import sys, moe_ablm.__main__, moe_ablm.train, sweeps, launch; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
+    )
+    found = {name.partition(".")[0] for name in done.stdout.split()}
+    ours = {name for name in found if not name.startswith("_")} - sys.stdlib_module_names
+    assert ours == {"moe_ablm", "sweeps", "launch"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("sweeps.collect", "x"), ("launch.compile", "--hardware=cpu")], ids=" ".join
+)
+def test_other_commands_among_their_imports(arguments):
+    """Beside those of the package; jax is among the imports of the second."""
+    process = start(*arguments)
+    end = time.monotonic() + 60
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "pyarrow" not in (known := maps.read_text()) and "jaxlib" not in known:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    press(process)
+    name = arguments[0].partition(".")[0]
+    assert answer(process) == f"{name}: interrupted: give the same command again\n"
+    assert code_of(process) == 130 and process.stderr.read() == ""
+
+
+def test_a_sweep_that_was_interrupted_says_so(capsys):
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    assert endings.end(command, "sweeps") == 130
+    assert capsys.readouterr().err == "sweeps: interrupted: give the same command again\n"
 
 
 def test_the_trainer_while_it_compiles(tmp_path):

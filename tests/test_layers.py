@@ -178,8 +178,9 @@ def test_feed_forward_is_linear_activation_linear(activation, halves):
         EncoderSpec(2, 8, 20, 2, tied=False, moe=TopK(experts=3, balance_rate=0.1)),
         EncoderSpec(2, 8, 20, 2, moe=Soft(experts=3, slots=5, l2=True)),
         EncoderSpec(2, 8, 20, 2, activation="swiglu", moe=TopP(experts=3, ffn=11, shared=2)),
+        EncoderSpec(2, 8, 20, 2, learned_positions=5, embedding_norm=True, post_norm=True),
     ],
-    ids=["dense", "untied balanced", "soft l2", "swiglu shared"],
+    ids=["dense", "untied balanced", "soft l2", "swiglu shared", "learned positions"],
 )
 def test_every_parameter_is_float32_with_a_letter_for_every_axis(spec):
     """And the letter says how long the axis is."""

@@ -12,6 +12,7 @@ from conftest import REPO
 from moe_ablm.__main__ import QUICKSTART, VERBS, parser_of
 from moe_ablm.command_line import parse
 
+CHECKED = r"\g<0>\n\g<1>assert not _exit_code, 'a command failed'"
 NOTEBOOKS = {path.stem: path for path in sorted((REPO / "notebooks").glob("*.ipynb"))}
 
 
@@ -28,11 +29,11 @@ def python(cell: str) -> str:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(notebook, arguments) of every `!python -m moe_ablm`."""
+    """(notebook, arguments) of every command of moe_ablm."""
     found = []
     for name in NOTEBOOKS:
         for cell in cells(name):
-            for line in re.findall(r"!python -m moe_ablm ((?:.*\\\n)*.*)", cell):
+            for line in re.findall(r"!\{MOE_ABLM\} ((?:.*\\\n)*.*)", cell):
                 found.append((name, shlex.split(line.replace("\\\n", " "))))
     return found
 
@@ -73,6 +74,22 @@ def test_the_first_cell_installs_only_what_is_missing(name):
     assert "source" not in space
 
 
+def test_where_it_is_missing_its_repository_is_asked_for(monkeypatch, tmp_path):
+    """The address of a fork or of a private repository is known to the reader alone."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="set REPOSITORY"):
+        exec(python(cells("mixture")[0]), {})  # noqa: S102 - a file of the checkout
+
+
+def test_every_command_is_of_the_python_of_the_notebook():
+    """`python` may be another one, where the environment of Jupyter is not activated."""
+    assert len(commands()) >= 6
+    for name in NOTEBOOKS:
+        for cell in cells(name):
+            assert set(re.findall(r"^\s*!(\S+)", cell, re.MULTILINE)) <= {"{MOE_ABLM}"}
+
+
 @pytest.mark.parametrize(("name", "arguments"), commands(), ids=lambda value: value[0])
 def test_commands_have_flags_that_exist(name, arguments):
     verb, *flags = arguments
@@ -85,10 +102,13 @@ def test_commands_have_flags_that_exist(name, arguments):
 
 
 def executed(name: str, folder) -> str:
-    """What a notebook prints, run with IPython in a folder."""
+    """What a notebook prints, run with IPython in a folder; commands end with code 0."""
     nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
     nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # IPython itself goes on after a command that failed
+            cell.source = re.sub(r"^(\s*)!(?:.*\\\n)*.*", CHECKED, cell.source, flags=re.MULTILINE)
     resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]

@@ -22,6 +22,9 @@ SMOOTH = (
     "annealing_sizes",
     "compute",
     "compute_slopes",
+    "gap",
+    "gap_active",
+    "gap_total",
 )
 
 

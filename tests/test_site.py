@@ -104,10 +104,12 @@ def site(tmp_path_factory):
 @pytest.mark.slow
 def test_no_link_leads_nowhere_and_pictures_have_words(site):
     pages = {path: Page(path) for path in site.rglob("*.html") if path.name == "index.html"}
-    assert len(pages) > 30
+    assert len(pages) > 200
+    assert max(path.stat().st_size for path in pages) < 300_000
     lost = []
     for path, page in pages.items():
         assert not page.wordless, path
+        assert "```" not in path.read_text(), path  # code that was not taken for such
         for link in page.links:
             target, fragment = urldefrag(link)
             if re.match(r"[a-z]+:|//", target):
@@ -120,10 +122,20 @@ def test_no_link_leads_nowhere_and_pictures_have_words(site):
     assert not lost
 
 
+def references(site: Path) -> list[Path]:
+    """Pages of rooms, and the largest of the modules of each."""
+    rooms = sorted((site / "reference").glob("*/index.html"))
+    modules = [list(room.parent.glob("*/index.html")) for room in rooms]
+    return rooms + [max(each, key=lambda path: path.stat().st_size) for each in modules if each]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_pages_in_a_browser(site, width):
-    """No error, nothing from elsewhere, no broken picture, nothing wider than the window."""
+    """No error, nothing from elsewhere, no broken picture, nothing wider than the window.
+
+    Of pages of modules, which are alike, the largest of each room.
+    """
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -136,7 +148,7 @@ def test_pages_in_a_browser(site, width):
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page.set_default_timeout(300_000)
-        for path in sorted(p for p in site.rglob("index.html")):
+        for path in [*site.glob("index.html"), *site.glob("*/index.html"), *references(site)]:
             url = f"http://127.0.0.1:{server.server_port}/{path.parent.relative_to(site)}/"
             page.goto(url, wait_until="load")
             assert page.title()

@@ -16,6 +16,11 @@ ENCODERS = {
     "dense": {},
     "own decoder, swiglu": {"tied": False, "activation": "swiglu", "token_dropout": False},
     "large eps": {"layer_norm_eps": 0.01},
+    "ESM-1b": {"learned_positions": 77, "embedding_norm": True},
+    "RoBERTa with experts": {
+        "learned_positions": 77, "embedding_norm": True, "post_norm": True,
+        "token_dropout": False, "moe": TopK(experts=4),
+    },
     "top2": {"moe": TopK(experts=4)},
     "top1, capacity of training": {"moe": TopK(experts=4, k=1, capacity=0.5, **EVERY)},
     "sigmoid, biased, shared": {

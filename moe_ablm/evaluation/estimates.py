@@ -284,16 +284,19 @@ def spearman_number(
     """Correlation and its percentile interval; ranks are taken anew in each draw.
 
     Args:
-      x, y: `[n]`.
+      x: `[n]`; or `[T, n]` of T repeats of a random procedure, whose correlations are averaged and
+        whose error is a part of the interval's (`repeated_interval`).
+      y: `[n]`.
       units: what is drawn again, one an entry; entries of one unit are drawn together.
       labels: of the number.
       draws: of the bootstrap.
     """
-    correlate = RankCorrelation(x, y)
+    correlate = [RankCorrelation(each, y) for each in np.atleast_2d(x)]
     index, counts = resampled(units, draws)
-    low, high = interval(np.array([correlate(count[index]) for count in counts]))
-    value = correlate(np.ones(len(x), int))
-    return Number("spearman", value, labels, low, high, len(x))
+    drawn = [np.mean([c(count[index]) for c in correlate]) for count in counts]
+    values = [c(np.ones(len(y), int)) for c in correlate]
+    low, high = repeated_interval(np.array(drawn), values)
+    return Number("spearman", float(np.mean(values)), labels, low, high, len(y))
 
 
 def spearman_of_folds(

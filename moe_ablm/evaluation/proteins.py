@@ -3,13 +3,14 @@
 A value of a sequence (GB1, fluorescence, stability), its class (remote homology) or a class of
 each residue (secondary structure), in the formats of FLIP (Dallago et al. 2021) and TAPE (Rao et
 al. 2019) and with their splits: Spearman's correlation, or accuracy, on the test sets, with
-bootstrap intervals over proteins. Beside each stands a baseline that needs no language model and
-learns from the same proteins: ridge regression on residues, logistic regression on composition or
-on a window of 15 residues. A protein is shown to the encoder as one chain.
+bootstrap intervals over proteins, which hold the error of a mean over heads of several seeds, too.
+Beside each stands a baseline that needs no language model and learns from the same proteins: ridge
+regression on residues, logistic regression on composition or on a window of 15 residues. A protein
+is shown to the encoder as one chain.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -35,7 +36,7 @@ class Settings:
     """Most proteins of a training and of a test set, and how the head is trained.
 
     `splits`: "all", or names with commas between; `steps`: at least so many, in whole passes over
-    the training set; `full`: the encoder is trained, too.
+    the training set; `full`: the encoder is trained, too; `repeats`: heads, each of another seed.
     """
 
     train: int = 2000
@@ -44,6 +45,7 @@ class Settings:
     steps: int = 1000
     lr: float = 3e-3
     full: bool = False
+    repeats: int = 3
 
 
 def evaluate(subject: Subject, settings: Settings) -> Outcome:
@@ -66,6 +68,8 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         raise Skipped("; ".join(notes))
     how = "encoder and head trained" if settings.full else "a head on the frozen encoder"
     notes.append(f"model: {how}, the epoch of least loss on the validation set, if there is one")
+    if settings.repeats > 1:
+        notes.append(f"mean of {settings.repeats} heads of other seeds, which intervals include")
     if not baselines.has_sklearn():
         notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
     return shown(results, notes)
@@ -134,7 +138,7 @@ def evaluate_split(
     names = classes_of(task.kind, split.train)
     head = Head(task.kind, max(len(names), 1))
     epochs = -(-settings.steps // -(-len(split.train) // BATCH))
-    training = Training(epochs, BATCH, settings.lr, full=settings.full, seed=subject.seed)
+    training = Training(epochs, BATCH, settings.lr, full=settings.full)
 
     def of(proteins: Sequence[Protein]) -> HeadInputs:
         return inputs.take([places[p.sequence] for p in proteins])
@@ -142,19 +146,25 @@ def evaluate_split(
     targets = targets_of(task.kind, split.train, names)
     valid = learnable(task.kind, split.valid, names)
     checked = (of(valid), targets_of(task.kind, valid, names)) if valid else None
-    predictor = fit(subject.engine, of(split.train), targets, head, training, checked)
     tested = [p for test in split.tests.values() for p in test]
-    found = {"model": best(task.kind, predictor(of(tested)))}
+
+    def predicted_by(seed: int):
+        """What a head of a seed says of the tested."""
+        seeded = replace(training, seed=seed)
+        predictor = fit(subject.engine, of(split.train), targets, head, seeded, checked)
+        return best(task.kind, predictor(of(tested)))
+
+    found = {"model": [predicted_by(subject.seed + i) for i in range(settings.repeats)]}
     if baselines.has_sklearn():
         name = baselines.NAMES[task.kind]
-        found[name] = baseline(task.kind, split.train, targets, tested, subject.seed)
+        found[name] = [baseline(task.kind, split.train, targets, tested, subject.seed)]
     results, first = [], 0
     for name, proteins in split.tests.items():
         truth = targets_of(task.kind, proteins, names)
-        for predictor_name, predicted in found.items():
+        for predictor_name, repeats in found.items():
             about = {"task": task.name, "split": name, "predictor": predictor_name}
-            part = predicted[first : first + len(proteins)]
-            results.append(compared(task.kind, proteins, truth, part, about))
+            parts = [predicted[first : first + len(proteins)] for predicted in repeats]
+            results.append(compared(task.kind, proteins, truth, parts, about))
         first += len(proteins)
     sizes = ", ".join(f"{name} {len(test):,}" for name, test in split.tests.items())
     more_notes = (
@@ -212,16 +222,22 @@ def baseline(kind: str, train: Sequence[Protein], targets, test: Sequence[Protei
 
 
 def compared(
-    kind: str, proteins: Sequence[Protein], truth, found, about: Mapping[str, str]
+    kind: str, proteins: Sequence[Protein], truth, found: Sequence, about: Mapping[str, str]
 ) -> Number | Sample:
-    """Spearman's correlation, or accuracy a protein or residue."""
+    """Spearman's correlation, or accuracy a protein or residue; means over the repeats `found`."""
     units = [p.sequence for p in proteins]
     if kind == "regression":
         return spearman_number(np.asarray(found, float), truth, units, about)
     if kind == "classification":
-        hits, counts = (found == truth).astype(float), np.ones(len(truth))
+        hits, counts = np.asarray([each == truth for each in found], float), np.ones(len(truth))
     else:
-        pairs = [(t != IGNORED, t == f) for t, f in zip(truth, found, strict=True)]
-        counts = np.array([known.sum() for known, _ in pairs], float)
-        hits = np.array([(known & right).sum() for known, right in pairs], float)
-    return Sample("accuracy", units, hits, counts, about, unit="share")
+        counts = np.array([(t != IGNORED).sum() for t in truth], float)
+        hits = np.array(
+            [
+                [(t == f)[t != IGNORED].sum() for t, f in zip(truth, each, strict=True)]
+                for each in found
+            ],
+            float,
+        )
+    repeats = tuple((hits.sum(1) / counts.sum()).tolist())
+    return Sample("accuracy", units, hits.mean(0), counts, about, unit="share", repeats=repeats)

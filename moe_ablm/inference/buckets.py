@@ -139,8 +139,14 @@ class Engine:
           Every row comes once, in any order.
 
         Raises:
-          UserError: the task needs a language-model head, which the model lacks.
+          UserError: the task needs a language-model head, which the model lacks; or a row is longer
+            than positions were learned.
         """
+        limit, longest = self.model.spec.learned_positions, max(map(len, rows), default=0)
+        if limit and longest > limit:
+            raise UserError(
+                f"a row of {longest} tokens: {self.model.source} learned {limit} positions"
+            )
         if getattr(task, "reads_head", False):
             self.model.require_head("log-probabilities", NotOffered)
         waiting: list[tuple[np.ndarray, Any]] = []

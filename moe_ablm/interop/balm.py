@@ -17,14 +17,13 @@ from moe_ablm.interop import huggingface
 from moe_ablm.interop.balm_config import BALM_VOCABULARY, balm_settings, encoder_spec
 from moe_ablm.interop.balm_ffn import expected_ffns, ffns_from_balm, ffns_to_balm
 from moe_ablm.interop.card import model_card
-from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
+from moe_ablm.interop.huggingface import ABSENT, CONFIG, OURS, HuggingFaceConfig
 from moe_ablm.interop.saved import Model, fill, flat_arrays, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import AS_COMPUTED, SINGLE, Storage, open_tensors, write_weights
 from moe_ablm.model.spec import EncoderSpec
 from moe_ablm.training.state import path_name
 
 ARCHITECTURES = {"balm": "BalmForMaskedLM", "balm_moe": "BalmMoEForMaskedLM"}
-ABSENT = -1e4  # logit of <null_1>, which BALM's vocabulary lacks; its probability is 0
 
 # encoder path -> BALM's name; BALM stores kernels transposed
 _OUTSIDE_LAYERS = {

@@ -281,6 +281,8 @@ def _require_balm(model: Model) -> None:
     renormalised = moe.k > 1 if moe.renormalise is None else moe.renormalise
     for wrong, feature in (
         (spec.token_dropout, "token dropout (model.token_dropout)"),
+        (spec.learned_positions, "learned positions (model.learned_positions)"),
+        (spec.embedding_norm or spec.post_norm, "a norm after the embedding or after layers"),
         (spec.layer_norm_eps != 1e-5, f"layer_norm_eps {spec.layer_norm_eps}"),
         (NULL in model.layout.between, f"<null_1> between chains (layout {model.layout_name})"),
         (sparse and moe.router not in _ROUTERS.values(), f"router {moe.router}"),

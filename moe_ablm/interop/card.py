@@ -7,6 +7,7 @@ from moe_ablm.data.tokenizer import VOCABULARY
 from moe_ablm.files import json_text
 from moe_ablm.interop.saved import Model
 from moe_ablm.model import flops
+from moe_ablm.model.spec import EncoderSpec
 
 UNKNOWN_LICENCE = "other"
 _INTENDED = """## Intended use
@@ -56,7 +57,7 @@ def _architecture(model: Model) -> str:
     spec, moe = model.spec, model.spec.moe
     lines = [
         f"- {spec.layers} layers, width {spec.d_model}, feed-forward width {spec.ffn}, "
-        f"{spec.heads} heads, {spec.activation}, rotary positions",
+        f"{spec.heads} heads, {spec.activation}, {_positions(spec)}",
         f"- {flops.params_total(spec):,} parameters ({flops.params_active(spec):,} active)",
         f"- decoder {'tied to the embedding' if spec.tied else 'of its own'}, token dropout "
         f"{'on' if spec.token_dropout else 'off'}",
@@ -68,6 +69,13 @@ def _architecture(model: Model) -> str:
             f"{moe.name}, k {flat.k}, {moe.shared} shared; padding policy {flat.pads}"
         )
     return "## Architecture\n\n" + "\n".join(lines) + "\n"
+
+
+def _positions(spec: EncoderSpec) -> str:
+    parts = [f"{spec.learned_positions} learned positions" * bool(spec.learned_positions)
+             or "rotary positions", "a norm after the embedding" * spec.embedding_norm,
+             "norms after attention and feed-forward" * spec.post_norm]  # fmt: skip
+    return ", ".join(filter(None, parts))
 
 
 def row_text(model: Model, heavy: str, light: str) -> str:

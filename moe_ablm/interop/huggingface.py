@@ -16,6 +16,7 @@ from moe_ablm.model.spec import EncoderSpec
 
 CONFIG = "config.json"
 OURS = "moe_ablm"  # key of config.json for what Hugging Face's keys cannot hold
+ABSENT = -1e4  # logit of a token of ours that a vocabulary lacks; its probability is 0
 _NAMED = 3  # tensors that a message names
 
 
@@ -175,6 +176,25 @@ def ours(config: HuggingFaceConfig) -> dict[str, Any]:
     return kept
 
 
+def layer_norm_eps(config: HuggingFaceConfig) -> float:
+    """`layer_norm_eps`; UserError unless it is above 0 and at most .01."""
+    eps = config.real("layer_norm_eps", 1e-12)
+    if not 0 < eps <= 0.01:
+        raise UserError(f"{config.file}: layer_norm_eps is {eps}, expected above 0, at most .01")
+    return eps
+
+
+def positions(config: HuggingFaceConfig, offset: int) -> int:
+    """Number of learned positions; UserError unless `max_position_embeddings` is above `offset`."""
+    count = config.number("max_position_embeddings")
+    if count <= offset:
+        raise UserError(
+            f"{config.file}: max_position_embeddings is {count}, expected more than the {offset} "
+            "rows before the first position"
+        )
+    return count - offset
+
+
 class Dropouts(TypedDict):
     """Rates of dropout of an `EncoderSpec`."""
 
@@ -289,6 +309,22 @@ def write_tokenizer(
     config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, **special}
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "special_tokens_map.json", special)
+
+
+def require_dense_gelu(model: Model, architecture: str) -> None:
+    """UserError unless a class of transformers itself can hold the FFNs of a model."""
+    spec = model.spec
+    if spec.moe_layers:
+        raise UserError(
+            f"--format hf: {model.source} has experts in layers "
+            f"{', '.join(map(str, spec.moe_layers))}, which {architecture} has no place for: use "
+            "--format transformers, or --format balm"
+        )
+    if spec.activation != "gelu":
+        raise UserError(
+            f"--format hf: {model.source} has activation {spec.activation}, {architecture} only "
+            "gelu: use --format transformers, or --format balm"
+        )
 
 
 Renaming = Callable[[str], str | None]

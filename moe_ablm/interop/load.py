@@ -13,6 +13,7 @@ from moe_ablm.interop.esm2 import import_esm2
 from moe_ablm.interop.hub import is_hub_name, local_directory
 from moe_ablm.interop.huggingface import HuggingFaceConfig
 from moe_ablm.interop.pretrained import PREFIX
+from moe_ablm.interop.roberta import import_roberta
 from moe_ablm.interop.saved import MODEL_FILE, Model, parameter_shapes, read_json, read_model
 from moe_ablm.interop.transformers_moe import import_transformers
 from moe_ablm.training.checkpoint import read_parameters, read_records
@@ -24,13 +25,15 @@ _IMPORTERS = {
     "balm": import_balm,
     "balm_moe": import_balm,
     "moe_ablm": import_transformers,
+    "roberta": import_roberta,
 }
 
 
-_LEARNED = "learned absolute positions and norms after the layers, for which there is no place here"
+_ASK = "; --run transformers:DIR asks it as it is"
 _REASONS = {
-    "roberta": f"RoBERTa (BALM-paired, AntiBERTa) has {_LEARNED}",
-    "bert": f"BERT (ProtBert, IgBert) has {_LEARNED}",
+    "bert": f"BERT (ProtBert, IgBert) is none of the forms that are read{_ASK}",
+    "esmc": f"ESM-C has norms of queries and keys, for which there is no place here{_ASK}",
+    "roformer": f"RoFormer (AntiBERTa2) rotates neighbours, for which there is no place here{_ASK}",
     "t5": "T5 (ProtT5) has relative positions, for which there is no place here",
 }
 

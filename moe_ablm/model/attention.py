@@ -1,4 +1,6 @@
-"""Bidirectional self-attention with rotary positions; padding takes no part in it.
+"""Bidirectional self-attention, with rotary positions unless positions are learned.
+
+Padding takes no part in it.
 
 `attend` selects one of three implementations: cuDNN's fused kernel (GPU, bfloat16, no dropout),
 `cpu.attend` (CPU), or `attend_by_blocks` (everything else), which never holds all weights at once.
@@ -173,7 +175,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         d = spec.d_model
         self.heads, self.head_dim, self.rate = spec.heads, spec.head_dim, spec.attention_dropout
-        self.execution = execution
+        self.execution, self.rotates = execution, not spec.learned_positions
         self.qkv = Linear(d, 3 * d, "DF", execution, rngs)
         self.out = Linear(d, d, "FD", execution, rngs)
 
@@ -185,8 +187,11 @@ class SelfAttention(nnx.Module):
         qkv = checkpoint_name(self.qkv(x), "qkv")
         qkv = qkv.reshape(b, length, 3, self.heads, self.head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q = q * self.head_dim**-0.5
+        if not self.rotates:
+            return q, k, v
         position = None if packing is None else packing.position
-        return rotary(q * self.head_dim**-0.5, position), rotary(k, position), v
+        return rotary(q, position), rotary(k, position), v
 
     def _project_one(self, x: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`_project`, but with only the query of one position of each row: `[B, 1, H, D/H]`."""
@@ -197,7 +202,8 @@ class SelfAttention(nnx.Module):
         q = q.reshape(b, 1, self.heads, self.head_dim) * self.head_dim**-0.5
         kv = affine(x, kernel[:, d:], bias[d:], self.execution)
         kv = kv.reshape(b, length, 2, self.heads, self.head_dim)
-        return rotary(q, at[:, None], length), rotary(kv[:, :, 0]), kv[:, :, 1]
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        return (rotary(q, at[:, None], length), rotary(k), v) if self.rotates else (q, k, v)
 
     def __call__(
         self,

@@ -1,5 +1,8 @@
 """The encoder: ESM-2's architecture (Lin et al. 2023), with experts in place of some FFNs.
 
+Those of ESM-1b (Rives et al. 2021), ESM-1v (Meier et al. 2021) and RoBERTa (Liu et al. 2019) differ
+in positions and norms alone (`EncoderSpec`).
+
 Parameters are stored layer by layer. `Execution.scan` runs equal layers under `lax.scan`, but does
 not change how they are stored, so checkpoints do not depend on it.
 """
@@ -74,7 +77,7 @@ class Seen(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One pre-LN transformer layer, dense or with experts."""
+    """One transformer layer, dense or with experts; pre-LN unless `post_norm`."""
 
     def __init__(self, spec: EncoderSpec, sparse: bool, execution: Execution, rngs: nnx.Rngs):
         self.sparse, self.spec = sparse, spec
@@ -111,7 +114,7 @@ class Block(nnx.Module):
         if counters is not None and self.spec.attention_dropout:
             assert key is not None  # counters need a key; without one dropout would be off silently
             dropped = Dropped(counters, jax.random.fold_in(key, 1))
-        y = self.attention_norm(x)
+        y = x if self.spec.post_norm else self.attention_norm(x)
         weights = self.attention.weights(y, valid, packing) if observe.attention else None
         # an FFN that treats every token by itself needs only the token at this position
         alone = at if self.independent else None
@@ -119,12 +122,14 @@ class Block(nnx.Module):
             x, valid = take_position(x, alone), jnp.ones((len(x), 1), bool)
         y = self.attention(y, context.valid, packing, alone, dropped)
         x = x + self._drop(y, counters, key, 2)
-        y, routing = self.ffn_norm(x), None
+        x = self.attention_norm(x) if self.spec.post_norm else x
+        y, routing = x if self.spec.post_norm else self.ffn_norm(x), None
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(y, valid, packing, training, key, observe.plans)
         else:
             y = self.ffn(y)
         x = x + self._drop(y, counters, key, 3)
+        x = self.ffn_norm(x) if self.spec.post_norm else x
         if at is not None and alone is None:
             x = take_position(x, at)
         return x, Seen(routing, weights)
@@ -159,20 +164,24 @@ class Encoder(nnx.Module):
     def __init__(self, spec: EncoderSpec, execution: Execution, rngs: nnx.Rngs):
         self.spec, self.execution = spec, execution
         self.embedding = normal(rngs, (spec.vocabulary, spec.d_model), "VD")
+        count, width, eps = spec.learned_positions, spec.d_model, spec.layer_norm_eps
+        self.positions = normal(rngs, (count, width), ".D") if count else None
+        self.embedding_norm = LayerNorm(width, eps) if spec.embedding_norm else None
         sparse = spec.moe_layers
         self.layers = nnx.List(
             [Block(spec, i in sparse, execution, rngs) for i in range(spec.layers)]
         )
-        self.final_norm = LayerNorm(spec.d_model, spec.layer_norm_eps)
+        self.final_norm = None if spec.post_norm else LayerNorm(width, eps)
         self.head = LMHead(spec, execution, rngs)
 
     def embed(
         self, tokens: jax.Array, valid: jax.Array, packing: Packing | None = None
     ) -> jax.Array:
-        """Token embeddings `[B, L, D]` of `tokens [B, L]`, in the dtype of activations.
+        """Embeddings `[B, L, D]` of `tokens [B, L]`, in the dtype of activations.
 
         With token_dropout (ESM-2) the embeddings of <mask> are zeroed and the rest is rescaled by
-        (1 - 0.15 * 0.8) / (1 - observed mask ratio) of the antibody. Padding embeds to 0.
+        (1 - 0.15 * 0.8) / (1 - observed mask ratio) of the antibody. Learned positions are added
+        and the sum normalised, where the encoder does so. Padding embeds to 0.
         """
         x = look_up(self.embedding[...], tokens)
         if self.spec.token_dropout:
@@ -184,6 +193,10 @@ class Encoder(nnx.Module):
             ratio = counts[0] / jnp.maximum(counts[1], 1)
             scale = (1 - TRAINED_MASK_RATIO) / jnp.maximum(1 - ratio, 1e-6)  # all masked: not NaN
             x = jnp.where(masked[..., None], 0.0, x) * scale[..., None].astype(x.dtype)
+        if self.positions is not None:
+            x = x + vectors_of_positions(self.positions[...], tokens.shape[1], packing)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         return (x * valid[..., None]).astype(self.execution.activations)
 
     def __call__(
@@ -221,7 +234,7 @@ class Encoder(nnx.Module):
         else:
             hidden = attention = ()
             x, routing = self._run_layers(x, context, training, keys)
-        x = self.final_norm(x)
+        x = x if self.final_norm is None else self.final_norm(x)
         if observe.hidden:
             hidden = (*hidden[:-1], x)
         return EncoderOutput(self.head(x, self.embedding[...]), routing, hidden, attention)
@@ -332,6 +345,17 @@ def _look_up_backward(residuals, gradient):
 look_up.defvjp(
     lambda table, tokens: (table[tokens], (tokens, jnp.zeros((len(table), 0)))), _look_up_backward
 )
+
+
+def vectors_of_positions(table: jax.Array, length: int, packing: Packing | None) -> jax.Array:
+    """`table [N, D]` at the positions of rows: `[L, D]`, or `[B, L, D]` of packed rows.
+
+    Rows may be padded to more than N tokens; places beyond N get 0.
+    """
+    if packing is not None:
+        return look_up(table, packing.position)
+    rows = table[:length]
+    return jnp.pad(rows, ((0, length - len(rows)), (0, 0)))
 
 
 def _steps(period: int, repeats: int) -> range:

@@ -47,7 +47,8 @@ def _params(spec: EncoderSpec, experts: int) -> int:
         shared = ffn_params(spec, spec.shared_ffn) if spec.moe.shared else 0
         layers += sparse * (experts + shared + spec.moe.router_params(d))
     head = d * d + d + 2 * d + v + (0 if spec.tied else v * d)
-    return v * d + layers + 2 * d + head
+    embedding = (v + spec.learned_positions) * d + 2 * d * spec.embedding_norm
+    return embedding + layers + 2 * d * (not spec.post_norm) + head
 
 
 def forward_flops_per_token(

@@ -26,7 +26,15 @@ PLACEMENTS = "every, alternate, last_N (N a number) or layer numbers such as 1,3
 class EncoderSpec:
     """An ESM-2 encoder, with some of its FFNs replaced by experts.
 
+    With `learned_positions` it is ESM-1v, with `embedding_norm` too ESM-1b, and with `post_norm`
+    RoBERTa.
+
     Attributes:
+      learned_positions: number of positions, each with a learned vector that is added to the
+        embedding; 0: rotary positions.
+      embedding_norm: whether the embedding is normalised before the first layer.
+      post_norm: whether layers normalise after each addition to the residual stream, and nothing at
+        the end, instead of before attention and FFN.
       moe: the experts and their router; None: dense.
       attention_dropout, hidden_dropout, embedding_dropout: dropout rates in training of attention
         weights, of what attention and FFN add to the residual stream, and of the embedding.
@@ -45,6 +53,9 @@ class EncoderSpec:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     embedding_dropout: float = 0.0
+    learned_positions: int = 0
+    embedding_norm: bool = False
+    post_norm: bool = False
 
     @property
     def head_dim(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.covariates import WithCovariates, spread
 from moe_ablm.scaling.laws import Law, SmoothLaw
 from moe_ablm.scaling.laws_compute import Compute, ComputeSlopes
 from moe_ablm.scaling.laws_dense import (
@@ -14,6 +15,7 @@ from moe_ablm.scaling.laws_dense import (
     DataConstrainedB3,
 )
 from moe_ablm.scaling.laws_experts import MoeExperts
+from moe_ablm.scaling.laws_gap import Gap, GapActive, GapTotal
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, MoeGranularity, MoeSparsity
 from moe_ablm.scaling.laws_schedule import Annealing, AnnealingSizes
@@ -36,6 +38,9 @@ SMOOTH: dict[str, type[SmoothLaw]] = {
         AnnealingSizes,
         Compute,
         ComputeSlopes,
+        Gap,
+        GapActive,
+        GapTotal,
     )
 }
 PARABOLIC: dict[str, type[Quadratic]] = {law.name: law for law in (Quadratic, IsoFlop, Envelope)}
@@ -53,17 +58,32 @@ def resolve(name: str) -> str:
     return name
 
 
-def law_for(name: str, columns: Mapping[str, np.ndarray]) -> SmoothLaw:
-    """A smooth law, with its router effects, for these runs."""
-    return SMOOTH[resolve(name)].for_runs(columns)
+def overfits(name: str) -> bool:
+    """Whether a law has a term of over-fitting, which covariates may change."""
+    name = resolve(name)
+    return name in SMOOTH and SMOOTH[name].overfitting is not None
 
 
-def saved_law(name: str, routers: tuple[str, ...]) -> Law:
+def law_for(
+    name: str, columns: Mapping[str, np.ndarray], covariates: tuple[str, ...] = ()
+) -> SmoothLaw:
+    """A smooth law, with its router effects, for these runs.
+
+    The covariates are factors on its over-fitting term; a law without one does not know them.
+    """
+    law = SMOOTH[resolve(name)].for_runs(columns)
+    if not covariates or law.overfitting is None:
+        return law
+    return WithCovariates(law, {c: spread(columns, c) for c in covariates})
+
+
+def saved_law(name: str, routers: tuple[str, ...], covariates: tuple[str, ...] = ()) -> Law:
     """The law that a `fit.json` names."""
     name = resolve(name)
-    if name in SMOOTH and routers:
-        return SMOOTH[name](routers)
-    return LAWS[name]()
+    if name not in SMOOTH:
+        return LAWS[name]()
+    law = SMOOTH[name](routers) if routers else SMOOTH[name]()
+    return WithCovariates(law, dict.fromkeys(covariates, 1.0)) if covariates else law
 
 
 def applicable(columns: Mapping[str, np.ndarray]) -> list[str]:

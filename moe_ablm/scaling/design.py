@@ -58,8 +58,8 @@ def check_design(
     name = resolve(law)
     needs = [n for n in SMOOTH[name].needs if n != "loss"]
     runs.require(needs, name)
-    planned = Runs({"loss": np.ones(len(runs)), **runs.columns}, runs.source)
-    made = law_for(name, planned.columns)
+    planned = replace(runs, columns={"loss": np.ones(len(runs)), **runs.columns})
+    made = law_for(name, planned.columns, planned.covariates)
     setup = prepare(made, planned, seed_sd, {**made.defaults, **(fixed or {})})
     theta = _nominal(setup, coefficients)
     free = np.flatnonzero(setup.problem.free)
@@ -227,6 +227,7 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
 def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
     runs = fit.runs
     kinds, ratios, values, members = _kinds(runs)
+    settings = _settings(fit)
     log_c = excess(runs.columns)
     if limits.total_params and "total_params" not in runs and any(r != 1.0 for r in ratios):
         raise UserError("--max-params: the input has no total_params column to hold against it")
@@ -253,7 +254,7 @@ def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
             "total_params": n * ratio,
             "tokens": tokens,
             "unique_tokens": np.minimum(tokens, cap),
-            **{k: np.full(n.size, v) for k, v in value.items()},
+            **{k: np.full(n.size, v) for k, v in (value | settings).items()},
         }
         largest = sizes[fits].max()
         edge = (n <= low * 1.0001) | (n >= high * 0.9999)
@@ -269,6 +270,14 @@ def _grid(fit: SmoothFit, limits: Limits) -> _Grid:
     columns = {k: np.concatenate([p[0][k] for p in parts]) for k in parts[0][0]}
     kind, edge, full = (np.concatenate([p[j] for p in parts]) for j in (1, 2, 3))
     return _Grid(columns, kind, kinds, edge, full)
+
+
+def _settings(fit: SmoothFit) -> dict[str, float]:
+    """The covariates of the law, as the target has them."""
+    missing = [name for name in fit.runs.covariates if name not in fit.target]
+    if missing:
+        raise UserError(f"--advise: the loss depends on {missing[0]}; --target {missing[0]}=...")
+    return {name: fit.target[name] for name in fit.runs.covariates}
 
 
 def _kinds(runs: Runs) -> tuple[tuple[str, ...], list[float], list[dict], list[np.ndarray]]:

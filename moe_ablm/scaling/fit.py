@@ -9,6 +9,7 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.compute import Cost
+from moe_ablm.scaling.gaps import gaps
 from moe_ablm.scaling.identify import UNMOVED, at_bounds, covariance, judge, judge_derived
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, with_gradient
@@ -57,8 +58,9 @@ def fit_law(
             f"{DELTA_SMALLEST:g}, or inf"
         )
     check_inputs("--target", target or {})
-    runs.require(SMOOTH[resolve(law)].needs, resolve(law))
-    made = law_for(law, runs.columns)
+    runs = gaps(runs) if SMOOTH[resolve(law)].of_gap else runs
+    runs.require((*SMOOTH[resolve(law)].needs, *runs.covariates), resolve(law))
+    made = law_for(law, runs.columns, runs.covariates)
     delta, delta_source = (huber_delta, "given") if huber_delta else default_delta(runs)
     fixed = {**made.defaults, **(fixed or {})}
     setup = prepare(made, runs, delta, fixed)
@@ -362,6 +364,8 @@ def _target_notes(
 
 def _check_units(setup: Setup, runs: Runs, residuals: np.ndarray) -> None:
     """Raises UserError for mixed units: the law predicts better than the reader's smooth trend."""
+    if setup.law.of_gap:  # a gap of .44 nats is not a loss in bits
+        return
     log_loss = setup.problem.log_loss
     odd, unit = mixed_units(log_loss, log_loss + residuals)
     if odd.size:
@@ -396,6 +400,6 @@ def _errors(setup: Setup, theta: np.ndarray, exact: bool) -> dict[str, float]:
     out = {}
     for k, p in enumerate(law.parameters):
         if setup.problem.free[k]:
-            scale = float(np.exp(base[k])) if p.log else 1.0
+            scale = float(np.exp(base[k])) if p.log else p.unit
             out[p.name] = scale * float(np.sqrt(max(natural[k, k], 0.0)))
     return out

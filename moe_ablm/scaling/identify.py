@@ -279,5 +279,5 @@ def by_error(parameter: Parameter, value: float, error: float, prior_share: floa
     if not parameter.log and parameter.low >= 0.0 and half >= value:
         return f"not identified: {value:.3g} +- {half:.2g} reaches zero"
     if half > 0.5 * (parameter.high - parameter.low):
-        return f"not identified: {value:.3g} +- {half:.2g}"
+        return f"not identified: {value * parameter.unit:.3g} +- {half * parameter.unit:.2g}"
     return "identified"

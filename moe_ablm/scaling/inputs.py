@@ -25,7 +25,11 @@ INPUTS = (
     "sparsity",
     "lr_area",
     "lr_recent",
+    "weight_decay",
+    "dropout",
 )
+FROM_ZERO = ("sparsity", "weight_decay", "dropout")  # these may be 0
+BELOW_ONE = ("sparsity", "dropout")
 
 
 class Target(TypedDict, total=False):
@@ -42,6 +46,8 @@ class Target(TypedDict, total=False):
     sparsity: float
     lr_area: float
     lr_recent: float
+    weight_decay: float
+    dropout: float
 
 
 def make_target(where: str, values: Mapping[str, object]) -> Target:
@@ -65,7 +71,8 @@ def check_inputs(where: str, values: Mapping[str, object]) -> None:
             numbers = np.atleast_1d(np.asarray(value, float))
         except (TypeError, ValueError):
             raise UserError(f"{where}: {name}={value}: expected a number") from None
-        outside = (numbers < 0.0) | (numbers >= 1.0) if name == "sparsity" else numbers <= 0.0
+        outside = numbers < 0.0 if name in FROM_ZERO else numbers <= 0.0
+        outside |= (name in BELOW_ONE) & (numbers >= 1.0)
         bad = numbers[~np.isfinite(numbers) | outside]
         if bad.size:
             raise UserError(f"{where}: {name}={bad[0]:g}: expected positive finite numbers")
@@ -94,7 +101,8 @@ class Inputs:
     `n` active parameters / N0, `n_total` all parameters / N0, `d` tokens / D0, `u` unique tokens
     / D0, `c` training FLOPs / C0, `repeats` R = max(D/U - 1, 0) (not a log), `experts` E (not a
     log), `router` index into the law's routers (-1 dense), `granularity` ln G, `density` ln(1 - S),
-    `lr_area` and `lr_recent` the logs of the sum of learning rates and of the recent one.
+    `lr_area` and `lr_recent` the logs of the sum of learning rates and of the recent one,
+    `weight_decay` and `dropout` as they are.
     """
 
     size: int
@@ -110,6 +118,8 @@ class Inputs:
     density: np.ndarray
     lr_area: np.ndarray
     lr_recent: np.ndarray
+    weight_decay: np.ndarray
+    dropout: np.ndarray
 
     def take(self, index: np.ndarray) -> "Inputs":
         """The runs at `index`."""
@@ -130,6 +140,9 @@ def make_inputs(
 
     def log(name: str, shift: float) -> np.ndarray:
         return np.log(get[name].astype(float)) - shift if name in get else ABSENT
+
+    def plain(name: str) -> np.ndarray:
+        return get[name].astype(float) if name in get else ABSENT
 
     repeats = ABSENT
     if "tokens" in get and "unique_tokens" in get:
@@ -155,4 +168,6 @@ def make_inputs(
         density=density,
         lr_area=log("lr_area", 0.0),
         lr_recent=log("lr_recent", 0.0),
+        weight_decay=plain("weight_decay"),
+        dropout=plain("dropout"),
     )

@@ -33,15 +33,16 @@ class Parameter:
     high: float
     log: bool = False  # the reported coefficient is exp(internal value)
     linear: bool = False  # L is linear in it: solved for, not searched
+    unit: float = 1.0  # the reported coefficient is the internal value in this unit, where no log
     search: tuple[float, float] | None = None  # range of the starts; default: the whole range
 
     def report(self, internal: np.ndarray | float) -> np.ndarray:
         """The coefficient in reported units."""
-        return np.exp(internal) if self.log else np.asarray(internal)
+        return np.exp(internal) if self.log else np.asarray(internal) * self.unit
 
     def internal(self, reported: float) -> float:
         """The inverse of `report`."""
-        return float(np.log(reported)) if self.log else float(reported)
+        return float(np.log(reported)) if self.log else float(reported) / self.unit
 
 
 def coefficient(name: str, meaning: str) -> Parameter:
@@ -106,8 +107,11 @@ class Law:
     needs_curves = False  # fitted to whole training curves, not to the last step of each run
     of_settings = False  # of the best learning rate or batch: every setting that was tried counts
     of_optima = False  # fitted to the best loss of each budget, not to every run
+    of_gap = False  # of validation less training loss, not of the loss
+    offset = 0.0  # added to what the law predicts, so that it has a logarithm
     figure = "loss_against_params"  # the figure that shows the loss of this law
     routers: tuple[str, ...] = ()
+    covariates: tuple[str, ...] = ()  # settings that it knows besides
 
     @classmethod
     def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
@@ -135,6 +139,7 @@ class SmoothLaw(Law):
 
     parameters: tuple[Parameter, ...]
     defaults: Mapping[str, float] = {}  # parameters held fixed unless the user says otherwise
+    overfitting: int | None = None  # index of the coefficient of the over-fitting term
     linear_rounds = 1  # solves for the linear coefficients; more where they also sit elsewhere
     most_starts = 512
 
@@ -195,7 +200,8 @@ class SmoothLaw(Law):
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         theta = np.array([p.internal(coefficients[p.name]) for p in self.parameters])
-        return np.exp(self.log_loss(theta[None], make_inputs(columns, Centre(), self.routers))[0])
+        x = make_inputs(columns, Centre(), self.routers)
+        return np.exp(self.log_loss(theta[None], x)[0]) - self.offset
 
     def jacobian(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
         """d ln L / d theta, `[B, n, K]`."""

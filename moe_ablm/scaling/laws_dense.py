@@ -156,6 +156,7 @@ class DataConstrainedB2(Chinchilla):
     source = "this project; the penalty's form follows the rise of masked losses with epochs"
     needs: tuple[str, ...] = ("params", "tokens", "unique_tokens", "loss")
     needs_repeats = True
+    overfitting = P
     parameters: tuple[Parameter, ...] = (
         *CHINCHILLA_PARAMETERS,
         coefficient("P", "size of the over-fitting penalty"),

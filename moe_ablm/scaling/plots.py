@@ -19,6 +19,7 @@ from moe_ablm.files import replacing
 from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.compute_plots import MARKERS, loss_against_compute
 from moe_ablm.scaling.envelope import on_grid, training_curves
+from moe_ablm.scaling.gap_plots import gap_against_repeats
 from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
 from moe_ablm.scaling.optimum_plots import optimum_of_budgets, optimum_of_surface
@@ -62,7 +63,7 @@ def draw_all(analysis: Analysis) -> dict[str, Figure]:
             figures["optimum"] = optimum_of_budgets(made)
         if isinstance(made, SmoothFit):
             figures["residuals"] = residuals(made)
-            if "tokens" in made.law.needs:
+            if "tokens" in made.law.needs and not made.law.of_gap:
                 if _budgets(made.runs).size:
                     figures["isoflop"] = isoflop(analysis)
                 figures["frontier"] = frontier(analysis)
@@ -383,7 +384,8 @@ def residuals(made: SmoothFit) -> Figure:
     misfit = -made.residuals()
     predicted = np.exp(made.problem.log_loss - misfit)
     index = made.index
-    inputs = [("predicted loss", predicted, False)]
+    what = "1 + gap" if made.law.of_gap else "L"
+    inputs = [("predicted 1 + gap" if made.law.of_gap else "predicted loss", predicted, False)]
     inputs += [
         (name, runs[role][index], True)
         for name, role in RESIDUALS_AGAINST.items()
@@ -395,7 +397,7 @@ def residuals(made: SmoothFit) -> Figure:
         axes.plot(x, misfit, "o", ms=2.5, alpha=0.6)
         axes.axhline(0.0, color="0.4", lw=0.8)
         axes.set(xlabel=label, xscale="log" if log else "linear")
-    panels[0].set_ylabel("ln L observed - ln L model")
+    panels[0].set_ylabel(f"ln {what} observed - ln {what} model")
     return figure
 
 
@@ -432,6 +434,7 @@ OF_LOSS: dict[str, Callable[[Analysis], Figure]] = {
     "loss_against_params": loss_against_params,
     "loss_against_experts": loss_against_experts,
     "loss_against_compute": loss_against_compute,
+    "gap_against_repeats": gap_against_repeats,
     "best_setting": best_setting,
     "envelope": envelope,
 }

@@ -33,7 +33,7 @@ def quantities(fit: SmoothFit) -> list[Derived]:
     out = [
         Derived(p.name, p.meaning, linear(k), unit=float(np.exp(unit[k])))
         if p.linear and (zero[k] or not coupled[k])
-        else Derived(p.name, p.meaning, natural(k), p.log)
+        else Derived(p.name, p.meaning, natural(k), p.log, 1.0 if p.log else p.unit)
         for k, p in enumerate(fit.law.parameters)
         if fit.problem.free[k] and p.name not in idle
     ]

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.results import is_extended
+from moe_ablm.scaling.inputs import BELOW_ONE, FROM_ZERO
 from moe_ablm.scaling.runs import TUNED
 from moe_ablm.scaling.schedules import KEYS, path_of, rates
 
@@ -27,9 +28,12 @@ RUN_FIELDS = {
     "router": "router",
     "seed": "seed",
     "loss": "valid_loss_final",
+    "train_loss": "train_loss_final",
 }
 # of the chains that no training antibody has: the loss where every run has it
 NOVEL_LOSS = "valid_loss_novel"
+# rates of `config.model`, whose mean is the role dropout
+DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
 FINISHED = ("complete", "done", "finished")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 COUNTS = ("params", "total_params", "tokens", "unique_tokens", "unique_pairs", "flops")
@@ -233,6 +237,8 @@ def _curve_rows(file: Path, values: dict) -> Iterator[Row]:
 def settings_of(config: Path) -> dict[str, float]:
     """What is tuned of a run, by its `config.json`: the roles `TUNED`; {} where it is not known.
 
+    `dropout` is the mean of the three rates of a model.
+
     Raises:
       UserError: the file is not JSON.
     """
@@ -242,7 +248,11 @@ def settings_of(config: Path) -> dict[str, float]:
     train = content.get("train") if isinstance(content, dict) else None
     if not isinstance(train, dict):
         return {}
-    return {role: train[role] for role in TUNED if train.get(role) is not None}
+    found = {role: train[role] for role in TUNED if train.get(role) is not None}
+    model = content.get("model")
+    if isinstance(model, dict) and all(isinstance(model.get(n), int | float) for n in DROPOUTS):
+        found["dropout"] = sum(model[n] for n in DROPOUTS) / len(DROPOUTS)
+    return found
 
 
 def _all_or_none(sheet: Sheet, roles: Sequence[str]) -> None:
@@ -285,7 +295,7 @@ def number(row: Row, role: str, name: str) -> float:
     raw = row.values.get(name)
     text = "" if raw is None else str(raw).strip()
     if text == "":
-        raise BadValue(f"column '{name}': empty", missing_loss=role == "loss")
+        raise BadValue(f"column '{name}': empty", missing_loss=role in ("loss", "train_loss"))
     factor = 1.0
     if role in COUNTS and text[-1].lower() in SUFFIXES:
         factor, text = SUFFIXES[text[-1].lower()], text[:-1]
@@ -297,11 +307,9 @@ def number(row: Row, role: str, name: str) -> float:
         raise BadValue(f"column '{name}': found {text}, expected a finite number")
     if role in ("step", "seed"):
         return value
-    if role == "weight_decay" and value == 0.0:
-        return value
-    if role == "sparsity":
-        if not 0.0 <= value < 1.0:
-            raise BadValue(f"column '{name}': found {value:g}, expected 0 <= sparsity < 1")
+    if role in BELOW_ONE and not 0.0 <= value < 1.0:
+        raise BadValue(f"column '{name}': found {value:g}, expected 0 <= {role} < 1")
+    if role in FROM_ZERO and value == 0.0:
         return value
     if role == "experts" and value == 0.0:
         return 1.0  # our dense runs have no experts
@@ -309,7 +317,7 @@ def number(row: Row, role: str, name: str) -> float:
         raise BadValue(f"column '{name}': found {value:g}, expected a positive number")
     if role == "experts" and value < 1.0:
         raise BadValue(f"column '{name}': found {value:g}, expected at least one expert")
-    if role == "loss" and not LOSSES[0] <= value <= LOSSES[1]:
+    if role in ("loss", "train_loss") and not LOSSES[0] <= value <= LOSSES[1]:
         raise BadValue(f"column '{name}': found {value:g}, which is no loss")
     if role in COUNTS and value > LARGEST_COUNT:
         raise BadValue(f"column '{name}': found {value:g} for {role}, which is too many")

@@ -1,7 +1,7 @@
 """Rows to a checked table of runs; every dropped or changed row is reported with its reason."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,19 @@ NUMBERS = (
     "granularity",
     "sparsity",
     "loss",
+    "train_loss",
     "step",
     "seed",
     "lr",
     "batch",
     "weight_decay",
+    "dropout",
     "lr_area",
     "lr_recent",
 )
-# their columns, where they are not mapped
-TUNED_NAMES = {
+# the columns of roles that have several names, where they are not mapped
+OTHER_NAMES = {
+    "train_loss": ("train_loss", "train_loss_final"),
     "lr": ("lr", "learning_rate"),
     "batch": ("batch", "bs", "batch_size"),
     "weight_decay": ("weight_decay", "wd"),
@@ -65,7 +68,9 @@ class Reading:
     keep_duplicates: bool = False  # equal rows are replicates with equal (rounded) losses
     curves: bool = False  # keep every step of a run, for the envelope
     need_loss: bool = True  # False for a planned grid
-    settings: bool = False  # keep every learning rate, batch and weight decay, not the best ones
+    settings: bool = False  # keep every learning rate, batch ..., not the best ones
+    gaps: bool = False  # read the training losses too; a row without one has no gap
+    covariates: tuple[str, ...] = ()  # settings that laws know, of which every one is kept
 
 
 def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Runs:
@@ -88,6 +93,8 @@ def read_runs(inputs: Sequence[Path | str], reading: Reading = Reading()) -> Run
         dropped += sheet.skipped
         notes += sheet.notes
         names = _names(sheet, columns)
+        if not reading.gaps:
+            names.pop("train_loss", None)
         if sheet.is_runs and "loss" not in columns:
             names |= _loss_of_runs(sheet, notes)
         rows = _where(sheet, reading.where or {}, notes)
@@ -112,7 +119,7 @@ def _names(sheet: Sheet, columns: Mapping[str, str]) -> dict[str, str]:
         name = columns.get(role)
         if name is None:
             default = RUN_FIELDS.get(role, role) if sheet.is_runs else role
-            names = TUNED_NAMES.get(role, (default,))
+            names = OTHER_NAMES.get(role, (default,))
             present = [n for n in names if n in sheet.header]
             if present:
                 out[role] = present[0]
@@ -321,7 +328,7 @@ def _assemble(
     doubt = few_tokens(columns)
     if doubt:
         notes.append(doubt)
-    return Runs(columns, source, tuple(dropped), tuple(notes), unit)
+    return Runs(columns, source, tuple(dropped), tuple(notes), unit, reading.covariates)
 
 
 def _check_loss_units(runs: Runs, reading: Reading) -> Runs:
@@ -341,4 +348,4 @@ def _check_loss_units(runs: Runs, reading: Reading) -> Runs:
         )
     extra = tuple((runs.source[i], f"its loss looks like {unit}") for i in odd)
     kept = runs.take(np.setdiff1d(np.arange(len(runs)), odd))
-    return Runs(kept.columns, kept.source, kept.dropped + extra, kept.notes, kept.data_unit)
+    return replace(kept, dropped=kept.dropped + extra)

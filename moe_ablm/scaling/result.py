@@ -67,6 +67,8 @@ class Fit:
     def predict(self, **inputs: float | np.ndarray) -> np.ndarray:
         """Losses at inputs in natural units, as `params=1e8, tokens=1e10`; arrays broadcast.
 
+        Of a law of the gap: validation less training loss.
+
         Raises:
           UserError: an input that the law needs is missing, or is not a positive number.
         """
@@ -84,6 +86,7 @@ class Fit:
             "equation": self.law.equation,
             "source": self.law.source,
             "routers": list(self.law.routers),
+            "covariates": list(self.law.covariates),
             "n": self.n,
             "coefficients": _plain(self.coefficients),
             "objective": _number(self.objective),
@@ -157,7 +160,9 @@ def load(path: Path | str) -> Fit:
         raise UserError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}; fit the runs again")
     try:
         return Fit(
-            law=saved_law(saved["law"], tuple(saved["routers"])),
+            law=saved_law(
+                saved["law"], tuple(saved["routers"]), tuple(saved.get("covariates", ()))
+            ),
             n=saved["n"],
             coefficients=_floats(saved["coefficients"]),
             objective=_float(saved["objective"]),

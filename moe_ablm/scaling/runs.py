@@ -9,20 +9,25 @@ import numpy as np
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.inputs import INPUTS
 
-TUNED = ("lr", "batch", "weight_decay")  # settings that are tuned: runs that differ are no seeds
+# settings that are tuned: runs that differ are no seeds
+TUNED = ("lr", "batch", "weight_decay", "dropout")
 MODEL = ("params", "total_params", "experts", "granularity", "sparsity", "router")
 SAME_TOKENS = 2e-3  # seeds of one config differ by less: their sequences have other lengths
 
 
 @dataclass(frozen=True)
 class Runs:
-    """`n` runs: columns by role, each `[n]`, in natural units (counts, nats)."""
+    """`n` runs: columns by role, each `[n]`, in natural units (counts, nats).
+
+    `covariates` are settings that laws know: they tell configs apart, and none of them is the best.
+    """
 
     columns: Mapping[str, np.ndarray]
     source: tuple[str, ...]
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     data_unit: str = "tokens"
+    covariates: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -46,7 +51,7 @@ class Runs:
         index = np.arange(len(self))[index]
         columns = {k: v[index] for k, v in self.columns.items()}
         source = tuple(self.source[i] for i in index)
-        return Runs(columns, source, self.dropped, self.notes, self.data_unit)
+        return replace(self, columns=columns, source=source)
 
     def inputs(self) -> dict[str, np.ndarray]:
         """The columns that a prediction may depend on."""
@@ -60,7 +65,7 @@ class Runs:
         where these are not known.
         """
         same = np.zeros(len(self), int)
-        for role in MODEL:
+        for role in (*MODEL, *self.covariates):
             if role in self.columns:
                 values = np.unique(self.columns[role], return_inverse=True)[1].reshape(-1)
                 same = numbered(same * (values.max() + 1) + values)
@@ -129,12 +134,12 @@ def _linked(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def best_settings(runs: Runs) -> Runs:
-    """The runs of each cell's best learning rate, batch and weight decay; the others dropped.
+    """The runs of each cell's best setting of what is tuned and no covariate; the others dropped.
 
     Runs of one cell that differ in these are not replicates: their spread is that of the tuning.
     Best is the setting with the lowest mean loss over its runs.
     """
-    tuned = [role for role in TUNED if role in runs]
+    tuned = [role for role in TUNED if role in runs and role not in runs.covariates]
     if not tuned or "loss" not in runs:
         return runs
     cells = runs.cells()

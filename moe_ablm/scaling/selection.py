@@ -13,6 +13,7 @@ from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.forecast import Forecast, forecast_note, forecasts
 from moe_ablm.scaling.inputs import Target
+from moe_ablm.scaling.laws import Law
 from moe_ablm.scaling.noise import LackOfFit, delta_sensitivity, lack_of_fit
 from moe_ablm.scaling.optima import optima
 from moe_ablm.scaling.parabola_fit import ParabolaFit, fit_parabolas
@@ -59,18 +60,17 @@ def compare(
     best loss of each budget are compared with each other on these losses.
 
     Raises:
-      UserError: some laws are of the best losses or settings, and others of all runs.
+      UserError: some laws are of settings, best losses or gaps, and others of all runs.
     """
     names = dict.fromkeys(resolve(law) for law in laws)
-    alone = [name for name in names if LAWS[name].of_settings]
-    best = [name for name in names if LAWS[name].of_optima]
-    if alone or (best and len(best) < len(names)):
-        what = "a setting" if alone else "the best loss of each budget"
+    of = {name: what for name in names if (what := _of(LAWS[name]))}
+    if "a setting" in of.values() or (of and (len(of) < len(names) or len({*of.values()}) > 1)):
+        name, what = next(iter(of.items()))
         raise UserError(
-            f"--law {(alone or best)[0]} is of {what}, and cannot be compared with laws of all "
-            "runs; fit it by itself"
+            f"--law {name} is of {what}, and cannot be compared with laws of all runs; fit it by "
+            "itself"
         )
-    runs = optima(runs) if best else runs
+    runs = optima(runs) if "the best loss of each budget" in of.values() else runs
     cells = runs.linked_cells()
     folds = _folds(int(cells.max()) + 1, seed)[cells]
     largest = _largest(runs, cells)
@@ -99,6 +99,15 @@ def compare(
             )
         )
     return sorted(scores, key=lambda s: s.aicc if math.isfinite(s.aicc) else math.inf)
+
+
+def _of(law: type[Law]) -> str:
+    """What the law is of, if not of the losses of all runs."""
+    if law.of_settings:
+        return "a setting"
+    if law.of_gap:
+        return "the train-valid gap"
+    return "the best loss of each budget" if law.of_optima else ""
 
 
 def _fit(runs: Runs, name: str, huber_delta: float | None) -> Fit:

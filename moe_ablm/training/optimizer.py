@@ -10,7 +10,9 @@ from flax import nnx
 from moe_ablm.training.spec import OptimizerSpec
 from moe_ablm.training.spikes import skip_spikes
 
-DECAYED = ("kernel", "embedding", "decoder", "router", "up", "down")  # not biases and layer norms
+# not biases and layer norms
+DECAYED = ("kernel", "embedding", "positions", "decoder", "router", "up", "down")
+EMBEDDING = ("embedding", "positions", "embedding_norm")  # what is before the first layer
 HIDDEN = ("kernel", "up", "down")  # weights of layers that Muon moves; a router is none
 
 
@@ -57,7 +59,7 @@ def frozen_mask(params: nnx.State, layers: int) -> nnx.State:
 
     def frozen(path: tuple, _) -> bool:
         first = path[0].key
-        return first == "embedding" or (first == "layers" and int(path[1].key) < layers)
+        return first in EMBEDDING or (first == "layers" and int(path[1].key) < layers)
 
     return jax.tree_util.tree_map_with_path(frozen, params)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # jax only when there is something to compute
     from moe_ablm.evaluation.estimates import Number
     from moe_ablm.evaluation.formats.assays import Assay
     from moe_ablm.evaluation.supervised.tuning import Settings, Tuned
+    from moe_ablm.inference.buckets import Engine
 
 SCHEMA = "moe_ablm.finetune/1"
 HEAD, LORA, WHOLE = "head", "lora", "whole"
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=3e-3, help="of the head (default 0.003)")
     add("--encoder-lr", type=float,
         help="of the encoder or its adapters (default: lora 0.001, whole 0.0001)")  # fmt: skip
+    add("--freeze-routers", action="store_true",
+        help="of a model with experts: its routers stay as they are")  # fmt: skip
+    add("--expert-dropout", type=float, default=0.0, metavar="P",
+        help="share of each expert's hidden units that an update goes without")  # fmt: skip
+    add("--losses", action="store_true",
+        help="write losses.csv: of training set and held-out rows after each pass")  # fmt: skip
     add("--seed", type=int, default=0, help="of folds, head and adapters")
     add("--precision", choices=tuple(PRECISIONS), default="float32", help="of a frozen encoder")
     add_format_arguments(
@@ -97,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
     with new_directory(args.out) as directory:
         engine = Engine(load_model(args.run), args.precision)
+        _require_experts(args, engine)
         settings, fold = _settings(args), args.fold
         if fold is args.split is args.folds is None and args.groups == CLONE:
             fold = official_folds(source)
@@ -129,6 +137,27 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "--encoder-lr: the encoder is frozen; expected it with --tune lora or whole"
         )
+    if not 0 <= args.expert_dropout < 1:
+        raise ArgumentError("expert_dropout", args.expert_dropout, "expected 0 to below 1")
+    if _of_experts(args) and args.tune == HEAD:
+        raise UserError(
+            f"{_of_experts(args)}: the encoder is frozen; expected it with --tune lora or whole"
+        )
+
+
+def _of_experts(args: argparse.Namespace) -> str:
+    """The flag that only experts can follow, or none."""
+    if args.freeze_routers:
+        return "--freeze-routers"
+    return "--expert-dropout" if args.expert_dropout else ""
+
+
+def _require_experts(args: argparse.Namespace, engine: "Engine") -> None:
+    flag = _of_experts(args)
+    if flag and not engine.model.spec.moe_layers:
+        raise UserError(
+            f"{flag}: {engine.model.source} is a dense model; expected one with experts"
+        )
 
 
 def _settings(args: argparse.Namespace) -> "Settings":
@@ -142,8 +171,11 @@ def _settings(args: argparse.Namespace) -> "Settings":
         full=args.tune == WHOLE,
         rank=args.rank if args.tune == LORA else 0,
         seed=args.seed,
+        freeze_routers=args.freeze_routers,
+        expert_dropout=args.expert_dropout,
     )
-    return Settings(training, args.steps, args.folds or Settings.folds, args.groups)
+    folds = args.folds or Settings.folds
+    return Settings(training, args.steps, folds, args.groups, args.losses)
 
 
 def _column_of_groups(settings: "Settings") -> str | None:
@@ -198,6 +230,11 @@ def _write(
         "versions": versions(*PACKAGES),
     }
     write_json(directory / "results.json", content)
+    called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(tuned.folds.tolist()))
+    if tuned.losses:
+        lines = [line | {"fold": called[int(line["fold"])]} for line in tuned.losses]
+        with (directory / "losses.csv").open("wb") as stream:
+            write_csv(pa.Table.from_pylist(lines), stream, header=True)
     targets, folds, outputs = assay.targets, tuned.folds, tuned.held_out
     if assay.of_residues:
         targets, outputs = stacked(list(targets)), stacked(list(outputs))
@@ -206,7 +243,6 @@ def _write(
     values: list[Any] = targets.tolist()
     if assay.classes:
         values = [assay.classes[i] if i >= 0 else None for i in values]
-    called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(folds.tolist()))
     shown = {
         **names(saved.head, assay.antibodies),
         "target": values,

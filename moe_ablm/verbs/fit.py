@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="ROLE=NAME,...",
         help="columns by role: params, tokens, unique_tokens, unique_pairs, loss, total_params, "
-        "experts, router, granularity, sparsity, flops, run, step, seed, lr, batch, weight_decay",
+        "experts, router, granularity, sparsity, flops, run, step, seed, lr, batch, weight_decay, "
+        "dropout, train_loss",
     )
     add(
         "--where",
@@ -75,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="k=K,by_params=P,by_tokens=Q",
         help="with --law learning_rate or batch_size: what K N^P D^Q costs in each cell",
+    )
+    add(
+        "--covariates",
+        default="",
+        metavar="NAME,...",
+        help="weight_decay, dropout: factors on the over-fitting term of the law",
     )
     add("--drop-bad-rows", action="store_true", help="drop unusable rows instead of stopping")
     add(
@@ -133,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         keep_duplicates=args.keep_duplicates,
         curves=len(laws) == 1 and LAWS.get(laws[0], Law).needs_curves,
         settings=len(laws) == 1 and LAWS.get(laws[0], Law).of_settings,
+        gaps=not args.design and any(LAWS.get(law, Law).of_gap for law in laws),
+        covariates=_covariates(args.covariates, laws),
         need_loss=not args.design,
     )
     runs = read_runs(args.input, reading)
@@ -141,6 +150,24 @@ def run(args: argparse.Namespace) -> int:
             _design(console, runs, laws, args, out)
             return 0
         return _fit(console, runs, laws, args, out, reading)
+
+
+def _covariates(text: str, laws: Sequence[str]) -> tuple[str, ...]:
+    """The names of --covariates; raises UserError for an unknown one or a law that has no place."""
+    from moe_ablm.scaling.catalogue import SMOOTH, overfits
+    from moe_ablm.scaling.covariates import COVARIATES
+
+    names = tuple(dict.fromkeys(n.strip() for n in text.split(",") if n.strip()))
+    for name in names:
+        if name not in COVARIATES:
+            raise UserError(f"--covariates {name}: expected some of {', '.join(COVARIATES)}")
+        for law in laws:
+            if law != COMPARE and not overfits(law):
+                raise UserError(
+                    f"--covariates {name}: law {law} has no over-fitting term; use one of "
+                    f"{', '.join(filter(overfits, SMOOTH))}"
+                )
+    return names
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -167,7 +194,7 @@ def _fit(
 ) -> int:
     """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
     from moe_ablm.scaling.approaches import approaches, disagreement
-    from moe_ablm.scaling.catalogue import applicable
+    from moe_ablm.scaling.catalogue import applicable, overfits
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.selection import Question, analyse, verdict
     from moe_ablm.scaling.tables import approaches_table, comparison_table, show, write_report
@@ -184,6 +211,8 @@ def _fit(
     )
     named = [law for law in laws if law != COMPARE]
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
+    if runs.covariates:
+        candidates = [law for law in candidates if overfits(law)]
     if not candidates:
         raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
     scores = _scores(runs, candidates, args) if len(candidates) > 1 else []
@@ -295,7 +324,8 @@ def _advice(
         said.append(sentence)
     if args.next_run:
         grid = read_runs(
-            [args.next_run], replace(reading, need_loss=False, where=None, drop_largest_losses=0)
+            [args.next_run],
+            replace(reading, need_loss=False, gaps=False, where=None, drop_largest_losses=0),
         )
         quantity = design.pick_quantity(quantities(fit))
         ranked = design.next_runs(fit, boot, grid, quantity, noise)

@@ -20,8 +20,8 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory with config.json and model.safetensors (or shards and index)")  # fmt: skip
     add("--out", type=out_directory, required=True, metavar="RUN", help="new directory to write")
     add("--layout", choices=sorted(LAYOUTS),
-        help="how a pair becomes a row (default: esm, <cls>H<cls><cls>L<eos>; of BALM balm, "
-        "<cls>H<eos>L<eos>; of an export of ours its own)")  # fmt: skip
+        help="how a pair becomes a row (default: esm, <cls>H<cls><cls>L<eos>; of BALM and RoBERTa "
+        "balm, <cls>H<eos>L<eos>; of an export of ours its own)")  # fmt: skip
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -45,7 +45,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, required=True, help=RUN)
     add("--format", choices=("native", "hf", "balm", "transformers"), required=True,
         help="native: any model, for moe_ablm; transformers: any model, with the code that loads "
-        "it; hf: EsmForMaskedLM, dense models; balm: BALM, dense or with experts")  # fmt: skip
+        "it; hf: EsmForMaskedLM, or RobertaForMaskedLM for its norms, dense models; balm: BALM, "
+        "dense or with experts")  # fmt: skip
     add("--out", type=out_directory, required=True, metavar="DIR", help="new directory to write")
     add("--push", metavar="ORG/NAME",
         help="also upload it to the Hugging Face hub, privately where the name is new")  # fmt: skip
@@ -67,7 +68,7 @@ def _size(text: str) -> int:
 def export(args: argparse.Namespace) -> None:
     """Loads the best checkpoint and writes it in another form."""
     from moe_ablm.evaluation.supervised.saved_head import HEAD_FILE
-    from moe_ablm.interop import hub
+    from moe_ablm.interop import hub, roberta
     from moe_ablm.interop.balm import export_balm
     from moe_ablm.interop.esm2 import export_esm2
     from moe_ablm.interop.load import load_model
@@ -84,7 +85,7 @@ def export(args: argparse.Namespace) -> None:
         model = replace(model, notes=(*model.notes, f"weights were rounded to {args.dtype}"))
     writers = {
         "native": export_native,
-        "hf": export_esm2,
+        "hf": roberta.export_roberta if roberta.fits(model.spec) else export_esm2,
         "balm": export_balm,
         "transformers": export_transformers,
     }

@@ -11,8 +11,8 @@ have rates of their own, and hundreds of heads train for seconds each, on one de
 checkpoints. Sharing it would also change the rounding of rates, and with it recorded results.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,14 @@ from moe_ablm.evaluation.supervised.head_inputs import (
     scale_of,
 )
 from moe_ablm.evaluation.supervised.lora import adapted, adapters
+from moe_ablm.evaluation.supervised.restraints import with_expert_dropout, with_frozen_routers
 from moe_ablm.inference.buckets import Engine, alone
 from moe_ablm.inference.embed import HiddenStates
 from moe_ablm.model.encoder import Observe, make_definition
 from moe_ablm.model.spec import Execution
 
+Labelled = tuple[Sequence[Antibody] | HeadInputs, Sequence]  # antibodies and their targets
+Goals = tuple[HeadInputs, list]  # the same as the loss needs them
 HIDDEN = 64
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -55,6 +58,8 @@ class Training:
       full: the encoder is trained, too.
       rank: of adapters of the encoder, which are trained instead of it; 0: none.
       seed: of the head's weights and of the order.
+      freeze_routers: routers stay as they are while the encoder or its adapters are trained.
+      expert_dropout: share of the hidden units of each expert that an update goes without.
     """
 
     epochs: int = 20
@@ -65,6 +70,8 @@ class Training:
     full: bool = False
     seed: int = 0
     rank: int = 0
+    freeze_routers: bool = False
+    expert_dropout: float = 0.0
 
     @property
     def frozen(self) -> bool:
@@ -81,11 +88,16 @@ class _Network:
 
     head: Head
     definition: nnx.GraphDef | None
+    freeze_routers: bool = False
+    expert_dropout: float = 0.0
 
-    def __call__(self, params: dict, batch: dict) -> jax.Array:
-        """float32 `[B, outputs]`, of residues `[B, R, outputs]`: log-probabilities or values."""
+    def __call__(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
+        """float32 `[B, outputs]`, of residues `[B, R, outputs]`: log-probabilities or values.
+
+        `key`: of the expert dropout; None: nothing is dropped.
+        """
         p, mask = params["head"], batch["mask"][..., None]
-        x = batch["states"] if "states" in batch else self._encoded(params, batch)
+        x = batch["states"] if "states" in batch else self._encoded(params, batch, key)
         x = x.astype(jnp.float32)
         centre, spread = (jax.lax.stop_gradient(p[name]) for name in ("centre", "spread"))
         if self.head.kind != "residue":
@@ -100,17 +112,24 @@ class _Network:
         x = jnp.matmul(x, p["outer"], precision=_PRECISION) + p["outer_bias"]
         return x if self.head.kind == "regression" else jax.nn.log_softmax(x, axis=-1)
 
-    def _encoded(self, params: dict, batch: dict) -> jax.Array:
+    def _encoded(self, params: dict, batch: dict, key: jax.Array | None) -> jax.Array:
         assert self.definition is not None  # batches of a frozen encoder hold its states
-        encoder = nnx.merge(self.definition, encoder_of(params))
+        weights = encoder_of(params)
+        if self.freeze_routers:
+            weights = with_frozen_routers(weights)
+        if key is not None:
+            weights = with_expert_dropout(weights, self.expert_dropout, key)
+        encoder = nnx.merge(self.definition, weights)
         states = encoder(
             batch["tokens"].astype(jnp.int32), batch["valid"], observe=Observe(hidden=True)
         ).hidden[-1]
         return jnp.take_along_axis(states, batch["places"][..., None], axis=1)
 
-    def loss(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    def loss(
+        self, params: dict, batch: dict, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Sum over what has a target, and its number: cross-entropy (nats) or squared error."""
-        found, target, weight = self(params, batch), batch["target"], batch["weight"]
+        found, target, weight = self(params, batch, key), batch["target"], batch["weight"]
         if self.head.kind == "regression":
             each = ((found - target) ** 2).mean(-1)
         else:
@@ -135,10 +154,17 @@ def _loss_sums(network: _Network, params: dict, batch: dict) -> tuple[jax.Array,
 
 @partial(jax.jit, static_argnames=("network", "weight_decay"))
 def _update(
-    network: _Network, weight_decay: float, params, state, batch: dict, rates: dict, fixed: dict
+    network: _Network,
+    weight_decay: float,
+    params,
+    state,
+    batch: dict,
+    rates: dict,
+    fixed: dict,
+    key,
 ):
     def objective(params):
-        total, count = network.loss(params | fixed, batch)
+        total, count = network.loss(params | fixed, batch, key)
         return total / jnp.maximum(count, 1)
 
     gradient = jax.grad(objective)(params)
@@ -164,13 +190,17 @@ def _decayed(params: dict) -> dict:
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained head, and its encoder."""
+    """A trained head, and its encoder.
+
+    `losses`: after each epoch, by the name of what `fit` watched.
+    """
 
     engine: Engine
     network: _Network
     params: dict
     batch: int
     scale: tuple[np.ndarray, np.ndarray]  # mean and standard deviation of a regression's targets
+    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __call__(
         self, antibodies: Sequence[Antibody] | HeadInputs
@@ -203,7 +233,8 @@ def fit(
     targets: Sequence,
     head: Head,
     training: Training,
-    valid: tuple[Sequence[Antibody] | HeadInputs, Sequence] | None = None,
+    valid: Labelled | None = None,
+    watched: Mapping[str, Labelled] | None = None,
 ) -> Predictor:
     """Trains a head, in float32 and deterministically.
 
@@ -215,12 +246,15 @@ def fit(
       head: what is predicted.
       training: how.
       valid: antibodies and targets; the epoch of least loss on them is kept, else the last one.
+      watched: antibodies and targets by name, whose mean loss after each epoch is kept with the
+        predictor: cross-entropy (nats), or squared error over the variance of `targets`.
     """
     inputs = _inputs(engine, antibodies, head, not training.frozen)
     definition = None
     if not training.frozen:
         definition = make_definition(alone(engine.model.spec), Execution())
-    network, scale = _Network(head, definition), scale_of(targets, head)
+    restraints = training.freeze_routers, training.expert_dropout
+    network, scale = _Network(head, definition, *restraints), scale_of(targets, head)
     params: dict[str, Any] = {"head": _initial(engine, inputs, head, training.seed)}
     fixed = {}
     if training.full:
@@ -229,12 +263,14 @@ def fit(
         params["lora"] = adapters(engine.parameters(), training.rank, training.seed)
         fixed["encoder"] = engine.parameters()
     goals = goals_of(targets, scale, head)
-    checked = None
-    if valid is not None:
-        given = _inputs(engine, valid[0], head, not training.frozen)
-        checked = given, goals_of(valid[1], scale, head)
-    params = _trained(network, params, fixed, inputs, goals, training, checked) | fixed
-    return Predictor(engine, network, params, training.batch, scale)
+
+    def asked(part: Labelled) -> Goals:
+        return _inputs(engine, part[0], head, not training.frozen), goals_of(part[1], scale, head)
+
+    checked = None if valid is None else asked(valid)
+    losses = _Losses({name: asked(part) for name, part in (watched or {}).items()})
+    params = _trained(network, params, fixed, inputs, goals, training, checked, losses) | fixed
+    return Predictor(engine, network, params, training.batch, scale, losses.found)
 
 
 def predictor_of(
@@ -266,7 +302,8 @@ def settled(predictor: Predictor) -> Predictor:
     params = jax.jit(encoder_of)({k: v for k, v in predictor.params.items() if k != "head"})
     engine = predictor.engine.with_model(replace(predictor.engine.model, params=params))
     head, weights = predictor.network.head, predictor.params["head"]
-    return predictor_of(engine, head, weights, predictor.batch, predictor.scale)
+    found = predictor_of(engine, head, weights, predictor.batch, predictor.scale)
+    return replace(found, losses=predictor.losses)
 
 
 def _inputs(
@@ -277,6 +314,19 @@ def _inputs(
     return inputs_of(engine, antibodies, head, full)
 
 
+class _Losses:
+    """Mean losses on named sets, after each epoch: `found`."""
+
+    def __init__(self, sets: Mapping[str, Goals]):
+        self._sets = sets
+        self.found: dict[str, list[float]] = {name: [] for name in sets}
+
+    def add(self, network: _Network, params: dict, size: int) -> None:
+        """Computes those of all sets."""
+        for name, asked in self._sets.items():
+            self.found[name].append(_mean_loss(network, params, *asked, size))
+
+
 def _trained(
     network: _Network,
     params: dict,
@@ -284,10 +334,13 @@ def _trained(
     inputs: HeadInputs,
     goals: list,
     training: Training,
-    checked: tuple[HeadInputs, list] | None,
+    checked: Goals | None,
+    losses: _Losses,
 ) -> dict:
     """Parameters after the last epoch, or after that of least loss on `checked`."""
     rng = np.random.default_rng([training.seed, 1])
+    drops = training.expert_dropout and not training.frozen
+    key = jax.random.key(training.seed) if drops else None
     state = _optimizer(training.weight_decay).init(params)
     size = min(training.batch, len(inputs))
     steps, step = training.epochs * -(-len(inputs) // size), 0
@@ -299,10 +352,12 @@ def _trained(
             share = min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1), 1)
             rates = {"head": share * training.lr}
             rates |= dict.fromkeys(("encoder", "lora"), share * training.encoder_lr)
+            drawn = None if key is None else jax.random.fold_in(key, step)
             params, state = _update(
-                network, training.weight_decay, params, state, batch, rates, fixed
+                network, training.weight_decay, params, state, batch, rates, fixed, drawn
             )
             step += 1
+        losses.add(network, params | fixed, size)
         loss = _mean_loss(network, params | fixed, *checked, size) if checked else -step
         if loss < least:
             best, least = params, loss

@@ -49,12 +49,14 @@ class Settings:
       steps: at least so many, in whole passes over the training set.
       folds: of the cross-validation, where the assay has no parts.
       groups: `CLONE`, `SEQUENCE`, or a column: what is never in two folds.
+      losses: whether those of the training set and of what is held out are taken after each pass.
     """
 
     training: Training
     steps: int = 1000
     folds: int = 5
     groups: str = CLONE
+    losses: bool = False
 
     def training_of(self, antibodies: int) -> Training:
         """The training on so many antibodies."""
@@ -73,6 +75,9 @@ class Tuned:
         `[n, C]`, of residues an object array of `[residues, C]`; NaN where it was not held out.
       numbers: of the head and of the baselines.
       notes: sentences for the reader.
+      losses: where they were asked for, a line for each fold and pass: `fold`, `pass`, and the mean
+        loss (nats, or squared error over the training set's variance) of `train`, `held_out` and
+        `valid` if there is such a part.
     """
 
     predictor: Predictor
@@ -80,6 +85,7 @@ class Tuned:
     held_out: np.ndarray
     numbers: list[Number]
     notes: list[str]
+    losses: list[dict[str, float]]
 
 
 def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], None]) -> Tuned:
@@ -109,7 +115,22 @@ def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], 
     else:
         held_out = np.full((len(folds), *tested[MODEL].shape[1:]), np.nan, np.float32)
     held_out[folds >= 0] = tested[MODEL]
-    return Tuned(predictor, folds, held_out, numbers, bench.notes)
+    if bench.losses:
+        bench.notes.append(_course(bench.losses))
+    return Tuned(predictor, folds, held_out, numbers, bench.notes, bench.losses)
+
+
+def _course(losses: Sequence[Mapping[str, float]]) -> str:
+    """What became of the losses, as a sentence; means over folds, in passes that all have."""
+    by_fold: dict[float, list[tuple[float, float]]] = {}
+    for line in losses:
+        by_fold.setdefault(line["fold"], []).append((line["train"], line["held_out"]))
+    passes = min(map(len, by_fold.values()))
+    train, held = np.mean([of[:passes] for of in by_fold.values()], axis=0).T
+    return (
+        f"loss after {passes} passes: {train[-1]:.3f} of what was trained on, {held[-1]:.3f} of "
+        f"what was held out (least, {held.min():.3f}, after pass {held.argmin() + 1})"
+    )
 
 
 def _objects(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -127,6 +148,7 @@ class Bench:
         """Raises: UserError where there is too little to learn from."""
         self._engine, self._assay, self._settings = engine, assay, settings
         self.notes: list[str] = []
+        self.losses: list[dict[str, float]] = []
         _require_targets(assay)
         found = annotated(assay.antibodies)
         pairs = numbered([(a.heavy, a.light) for a in assay.antibodies])
@@ -176,7 +198,7 @@ class Bench:
             nonlocal done
             done += 1
             say(f"fold {done} of {count}: {len(train):,} to train on, {len(held):,} not")
-            return self._outputs(self._fitted(train), held)
+            return self._outputs(self._fitted(train, held=held, fold=done - 1), held)
 
         tested = {MODEL: out_of_fold(predict, folds)}
         tested |= {k: out_of_fold(each, folds) for k, each in self._baselines().items()}
@@ -208,7 +230,7 @@ class Bench:
         parts = np.array(self._assay.parts)
         train, valid, test = (np.flatnonzero(parts == part) for part in ("train", "valid", "test"))
         say(f"{len(train):,} to train on, {len(valid):,} to validate, {len(test):,} to test")
-        predictor = self._fitted(train, valid)
+        predictor = self._fitted(train, valid, test)
         tested = {MODEL: self._outputs(predictor, test)}
         tested |= {name: each(train, test) for name, each in self._baselines().items()}
         folds = np.where(parts == "test", 0, -1)
@@ -220,13 +242,32 @@ class Bench:
         )
         return folds, predictor, tested
 
-    def _fitted(self, train: np.ndarray, valid: np.ndarray | None = None) -> Predictor:
+    def _fitted(
+        self,
+        train: np.ndarray,
+        valid: np.ndarray | None = None,
+        held: np.ndarray | None = None,
+        fold: int = 0,
+    ) -> Predictor:
+        """Trained on some; losses of these and of `held` are noted if asked for."""
         targets, checked = self._assay.targets, None
+
+        def labelled(rows: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
+            return self._inputs.take(rows), targets[rows]
+
         if valid is not None and len(valid):
-            checked = self._inputs.take(valid), targets[valid]
+            checked = labelled(valid)
+        watched = {}
+        if self._settings.losses and held is not None:
+            watched = {"train": labelled(train), "held_out": labelled(held)}
+            watched |= {"valid": checked} if checked else {}
         training = self._settings.training_of(len(train))
-        inputs = self._inputs.take(train)
-        return settled(fit(self._engine, inputs, targets[train], self._head, training, checked))
+        found = fit(self._engine, *labelled(train), self._head, training, checked, watched)
+        for i, losses in enumerate(zip(*found.losses.values(), strict=True)):
+            self.losses.append(
+                {"fold": fold, "pass": i + 1, **dict(zip(watched, losses, strict=True))}
+            )
+        return settled(found)
 
     def _outputs(self, predictor: Predictor, rows: np.ndarray) -> np.ndarray:
         inputs: HeadInputs | list = self._inputs.take(rows)

@@ -4,7 +4,8 @@
 
     model = AutoModelForMaskedLM.from_pretrained(DIRECTORY, trust_remote_code=True).eval()
 
-An ESM-2 encoder (pre-LN, rotary positions) in which some FFNs are mixtures of experts. Routing is
+An ESM-2 encoder (pre-LN, rotary positions; or as ESM-1b or RoBERTa, with learned positions and
+other norms) in which some FFNs are mixtures of experts. Routing is
 that of inference: an antibody is a row, its result depends on no other row, and token choice drops
 nothing. Training here has neither a capacity nor router losses.
 
@@ -39,6 +40,9 @@ class MoeAblmConfig(PretrainedConfig):
         token_dropout=True,
         tied=True,
         layer_norm_eps=1e-5,
+        learned_positions=0,
+        embedding_norm=False,
+        post_norm=False,
         moe=None,
         mask_token_id=32,
         pad_token_id=1,
@@ -54,6 +58,9 @@ class MoeAblmConfig(PretrainedConfig):
         self.token_dropout = token_dropout
         self.tied = tied  # the decoder is the embedding
         self.layer_norm_eps = layer_norm_eps
+        self.learned_positions = learned_positions  # 0: rotary
+        self.embedding_norm = embedding_norm
+        self.post_norm = post_norm  # layers normalise after the additions
         self.moe = moe
         self.mask_token_id = mask_token_id
         self.initializer_range = initializer_range
@@ -90,6 +97,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_attention_heads
+        self.turn = torch.nn.Identity() if config.learned_positions else rotary
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -97,7 +105,7 @@ class SelfAttention(nn.Module):
         """x [B, L, D], valid [B, L] -> [B, L, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = valid[:, None, None, :]
-        out = functional.scaled_dot_product_attention(rotary(q), rotary(k), v, mask)
+        out = functional.scaled_dot_product_attention(self.turn(q), self.turn(k), v, mask)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -241,10 +249,11 @@ class MixtureOfExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-LN transformer layer, dense or with experts."""
+    """A transformer layer, dense or with experts."""
 
     def __init__(self, config, sparse):
         super().__init__()
+        self.post_norm = config.post_norm
         self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = SelfAttention(config)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -253,10 +262,15 @@ class Layer(nn.Module):
 
     def forward(self, x, valid):
         """x [B, L, D], valid [B, L] -> [B, L, D]."""
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention(x, valid))
+            return self.ffn_norm(x + self.feed(x, valid))
         x = x + self.attention(self.attention_norm(x), valid)
-        y = self.ffn_norm(x)
-        y = self.ffn(y, valid) if isinstance(self.ffn, MixtureOfExperts) else self.ffn(y)
-        return x + y
+        return x + self.feed(self.ffn_norm(x), valid)
+
+    def feed(self, x, valid):
+        """The FFN, or its experts."""
+        return self.ffn(x, valid) if isinstance(self.ffn, MixtureOfExperts) else self.ffn(x)
 
 
 class MoeAblmPreTrainedModel(PreTrainedModel):
@@ -287,11 +301,15 @@ class MoeAblmModel(MoeAblmPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         sparse = config.moe["layers"] if config.moe else ()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        table = torch.empty(config.learned_positions, width)
+        self.positions = nn.Parameter(table) if config.learned_positions else None
+        self.embedding_norm = nn.LayerNorm(width, eps) if config.embedding_norm else None
         self.layers = nn.ModuleList(
             Layer(config, i in sparse) for i in range(config.num_hidden_layers)
         )
-        self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.final_norm = None if config.post_norm else nn.LayerNorm(width, eps)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -299,13 +317,16 @@ class MoeAblmModel(MoeAblmPreTrainedModel):
         return self.embedding
 
     def embed(self, tokens, valid):
-        """Token embeddings [B, L, D]; with token_dropout <mask> is 0 and the rest rescaled."""
+        """Embeddings [B, L, D]; with token_dropout that of <mask> is 0 and the rest rescaled."""
         x = self.embedding(tokens)
         if self.config.token_dropout:
             masked = (tokens == self.config.mask_token_id) & valid
             ratio = masked.sum(1) / valid.sum(1).clamp(min=1)
             scale = (1 - TRAINED_MASK_RATIO) / (1 - ratio).clamp(min=1e-6)
             x = x.masked_fill(masked[..., None], 0.0) * scale[:, None, None].to(x)
+        if self.positions is not None:
+            x = x + functional.pad(self.positions, (0, 0, 0, x.shape[1]))[: x.shape[1]]
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         return x * valid[..., None]
 
     def forward(self, input_ids, attention_mask=None, output_hidden_states=False, **_):
@@ -316,7 +337,7 @@ class MoeAblmModel(MoeAblmPreTrainedModel):
         states = [x := self.embed(input_ids, valid)]
         for layer in self.layers:
             states.append(x := layer(x, valid))
-        x = states[-1] = self.final_norm(x)
+        x = states[-1] = x if self.final_norm is None else self.final_norm(x)
         return BaseModelOutput(x, tuple(states) if output_hidden_states else None)
 
 
