@@ -1,25 +1,24 @@
-"""The page of `moe-ablm app`: one antibody, seen through a model.
+"""The page of `moe-ablm app`: one antibody, seen through a model (`inference/look.py`).
 
-`look` computes what is shown, without Panel; the rest lays it out and draws it with Bokeh. Panel
-serves its scripts itself, so that the page works where there is no network.
+Bokeh draws. Panel serves its scripts itself, so that the page works where there is no network.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from moe_ablm.data.antibody import Antibody, row_of
-from moe_ablm.data.positions import SCHEMES, selection
-from moe_ablm.data.tokenizer import AMINO_ACID_TOKENS, AMINO_ACIDS
+from moe_ablm.data.antibody import Antibody
+from moe_ablm.data.positions import SCHEMES
+from moe_ablm.data.tokenizer import AMINO_ACIDS
 from moe_ablm.errors import ArgumentError, UserError, counted
 from moe_ablm.page import table_html
 
 if TYPE_CHECKING:
     from moe_ablm.inference.buckets import Engine
+    from moe_ablm.inference.look import Seen
 
 # trastuzumab: an antibody that nobody has to look up
 HEAVY = (
@@ -41,98 +40,6 @@ max-width:100%;overflow-wrap:anywhere}
 </style>"""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a model says of an antibody; R residues, heavy chain first, M layers with experts.
-
-    Attributes:
-      labels: columns of `inference.numbers.numbered_labels`, lists of R.
-      log_likelihoods: float32 `[R]`, nats; NaN where a residue is none of the 20 amino acids.
-      log_odds: float32 `[R, 20]` of each amino acid against the residue.
-      experts: int `[R, M]`, the one of the largest weight, -1 for none; None: a dense model.
-      layers: numbers of the layers with experts.
-    """
-
-    labels: dict[str, list]
-    log_likelihoods: np.ndarray
-    log_odds: np.ndarray
-    experts: np.ndarray | None
-    layers: tuple[int, ...]
-
-
-def look(engine: "Engine", antibody: Antibody, numbering: str, one_pass: bool = False) -> Seen:
-    """Everything the page shows of an antibody, before any infilling.
-
-    Perplexity and scan come from the same passes: each residue masked in turn, or none with
-    `one_pass`.
-    """
-    from moe_ablm.inference.numbers import numbered_labels
-    from moe_ablm.inference.score import masked_log_probabilities, unmasked_log_probabilities
-
-    row = row_of(antibody, engine.model.layout)
-    compute = unmasked_log_probabilities if one_pass else masked_log_probabilities
-    (found,) = compute(engine, [row])
-    own = np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)
-    return Seen(
-        numbered_labels([antibody], numbering),
-        own[:, 0],
-        found[:, AMINO_ACID_TOKENS] - own,
-        strongest(engine, antibody) if engine.model.spec.moe_layers else None,
-        tuple(engine.model.spec.moe_layers),
-    )
-
-
-def strongest(engine: "Engine", antibody: Antibody) -> np.ndarray:
-    """The expert of the largest weight of each residue and layer, int `[R, M]`; -1 for none."""
-    from moe_ablm.inference.route import Choices, route
-
-    (routing,) = route(engine, [antibody])
-    if not isinstance(routing, Choices):
-        return routing.combine.sum(-1).argmax(-1)
-    best = routing.gates.argmax(-1)[..., None]
-    expert = np.take_along_axis(routing.experts, best, axis=-1)[..., 0]
-    taken = np.take_along_axis(routing.gates, best, axis=-1)[..., 0] > 0
-    return np.where(taken, expert, -1)
-
-
-def completions(
-    engine: "Engine", antibody: Antibody, where: str, numbering: str, samples: int
-) -> list[list[str]]:
-    """Rows of the chosen residues redesigned, and the log-probability; the first is the likeliest.
-
-    Args:
-      engine: the model.
-      antibody: whose residues are masked.
-      where: regions and positions, "CDRH3" or "H105-H117,CDRL3".
-      numbering: scheme of the positions.
-      samples: draws after the first.
-
-    Raises:
-      UserError: nothing is chosen, or a name is none.
-    """
-    from moe_ablm.inference.infill import infill
-    from moe_ablm.inference.numbers import chosen, masked, nothing_chosen
-    from moe_ablm.inference.sampling import Sampling
-
-    parts = [part.strip() for part in where.split(",") if part.strip()]
-    regions = [part for part in parts if part.upper().startswith(("CDR", "FR"))]
-    positions = [part for part in parts if part not in regions]
-    picked = selection(regions or None, positions or None, numbering)
-    if picked is None:
-        raise UserError("nothing to redesign: name regions or positions, CDRH3 or H105-H117")
-    if reason := nothing_chosen(antibody, picked):
-        raise UserError(reason)
-    places = np.flatnonzero(chosen(antibody, picked))
-    hidden = [masked(antibody, picked)]
-    found = infill(engine, hidden) + infill(engine, hidden, Sampling(samples))
-    rows = []
-    for completion in found if samples else found[:1]:
-        letters = completion.antibody.heavy + completion.antibody.light
-        text = "".join(letters[place] for place in places)
-        rows.append([text, f"{completion.log_probability:.2f}"])
-    return rows
-
-
 def regions_html(labels: dict[str, list]) -> str:
     """Regions as boxes: name, first and last number, residues with their numbers as titles."""
     lines = zip(*(labels[n] for n in ("chain", "region", "number", "residue")), strict=True)
@@ -149,7 +56,7 @@ def regions_html(labels: dict[str, list]) -> str:
     return f'{STYLE}<div class="regions">{"".join(boxes)}</div>'
 
 
-def summary_html(seen: Seen) -> str:
+def summary_html(seen: "Seen") -> str:
     """Perplexity of the antibody and its regions as a table."""
     from moe_ablm.inference.score import perplexity
 
@@ -161,7 +68,7 @@ def summary_html(seen: Seen) -> str:
     return STYLE + table_html([n for n, _ in known], [[f"{v:.2f}" for _, v in known]])
 
 
-def figures(seen: Seen) -> list[Any]:
+def figures(seen: "Seen") -> list[Any]:
     """Perplexity, experts and scan over one axis of residues, which zoom together."""
     drawn = [_perplexity_figure(seen), _scan_figure(seen)]
     if seen.experts is not None:
@@ -205,7 +112,7 @@ def _number_axis(figure: Any, labels: dict[str, list]) -> None:
     figure.xgrid.visible = False
 
 
-def _perplexity_figure(seen: Seen) -> Any:
+def _perplexity_figure(seen: "Seen") -> Any:
     from bokeh.models import ColumnDataSource
 
     known = np.flatnonzero(np.isfinite(seen.log_likelihoods))
@@ -248,7 +155,7 @@ def _expert_figure(experts: np.ndarray, layers: tuple[int, ...], labels: dict[st
     return drawn
 
 
-def _scan_figure(seen: Seen) -> Any:
+def _scan_figure(seen: "Seen") -> Any:
     from bokeh.models import ColumnDataSource
     from bokeh.palettes import RdBu11
     from bokeh.transform import linear_cmap
@@ -306,6 +213,8 @@ def page(engine: "Engine") -> Any:
         button.on_click(clicked)
 
     def seen() -> list:
+        from moe_ablm.inference.look import look
+
         found = look(engine, antibody(), numbering.value, not exact.value)
         residues = counted(len(found.labels["residue"]), "residue")
         parts = ["## Numbered regions", regions_html(found.labels)]
@@ -318,6 +227,8 @@ def page(engine: "Engine") -> Any:
         ] + [pn.pane.Bokeh(figure, **wide) for figure in figures(found)]
 
     def redesigned() -> list:
+        from moe_ablm.inference.look import completions
+
         rows = completions(engine, antibody(), where.value, numbering.value, samples.value)
         head = [f"{where.value}, the likeliest first", "log-probability"]
         return [pn.pane.HTML(STYLE + table_html(head, rows), sizing_mode="stretch_width")]

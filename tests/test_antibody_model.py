@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import tiny_model
+from tiny_models import HEAVY, LIGHT, tiny_model
 
 import moe_ablm
 from moe_ablm import antibody_model, api
@@ -100,6 +100,22 @@ def test_names_of_a_frame_are_in_answers_of_many_lines(model):
     found = model.embed(frame, level="chain")
     assert list(found["sequence_id"]) == ["x", "x", "y", "y", "z", "z"]
     assert list(found.index) == [7, 7, 8, 8, 9, 9]
+
+
+def test_names_of_single_chains_are_in_answers_of_many_lines(model):
+    """A heavy and a light chain, of every kind of frame; an index of pandas is kept, too."""
+    pandas = pytest.importorskip("pandas")
+    rows = {"name": ["x", "y"], "sequence": [HEAVY, LIGHT]}
+    chains = [("x", "heavy"), ("y", "light")]
+    found = model.embed(pa.table(rows), level="chain")
+    named = (found[n].to_pylist() for n in ("sequence_id", "chain"))
+    assert list(zip(*named, strict=True)) == chains
+    answer = model.embed(pandas.DataFrame(rows, index=["p", "q"]), level="chain")
+    assert list(zip(answer["sequence_id"], answer["chain"], strict=True)) == chains
+    assert list(answer.index) == ["p", "q"]
+    polars = pytest.importorskip("polars")
+    answer = model.embed(polars.DataFrame(rows), level="chain")
+    assert list(zip(answer["sequence_id"], answer["chain"], strict=True)) == chains
 
 
 def test_what_is_no_frame_is_answered_by_the_functions(model):

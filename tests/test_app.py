@@ -1,4 +1,4 @@
-"""The page of `moe-ablm app`: what it shows against the verbs, refusals, and in a browser."""
+"""The page of `moe-ablm app`: its boxes of regions, refusals, and in a browser."""
 
 import os
 import signal
@@ -6,41 +6,14 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from browser import visiting
 from conftest import command, run_command
 from test_cli import refused
-from tiny_models import engine, tiny_model
+from tiny_models import tiny_model
 
 from moe_ablm import app
-from moe_ablm.data.tokenizer import LAYOUTS
-from moe_ablm.errors import UserError
-from moe_ablm.inference import route, scan, score
-from moe_ablm.inference.antibodies import given
 from moe_ablm.interop.saved import save_model
-
-
-def antibody(pair):
-    return given([pair], LAYOUTS["esm"], 320)[0]
-
-
-@pytest.mark.parametrize("one_pass", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_what_is_shown_is_what_the_verbs_say(one_pass):
-    model, shown = engine("expert_choice"), antibody(("EVQLVESX", "DIQM"))
-    seen = app.look(model, shown, "imgt", one_pass)
-    (scores,) = score.score(model, [shown], one_pass)
-    (odds,) = scan.scan(model, [shown], "wild-type-marginal" if one_pass else "masked-marginal")
-    np.testing.assert_array_equal(seen.log_likelihoods, scores)
-    np.testing.assert_array_equal(seen.log_odds, odds)
-    assert "".join(seen.labels["residue"]) == "EVQLVESXDIQM"
-    # the first line of a residue and layer is the expert of the largest gate, -1 where none is
-    best: dict[tuple[int, int], int] = {}
-    for line in route.table(model, [shown]).to_pylist():
-        place = line["position"] - 1 + 8 * (line["chain"] == "light")
-        best.setdefault((place, line["layer"]), line["expert"])
-    assert dict(np.ndenumerate(seen.experts)) == best
-    assert -1 in best.values()
 
 
 def test_boxes_of_regions():
@@ -53,13 +26,6 @@ def test_boxes_of_regions():
     html = app.regions_html(labels)
     assert "FRH1 1-2" in html and '<div class="cdr"><small>CDRH1 27-27' in html
     assert "heavy no number" in html and "&lt;" in html and "><<" not in html
-
-
-def test_redesigns_are_refused_in_one_line():
-    whole = antibody((app.HEAVY, app.LIGHT))
-    for where, words in (("", "name regions"), ("CDRH9", "CDRH9"), ("H500", "nothing chosen")):
-        with pytest.raises(UserError, match=words):
-            app.completions(engine("expert_choice"), whole, where, "imgt", 0)
 
 
 def test_without_panel_one_line_says_what_to_install(main, monkeypatch):

@@ -1,13 +1,18 @@
 """Tables of Python give the antibodies that pairs give, and what is no table is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pytest
-from tiny_models import engine
+from tiny_models import HEAVY, LIGHT, engine
 
 from moe_ablm import api
 from moe_ablm.data.antibody import Antibody
+from moe_ablm.data.readers import open_sources
 from moe_ablm.errors import UserError
+from moe_ablm.inference.antibodies import SingleChain, given, read
 from moe_ablm.inference.frames import items_of
 
 PAIRS = [("EVQLVES", "DIQM"), ("EVQ", ""), ("", "DIQMT")]
@@ -44,13 +49,34 @@ def test_names_of_published_tables():
     for heavy, light in (("sequence_aa_heavy", "sequence_aa_light"), ("h_sequence", "l_sequence")):
         assert items_of({heavy: ["EVQ"], light: ["DIQ"]}) == [Antibody("", "EVQ", "DIQ")]
     assert items_of({"heavy": ["EVQ"]}) == [Antibody("", "EVQ", "")]
-    assert items_of({"sequence": ["EVQ", "DIQ"]}) == ["EVQ", "DIQ"]
+    single = items_of({"sequence": ["EVQ", "DIQ"], "Name": ["a", None]})
+    assert single == [SingleChain("a", "EVQ"), SingleChain("", "DIQ")]
+    assert items_of([{"sequence_aa": "EVQ"}]) == [SingleChain("", "EVQ")]
     assert items_of({"heavy": "EVQ", "light": "DIQ"}) == [Antibody("", "EVQ", "DIQ")]
 
 
 @pytest.mark.parametrize(("heavy", "light"), [("VH", "VL"), ("HeavySequence", "LightSequence")])
 def test_names_are_read_as_in_files(heavy, light):
     assert items_of({heavy: ["EVQ"], light: ["DIQ"]}) == [Antibody("", "EVQ", "DIQ")]
+
+
+def test_what_files_are_read_for_is_read_of_tables(tmp_path):
+    """Ids of single chains, which may be of either kind, and given regions."""
+    single = {"sequence_id": ["h", "l", ""], "sequence": [HEAVY, LIGHT, "EVQLVES"]}
+    masks = {"cdr_mask_aa_heavy": ["0011022033000", ""], "cdr_mask_aa_light": ["", ""]}
+    pairs = {"id": ["a", "b"], "heavy": ["EVQLVESGGGLVQ", "EVQ"], "light": ["", "DIQ"], **masks}
+    layout, path = engine().model.layout, tmp_path / "a.csv"
+    for columns in (single, pairs):
+        pacsv.write_csv(pa.table(columns), path)
+        from_file = list(read(open_sources([str(path)]), layout, 320))
+        from_table = given(items_of(columns), layout, 320)
+        assert [replace(a, where="") for a in from_table] == [
+            replace(a, where="") for a in from_file
+        ]
+    assert [a.name for a in from_table] == ["a", "b"]
+    assert from_table[0].cdr_masks == ("0011022033000", "")
+    with pytest.raises(UserError, match="cdr_mask_aa_heavy: found 4 characters, expected 3"):
+        given(items_of(pairs | {"cdr_mask_aa_heavy": ["", "0011"]}), layout, 320)
 
 
 def test_a_column_that_is_there_twice_is_refused():

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 
 from moe_ablm.data import tokenizer
 from moe_ablm.data.align import ACCEPTED, REASONS
+from moe_ablm.data.best_germlines import best_fitting
 from moe_ablm.data.dataset import flat
 from moe_ablm.data.domains import Domains, find_domains
 from moe_ablm.data.germline import HUMAN
@@ -37,8 +37,6 @@ CALLS = ("v_call", "j_call")
 SEGMENTS = "gene_segment_mask_aa"  # kept where it is there, never computed
 RESIDUE_COLUMNS = (*NEEDED[:3], SEGMENTS)
 DISAGREE = "columns_disagree"
-GERMLINES = "germlines"  # which of several germlines fit a row best
-SAID_NOTHING = ("wrong_chain", "not_a_v_domain")  # reasons of what other germlines may explain
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,10 @@ def _annotate_rows(
     batch: pa.RecordBatch, reannotate: bool, germlines: tuple[str, ...]
 ) -> tuple[pa.RecordBatch, np.ndarray]:
     found = [_annotated_by(batch, reannotate, name) for name in germlines]
-    done, reason = found[0] if len(found) == 1 else _best_of(batch, found, reannotate, germlines)
+    done, reason = found[0]
+    if len(found) > 1:
+        computed = np.logical_or.reduce([lacks_annotation(batch, c, reannotate) for c in CHAINS])
+        done, reason = best_fitting(found, germlines, computed)
     accepted = reason == ""
     return done if accepted.all() else done.filter(pa.array(accepted)), reason
 
@@ -273,34 +274,6 @@ def _annotated_by(
     passed = {n: batch[n] for n in batch.schema.names if n not in columns}
     first = {n: passed.pop(n) for n in ("sequence_id",) if n in passed}
     return pa.record_batch(first | columns | passed), reason
-
-
-def _best_of(
-    batch: pa.RecordBatch,
-    found: Sequence[tuple[pa.RecordBatch, np.ndarray]],
-    reannotate: bool,
-    germlines: Sequence[str],
-) -> tuple[pa.RecordBatch, np.ndarray]:
-    """Each row by the germlines of which its chains have the highest V identity, the mean of both;
-    of equal ones the first. A row that none annotates has the reason that says most."""
-    identity = np.stack([_mean_identity(done) for done, _ in found])
-    reasons = np.stack([reason for _, reason in found])
-    said_nothing = np.array([[r.endswith(SAID_NOTHING) for r in row] for row in reasons.tolist()])
-    rank = np.where(reasons == "", 2 + np.nan_to_num(identity), np.where(said_nothing, 0, 1))
-    best, rows = rank.argmax(axis=0), np.arange(batch.num_rows)
-    every = pa.concat_batches([done for done, _ in found])
-    done = every.take(pa.array(best * batch.num_rows + rows))
-    names = np.array([Path(name).resolve().name for name in germlines], object)[best]
-    names[~np.logical_or.reduce([lacks_annotation(batch, c, reannotate) for c in CHAINS])] = ""
-    return done.append_column(GERMLINES, pa.array(names, pa.string())), reasons[best, rows]
-
-
-def _mean_identity(done: pa.RecordBatch) -> np.ndarray:
-    """V identity of each row, float64 `[rows]`: the mean of its chains, NaN without any."""
-    both = np.stack([numbers(done, f"v_identity_aa_{chain}") for chain in CHAINS])
-    there = ~np.isnan(both)
-    with np.errstate(invalid="ignore"):
-        return np.where(there, both, 0).sum(axis=0) / there.sum(axis=0)
 
 
 def lacks_annotation(batch: pa.RecordBatch, chain: str, reannotate: bool) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Antibodies as users pass them: files, or strings in Python."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -18,6 +19,14 @@ from moe_ablm.errors import UserError
 AMBIGUOUS = "XBUZO"  # tokens of ESM-2 that are context, but are neither scored nor mutated
 LETTERS = AMINO_ACIDS + AMBIGUOUS
 SORTED = 8192  # rows joined by cell are sorted into file order if there are fewer antibodies
+
+
+@dataclass(frozen=True)
+class SingleChain:
+    """A chain with a name, "" for none; annotation decides whether it is heavy or light."""
+
+    name: str
+    letters: str
 
 
 def labels(antibodies: Iterable[Antibody]) -> dict[str, list]:
@@ -118,7 +127,7 @@ def _antibodies(batch: pa.RecordBatch, germlines: Sequence[str] = (HUMAN,)) -> l
 
 
 def given(
-    items: Iterable[str | tuple[str, str] | Antibody],
+    items: Iterable[str | tuple[str, str] | SingleChain | Antibody],
     layout: Layout,
     longest: int,
     letters: str = LETTERS,
@@ -126,8 +135,8 @@ def given(
     """Antibodies from Python: single chains as strings, pairs as (heavy, light).
 
     Args:
-      items: one chain of a pair may be "" or None. Annotation decides whether a single string is a
-        light chain; a string that it recognises as neither counts as heavy.
+      items: one chain of a pair may be "" or None. Annotation decides whether a string, or a
+        `SingleChain`, is a light chain; one that it recognises as neither counts as heavy.
       layout: the model's layout.
       longest: largest number of tokens of a row.
       letters: letters that are allowed; lower case becomes upper case.
@@ -137,17 +146,19 @@ def given(
         or is too long.
     """
     items = list(items) if not isinstance(items, str) else [items]
-    pairs = [_pair(item, number) for number, item in enumerate(items, start=1)]
-    if not pairs:
+    named = [_antibody(item, number) for number, item in enumerate(items, start=1)]
+    if not named:
         return []
     report = Report("antibodies")
     columns = {
-        "sequence_id": [name for name, *_ in pairs],
-        "sequence_aa_heavy": [heavy for _, heavy, _ in pairs],
-        "sequence_aa_light": [light for *_, light in pairs],
-        ROW: range(1, len(pairs) + 1),
-        LINE: [0] * len(pairs),
-        ANY_CHAIN: [isinstance(item, str) for item in items],
+        "sequence_id": [a.name for a in named],
+        "sequence_aa_heavy": [a.heavy for a in named],
+        "sequence_aa_light": [a.light for a in named],
+        "cdr_mask_aa_heavy": [a.cdr_masks[0] for a in named],
+        "cdr_mask_aa_light": [a.cdr_masks[1] for a in named],
+        ROW: range(1, len(named) + 1),
+        LINE: [0] * len(named),
+        ANY_CHAIN: [isinstance(item, str | SingleChain) for item in items],
     }
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     antibodies = _antibodies(check_batch(batch, report, letters=letters))
@@ -162,16 +173,18 @@ def given(
     return antibodies
 
 
-def _pair(item, number: int) -> tuple[str, str, str]:
+def _antibody(item, number: int) -> Antibody:
     if isinstance(item, Antibody):
-        return item.name, item.heavy, item.light
+        return item
+    if isinstance(item, SingleChain):
+        return Antibody(item.name, item.letters, "")
     if isinstance(item, str):
-        return "", item, ""
+        return Antibody("", item, "")
     if not isinstance(item, Sequence) or len(item) != 2 or not all(
         chain is None or isinstance(chain, str) for chain in item
     ):  # fmt: skip
         raise UserError(f"antibodies: item {number}: found {item!r}, expected heavy, light or both")
-    return "", item[0] or "", item[1] or ""
+    return Antibody("", item[0] or "", item[1] or "")
 
 
 def windows(

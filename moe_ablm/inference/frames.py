@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers.columns import CHAIN_PAIRS, chain_columns
+from moe_ablm.data.regions import CHAINS
 from moe_ablm.errors import UserError
+from moe_ablm.inference.antibodies import SingleChain
 from moe_ablm.inference.output import flat
 
 IDS = ("sequence_id", "name", "id")
@@ -32,13 +34,13 @@ FrameT = TypeVar("FrameT", bound=DataFrame)
 
 
 def items_of(given: Any) -> list[Any]:
-    """A list of chains, pairs or `Antibody` from whatever a caller passes.
+    """A list of chains, pairs, `SingleChain` or `Antibody` from whatever a caller passes.
 
     Args:
       given: one chain (a string), one pair (a tuple of two chains), one `Antibody`, several of
         these, or a table: a data frame, a dict of columns, a dict of one antibody, or a list of
         such dicts. Columns are named as in files (heavy and light, sequence_aa_heavy ..., or
-        sequence), in upper or lower case.
+        sequence; an id, cdr_mask_aa_heavy ...), in upper or lower case.
 
     Raises:
       UserError: `given` is none of these, or a table has no column of chains, columns of different
@@ -92,14 +94,19 @@ def _antibodies(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
             f"antibodies: a table with columns {', '.join(names)}; expected "
             f"{' or '.join(' and '.join(p) for p in CHAIN_PAIRS)}, or {SINGLE[-1]}"
         )
-    if heavy is light is None:
-        return [_text(row, single, number) for number, row in enumerate(rows, start=1)]
     identifier = next((known[name] for name in IDS if name in known), None)
+    if heavy is light is None:
+        return [
+            SingleChain(_text(row, identifier, number, words=True), _text(row, single, number))
+            for number, row in enumerate(rows, start=1)
+        ]
+    masks = [known.get(f"cdr_mask_aa_{chain}") for chain in CHAINS]
     return [
         Antibody(
             _text(row, identifier, number, words=True),
             _text(row, heavy, number),
             _text(row, light, number),
+            cdr_masks=(_text(row, masks[0], number), _text(row, masks[1], number)),
         )
         for number, row in enumerate(rows, start=1)
     ]

@@ -247,7 +247,7 @@ def _chosen(args: argparse.Namespace) -> list[list]:
     from moe_ablm.inference.output import file_identity
 
     reading = reading_of(args)
-    differing = [
+    differing: list[list] = [
         [name, str(getattr(reading, name))]
         for name in ("nucleotides", "keep_flagged", "dominance", "contigs")
         if getattr(reading, name) != getattr(Reading, name)

@@ -7,18 +7,25 @@ Out-of-fold predictions of the head are compared with what was measured, with in
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from moe_ablm.errors import UserError, counted
-from moe_ablm.evaluation.cohort import Annotated
+from moe_ablm.errors import UserError
 from moe_ablm.evaluation.estimates import Number, Sample, spearman_number, spearman_of_folds
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
 from moe_ablm.evaluation.supervised import baselines
+from moe_ablm.evaluation.supervised.enough import (
+    require_given_folds,
+    require_groups,
+    require_parts,
+    require_targets,
+    strata,
+    without_clone,
+)
 from moe_ablm.evaluation.supervised.folds import (
     annotated,
-    cdr3_of,
     clonal_folds,
     clones,
     joined,
@@ -32,9 +39,6 @@ from moe_ablm.inference.embed import embed
 from moe_ablm.inference.numbers import regions
 
 CLONE, SEQUENCE = "clone", "sequence"  # groups; else the name of a column
-FEWEST = 10  # antibodies to train on
-FEWEST_TESTED = 3
-MOST_FOLDS = 1000
 MODEL = "model"
 # from indices to train on and indices held out to predictions of the latter
 Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -149,7 +153,7 @@ class Bench:
         self._engine, self._assay, self._settings = engine, assay, settings
         self.notes: list[str] = []
         self.losses: list[dict[str, float]] = []
-        _require_targets(assay)
+        require_targets(assay)
         found = annotated(assay.antibodies)
         pairs = numbered([(a.heavy, a.light) for a in assay.antibodies])
         if assay.groups:
@@ -161,31 +165,16 @@ class Bench:
             self._known = []
             self.notes.append("no V domain among the sequences: no clones, no baseline of V genes")
         elif settings.groups == CLONE and not (assay.groups or assay.folds or assay.parts):
-            self.notes += _without_clone(found)
+            self.notes += without_clone(found)
         self._head = Head(assay.task, max(len(assay.classes), 1))
         self._frozen = settings.training.frozen
         if assay.parts:
-            _require_parts(assay)
+            require_parts(assay)
         elif assay.folds:
-            _require_given_folds(assay)
+            require_given_folds(assay)
         else:
-            self._require_folds()
+            require_groups(assay, self._groups, settings.folds, settings.groups)
         self._inputs = inputs_of(engine, assay.antibodies, self._head, not self._frozen)
-
-    def _require_folds(self) -> None:
-        assay, count = self._assay, self._settings.folds
-        what = f"groups (--groups {self._settings.groups})"
-        classes = _classes(assay)
-        for index in np.unique(classes).tolist():
-            members = self._groups[classes == index]
-            groups = len(np.unique(members))
-            if groups < count:
-                of = f"class {assay.classes[index]!r}: " if len(np.unique(classes)) > 1 else ""
-                raise UserError(
-                    f"{of}{len(members):,} antibodies are of {groups} {what}, expected at least "
-                    f"{count}, one a fold: set --folds, or --groups {SEQUENCE} (or a column), "
-                    "which tells how well other variants of the same clones are predicted"
-                )
 
     def cross_validated(
         self, say: Callable[[str], None]
@@ -221,7 +210,7 @@ class Bench:
             self.notes.append(f"folds are those of the table: {', '.join(names.tolist())}")
             return np.searchsorted(names, self._assay.folds)
         rng = np.random.default_rng(self._settings.training.seed)
-        return clonal_folds(self._groups, _strata(self._assay), self._settings.folds, rng)
+        return clonal_folds(self._groups, strata(self._assay), self._settings.folds, rng)
 
     def tested(
         self, say: Callable[[str], None]
@@ -252,7 +241,7 @@ class Bench:
         """Trained on some; losses of these and of `held` are noted if asked for."""
         targets, checked = self._assay.targets, None
 
-        def labelled(rows: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
+        def labelled(rows: np.ndarray) -> tuple[HeadInputs, Any]:
             return self._inputs.take(rows), targets[rows]
 
         if valid is not None and len(valid):
@@ -374,82 +363,3 @@ def _residue_numbers(
     ]
     held = np.repeat(folds, sizes)[known][None]
     return found + score_numbers(classes, shares, list(shares)[-1], of, held, {})
-
-
-def _classes(assay: Assay) -> np.ndarray:
-    """What folds should have equally many of: classes of antibodies; else one, int64 `[n]`."""
-    whole = assay.classes and not assay.of_residues
-    return assay.targets if whole else np.zeros(len(assay.targets), np.int64)
-
-
-def _strata(assay: Assay) -> np.ndarray:
-    """Classes that folds should have equally many of; of values quarters, int64 `[n]`."""
-    if assay.classes:
-        return _classes(assay)
-    cuts = np.quantile(assay.targets, [0.25, 0.5, 0.75])
-    return np.searchsorted(cuts, assay.targets, side="right")
-
-
-def _require_targets(assay: Assay) -> None:
-    distinct = len(assay.classes) if assay.of_residues else len(np.unique(assay.targets))
-    if distinct < 2:
-        only = assay.classes[0] if assay.classes else f"{assay.targets[0]:g}"
-        what = "labelled residues of all " if assay.of_residues else "all "
-        raise UserError(
-            f"--target: {what}{len(assay.targets):,} antibodies have the one value {only!r}: "
-            "expected two different ones or more, to be told apart"
-        )
-    if len(assay.targets) < FEWEST:
-        raise UserError(
-            f"--input: {len(assay.targets):,} antibodies with a target, expected at least {FEWEST}"
-        )
-
-
-def _without_clone(antibodies: Sequence[Annotated]) -> list[str]:
-    """A line that counts those of which no relatives are known, if there are any."""
-    lost = sum(not (a.heavy.v_gene and cdr3_of(a.heavy)) for a in antibodies)
-    if not lost:
-        return []
-    return [
-        f"{lost:,} of {counted(len(antibodies), 'antibody', 'antibodies')} have no heavy V gene or "
-        "CDRH3 by annotation: only those of equal sequences are kept in one fold, relatives may be "
-        "in two (--groups COLUMN names groups of your own)"
-    ]
-
-
-def _require_given_folds(assay: Assay) -> None:
-    """Without any fold there is enough to train on, of every class."""
-    folds, classes = np.array(assay.folds), _classes(assay)
-    names = np.unique(folds).tolist()
-    if not 2 <= len(names) <= MOST_FOLDS:
-        raise UserError(f"--fold: {len(names):,} different folds, expected 2 to {MOST_FOLDS:,}")
-    for name in names:
-        left = classes[folds != name]
-        if len(left) < FEWEST:
-            raise UserError(
-                f"--fold: {len(left)} antibodies are in other folds than {name}, expected at least "
-                f"{FEWEST} to train on"
-            )
-        if missing := set(np.unique(classes).tolist()) - set(np.unique(left).tolist()):
-            raise UserError(
-                f"--fold: all antibodies of class {assay.classes[min(missing)]!r} are in fold "
-                f"{name}, expected some in another, to be trained on"
-            )
-
-
-def _require_parts(assay: Assay) -> None:
-    parts = np.array(assay.parts)
-    for part, fewest in (("train", FEWEST), ("test", FEWEST_TESTED)):
-        found = int((parts == part).sum())
-        if found < fewest:
-            raise UserError(f"--split: {found} rows are {part}, expected at least {fewest}")
-    if assay.of_residues:
-        return
-    trained = assay.targets[parts == "train"]
-    if len(np.unique(trained)) < 2:
-        raise UserError("--split: all antibodies of the part train have one target, expected two")
-    if assay.classes:
-        missing = set(np.unique(assay.targets)) - set(np.unique(trained))
-        if missing:
-            name = assay.classes[int(min(missing))]
-            raise UserError(f"--split: no antibody of class {name!r} is in the part train")
