@@ -202,8 +202,8 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
     """
     if fit.law.of_gap:
         raise UserError(
-            f"--advise: law {fit.law.name} is of the train-valid gap, and the model of the least gap "
-            "is not the best one; use a law of the loss, as joint"
+            f"--advise: law {fit.law.name} is of the train-valid gap, and the model of the least "
+            "gap is not the best one; use a law of the loss, as joint"
         )
     if "tokens" not in fit.law.needs:
         raise UserError(f"--advise: law {fit.law.name} says nothing about tokens; use another law")
