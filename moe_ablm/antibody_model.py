@@ -132,7 +132,8 @@ class AntibodyModel(Engine):
         api.one_of("level", level, scores.LEVELS)
 
         def answer(given: list[Antibody]) -> pa.Table:
-            return scores.table(self, given, level, one_pass, by_region)
+            named = self.germlines
+            return scores.table(self, given, level, one_pass, by_region, germlines=named)
 
         return self._framed(antibodies, answer, alone=level == "antibody")
 
@@ -173,7 +174,7 @@ class AntibodyModel(Engine):
         sampling = Sampling(*drawn)
 
         def answer(given: list[Antibody]) -> pa.Table:
-            masked = api.masked_at(given, *chosen)
+            masked = api.masked_at(self, given, *chosen)
             return infilling.table(self, masked, "antibody", sampling)
 
         return self._framed(antibodies, answer, letters=infilling.INFILLED)
@@ -211,8 +212,9 @@ class AntibodyModel(Engine):
         api.one_of("method", method, scans.METHODS)
 
         def answer(given: list[Antibody]) -> pa.Table:
-            given, chosen = api.chosen_of(given, regions, positions, numbering)
-            return scans.table(given, scans.scan(self, given, method, chosen), numbering)
+            given, chosen = api.chosen_of(self, given, regions, positions, numbering)
+            found = scans.scan(self, given, method, chosen)
+            return scans.table(given, found, numbering, self.germlines)
 
         return self._framed(antibodies, answer)
 
@@ -234,7 +236,10 @@ class AntibodyModel(Engine):
             return api.route(self, antibodies)
         from moe_ablm.inference import route as routing
 
-        return self._framed(antibodies, lambda given: routing.table(self, given))
+        def answer(given: list[Antibody]) -> pa.Table:
+            return routing.table(self, given, germlines=self.germlines)
+
+        return self._framed(antibodies, answer)
 
     @overload
     def attention(self, antibodies: FrameT, layer: int = ...) -> FrameT: ...

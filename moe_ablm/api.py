@@ -55,6 +55,7 @@ def load(
     precision: str = "float32",
     devices: int = 1,
     batch_tokens: int | None = None,
+    germlines: str | Sequence[str] = "human",
 ) -> "AntibodyModel":
     """A model of a trained run, of what `import` or `upcycle` wrote, or of the Hugging Face hub.
 
@@ -64,18 +65,25 @@ def load(
       precision: "float32", "bfloat16_operands" (faster on CPUs with AMX) or "bfloat16".
       devices: how many share the work.
       batch_tokens: at most so many tokens at once, padding included.
+      germlines: by which chains are told apart and residues numbered: "human", a folder of FASTA
+        files of another species, or several ("human,DIR" or a list), of which those that fit an
+        antibody best are taken.
 
     Raises:
-      UserError: there is no model, or it is damaged.
+      UserError: there is no model, or it is damaged; the germlines cannot be used.
 
     Example:
       model = load("runs/quickstart", precision="bfloat16_operands")
     """
+    from moe_ablm.data.germline import parse_germlines
+
+    named = parse_germlines(germlines if isinstance(germlines, str) else ",".join(germlines))
     from moe_ablm.antibody_model import KINDS, AntibodyModel
     from moe_ablm.inference.engines import engine_of
 
     model = engine_of(run, precision, devices, batch_tokens, "run", KINDS)
     assert isinstance(model, AntibodyModel)  # both kinds are
+    model.germlines = named
     return model
 
 
@@ -85,10 +93,12 @@ def given_of(model: "Engine", antibodies: Any, letters: str | None = None) -> li
     from moe_ablm.inference.frames import items_of
 
     items = items_of(antibodies)
-    return given(items, model.model.layout, model.model.length, letters or LETTERS)
+    about = model.model
+    return given(items, about.layout, about.length, letters or LETTERS, model.germlines)
 
 
 def chosen_of(
+    model: "Engine",
     given: "list[Antibody]",
     regions: str | Sequence[str] | None,
     positions: str | Sequence[str] | None,
@@ -98,7 +108,7 @@ def chosen_of(
     from moe_ablm.data.positions import selection
     from moe_ablm.inference.numbers import nothing_chosen
 
-    chosen = selection(regions, positions, numbering)
+    chosen = selection(regions, positions, numbering, model.germlines)
     for antibody in given:
         if chosen and (reason := nothing_chosen(antibody, chosen)):
             raise UserError(f"antibodies: {antibody.where}: {reason}")
@@ -106,6 +116,7 @@ def chosen_of(
 
 
 def masked_at(
+    model: "Engine",
     given: "list[Antibody]",
     regions: str | Sequence[str] | None,
     positions: str | Sequence[str] | None,
@@ -114,7 +125,7 @@ def masked_at(
     """The antibodies with the chosen residues masked; as they are where none are chosen."""
     from moe_ablm.inference.numbers import masked
 
-    given, chosen = chosen_of(given, regions, positions, numbering)
+    given, chosen = chosen_of(model, given, regions, positions, numbering)
     return given if chosen is None else [masked(a, chosen) for a in given]
 
 
@@ -186,7 +197,7 @@ def score(
     likelihoods = scores.score(model, found, one_pass)
     if level == "residue":
         return likelihoods
-    columns = scores.summary(found, likelihoods, by_region)
+    columns = scores.summary(found, likelihoods, by_region, model.germlines)
     columns.pop("sequence_id")
     return {name: np.array(values) for name, values in columns.items()}
 
@@ -228,7 +239,7 @@ def infill(
 
     sampling = Sampling(samples, temperature, seed, top)  # refused before the model is asked
     given = given_of(model, antibodies, infilling.INFILLED)
-    given = masked_at(given, regions, positions, numbering)
+    given = masked_at(model, given, regions, positions, numbering)
     return [
         {
             "heavy": c.antibody.heavy,
@@ -267,7 +278,8 @@ def scan(
     from moe_ablm.inference import scan as scans
 
     one_of("method", method, scans.METHODS)
-    given, chosen = chosen_of(given_of(model, antibodies), regions, positions, numbering)
+    found = given_of(model, antibodies)
+    given, chosen = chosen_of(model, found, regions, positions, numbering)
     return scans.scan(model, given, method, chosen)
 
 

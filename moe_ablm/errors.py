@@ -22,6 +22,10 @@ class ArgumentError(UserError):
     def __init__(self, name: str, value: Any, expected: str):
         super().__init__(f"--{name.replace('_', '-')} {value}: {expected}")
         self.in_python = f"{name}={value!r}: {expected}"
+        self._given = name, value, expected
+
+    def __reduce__(self):  # it may come from a process of a pool
+        return type(self), self._given
 
 
 class Diverged(Exception):

@@ -4,6 +4,7 @@ The other species is made up: codons of human V genes are drawn anew, but where 
 by them (C23, W41, C104), so that its domains are none by human germlines.
 """
 
+import copy
 import csv
 import json
 from collections import Counter
@@ -17,6 +18,8 @@ from public_headers import coded
 from test_annotate import ADALIMUMAB_VH, ADALIMUMAB_VL, TRASTUZUMAB_VH, TRASTUZUMAB_VL
 from tiny_models import tiny_model
 
+import moe_ablm
+from moe_ablm import app
 from moe_ablm.__main__ import main
 from moe_ablm.data.annotate import annotate_batch, annotate_chains, chains_of
 from moe_ablm.data.antibody import Antibody
@@ -25,7 +28,9 @@ from moe_ablm.data.numbering import number_chains
 from moe_ablm.data.positions import selection
 from moe_ablm.data.readers import Reading, open_sources
 from moe_ablm.data.readers.nucleotides import v_domains
+from moe_ablm.data.regions import region_names
 from moe_ablm.data.tokenizer import LAYOUTS
+from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.inference.antibodies import read
 from moe_ablm.inference.numbers import nothing_chosen, numbered_labels, regions
 from moe_ablm.interop.saved import save_model
@@ -223,6 +228,45 @@ def test_verbs_that_ask_a_model_number_by_them(tmp_path, other, domains, capsys)
     assert [line["number"] for line in dragon] == labels["number"]
     (cells,) = regions([monster], (HUMAN, other))
     assert (cells >= 0).all() and (regions([monster])[0] == -1).all()
+
+
+def test_a_model_in_python_does_as_the_verbs(tmp_path, other, domains):
+    """Told apart, numbered and chosen by the germlines that it is loaded with."""
+    save_model(tiny_model(), tmp_path / "run")
+    (heavy, *_), (light, *_) = domains["heavy"][2], domains["light"][5]
+    model = moe_ablm.load(tmp_path / "run", germlines=[HUMAN, other])
+    human = moe_ablm.load(tmp_path / "run")
+    pair, frame = (heavy, light), pa.table({"heavy": [heavy], "light": [light]})
+    named = f"perplexity_{region_names()[0]}"
+    assert np.isfinite(model.score(pair, one_pass=True, by_region=True)[named]).all()
+    assert np.isnan(human.score(pair, one_pass=True, by_region=True)[named]).all()
+    numbers = numbered_labels([Antibody("a", heavy, light)], "imgt", (other,))["number"]
+    lines = model.score(frame, level="residue", one_pass=True)
+    assert lines["number"].to_pylist() == numbers
+    at = numbers.index("104")
+    (scanned,) = model.scan(pair, "wild-type-marginal", positions="H104")
+    assert np.flatnonzero(np.isfinite(scanned).any(1)).tolist() == [at]
+    mutants = model.scan(frame, "wild-type-marginal", positions="H104")
+    assert set(mutants["number"].to_pylist()) == {"104"} and len(mutants) == 19
+    assert [f["place"] for f in model.infill(pair, positions="H104")[0]["filled"]] == [at]
+    with pytest.raises(UserError, match="H104|positions"):
+        human.scan(pair, "wild-type-marginal", positions="H104")
+    seen = app.look(model, Antibody("a", heavy, light), "imgt", one_pass=True)
+    assert seen.labels["number"] == numbers
+    assert len(app.completions(model, Antibody("a", heavy, light), "H104", "imgt", 0)) == 1
+    # a single chain that is a light one by them
+    for asked, chain in ((model, "light"), (human, "heavy")):
+        assert np.isfinite(asked.score(light, one_pass=True)[f"perplexity_{chain}"]).all()
+    with pytest.raises(UserError, match="^germlines='mouse': no such folder: only human"):
+        moe_ablm.load(tmp_path / "run", germlines="mouse")
+
+
+def test_refusals_of_workers_arrive(other):
+    """They are carried from one process to another."""
+    with pytest.raises(ArgumentError) as error:
+        load_germlines(f"{other}/nowhere")
+    again = copy.copy(error.value)  # as pickle does it
+    assert (str(again), again.in_python) == (str(error.value), error.value.in_python)
 
 
 def test_verbs_that_ask_a_model_tell_chains_by_them(tmp_path, other, domains):

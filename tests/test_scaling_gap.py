@@ -14,6 +14,7 @@ from moe_ablm.scaling.catalogue import law_for
 from moe_ablm.scaling.design import Limits
 from moe_ablm.scaling.inputs import Centre, make_inputs
 from moe_ablm.scaling.readers import DROPOUTS as READ
+from moe_ablm.scaling.readers import settings_of
 from moe_ablm.scaling.reading import Reading
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import compare, verdict
@@ -215,6 +216,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ((*gap, one, "--covariates", "dropout"), "every run has 0.1"),
         (("--law", "chinchilla", "--input", source, "--covariates", "dropout"), "no over-fitting"),
         ((*gap, source, "--law", "chinchilla"), "gap is of the train-valid gap"),
+        ((*gap, source, "--advise", "--max-flops", "1e15"), "least gap is not the best one"),
     ):
         assert fit(*flags, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
@@ -248,6 +250,15 @@ def test_folders_of_runs_know_dropout_and_training_loss(tmp_path):
     np.testing.assert_allclose(runs["dropout"], [0.0, 0.3])
     assert runs["train_loss"].tolist() == [1.5, 1.5]
     assert read_runs([tmp_path])["loss"].tolist() == [2.0]  # they are no seeds
+
+
+@pytest.mark.parametrize("given", [{}, {"hidden_dropout": 0.3}], ids=["none", "one"])
+def test_configs_of_before_dropout_had_none(tmp_path, given):
+    """Beside newer runs they would take the column off all, and make seeds of other settings."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": {"train": {"lr": 1e-3}, "model": given}}))
+    expected = {"lr": 1e-3, "dropout": pytest.approx(sum(given.values()) / 3)}
+    assert settings_of(path) == expected
 
 
 def test_a_grid_is_checked_without_losses():

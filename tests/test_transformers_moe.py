@@ -97,6 +97,12 @@ def test_transformers_gives_the_same_logits(tmp_path, model):
     with torch.no_grad():
         hidden = body(*given).last_hidden_state
     assert hidden.shape == (3, 21, 24) and torch.isfinite(hidden).all()
+    if model.spec.learned_positions:  # 77; rows may be padded beyond them
+        long, whole = torch.full((1, 80), 5), torch.ones(1, 80, dtype=torch.bool)
+        with torch.no_grad():
+            body(long, torch.arange(80)[None] < 77)
+        with pytest.raises(ValueError, match="longer than 77 learned positions"):
+            body(long, whole)
 
 
 def test_a_config_without_the_encoder_is_refused(tmp_path):

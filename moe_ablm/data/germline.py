@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_ablm.errors import UserError
+from moe_ablm.errors import ArgumentError
 
 # First IMGT position of CDR1, framework 2, CDR2, framework 3, CDR3.
 REGION_STARTS = (27, 39, 56, 66, 105)
@@ -163,14 +163,14 @@ def parse_germlines(text: str) -> tuple[str, ...]:
     """The germlines that `--germlines human,DIR` names, each of them loaded.
 
     Raises:
-      UserError: one that cannot be used, or two folders of one name.
+      ArgumentError: one that cannot be used, or two folders of one name.
     """
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
         load_germlines(name)
     called = [Path(name).resolve().name for name in names]
     if len(set(called)) < len(called):
-        raise UserError(f"--germlines {text}: two are called the same; rename a folder")
+        raise ArgumentError("germlines", text, "two are called the same; rename a folder")
     return names
 
 
@@ -182,7 +182,7 @@ def load_germlines(name: str = HUMAN) -> Germlines:
       name: "human", or a folder (see `alleles_of_folder`).
 
     Raises:
-      UserError: the folder has no germlines that can be used.
+      ArgumentError: the folder has no germlines that can be used.
     """
     records = _alleles_of_package() if name == HUMAN else alleles_of_folder(Path(name))
     v = (parse_v_allele(allele, gapped) for allele, gapped in records["V"])
@@ -211,13 +211,15 @@ def files_of_germlines(folder: Path) -> list[Path]:
     """The FASTA files of a folder, in the order of their names.
 
     Raises:
-      UserError: no such folder.
+      ArgumentError: no such folder.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"--germlines {folder}: no such folder: only {HUMAN} germlines are part of this "
-            f"package; put the gapped FASTA of another species ({OGRDB}) into a folder and give "
-            "that (docs/annotation.md, Other species)"
+        raise ArgumentError(
+            "germlines",
+            str(folder),
+            f"no such folder: only {HUMAN} germlines are part of this package; put the gapped "
+            f"FASTA of another species ({OGRDB}) into a folder and give that (docs/annotation.md, "
+            "Other species)",
         )
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
 
@@ -229,7 +231,7 @@ def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
     are passed over. V genes have IMGT's gaps, as in OGRDB's gapped FASTA.
 
     Raises:
-      UserError: no such folder, no FASTA file, or an allele that is there twice and differs.
+      ArgumentError: no such folder, no FASTA file, or an allele that is there twice and differs.
     """
     files = files_of_germlines(folder)
     found: dict[str, str] = {}
@@ -237,19 +239,24 @@ def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
         try:
             records = parse_fasta(path.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--germlines {folder}: {path.name} cannot be read: {error}") from error
+            told = f"{path.name} cannot be read: {error}"
+            raise ArgumentError("germlines", str(folder), told) from error
         for header, sequence in records.items():
             if named := _ALLELE.search(header):
                 sequence = sequence.replace("-", ".")
                 if found.setdefault(named[0], sequence) != sequence:
-                    raise UserError(
-                        f"--germlines {folder}: {named[0]} is there twice, with two sequences "
-                        f"(the second in {path.name}): leave one out"
+                    raise ArgumentError(
+                        "germlines",
+                        str(folder),
+                        f"{named[0]} is there twice, with two sequences (the second in "
+                        f"{path.name}): leave one out",
                     )
     if not found:
-        raise UserError(
-            f"--germlines {folder}: no V and J alleles in {len(files)} FASTA files; expected "
-            "records called IGHV1-1*01 and the like, V with IMGT's gaps (OGRDB: FASTA gapped)"
+        raise ArgumentError(
+            "germlines",
+            str(folder),
+            f"no V and J alleles in {len(files)} FASTA files; expected records called IGHV1-1*01 "
+            "and the like, V with IMGT's gaps (OGRDB: FASTA gapped)",
         )
     return {
         segment: [(name, found[name]) for name in sorted(found) if name[3] == segment]
@@ -258,15 +265,18 @@ def alleles_of_folder(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _require_both(germlines: Germlines, name: str, v_alleles: int) -> None:
-    """Raises UserError unless there are V genes, and J genes for each of their loci."""
+    """Raises ArgumentError unless there are V genes, and J genes for each of their loci."""
     if not germlines.v:
-        raise UserError(
-            f"--germlines {name}: of {v_alleles} V alleles none has C23, W41 and C104 where IMGT's "
-            "gaps (dots) put them: give the gapped FASTA"
+        raise ArgumentError(
+            "germlines",
+            name,
+            f"of {v_alleles} V alleles none has C23, W41 and C104 where IMGT's gaps (dots) put "
+            "them: give the gapped FASTA",
         )
     for locus in LOCI:
         if germlines.v_of(locus) and not germlines.j_of(locus):
-            raise UserError(
-                f"--germlines {name}: V alleles of {locus} and no J allele of it: put its J genes "
-                "into the folder, too"
+            raise ArgumentError(
+                "germlines",
+                name,
+                f"V alleles of {locus} and no J allele of it: put its J genes into the folder, too",
             )

@@ -131,6 +131,7 @@ def given(
     layout: Layout,
     longest: int,
     letters: str = LETTERS,
+    germlines: Sequence[str] = (HUMAN,),
 ) -> list[Antibody]:
     """Antibodies from Python: single chains as strings, pairs as (heavy, light).
 
@@ -140,6 +141,7 @@ def given(
       layout: the model's layout.
       longest: largest number of tokens of a row.
       letters: letters that are allowed; lower case becomes upper case.
+      germlines: by which light chains are recognised.
 
     Raises:
       UserError: an item is none of these, has a letter that is not allowed, has too few residues,
@@ -161,7 +163,7 @@ def given(
         ANY_CHAIN: [isinstance(item, str | SingleChain) for item in items],
     }
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-    antibodies = _antibodies(check_batch(batch, report, letters=letters))
+    antibodies = _antibodies(check_batch(batch, report, letters=letters), germlines)
     for reason, where in report.first.items():
         if reason in report.rejected:
             raise UserError(

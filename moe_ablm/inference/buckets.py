@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from moe_ablm.cache import keep_compilations
+from moe_ablm.data.germline import HUMAN
 from moe_ablm.data.tokenizer import PAD
 from moe_ablm.errors import ArgumentError, UserError, counted
 from moe_ablm.interop.load import Model
@@ -63,7 +64,11 @@ class Engine:
     Attributes:
       model: what was loaded.
       precision: a key of `model.spec.PRECISIONS`.
+      germlines: by which chains that a caller passes are told apart and numbered (see
+        `germline.load_germlines`).
     """
+
+    germlines: tuple[str, ...] = (HUMAN,)
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ def look(engine: Engine, antibody: Antibody, numbering: str, one_pass: bool = Fa
     (found,) = compute(engine, [row])
     own = np.take_along_axis(found, row.tokens[row.places, None].astype(int), axis=1)
     return Seen(
-        numbered_labels([antibody], numbering),
+        numbered_labels([antibody], numbering, engine.germlines),
         own[:, 0],
         found[:, AMINO_ACID_TOKENS] - own,
         strongest(engine, antibody) if engine.model.spec.moe_layers else None,
@@ -83,7 +83,7 @@ def completions(
     parts = [part.strip() for part in where.split(",") if part.strip()]
     regions = [part for part in parts if part.upper().startswith(("CDR", "FR"))]
     positions = [part for part in parts if part not in regions]
-    picked = selection(regions or None, positions or None, numbering)
+    picked = selection(regions or None, positions or None, numbering, engine.germlines)
     if picked is None:
         raise UserError("nothing to redesign: name regions or positions, CDRH3 or H105-H117")
     if reason := nothing_chosen(antibody, picked):

@@ -199,8 +199,13 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
     the tokens.
 
     Raises:
-      UserError: the law has no tokens, or no model fits the limits.
+      UserError: the law has no tokens or is of no loss, or no model fits the limits.
     """
+    if fit.law.of_gap:
+        raise UserError(
+            f"--advise: law {fit.law.name} is of the train-valid gap, and the model of the least "
+            "gap is not the best one; use a law of the loss, as joint"
+        )
     if "tokens" not in fit.law.needs:
         raise UserError(f"--advise: law {fit.law.name} says nothing about tokens; use another law")
     for name, value in vars(limits).items():

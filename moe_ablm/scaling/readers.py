@@ -249,7 +249,7 @@ def _add_schedule(rows: Sequence[dict], eta: np.ndarray | None) -> None:
 def settings_of(config: Path) -> dict[str, float]:
     """What is tuned of a run, by its `config.json`: the roles `TUNED`; {} where it is not known.
 
-    `dropout` is the mean of the three rates of a model.
+    `dropout` is the mean of the three rates of a model; runs of before there were any had none.
 
     Raises:
       UserError: the file is not JSON.
@@ -261,8 +261,9 @@ def settings_of(config: Path) -> dict[str, float]:
         return {}
     found = {role: train[role] for role in TUNED if train.get(role) is not None}
     model = content.get("model")
-    if isinstance(model, dict) and all(isinstance(model.get(n), int | float) for n in DROPOUTS):
-        found["dropout"] = sum(model[n] for n in DROPOUTS) / len(DROPOUTS)
+    shares = [model.get(n, 0.0) for n in DROPOUTS] if isinstance(model, dict) else []
+    if shares and all(isinstance(share, int | float) for share in shares):
+        found["dropout"] = sum(shares) / len(DROPOUTS)
     return found
 
 

@@ -4,9 +4,10 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from moe_ablm.data.germline import parse_germlines
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.model.spec import PRECISIONS
-from moe_ablm.verbs.reading import ASKED
+from moe_ablm.verbs.reading import ASKED, add_germlines
 
 PORTS = range(1, 1 << 16)
 HERE = "127.0.0.1"
@@ -28,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the computation; bfloat16_operands is quicker on CPUs with AMX",
     )
+    add_germlines(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-      UserError: Panel or the model is missing, or the port is taken.
+      UserError: Panel, the model or the germlines are missing, or the port is taken.
     """
     if args.port not in PORTS:
         raise ArgumentError("port", args.port, f"expected 1 to {PORTS[-1]:,}")
@@ -42,7 +44,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "app draws its page with Panel, which is missing: pip install 'moe_ablm[app]'"
         )
+    germlines = parse_germlines(args.germlines)
     from moe_ablm.app import serve
     from moe_ablm.inference.engines import engine_of
 
-    serve(engine_of(args.run, args.precision), args.address, args.port)
+    engine = engine_of(args.run, args.precision)
+    engine.germlines = germlines
+    serve(engine, args.address, args.port)

@@ -325,6 +325,8 @@ class MoeAblmModel(MoeAblmPreTrainedModel):
             scale = (1 - TRAINED_MASK_RATIO) / (1 - ratio).clamp(min=1e-6)
             x = x.masked_fill(masked[..., None], 0.0) * scale[:, None, None].to(x)
         if self.positions is not None:
+            if valid[:, len(self.positions) :].any():
+                raise ValueError(f"a row is longer than {len(self.positions)} learned positions")
             x = x + functional.pad(self.positions, (0, 0, 0, x.shape[1]))[: x.shape[1]]
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         return x * valid[..., None]
