@@ -21,8 +21,8 @@ def gap_against_repeats(analysis: "Analysis") -> Figure:
     router = runs["router"] if "router" in runs else np.full(len(runs), "runs")
     figure = Figure(figsize=(6.4, 3.2))
     left, right = figure.subplots(1, 2, sharey=True)
-    for marker, name in zip(MARKERS, np.unique(router.astype(str)), strict=False):
-        mine = router == name
+    for i, name in enumerate(np.unique(router.astype(str))):
+        mine, marker = router == name, MARKERS[i % len(MARKERS)]
         left.plot(epochs[mine], observed[mine], marker, ms=3.5, alpha=0.7, label=name)
         right.plot(predicted[mine], observed[mine], marker, ms=3.5, alpha=0.7)
     ends = [predicted.min(), predicted.max()]
