@@ -183,6 +183,10 @@ def test_the_verbs(tmp_path, other, domains, capsys):
     refusal = capsys.readouterr().err
     assert "--germlines mouse: no such folder: only human germlines" in refusal
     assert "ogrdb.airr-community.org" in refusal and "docs/annotation.md" in refusal
+    # chains on the command line that no germlines are needed for
+    asked = ["embed", "--run", str(tmp_path), "--heavy", HUMANS[0][0], "--germlines", "mouse"]
+    assert main(["moe_ablm", *asked]) == 2
+    assert "--germlines mouse: no such folder" in capsys.readouterr().err
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.interop import huggingface
 from moe_ablm.interop.card import model_card
-from moe_ablm.interop.huggingface import CONFIG, OURS, HuggingFaceConfig
+from moe_ablm.interop.huggingface import CONFIG, HuggingFaceConfig
 from moe_ablm.interop.naming import DECODER, ESM, OFFSET
 from moe_ablm.interop.saved import Model, new_directory, parameter_shapes
 from moe_ablm.interop.tensors import (
@@ -190,28 +190,13 @@ def export_esm2(
 
 def _config(model: Model) -> dict:
     spec = model.spec
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "esm",
-        "vocab_size": spec.vocabulary,
-        "hidden_size": spec.d_model,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "intermediate_size": spec.ffn,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": spec.hidden_dropout,
-        "attention_probs_dropout_prob": spec.attention_dropout,
+    return huggingface.written_config(model, ARCHITECTURE, "esm") | {
         "max_position_embeddings": (spec.learned_positions or model.length) + OFFSET,
         "position_embedding_type": "absolute" if spec.learned_positions else "rotary",
-        "layer_norm_eps": spec.layer_norm_eps,
-        "initializer_range": 0.02,
         "emb_layer_norm_before": spec.embedding_norm,
         "token_dropout": spec.token_dropout,
-        "tie_word_embeddings": spec.tied,
         "is_folding_model": False,
         "mask_token_id": MASK,
-        "pad_token_id": PAD,
-        OURS: huggingface.kept_for_import(model),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from flax import nnx
 
-from moe_ablm.data.tokenizer import LAYOUTS, VOCABULARY
+from moe_ablm.data.tokenizer import LAYOUTS, PAD, VOCABULARY
 from moe_ablm.errors import UserError
 from moe_ablm.files import require_local, write_json
 from moe_ablm.interop.saved import Model, read_json
@@ -262,6 +262,28 @@ def imported(
         tuple(notes),
         dict(kept.get("facts") or {}) | ({"licence": licence} if licence else {}),
     )
+
+
+def written_config(model: Model, architecture: str, model_type: str) -> dict[str, Any]:
+    """What the config.json of every dense encoder in Hugging Face's form has."""
+    spec = model.spec
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": spec.vocabulary,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": spec.hidden_dropout,
+        "attention_probs_dropout_prob": spec.attention_dropout,
+        "layer_norm_eps": spec.layer_norm_eps,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": spec.tied,
+        "pad_token_id": PAD,
+        OURS: kept_for_import(model),
+    }
 
 
 def kept_for_import(model: Model) -> dict:

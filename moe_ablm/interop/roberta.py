@@ -16,7 +16,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.files import write_json
 from moe_ablm.interop import huggingface
 from moe_ablm.interop.card import model_card, row_text
-from moe_ablm.interop.huggingface import ABSENT, CONFIG, OURS, HuggingFaceConfig
+from moe_ablm.interop.huggingface import ABSENT, CONFIG, HuggingFaceConfig
 from moe_ablm.interop.naming import DECODER, OFFSET, ROBERTA
 from moe_ablm.interop.saved import Model, new_directory, parameter_shapes, read_json
 from moe_ablm.interop.tensors import (
@@ -260,26 +260,11 @@ def _write_tokenizer(directory: Path) -> None:
 
 def _config(model: Model) -> dict:
     spec = model.spec
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "roberta",
-        "vocab_size": spec.vocabulary,
-        "hidden_size": spec.d_model,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "intermediate_size": spec.ffn,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": spec.hidden_dropout,
-        "attention_probs_dropout_prob": spec.attention_dropout,
+    return huggingface.written_config(model, ARCHITECTURE, "roberta") | {
         "max_position_embeddings": spec.learned_positions + OFFSET,
         "type_vocab_size": 1,
-        "layer_norm_eps": spec.layer_norm_eps,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": spec.tied,
         "bos_token_id": CLS,
         "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        OURS: huggingface.kept_for_import(model),
     }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from moe_ablm.data.germline import HUMAN, files_of_germlines
+from moe_ablm.data.germline import HUMAN, files_of_germlines, parse_germlines
 from moe_ablm.data.readers import Reading
 from moe_ablm.errors import UserError, counted
 from moe_ablm.model.spec import PRECISIONS
@@ -122,6 +122,7 @@ def ask(args: argparse.Namespace, question: Question) -> None:
         raise UserError("nothing to read: give --input FILE, or --heavy and --light")
     if args.input and (args.heavy or args.light):
         raise UserError("--input with --heavy or --light: give files, or chains, not both")
+    parse_germlines(args.germlines)  # of chains on the command line, too
     sources = _sources(args, question) if args.input else []
     from moe_ablm.inference.engines import engine_of
 
