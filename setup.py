@@ -70,8 +70,9 @@ setup(
         "olga": ["olga>=1.2.4,<2"],
         "app": ["panel>=1.8,<2"],  # the page of `moe-ablm app`
         "notebooks": ["nbclient>=0.10,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8"],
-        # the site of docs/, and a driver of the Chromium that looks at it and at the page of app
-        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
+        # the site of docs/, whose signatures ruff sets; a driver of the Chromium that looks at it
+        # and at the page of app
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.14,<1"],
         "browser": ["playwright>=1.50,<2"],
     },
 )
