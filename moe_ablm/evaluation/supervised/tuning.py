@@ -26,7 +26,7 @@ from moe_ablm.evaluation.supervised.folds import (
     out_of_fold,
 )
 from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, HeadInputs, inputs_of
-from moe_ablm.evaluation.supervised.heads import Predictor, Training, fit, settled
+from moe_ablm.evaluation.supervised.heads import Labelled, Predictor, Training, fit, settled
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed
 from moe_ablm.inference.numbers import regions
@@ -252,7 +252,7 @@ class Bench:
         """Trained on some; losses of these and of `held` are noted if asked for."""
         targets, checked = self._assay.targets, None
 
-        def labelled(rows: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
+        def labelled(rows: np.ndarray) -> Labelled:
             return self._inputs.take(rows), targets[rows]
 
         if valid is not None and len(valid):
