@@ -1,7 +1,8 @@
 """The table of studies: what each varies, and how a point of its grid becomes a config.
 
-`python sweeps/NAME.py` runs the study NAME. Two have files of their own beside this table:
-`sweeps/scaling.py` (a scaling law) and `sweeps/compare_routers.py` (a table of routers).
+`python sweeps/NAME.py` runs the study NAME. Three have files of their own beside this table:
+`sweeps/scaling.py` (a scaling law), `sweeps/compare_routers.py` (a table of routers) and
+`sweeps/repeated.py` (a table of remedies where data are repeated).
 """
 
 import argparse

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, command, run_command
 from rich.console import Console
+from scipy import stats
 
 from launch.cell import REPOSITORY, config_of
 from launch.ended import outcome_of
@@ -36,7 +37,7 @@ from moe_ablm.data.dataset import Dataset
 from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.reading import read_runs
-from sweeps import collect, compare_routers, grid, nested_data, scaling, status, studies
+from sweeps import collect, compare_routers, grid, nested_data, repeated, scaling, status, studies
 from sweeps.check import design_lines
 from sweeps.cost import Rate, cost_table
 from sweeps.grid import Recipe
@@ -46,7 +47,8 @@ from sweeps.status import standing
 from sweeps.study import Study, _new_or_kept, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-STUDIES = studies.STUDIES | {s.name: s for s in (scaling.study, compare_routers.study)}
+OWN = (scaling.study, compare_routers.study, repeated.study)  # of files of their own
+STUDIES = studies.STUDIES | {s.name: s for s in OWN}
 SMALL = ["--data=simulated", "--config.data.simulated_pairs=400"]
 
 
@@ -492,6 +494,31 @@ def test_a_row_of_the_table_of_routers_is_at_its_best_rate(tmp_path):
     assert dense[6] == "2.100 ± 0.100"
     assert soft[:5] == ["| soft", "interleaved", "0.002", "2", "1.33"]
     assert f"After {cells[0].steps} updates" in text
+
+
+def test_the_table_of_repeated_data_pairs_runs_by_seed(tmp_path):
+    def recipe(point: grid.Point) -> Recipe:
+        names = {"dropout": "model.hidden_dropout", "weight_decay": "train.weight_decay"}
+        return tiny_recipe({names.get(name, name): value for name, value in point.items()})
+
+    cells, _ = plan(repeated.points(Namespace(seeds=3)), recipe, tmp_path)
+    assert len(cells) == 2 * 3 * 3
+    last = {"0.0": (2.0, 2.2, 2.4), "0.1": (1.9, 2.0, 2.1)}  # differences -.1, -.2, -.3
+    for p in cells[:-1]:  # of the last row one seed is missing
+        loss = last[p.axes["dropout"]][p.seed]
+        write_run(p, valid_loss_final=loss, valid_loss_best=loss - 0.5, train_loss_final=1.0,
+                  tokens_seen=4e4, corpus_tokens=1e3)  # fmt: skip
+    head, _, *rows = repeated.table(cells, [state_of(p.cell) for p in cells]).splitlines()
+    lines = [row.strip("| ").split(" | ") for row in rows]
+    assert [line[:3] for line in lines] == [
+        [dropout, decay, "2" if (dropout, decay) == ("0.1", "0.3") else "3"]
+        for dropout in ("0.0", "0.1")
+        for decay in ("0.01", "0.1", "0.3")
+    ]
+    low, high = stats.t.interval(0.95, 2, -0.2, stats.sem([-0.1, -0.2, -0.3]))
+    assert lines[3][3:] == ["40", "1.000 ± 0.000", "2.000 ± 0.058", "1.500 ± 0.058",
+                            f"-0.200 [{low:.3f}, {high:.3f}]"]  # fmt: skip
+    assert len(head.strip("| ").split(" | ")) == len(lines[3])
 
 
 CHAINS = {"heavy": 1.5, "light": 0.9, "light_seen": 0.5, "light_unseen": 1.3, "light_novel": 1.4}

@@ -220,7 +220,7 @@ def _write(
     model = predictor.engine.model
     how = {HEAD: "as it was", LORA: "with adapters", WHOLE: "tuned"}[args.tune]
     source = f"{model.source}; {how}, with a head for {args.target} of {Path(args.input).name}"
-    packages = PACKAGES
+    packages: tuple[str, ...] = PACKAGES
     if isinstance(model, Pretrained):
         packages += OF_OTHERS
         write_base(model, directory)

@@ -7,7 +7,6 @@ Out-of-fold predictions of the head are compared with what was measured, with in
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ from moe_ablm.evaluation.supervised.folds import (
     out_of_fold,
 )
 from moe_ablm.evaluation.supervised.head_inputs import IGNORED, Head, HeadInputs, inputs_of
-from moe_ablm.evaluation.supervised.heads import Predictor, Training, fit, settled
+from moe_ablm.evaluation.supervised.heads import Labelled, Predictor, Training, fit, settled
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.embed import embed
 from moe_ablm.inference.numbers import regions
@@ -241,7 +240,7 @@ class Bench:
         """Trained on some; losses of these and of `held` are noted if asked for."""
         targets, checked = self._assay.targets, None
 
-        def labelled(rows: np.ndarray) -> tuple[HeadInputs, Any]:
+        def labelled(rows: np.ndarray) -> Labelled:
             return self._inputs.take(rows), targets[rows]
 
         if valid is not None and len(valid):
