@@ -98,7 +98,7 @@ class Interrupts:
                 self._tell(f"ended at once{saved}: {self.after}")
                 os._exit(INTERRUPTED)
             if self.saves:
-                self._tell("heard Ctrl-C, saving; again: end without saving")
+                self._tell("heard Ctrl-C, saving after this step; again: end without saving")
             elif self._telling.acquire(blocking=False):
                 self._tell(f"interrupted: {self.after}")
                 threading.Thread(target=_end_late, args=(self._over,), daemon=True).start()

@@ -63,7 +63,8 @@ def test_codes(capsys):
     assert end(lambda: None) == 0 and end(lambda: 1) == 1
     assert end(raising(UserError("x: wrong"))) == 2
     assert capsys.readouterr().err == "moe_ablm: x: wrong\n"
-    assert end(raising(KeyboardInterrupt())) == INTERRUPTED == 130
+    assert end(raising(KeyboardInterrupt()), "sweeps") == INTERRUPTED == 130
+    assert capsys.readouterr().err == "sweeps: interrupted: give the same command again\n"
     assert end(raising(SystemExit(2))) == 2 and end(raising(SystemExit())) == 0
     assert end(raising(SystemExit("no data"))) == 2
     assert capsys.readouterr().err == "moe_ablm: no data\n"

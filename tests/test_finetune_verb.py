@@ -296,6 +296,8 @@ def test_a_model_without_a_head_predicts_nothing(place, main):
     flags = "--run", place / "dense", "--input", place / "assay.csv"
     done = main("predict", *flags)
     assert done.returncode == 2 and "holds no head.json: expected a directory that" in done.stderr
+    done = main("predict", "--run", place / "nowhere", *flags[2:])
+    assert done.stderr == f"moe_ablm: --run {place / 'nowhere'}: no such directory\n"
 
 
 def labelled() -> list[dict]:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import REPO, command, tiny_flags
 
-from moe_ablm import endings
-
 SECOND = 1.0 + 5.0  # beside what a busy machine takes to wake a thread
 
 
@@ -182,14 +180,6 @@ def test_other_commands_among_their_imports(arguments):
     name = arguments[0].partition(".")[0]
     assert answer(process) == f"{name}: interrupted: give the same command again\n"
     assert code_of(process) == 130 and process.stderr.read() == ""
-
-
-def test_a_sweep_that_was_interrupted_says_so(capsys):
-    def command() -> None:
-        raise KeyboardInterrupt
-
-    assert endings.end(command, "sweeps") == 130
-    assert capsys.readouterr().err == "sweeps: interrupted: give the same command again\n"
 
 
 def test_the_trainer_while_it_compiles(tmp_path):

@@ -139,6 +139,8 @@ def test_a_named_format_needs_its_columns(tmp_path):
 def test_missing_and_empty_files(tmp_path):
     written(tmp_path, "pairs.csv", HEADER)
     assert f"did you mean {tmp_path / 'pairs.csv'}" in error_of(tmp_path / "pair.csv")
+    assert error_of(tmp_path / "assay.csv").endswith("no such file")  # like pairs.csv in .csv alone
+    assert f"did you mean {tmp_path / 'pairs.csv'}" in error_of(tmp_path / "pairs.parquet")
     assert "not a file" in error_of(tmp_path)
     assert "0 bytes" in error_of(written(tmp_path, "e.csv", ""))
     assert "no rows" in error_of(tmp_path / "pairs.csv")

@@ -38,6 +38,11 @@ def test_a_run_that_reached_its_last_step(tmp_path):
     assert standing(tmp_path, LINES).endswith("step 8 of 8, complete")
 
 
+def test_a_run_that_was_saved_between_two_lines(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "stopped", "step": 11}')
+    assert "step 11, stopped" in standing(tmp_path, LINES)
+
+
 def test_results_alone_tell_the_step(tmp_path):
     assert standing(tmp_path, LINES) == f"{tmp_path}: step 8, not ended: running, or interrupted"
 

@@ -222,8 +222,13 @@ def _write(
     print(
         f"{args.out}: {counted(output.done, 'antibody', 'antibodies')}, "
         f"{counted(lines, 'line')}, {seconds:,.1f} s "
-        f"({(output.done - before) / seconds:,.1f} antibodies/s)"
+        f"({_rate((output.done - before) / seconds)} antibodies/s)"
     )
+
+
+def _rate(number: float) -> str:
+    """Two digits at least: 0.048, 3.1, 1,204."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _command(

@@ -11,6 +11,7 @@ from rich.table import Table
 from moe_ablm.data.dataset import FRACTIONS, SPLITS, Dataset
 from moe_ablm.data.regions import CHAINS
 from moe_ablm.data.summary import IDENTITY_BINS, LONGEST_CDR3, Summary, summarise
+from moe_ablm.errors import counted
 from moe_ablm.files import all_or_none
 from moe_ablm.verbs.writing import out_directory
 
@@ -50,8 +51,9 @@ def _card(dataset: Dataset) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     size = sum(s["bytes"] for s in card["shards"])
+    shards = counted(len(card["shards"]), "shard")
     lines = {
-        "rows": f"{card['rows']:,} in {len(card['shards'])} shards, {size / 2**20:,.0f} MiB",
+        "rows": f"{card['rows']:,} in {shards}, {size / 2**20:,.0f} MiB",
         "sha256": card["sha256"],
         "licence": card.get("licence", "not stated"),
         "split": card.get("split_rule", "not stated"),

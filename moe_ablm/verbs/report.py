@@ -108,13 +108,15 @@ def standing(run: Path, records: list[dict]) -> str:
     except (OSError, ValueError, KeyError, TypeError, UserError):
         steps = None  # the results tell the rest
     step = records[-1]["step"]
-    parts.append(f"step {step:,}" + (f" of {steps:,}" if steps else ""))
     try:
-        status = json.loads((run / "run.json").read_text())["status"]
+        summary = json.loads((run / "run.json").read_text())
+        status = summary["status"]
+        step = max(step, int(summary.get("step", 0)))  # it was saved there, between two lines
     except FileNotFoundError:
         status = "not ended: running, or interrupted"
     except (OSError, ValueError, KeyError, TypeError):
         status = "unknown"  # said where stability is
+    parts.append(f"step {step:,}" + (f" of {steps:,}" if steps else ""))
     if status == outcome.COMPLETE and steps and step < steps:
         status += ", ended by train.patience"
     if status == outcome.STOPPED:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         )
         prepare_batches(batches, args.out, source=source, licence=LICENCE)
     print(
-        f"{args.pairs} simulated pairs -> {args.out} (heavy and light V genes share "
+        f"{args.pairs:,} simulated pairs -> {args.out} (heavy and light V genes share "
         f"{pairing_information(params):.4f} bits)"
     )
 

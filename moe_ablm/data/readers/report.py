@@ -120,11 +120,12 @@ def existing_file(path: Path, flag: str = "--input") -> Path:
     """The path if it is a file that has bytes; a UserError says what it is otherwise."""
     require_local(path, flag)
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = nearest(path.name, siblings)
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        stems = {name.partition(".")[0]: name for name in names}  # all names in .csv are alike
+        near = nearest(path.name.partition(".")[0], stems)
         raise UserError(
             f"{flag} {path}: no such file"
-            + (f"; did you mean {path.parent / near}?" if near else "")
+            + (f"; did you mean {path.parent / stems[near]}?" if near else "")
         )
     if not path.is_file():
         raise UserError(f"{flag} {path}: not a file (a directory holds no single table)")

@@ -158,6 +158,8 @@ def read_head(directory: Path) -> SavedHead:
       UserError: there is none, or it is damaged.
     """
     file = directory / HEAD_FILE
+    if not directory.exists():
+        raise UserError(f"--run {directory}: no such directory")
     if not file.exists():
         raise UserError(
             f"--run {directory} holds no {HEAD_FILE}: expected a directory that python -m moe_ablm "
