@@ -12,10 +12,11 @@ losses are those of the updates, with what dropout left.
 
 import argparse
 import sys
-from statistics import mean
+from statistics import mean, stdev
+
+from scipy import special
 
 from launch.state import COMPLETE, CellState, read_summary
-from moe_ablm.evaluation.kinds import over_seeds
 from sweeps import grid
 from sweeps.compare_routers import with_error
 from sweeps.planned import Planned
@@ -84,8 +85,9 @@ def difference(some: dict[int, dict], others: dict[int, dict]) -> str:
     less = [run[name] - others[seed][name] for seed, run in some.items() if seed in others]
     if len(less) < 2:
         return ""
-    value, low, high = over_seeds(less, [0.0])
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    error = stdev(less) / len(less) ** 0.5
+    half = float(special.stdtrit(len(less) - 1, 0.975)) * error
+    return f"{mean(less):.3f} [{mean(less) - half:.3f}, {mean(less) + half:.3f}]"
 
 
 study = Study(
