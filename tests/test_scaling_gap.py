@@ -252,6 +252,14 @@ def test_folders_of_runs_know_dropout_and_training_loss(tmp_path):
     assert read_runs([tmp_path])["loss"].tolist() == [2.0]  # they are no seeds
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.05, 0.7])
+def test_equal_rates_of_dropout_are_that_rate(tmp_path, rate):
+    path = tmp_path / "config.json"
+    model = dict.fromkeys(DROPOUTS, rate)
+    path.write_text(json.dumps({"config": {"train": {}, "model": model}}))
+    assert settings_of(path) == {"dropout": rate}
+
+
 @pytest.mark.parametrize("given", [{}, {"hidden_dropout": 0.3}], ids=["none", "one"])
 def test_configs_of_before_dropout_had_none(tmp_path, given):
     """Beside newer runs they would take the column off all, and make seeds of other settings."""

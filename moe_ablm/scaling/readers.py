@@ -263,7 +263,8 @@ def settings_of(config: Path) -> dict[str, float]:
     model = content.get("model")
     shares = [model.get(n, 0.0) for n in DROPOUTS] if isinstance(model, dict) else []
     if shares and all(isinstance(share, int | float) for share in shares):
-        found["dropout"] = sum(shares) / len(DROPOUTS)
+        # three of .1 have a mean of .1, not of .10000000000000002, by which --where finds nothing
+        found["dropout"] = round(sum(shares) / len(DROPOUTS), 9)
     return found
 
 
