@@ -19,7 +19,6 @@ from test_annotate import ADALIMUMAB_VH, ADALIMUMAB_VL, TRASTUZUMAB_VH, TRASTUZU
 from tiny_models import tiny_model
 
 import moe_ablm
-from moe_ablm import app
 from moe_ablm.__main__ import main
 from moe_ablm.data.annotate import annotate_batch, annotate_chains, chains_of
 from moe_ablm.data.antibody import Antibody
@@ -32,6 +31,7 @@ from moe_ablm.data.regions import region_names
 from moe_ablm.data.tokenizer import LAYOUTS
 from moe_ablm.errors import ArgumentError, UserError
 from moe_ablm.inference.antibodies import read
+from moe_ablm.inference.look import completions, look
 from moe_ablm.inference.numbers import nothing_chosen, numbered_labels, regions
 from moe_ablm.interop.saved import save_model
 
@@ -255,9 +255,9 @@ def test_a_model_in_python_does_as_the_verbs(tmp_path, other, domains):
     assert [f["place"] for f in model.infill(pair, positions="H104")[0]["filled"]] == [at]
     with pytest.raises(UserError, match="H104|positions"):
         human.scan(pair, "wild-type-marginal", positions="H104")
-    seen = app.look(model, Antibody("a", heavy, light), "imgt", one_pass=True)
+    seen = look(model, Antibody("a", heavy, light), "imgt", one_pass=True)
     assert seen.labels["number"] == numbers
-    assert len(app.completions(model, Antibody("a", heavy, light), "H104", "imgt", 0)) == 1
+    assert len(completions(model, Antibody("a", heavy, light), "H104", "imgt", 0)) == 1
     # a single chain that is a light one by them
     for asked, chain in ((model, "light"), (human, "heavy")):
         assert np.isfinite(asked.score(light, one_pass=True)[f"perplexity_{chain}"]).all()
