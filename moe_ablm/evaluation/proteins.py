@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from moe_ablm.evaluation.dots import dots
-from moe_ablm.evaluation.estimates import Number, Sample, spearman_number
+from moe_ablm.evaluation.estimates import Number, Sample, ratio, spearman_number
 from moe_ablm.evaluation.formats.protein_choice import chosen, fitting
 from moe_ablm.evaluation.formats.protein_files import read_tasks
 from moe_ablm.evaluation.formats.protein_tasks import UNKNOWN, Protein, Split, Task
@@ -239,5 +239,5 @@ def compared(
             ],
             float,
         )
-    repeats = tuple((hits.sum(1) / counts.sum()).tolist())
+    repeats = tuple(ratio(hits.sum(1), counts.sum()).tolist())
     return Sample("accuracy", units, hits.mean(0), counts, about, unit="share", repeats=repeats)
