@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cell import REPOSITORY, Cell
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.training.peaks import PEAKS
 from sweeps.planned import Planned
 from sweeps.recorded import Recorded, read_recorded
@@ -97,7 +97,7 @@ def cost_table(cells: Sequence[Planned], rate: Rate, done: frozenset[str] = froz
         )
     tokens, flops = (sum(getattr(p.cell, k) for p in cells) for k in ("tokens", "flops"))
     table.add_section()
-    total = f"{len(cells)} cells, {len(done)} complete"
+    total = f"{counted(len(cells), 'cell')}, {len(done)} complete"
     hours = sum(rate.hours(p.cell) for p in cells)
     table.add_row(total, "", "", f"{tokens:.3g}", "", f"{flops:.3g}", f"{hours:.3g}")
     return table

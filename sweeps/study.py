@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.cell import Cell
 from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.files import require_local
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
 from sweeps.grid import Point, Recipe
@@ -109,7 +109,7 @@ def _run(study: Study, argv: list[str] | None) -> int:
         return 0
     with _new_or_kept(options.out):
         write_plan(options.out, study.name, cells)
-        print(f"{len(left)} of {len(cells)} cells to run", flush=True)
+        print(f"{len(left)} of {counted(len(cells), 'cell')} to run", flush=True)
         code = launcher.launch(left, options) if left else 0
     states = [state_of(p.cell) for p in cells]
     if study.report and any(s.name == COMPLETE for s in states):

@@ -851,7 +851,7 @@ def test_verb_leaves_nothing_when_it_fails(tmp_path, capsys):
     assert run("--input", source, "--out", out) == 2
     error = capsys.readouterr().err
     assert "no antibody is left" in error and error.count("\n") == 1
-    assert "1 rows read, 1 rejected: annotation: heavy: wrong_chain (first: row 1" in error
+    assert "1 row read, 1 rejected: annotation: heavy: wrong_chain (first: row 1" in error
     source.write_text(f"heavy,light\n{TRASTUZUMAB_VH},{TRASTUZUMAB_VL}\n")
     assert run("--input", source, "--out", source / "out.parquet") == 2
     error = capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_an_interrupted_command_goes_on(runs, pairs, tmp_path, run_quickly, monk
 
 def test_infill_says_when_there_is_nothing_to_fill(runs, run_quickly):
     result = run_quickly("moe_ablm", "infill", "--run", runs / "dense", "--heavy", "EVQ")
-    assert result.returncode == 0 and "1 antibodies have nothing to fill in" in result.stderr
+    assert result.returncode == 0 and "1 antibody without anything to fill in:" in result.stderr
 
 
 def test_the_api_is_imported_and_described_without_jax():

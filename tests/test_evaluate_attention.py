@@ -282,7 +282,7 @@ def test_heat_maps_of_named_antibodies(tmp_path):
         subject(None, tmp_path, therapeutic=(therapeutic(tmp_path / "mabs.csv"),))
     )
     assert len(pictures) == 1 and pictures[0].name.startswith("heatmap-Mab_0-")
-    assert notes == ["mabs.csv: 1 rows left out: one chain only"]
+    assert notes == ["mabs.csv: 1 row left out: one chain only"]
     figure = pictures[0].draw()
     left = figure.axes[0]
     assert [t.get_text() for t in left.get_yticklabels()] == ["CDRH1", "CDRH2", "CDRH3"]

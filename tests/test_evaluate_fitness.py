@@ -147,7 +147,7 @@ def test_rows_without_a_value_are_left_out_with_a_note(subject, table, word):
     assert assay.fitness.tolist() == [1, 3, 5, 6]
     assert assay.left_out == (
         "assay: 2 rows left out: no DMS_score",
-        "assay: 1 rows left out: no sequence",
+        "assay: 1 row left out: no sequence",
     )
     (antibodies,) = read_assays((table(flab, "flab.csv"),))
     assert [(a.heavy, a.light) for a in antibodies.antibodies] == [(HEAVY, "")]

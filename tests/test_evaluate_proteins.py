@@ -214,7 +214,7 @@ def test_malformed_rows_are_left_out_and_told_where_that_is_asked_for(write):
     (clean,) = read_tasks([write("a.csv", flip_csv(good))])
     assert [s.everyone() for s in task.splits] == [s.everyone() for s in clean.splits]
     assert task.left_out == (
-        "a: 1 rows left out: wrong number of columns",
+        "a: 1 row left out: wrong number of columns",
         "a: 3 rows left out: malformed",
     )
     records = [("a", "train", "HHH"), ("b", "test", "HHC"), ("c", "test", "CC"), ("d", "", "CCC")]

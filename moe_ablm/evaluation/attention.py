@@ -23,7 +23,7 @@ from moe_ablm.data.antibody import Antibody, tokens_of
 from moe_ablm.data.readers import Reading, open_sources
 from moe_ablm.data.readers.rows import header_of
 from moe_ablm.data.regions import CDR3, CHAINS, FR4, REGIONS, region_names
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.evaluation.cohort import Annotated, Chain
 from moe_ablm.evaluation.estimates import Number, Sample, derived, ratio
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
@@ -349,7 +349,7 @@ def named_antibodies(subject: Subject, files: tuple[Path, ...]) -> tuple[list[An
         model = subject.engine.model
         antibodies += read(sources, model.layout, model.length, needs_both)
         notes += [
-            f"{path.name}: {rows:,} rows left out: {reason}"
+            f"{path.name}: {counted(rows, 'row')} left out: {reason}"
             for reason, rows in sources[0].report.rejected.items()
         ]
     return antibodies, notes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_ablm.data.germline import parse_germlines
 from moe_ablm.data.positions import Selection, selection
 from moe_ablm.data.tokenizer import MASKED
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.verbs.asking import ANNDATA, SUFFIXES, Question, add_asking_arguments, ask
 from moe_ablm.verbs.reading import RUN, add_numbering
 from moe_ablm.verbs.writing import out_directory
@@ -181,8 +181,8 @@ def infill(args: argparse.Namespace) -> None:
     ask(args, Question(options, answer, cost, INFILLED, _refusing(chosen), change))
     if whole:
         print(
-            f"moe_ablm: {whole:,} antibodies have nothing to fill in: mask residues by _, * or "
-            "<mask>, or by --regions or --positions",
+            f"moe_ablm: {counted(whole, 'antibody', 'antibodies')} without anything to fill in: "
+            "mask residues by _, * or <mask>, or by --regions or --positions",
             file=sys.stderr,
         )
 

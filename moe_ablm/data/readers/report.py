@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_ablm.data.germline import HUMAN
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.files import require_local
 
 
@@ -97,7 +97,7 @@ class Report:
 def why_nothing(reports: Iterable[Report]) -> str:
     """Where all rows of the sources went, in one line, for an output that would be empty."""
     reasons = [
-        f"{r.source}: {r.read} rows read"
+        f"{r.source}: {counted(r.read, 'row')} read"
         + "".join(f", {n} rejected: {why} (first: {r.first[why]})" for why, n in r.rejected.items())
         for r in reports
     ]

@@ -17,7 +17,7 @@ from moe_ablm.data.antibody import Antibody
 from moe_ablm.data.readers.columns import chain_columns, listed, once
 from moe_ablm.data.readers.report import Report, why_nothing
 from moe_ablm.data.tokenizer import AMINO_ACIDS
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.rows import TableRow, leaving_out, named, read_rows
 
@@ -91,7 +91,9 @@ def read_assays(
             report = Report(member.where, on_bad_row)
             assay = _read(member, name, report)
             report.settle(len(assay.fitness))
-            notes = [f"{name}: {n:,} rows left out: {why}" for why, n in report.rejected.items()]
+            notes = [
+                f"{name}: {counted(n, 'row')} left out: {why}" for why, n in report.rejected.items()
+            ]
             yield replace(assay, left_out=tuple(notes))
 
 

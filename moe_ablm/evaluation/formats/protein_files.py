@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moe_ablm.data.readers.report import Report
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from moe_ablm.evaluation.formats import flip, tape
 from moe_ablm.evaluation.formats.members import Member, members
 from moe_ablm.evaluation.formats.protein_tasks import Protein, Split, Task
@@ -56,7 +56,7 @@ class _Part(NamedTuple):
 
 def _left_out(name: str, report: Report) -> tuple[str, ...]:
     rejected = report.rejected.items()
-    return tuple(f"{name}: {n:,} rows left out: {why}" for why, n in rejected)
+    return tuple(f"{name}: {counted(n, 'row')} left out: {why}" for why, n in rejected)
 
 
 def _folder(path: Path) -> str:
