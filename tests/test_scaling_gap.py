@@ -191,6 +191,15 @@ def test_the_command_line(tmp_path, capsys):
     assert json.loads((out / "fit.json").read_text())["covariates"] == list(BOTH)
 
 
+@pytest.mark.slow
+def test_a_comparison_names_the_laws_that_covariates_leave_out(tmp_path, capsys):
+    source = write_csv(tmp_path / "runs.csv", table(0.0, covariates=BOTH))
+    flags = ("--input", source, "--law", "compare", "--covariates", "dropout")
+    assert fit(*flags, "--out", tmp_path / "out") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Left out")]
+    assert "dropout: quadratic, chinchilla" in line and "joint" not in line
+
+
 def test_settings_that_laws_know_are_no_choice_of_the_best(tmp_path):
     source = write_csv(tmp_path / "runs.csv", table(0.0, covariates=BOTH))
     assert len(read_runs([source])) == 54  # the best setting of each cell

@@ -87,13 +87,20 @@ def _fit(
     )
     named = [law for law in laws if law != COMPARE]
     candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
+    unmoved: list[str] = []  # a factor on over-fitting means nothing to them
     if runs.covariates:
-        candidates = [law for law in candidates if overfits(law)]
+        unmoved = [law for law in candidates if not overfits(law)]
+        candidates = [law for law in candidates if law not in unmoved]
     if not candidates:
         raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
     scores = _scores(runs, candidates, args) if len(candidates) > 1 else []
     tables = [comparison_table(scores)] if scores else []
     sentences = [verdict(scores)] if scores else []
+    if unmoved:
+        sentences.append(
+            f"Left out, as they have no term of over-fitting for {', '.join(runs.covariates)}: "
+            f"{', '.join(unmoved)}."
+        )
     if scores:
         write_json(out / "comparison.json", _scores_json(scores, sentences[0]))
     chosen = named[0] if named else scores[0].law if scores else candidates[0]
