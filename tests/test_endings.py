@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -53,7 +54,15 @@ def test_libraries_that_have_errors_of_their_own(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_codes(capsys):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where the tests were started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_codes(ctrl_c, capsys):
     def raising(error):
         def run():
             raise error

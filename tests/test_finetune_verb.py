@@ -193,7 +193,7 @@ def test_the_same_head_on_the_same_split_scores_as_in_evaluate(tmp_path):
     proteins = [Protein(s, float(s.count("W"))) for s in letters]
     split = Split(proteins[:30], proteins[30:40], {"toy": proteins[40:]})
     subject = Subject(engine(), None, tmp_path, seed=3)
-    settings = ProteinSettings(steps=30, lr=1e-2)
+    settings = ProteinSettings(steps=30, lr=1e-2, repeats=1)
     expected, _ = evaluate_task(subject, Task("toy", "regression", [split]), settings)
     (evaluated,) = [n for n in expected if n.labels["predictor"] == "model"]
     parts = ("train",) * 30 + ("valid",) * 10 + ("test",) * 20
