@@ -162,7 +162,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("swiglu", marks=pytest.mark.slow)])
 def test_models_of_ours_go_out_and_come_back(tmp_path, name, activation):
     changes = {"token_dropout": False, "activation": activation} | OURS[name]
     model = random_model(layout="balm", **changes)

@@ -37,7 +37,13 @@ def close(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
         assert np.abs(a - b).max() <= 1e-6 * np.linalg.norm(b, axis=-1).max()
 
 
-@pytest.mark.parametrize("router", MOE)
+# seconds each: those that a sibling stands for by --slow
+SLOW = ("topp", "expert_choice", "sequence")
+
+
+@pytest.mark.parametrize(
+    "router", [pytest.param(r, marks=pytest.mark.slow) if r in SLOW else r for r in MOE]
+)
 def test_neighbours_order_batch_and_padding_change_nothing(router, monkeypatch):
     """All at once, in another order, each alone, and padded to four times the length."""
     together = computed(engine(router), ROWS)

@@ -215,8 +215,15 @@ def test_without_dropout_nothing_is_drawn():
     assert "random" in program(SPEC)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "tpu"])
-@pytest.mark.parametrize("name", ["attention_dropout", "hidden_dropout"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("attention_dropout", "cpu"),
+        ("hidden_dropout", "tpu"),
+        pytest.param("attention_dropout", "tpu", marks=pytest.mark.slow),
+        pytest.param("hidden_dropout", "cpu", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_numerically_in_float64(name, backend, monkeypatch):
     """Central differences along a random direction of all parameters."""
     monkeypatch.setattr(attention, "QUERIES", 5)

@@ -149,10 +149,11 @@ def loss_and_gradient(name: str, execution: Execution):
     ("name", "execution"),
     [
         pytest.param("dense", Execution(scan=True), marks=pytest.mark.slow),
-        ("top1", Execution(scan=True)),  # pairs of a dense and a sparse layer
+        # pairs of a dense and a sparse layer
+        pytest.param("top1", Execution(scan=True), marks=pytest.mark.slow),
         pytest.param("top2", Execution(scan=True, remat="full"), marks=pytest.mark.slow),
         ("top1", Execution(remat="full")),
-        ("top1", Execution(remat="matmuls")),
+        pytest.param("top1", Execution(remat="matmuls"), marks=pytest.mark.slow),
         ("top2", Execution(scan=True, backend="tpu", remat="matmuls")),
     ],
     ids=str,
