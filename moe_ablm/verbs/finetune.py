@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # jax only when there is something to compute
 
     from moe_ablm.evaluation.estimates import Number
     from moe_ablm.evaluation.formats.assays import Assay
+    from moe_ablm.evaluation.supervised.saved_head import SavedHead
     from moe_ablm.evaluation.supervised.tuning import Settings, Tuned
     from moe_ablm.inference.buckets import Engine
 
@@ -198,42 +199,53 @@ def _column_of_groups(settings: "Settings") -> str | None:
 def _write(
     args: argparse.Namespace, directory: Path, settings: "Settings", assay: "Assay", tuned: "Tuned"
 ) -> None:
-    """The model, its head, results and predictions."""
-    import numpy as np
-    import pyarrow as pa
+    """The model, its head, results, losses and predictions."""
+    from moe_ablm.evaluation.supervised.saved_head import SavedHead, write_head
 
-    from moe_ablm.evaluation.suite import as_json
-    from moe_ablm.evaluation.supervised.saved_head import (
-        SavedHead,
-        columns,
-        fitted,
-        names,
-        stacked,
-        write_head,
-    )
-    from moe_ablm.inference.output import file_identity, write_csv
+    packages = _write_model(args, directory, tuned)
+    saved = SavedHead.of(tuned.predictor, assay.classes, args.target)
+    write_head(saved, directory)
+    _write_results(args, directory, settings, assay, tuned, packages)
+    called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(tuned.folds.tolist()))
+    if tuned.losses:
+        _write_losses(directory, tuned, called)
+    _write_predictions(directory, saved, assay, tuned, called)
+
+
+def _write_model(args: argparse.Namespace, directory: Path, tuned: "Tuned") -> tuple[str, ...]:
+    """The weights, or where those of others are; returns the packages that computed them."""
     from moe_ablm.interop.pretrained import Pretrained, write_base
     from moe_ablm.interop.saved import save_model
-    from moe_ablm.results import versions
 
-    predictor = tuned.predictor
-    model = predictor.engine.model
+    model = tuned.predictor.engine.model
+    if isinstance(model, Pretrained):
+        write_base(model, directory)
+        return PACKAGES + OF_OTHERS
     how = {HEAD: "as it was", LORA: "with adapters", WHOLE: "tuned"}[args.tune]
     source = f"{model.source}; {how}, with a head for {args.target} of {Path(args.input).name}"
-    packages: tuple[str, ...] = PACKAGES
-    if isinstance(model, Pretrained):
-        packages += OF_OTHERS
-        write_base(model, directory)
-    else:
-        # the losses of a run are not those of weights that have been tuned since
-        facts = {k: v for k, v in model.facts.items() if args.tune == HEAD or k != "metrics"}
-        save_model(dataclasses.replace(model, source=source, facts=facts), directory)
-    saved = SavedHead.of(predictor, assay.classes, args.target)
-    write_head(saved, directory)
+    # the losses of a run are not those of weights that have been tuned since
+    facts = {k: v for k, v in model.facts.items() if args.tune == HEAD or k != "metrics"}
+    save_model(dataclasses.replace(model, source=source, facts=facts), directory)
+    return PACKAGES
+
+
+def _write_results(
+    args: argparse.Namespace,
+    directory: Path,
+    settings: "Settings",
+    assay: "Assay",
+    tuned: "Tuned",
+    packages: Sequence[str],
+) -> None:
+    """Numbers, settings, and what was read by which versions."""
+    from moe_ablm.evaluation.suite import as_json
+    from moe_ablm.inference.output import file_identity
+    from moe_ablm.results import versions
+
     content = {
         "schema": SCHEMA,
         "run": str(args.run),
-        "model": model.source,
+        "model": tuned.predictor.engine.model.source,
         "input": file_identity(Path(args.input)),
         "target": args.target,
         "task": assay.task,
@@ -247,11 +259,29 @@ def _write(
         "versions": versions(*packages),
     }
     write_json(directory / "results.json", content)
-    called: Sequence[Any] = sorted(set(assay.folds)) or range(1 + max(tuned.folds.tolist()))
-    if tuned.losses:
-        lines = [line | {"fold": called[int(line["fold"])]} for line in tuned.losses]
-        with (directory / "losses.csv").open("wb") as stream:
-            write_csv(pa.Table.from_pylist(lines), stream, header=True)
+
+
+def _write_losses(directory: Path, tuned: "Tuned", called: Sequence[Any]) -> None:
+    """Losses after each pass, by fold as it is `called`."""
+    import pyarrow as pa
+
+    from moe_ablm.inference.output import write_csv
+
+    lines = [line | {"fold": called[int(line["fold"])]} for line in tuned.losses]
+    with (directory / "losses.csv").open("wb") as stream:
+        write_csv(pa.Table.from_pylist(lines), stream, header=True)
+
+
+def _write_predictions(
+    directory: Path, saved: "SavedHead", assay: "Assay", tuned: "Tuned", called: Sequence[Any]
+) -> None:
+    """A line an antibody, or a residue: target, fold, what was predicted held out and by all."""
+    import numpy as np
+    import pyarrow as pa
+
+    from moe_ablm.evaluation.supervised.saved_head import columns, fitted, names, stacked
+    from moe_ablm.inference.output import write_csv
+
     targets, folds, outputs = assay.targets, tuned.folds, tuned.held_out
     if assay.of_residues:
         targets, outputs = stacked(list(targets)), stacked(list(outputs))
@@ -260,12 +290,13 @@ def _write(
     values: list[Any] = targets.tolist()
     if assay.classes:
         values = [assay.classes[i] if i >= 0 else None for i in values]
+    found = fitted(tuned.predictor, assay.antibodies)
     shown = {
         **names(saved.head, assay.antibodies),
         "target": values,
         "fold": [None if fold < 0 else called[fold] for fold in folds.tolist()],
         **_held_out(held_out, folds),
-        **columns(saved.head, assay.classes, fitted(predictor, assay.antibodies), "prediction"),
+        **columns(saved.head, assay.classes, found, "prediction"),
     }
     with (directory / "predictions.csv").open("wb") as stream:
         write_csv(pa.table(shown), stream, header=True)
