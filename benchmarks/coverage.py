@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from rich.text import Text
 from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
 from moe_ablm.scaling.catalogue import saved_law
 from moe_ablm.scaling.resampling import bootstrap_intervals
+from moe_ablm.scaling.schedules import history, rates
 
 Columns = dict[str, np.ndarray]
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -67,11 +69,17 @@ def joint_grid() -> Columns:
         np.geomspace(1e7, 3e9, 6), np.geomspace(1e9, 3e10, 3), [1.0, 5.0, 25.0, 80.0]
     )
     dense = {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
-    out = {name: np.tile(v, 3) for name, v in dense.items()}
-    out["experts"] = np.repeat([1.0, 8.0, 64.0], n.size)
-    out["router"] = np.where(out["experts"] > 1, "x", "dense")
-    out["total_params"] = out["params"] * (1 + 0.5 * (out["experts"] - 1))
-    return out
+    return routed({name: np.tile(v, 3) for name, v in dense.items()}, n.size)
+
+
+def routed(columns: Columns, dense: int) -> Columns:
+    """The first `dense` of the runs with one expert, as many with 8, and as many with 64."""
+    experts = np.repeat([1.0, 8.0, 64.0], dense)
+    return columns | {
+        "experts": experts,
+        "router": np.where(experts > 1, "x", "dense"),
+        "total_params": columns["params"] * (1 + 0.5 * (experts - 1)),
+    }
 
 
 def optima_grid() -> Columns:
@@ -89,9 +97,55 @@ def gap_grid() -> Columns:
     )
     out = {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
     out["total_params"] = out["params"] * (1 + 0.5 * (e.ravel() - 1))
-    out = {name: np.tile(v, 3) for name, v in out.items()}
-    out["weight_decay"] = np.repeat([0.0, 0.1, 0.1], n.size)
-    return out | {"dropout": np.repeat([0.0, 0.0, 0.2], n.size)}
+    return with_settings(out)
+
+
+def with_settings(columns: Columns) -> Columns:
+    """The runs without either covariate, with weight decay, and with dropout as well."""
+    size = columns["params"].size
+    out = {name: np.tile(v, 3) for name, v in columns.items()}
+    out["weight_decay"] = np.repeat([0.0, 0.1, 0.1], size)
+    return out | {"dropout": np.repeat([0.0, 0.0, 0.2], size)}
+
+
+def regularised_grid() -> Columns:
+    """108 runs: four sizes, three data sizes, 1 to 80 epochs, three settings."""
+    n, u, k = np.meshgrid(np.geomspace(1e7, 3e9, 4), np.geomspace(1e9, 3e10, 3), [1.0, 10.0, 80.0])
+    return with_settings(
+        {"params": n.ravel(), "unique_tokens": u.ravel(), "tokens": (u * k).ravel()}
+    )
+
+
+def regularised_joint_grid() -> Columns:
+    """324 runs: those of `regularised_grid`, dense and of two numbers of experts."""
+    dense = regularised_grid()
+    out = {name: np.tile(v, 3) for name, v in dense.items()}
+    return routed(out, dense["params"].size)
+
+
+def schedule_grid() -> Columns:
+    """140 rows: 14 runs of one size, seven schedules in two lengths, ten checkpoints each."""
+    courses = (
+        ("cosine", 0.2),
+        ("linear", 0.2),
+        ("constant", 0.2),
+        *(("wsd", share) for share in (0.05, 0.2, 0.4, 0.6)),
+    )
+    parts = []
+    for i, ((schedule, share), steps) in enumerate(product(courses, (1500, 3000))):
+        keys = {"schedule": schedule, "decay_share": share, "steps": steps}
+        eta = rates(keys | {"lr": 1e-3, "warmup": 100})
+        at = np.arange(1, 11) * steps // 10
+        parts.append(
+            {
+                "run": np.full(at.size, f"r{i:02d}"),
+                "params": np.full(at.size, 1e7),
+                "tokens": 1e4 * at,
+                "lr_area": np.cumsum(eta)[at - 1],
+                "lr_history": history(eta, at),
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class Case(NamedTuple):
@@ -111,6 +165,9 @@ BEST = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[x]": 1.8}
 OVERFIT = {"fresh": 0.97, "P": 0.004, "delta": 0.6, "kappa": 0.5, "tau": 0.0}
 OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3}
 JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5}
+REGULARISED = {"by_weight_decay": -5.0, "by_dropout": -2.0}
+BOTH = ("weight_decay", "dropout")
+ANNEALED = {"E": 1.2, "A": 0.9, "alpha": 0.45, "B": 300.0, "C": 2.0, "beta": 0.6, "gamma": 0.6}
 CASES = {
     "chinchilla": Case("chinchilla", dense_grid, DENSE),
     "chinchilla, checkpoints": Case(
@@ -119,10 +176,15 @@ CASES = {
     "compute": Case("compute", optima_grid, BEST, ("x",)),
     "data_constrained_b2": Case("data_constrained_b2", repeated_grid, REPEATED),
     "moe_clark": Case("moe_clark", routed_grid, ROUTED, ("x",), in_every_curve=True),
-    "gap, covariates": Case(
-        "gap", gap_grid, OVERFIT, within=1e-2, covariates=("weight_decay", "dropout")
-    ),
+    "gap, covariates": Case("gap", gap_grid, OVERFIT, within=1e-2, covariates=BOTH),
     "joint": Case("joint", joint_grid, JOINT, ("x",)),
+    "data_constrained_b2, covariates": Case(
+        "data_constrained_b2", regularised_grid, REPEATED | REGULARISED, covariates=BOTH
+    ),
+    "joint, covariates": Case(
+        "joint", regularised_joint_grid, JOINT | REGULARISED, ("x",), covariates=BOTH
+    ),
+    "multi_power": Case("multi_power", schedule_grid, ANNEALED, between=5e-4, within=5e-4),
 }
 
 

@@ -19,6 +19,7 @@ from configs.compare_routers import rate_of
 from launch.state import COMPLETE, CellState, read_summary
 from moe_ablm.results import read_results
 from sweeps import grid
+from sweeps.device import CORE
 from sweeps.planned import Planned
 from sweeps.study import Study, data_path, main
 
@@ -170,7 +171,7 @@ study = Study(
     recipe=recipe,
     add_arguments=add_arguments,
     report=table,
-    device="core",
+    device=lambda _: CORE,
     mfu=0.15,
     seeds=3,
 )

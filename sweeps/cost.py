@@ -10,18 +10,19 @@ from rich.table import Table
 from launch.cell import REPOSITORY, Cell
 from moe_ablm.errors import UserError, counted
 from moe_ablm.training.peaks import PEAKS
+from sweeps.device import CORE
 from sweeps.planned import Planned
-from sweeps.recorded import Recorded, read_recorded
+from sweeps.recorded import Recorded, read_recorded, recorded_in
 
 # peak FLOP/s; "core": measured, one core of a Xeon with AMX (1024 x 1024 matmul of bfloat16
 # operands through XLA)
-DEVICES = PEAKS | {"core": 0.8e12}
+DEVICES = PEAKS | {CORE: 0.8e12}
 
 
 # seconds until a run trains: process, data, compiled program from the cache. The 105 runs of
 # benchmarks/results/xeon-2-cores/micro_scaling.csv took 2.06 core-hours, 1.69 of them training
 START = 12.0
-RECORDED = {"core": REPOSITORY / "benchmarks/results/xeon-2-cores/micro_scaling.csv"}
+RECORDED = {CORE: REPOSITORY / "benchmarks/results/xeon-2-cores/micro_scaling.csv"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,30 @@ class Rate:
 
 
 def rate_of(
-    device: str, mfu: float | None, usual: float, start: float, calibrate: Sequence[Path]
+    device: str,
+    mfu: float | None,
+    usual: float,
+    start: float,
+    calibrate: Sequence[Path],
+    out: Path | None = None,
 ) -> Rate:
     """The rate that the options ask for: recorded runs, else a share of the peak.
 
-    Without either, runs that were recorded on the device, else the `usual` share.
+    Without either, that of the runs in the sweep's own folder `out`, else of runs that were
+    recorded on the device, else the `usual` share. Where there are both kinds of runs, those of the
+    folder, which are of the machine that goes on, say how fast it is, and the others how speed goes
+    with size.
     """
     if calibrate and mfu is not None:
         raise UserError("--calibrate and --mfu: give one of them")
-    known = RECORDED.get(device)
-    files = calibrate or ([known] if known and known.exists() and mfu is None else [])
-    recorded = read_recorded(files, device) if files else None
+    recorded = None
+    if mfu is None:
+        file = RECORDED.get(device)
+        files = calibrate or ([file] if file and file.exists() else [])
+        recorded = read_recorded(files, device) if files else None
+        own = recorded_in(out, device) if out and not calibrate else None
+        if own is not None:
+            recorded = own.beyond(recorded) if recorded else own
     return Rate(device, usual if mfu is None else mfu, start, recorded)
 
 

@@ -19,6 +19,7 @@ from scipy import special
 from launch.state import COMPLETE, CellState, read_summary
 from sweeps import grid
 from sweeps.compare_routers import with_error
+from sweeps.device import CORE
 from sweeps.planned import Planned
 from sweeps.study import Study, data_path, main
 
@@ -97,7 +98,7 @@ study = Study(
     recipe=recipe,
     add_arguments=add_arguments,
     report=table,
-    device="core",
+    device=lambda _: CORE,
     mfu=0.1,
     seeds=3,
     data=lambda _: DATA,

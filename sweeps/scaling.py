@@ -28,18 +28,20 @@ from pathlib import Path
 
 from moe_ablm.errors import UserError
 from sweeps import grid
+from sweeps.device import CORE
 from sweeps.planned import Planned
 from sweeps.study import SIMULATED, Study, data_path, main
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """A config file, default data, sizes, and the share of the updates spent on warm-up."""
+    """A config file, default data, sizes, share of the updates spent on warm-up, and device."""
 
     config: str
     data: str
     sizes: tuple[str, ...]
     warmup: float
+    device: str = "h100"
 
 
 LADDERS = {
@@ -48,7 +50,7 @@ LADDERS = {
         "configs/small_ladder.py", "data/pairs", ("m160", "m224", "m320", "m448", "m640"), 0.1
     ),
     "micro": Ladder(
-        "configs/small_ladder.py", "data/nested", ("s48", "s64", "s96", "s128", "s160"), 0.1
+        "configs/small_ladder.py", "data/nested", ("s48", "s64", "s96", "s128", "s160"), 0.1, CORE
     ),
 }
 FRACTIONS = ("quarter", "half", "full")
@@ -167,6 +169,7 @@ study = Study(
     add_arguments=add_arguments,
     repairs=repairs,
     data=lambda options: LADDERS[options.ladder].data,
+    device=lambda options: LADDERS[options.ladder].device,
 )
 
 if __name__ == "__main__":

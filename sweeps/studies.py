@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sweeps import study
+from sweeps.device import CORE
 from sweeps.grid import Point, Recipe, product
 from sweeps.study import Study, data_path
 
@@ -193,7 +194,7 @@ soft-MoE, where all experts compute.
         checkpoint__every=_STEPS // 4,
         log__every=10,
     ),
-    device="core",
+    device=lambda _: CORE,
     mfu=0.15,
     seeds=3,
 )

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from launch.cell import Cell
+from launch.settings import resolve
 from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError, counted
 from moe_ablm.files import require_local
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
+from sweeps.device import planned_device
 from sweeps.grid import Point, Recipe
 from sweeps.planned import PLAN, Planned, write_plan
 
@@ -65,7 +68,8 @@ class Study:
         says what they would identify. None: the study is not for a scaling law.
       report: (cells, states) -> text to print when the launcher has ended.
       data: options -> the dataset where --data is not given.
-      device, mfu, seeds: defaults of the options.
+      device: options -> the device that the grid is made for (`sweeps/device.py`).
+      mfu, seeds: defaults of the options.
     """
 
     name: str
@@ -75,7 +79,7 @@ class Study:
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     repairs: Callable[[list[Planned]], Mapping[str, list[Point]]] | None = None
     report: Callable[[list[Planned], list[CellState]], str] | None = None
-    device: str = "h100"
+    device: Callable[[argparse.Namespace], str] = lambda _: "h100"
     mfu: float = 0.3
     seeds: int = 2
     data: Callable[[argparse.Namespace], str] = lambda _: DATA
@@ -92,7 +96,14 @@ def _run(study: Study, argv: list[str] | None) -> int:
     cells, offered = _plan(study, options, extra)
     states = [state_of(p.cell) for p in cells]
     done = frozenset(p.cell.name for p, s in zip(cells, states, strict=True) if s.name == COMPLETE)
-    rate = rate_of(options.device, options.mfu, study.mfu, options.start_seconds, options.calibrate)
+    rate = rate_of(
+        options.device or _device(study, options, launcher),
+        options.mfu,
+        study.mfu,
+        options.start_seconds,
+        options.calibrate,
+        options.out,
+    )
     wide_console().print(cost_table(cells, rate, done))
     if study.repairs:
         from sweeps.check import design_lines
@@ -133,8 +144,8 @@ def _new_or_kept(out: Path) -> Iterator[None]:
 def _options(study: Study, argv: list[str] | None):
     """Options, the launcher's module and the overrides for every cell."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--launcher", choices=LAUNCHERS, default="local")
-    module = importlib.import_module(f"launch.{first.parse_known_args(argv)[0].launcher}")
+    first.add_argument("--launcher", choices=LAUNCHERS, help=f"default {LAUNCHERS[0]}")
+    module = importlib.import_module(f"launch.{_launcher(first.parse_known_args(argv)[0])}")
     parser = Parser(
         prog=f"python sweeps/{study.name}.py",
         description=study.about,
@@ -147,8 +158,11 @@ def _options(study: Study, argv: list[str] | None):
     add("--seeds", type=int, default=study.seeds, help="number of seeds; default %(default)s")
     add("--dry-run", action="store_true", help="print the table of cells and stop")
     add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more device-hours")
-    about = "device whose hours are estimated; default %(default)s"
-    add("--device", choices=DEVICES, default=study.device, help=about)
+    about = (
+        "device whose hours are estimated; default: that of --hardware, else 'core' where cells "
+    )
+    about += "run on this machine without GPU or TPU, else that of the study"
+    add("--device", choices=DEVICES, help=about)
     add(
         "--mfu",
         type=float,
@@ -179,6 +193,21 @@ def _options(study: Study, argv: list[str] | None):
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu:g}: expected above 0, at most 1")
     return options, module, unplanned_flags(rest)
+
+
+def _launcher(options: argparse.Namespace) -> str:
+    return options.launcher or LAUNCHERS[0]
+
+
+def _device(study: Study, options: argparse.Namespace, launcher: ModuleType) -> str:
+    """The device whose hours are planned where `--device` does not say.
+
+    A dry run without `--launcher` need not be of this machine.
+    """
+    name = _launcher(options)
+    named = resolve(options, name, launcher.SETTINGS)["hardware"]
+    here = name == "local" and (options.launcher is not None or not options.dry_run)
+    return planned_device(study.device(options), named, here)
 
 
 def _plan(
