@@ -19,6 +19,7 @@ from moe_ablm.scaling.parabola_fit import Noise, Solved, noise_draws
 from moe_ablm.scaling.result import Fit
 from moe_ablm.scaling.runs import TUNED, Runs, numbered, within
 from moe_ablm.scaling.tuning_line import Line
+from moe_ablm.scaling.tuning_next import SIDES, step_of, to_try
 
 # at twice or half the best rate losses are near a parabola; they are steeper toward large rates
 NEAR = Local(factor=4.0, fewest=5, most_skew=1.5)
@@ -50,12 +51,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        tokens = "" if np.isnan(self.tokens) else f", D {self.tokens:.3g}"
-        return f"N {self.params:.3g}{tokens}"
+        return cell_name(self.params, self.tokens)
 
     def loss_at(self, value: float) -> float:
         """Between the values tried on a line in the log; beyond them that of the last one."""
         return float(np.interp(np.log(value), np.log(self.tried), self.loss))
+
+
+def cell_name(params: float, tokens: float) -> str:
+    """A cell in words; tokens are nan where they are not known."""
+    return f"N {params:.3g}" + ("" if np.isnan(tokens) else f", D {tokens:.3g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +107,13 @@ def fit_tuning(
                 raise UserError(
                     f"{flag} {name}={value:g}: the input has no column {EXPONENTS[name]!r}"
                 )
-    cells, notes = _cells(runs, law, seed_sd, draws, seed, level)
-    line = _line(cells, fixed, law)
+    tried = lowest_at_each(runs, law.setting)
+    cells, notes = _cells(tried, law, seed_sd, draws, seed, level)
+    left = to_try_notes(tried, law.setting)
+    try:
+        line = _line(cells, fixed, law)
+    except UserError as error:  # a sweep that has just begun
+        raise UserError("; ".join([str(error), *left])) from None
     cells = tuple(_judged(i, cells, line, fixed, law, rule) for i in range(len(cells)))
     coefficients = line.coefficients()
     derived, reach = line.at(target or Target(), law.setting, level)
@@ -121,7 +131,7 @@ def fit_tuning(
         intervals={**line.intervals(level), **reach},
         derived=derived,
         target=(target or Target()).copy(),
-        notes=(*runs.notes, *notes, *line.notes, *_regret_notes(cells)),
+        notes=(*runs.notes, *notes, *left, *line.notes, *_regret_notes(cells)),
         data_unit=runs.data_unit,
         runs=runs,
         cells=cells,
@@ -161,11 +171,27 @@ def lowest_at_each(runs: Runs, setting: str) -> Tried:
     )
 
 
+def to_try_notes(tried: Tried, setting: str) -> list[str]:
+    """The values that each cell lacks, in words, or that none lacks any."""
+    cells = [np.flatnonzero(tried.cell == cell) for cell in np.unique(tried.cell)]
+    step = step_of([tried.value[mine] for mine in cells])
+    notes = []
+    for mine in cells:
+        if left := to_try(tried.value[mine], tried.loss[mine], step):
+            lowest = tried.value[mine[np.argmin(tried.loss[mine])]]
+            name = cell_name(tried.params[mine[0]], tried.tokens[mine[0]])
+            values = ", ".join(f"{value:.3g}" for value in left)
+            notes.append(f"cell {name}: lowest at {lowest:.3g}; its minimum needs {values}, too")
+    return notes or [
+        f"every cell has {SIDES} values of {setting} on either side of its lowest loss: no others "
+        "need be run"
+    ]
+
+
 def _cells(
-    runs: Runs, law: BestSetting, seed_sd: float | None, draws: int, seed: int, level: float
+    tried: Tried, law: BestSetting, seed_sd: float | None, draws: int, seed: int, level: float
 ) -> tuple[tuple[Cell, ...], list[str]]:
     """The cells that have a minimum among the values tried, and notes on the others."""
-    tried = lowest_at_each(runs, law.setting)
     try:
         parabolas, _ = split(tried.cell, tried.value, tried.loss, "cell", NEAR)
     except UserError:
