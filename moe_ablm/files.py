@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,6 +115,20 @@ def json_text(content: Any, indent: int | None = None) -> str:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def shortened(value: Any) -> Any:
+    """A float with the fewest digits that tell its float32 from others; all else as it is.
+
+    For tables of what was computed in float32, whose further digits mean nothing. Whole numbers
+    stay what they are.
+    """
+    if not isinstance(value, float) or not math.isfinite(value) or value.is_integer():
+        return value
+    packed = struct.pack("f", value)
+    single = struct.unpack("f", packed)[0] or value  # too small for float32: six digits
+    fewer = (float(f"{single:.{digits}g}") for digits in (6, 7, 8, 9))  # nine tell all apart
+    return next(number for number in fewer if struct.pack("f", number) == packed)
 
 
 def _finite(content: Any) -> Any:

@@ -1,5 +1,6 @@
 """Files written whole or not at all, and locks between processes."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ import moe_ablm
 from moe_ablm.command_line import parse
 from moe_ablm.data.dataset import Dataset
 from moe_ablm.errors import UserError
-from moe_ablm.files import in_store, json_text, locked, replacing, write_atomically, write_json
+from moe_ablm.files import (
+    in_store,
+    json_text,
+    locked,
+    replacing,
+    shortened,
+    write_atomically,
+    write_json,
+)
 
 
 def test_content_is_replaced_as_a_whole(tmp_path):
@@ -132,3 +141,16 @@ def test_a_run_and_its_data_are_on_a_file_system():
         parse(["train", f"--config={REPO}/configs/quickstart.py", f"--workdir={STORE}"])
     with pytest.raises(UserError, match=r"dataset gs://bucket/it is in an object store"):
         Dataset(STORE)
+
+
+def test_digits_of_float32_are_those_of_numpy():
+    """The shortest that numpy finds, of numbers of all sizes; what is no float stays."""
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=500) * 10.0 ** rng.integers(-30, 5, 500)).astype(np.float32)
+    for value in values[values != np.round(values)]:
+        assert shortened(float(value)) == float(str(value))
+    assert shortened(1 / 3) == 0.33333334 and repr(shortened(0.1 + 0.2)) == "0.3"
+    assert shortened(1.23456789e-60) == 1.23457e-60, "no float32, and no zero"
+    for kept in (123456789.0, 1e300, float("inf"), 7, "x", None, True):
+        assert shortened(kept) is kept
+    assert math.isnan(shortened(math.nan))

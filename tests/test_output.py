@@ -10,7 +10,7 @@ import pytest
 from strict_json import read_strictly
 
 from moe_ablm.errors import UserError
-from moe_ablm.inference.output import WRITERS, Output, vectors
+from moe_ablm.inference.output import WRITERS, Output, in_float32, vectors
 
 COMMAND = {"verb": "embed", "options": {"level": "chain"}}
 PARTS = [
@@ -171,3 +171,38 @@ def test_lines_have_the_digits_of_float32(tmp_path):
     assert lines[0]["v"] == [0.1, 0.33333334] and lines[1]["v"] == [2.0, -1e8]
     found = np.array([line["v"] for line in lines], np.float32)
     assert found.tobytes() == np.array(v.to_pylist(), np.float32).tobytes()
+
+
+def test_all_formats_write_the_same_digits(tmp_path):
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32).astype(np.float64) / 3
+    table = in_float32({"id": ["a"] * 50, "n": list(range(50)), "x": values, "v": vectors(
+        np.ones((50, 3), np.float32))})  # fmt: skip
+    expected = [str(np.float32(value)) for value in values]
+    for suffix in (".csv", ".jsonl"):
+        with Output(tmp_path / f"o{suffix}", COMMAND) as output:
+            output.add(table, 50)
+            output.finish()
+        assert list(map(str, read(tmp_path / f"o{suffix}")["x"])) == expected
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".h5ad"])
+def test_what_an_earlier_version_began_is_finished_alike(tmp_path, suffix):
+    """Sums were float64 then; the file has one type, and is the one that is written at once."""
+    half, whole = tmp_path / f"half{suffix}", tmp_path / f"whole{suffix}"
+    with pytest.raises(KeyboardInterrupt), Output(half, COMMAND) as output:
+        output.add(part(0).set_column(2, "x", pa.array([1 / 3, 0.1], pa.float64())), 2)
+        raise KeyboardInterrupt
+    now = [in_float32(part(0).set_column(2, "x", pa.array([1 / 3, 0.1]))), in_float32(part(1))]
+    with Output(half, COMMAND) as output:
+        assert output.done == 2
+        output.add(now[1], 1)
+        output.finish()
+    with Output(whole, COMMAND) as output:
+        for number, table in enumerate(now):
+            output.add(table, len(PARTS[number]["id"]))
+        output.finish()
+    assert str(read(half)) == str(read(whole))
+    if suffix in (".csv", ".jsonl"):
+        assert half.read_text() == whole.read_text() and "0.33333334" in half.read_text()
+    if suffix == ".parquet":
+        assert pq.read_schema(half).field("x").type == pa.float32()

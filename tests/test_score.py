@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tiny_models import HEAVY, LIGHT, MOE, engine
 
@@ -110,3 +111,6 @@ def test_tables_of_antibodies_and_residues():
     assert residues.num_rows == 14 and set(residues["region"].to_pylist()) == {""}
     sums = np.nansum(residues["log_likelihood"].to_numpy()[:9], dtype=np.float64)
     assert by_antibody["pll"][0].as_py() == pytest.approx(sums)
+    kinds = {field.name: field.type for field in by_antibody.schema}
+    assert kinds.pop("sequence_id") == pa.string() and kinds.pop("residues") == pa.int64()
+    assert set(kinds.values()) == {pa.float32()}, "as many digits as the model computed"

@@ -14,6 +14,7 @@ from moe_ablm.inference.antibodies import LETTERS
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition
 from moe_ablm.inference.numbers import numbered_labels
+from moe_ablm.inference.output import in_float32
 from moe_ablm.inference.sampling import Sampling
 
 INFILLED = LETTERS + MASKED  # letters that `infill` reads
@@ -153,7 +154,7 @@ def table(
     """A table of the completed chains, or at level "residue" of the residues and candidates."""
     done = infill(engine, antibodies, sampling)
     if level == "antibody":
-        return pa.table(
+        return in_float32(
             {
                 "sequence_id": [c.antibody.name for c in done],
                 "sample": [c.sample for c in done],
@@ -179,4 +180,4 @@ def table(
         best = [f.candidates[rank] for _, f in each]
         columns[f"candidate_{rank + 1}"] = pa.array([b for b, _ in best], pa.string())
         columns[f"probability_{rank + 1}"] = pa.array([p for _, p in best], pa.float64())
-    return pa.table(columns)
+    return in_float32(columns)

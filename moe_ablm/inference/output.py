@@ -29,6 +29,20 @@ def vectors(array: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(values, array.shape[1])
 
 
+def in_float32(columns: Any) -> pa.Table:
+    """A table of columns, float32 in place of float64: for sums and means of what was float32.
+
+    All formats then write the digits that mean something, and no more.
+    """
+    table = pa.table(columns)
+    narrow = [f.with_type(pa.float32()) if pa.types.is_float64(f.type) else f for f in table.schema]
+    return table.cast(pa.schema(narrow))
+
+
+def _has_float64(schema: pa.Schema) -> bool:
+    return any(pa.types.is_float64(field.type) for field in schema)
+
+
 class Output:
     """The file of one command.
 
@@ -113,6 +127,7 @@ class Output:
         paths = [path for *_, path in self._found()]
         if not paths:
             raise UserError(f"no antibody is left to write to {self.out}")
+        _narrow(paths)
         with replacing(self.out) as temporary:
             WRITERS[self.out.suffix](paths, temporary)
         size = self.out.stat().st_size
@@ -159,6 +174,16 @@ class Output:
             )
 
 
+def _narrow(paths: list[Path]) -> None:
+    """Brings parts of an earlier version, which kept sums in float64, to the types of the last."""
+    if _has_float64(pq.read_schema(paths[-1])):
+        return
+    for path in paths:
+        if _has_float64(pq.read_schema(path)):
+            with replacing(path) as temporary:
+                pq.write_table(in_float32(pq.read_table(path)), temporary)
+
+
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
@@ -188,7 +213,7 @@ def flat(table: pa.Table) -> pa.Table:
 
 
 def write_csv(table: pa.Table, stream: Any, header: bool) -> None:
-    """Writes the lines of a table as CSV, with "" for NaN."""
+    """Writes the lines of a table as CSV, with "" for NaN; float32 as in `_plain`."""
     table = flat(table)
     columns = [
         pa.array(column.to_numpy(), from_pandas=True)  # NaN becomes null, which is written as ""

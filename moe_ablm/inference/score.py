@@ -12,6 +12,7 @@ from moe_ablm.data.tokenizer import MASK, is_amino_acid
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.logits import EveryPosition, OnePosition
 from moe_ablm.inference.numbers import numbered_labels, regions
+from moe_ablm.inference.output import in_float32
 
 LEVELS = ("antibody", "residue")
 
@@ -143,6 +144,6 @@ def table(
     """`summary` as a table; at level "residue" numbers, regions and `log_likelihood`."""
     scores = score(engine, antibodies, one_pass)
     if level == "antibody":
-        return pa.table(summary(antibodies, scores, by_region, germlines))
+        return in_float32(summary(antibodies, scores, by_region, germlines))
     columns = numbered_labels(antibodies, numbering, germlines)
     return pa.table(columns | {"log_likelihood": np.concatenate(scores)})

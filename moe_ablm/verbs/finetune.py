@@ -265,11 +265,11 @@ def _write_losses(directory: Path, tuned: "Tuned", called: Sequence[Any]) -> Non
     """Losses after each pass, by fold as it is `called`."""
     import pyarrow as pa
 
-    from moe_ablm.inference.output import write_csv
+    from moe_ablm.inference.output import in_float32, write_csv
 
     lines = [line | {"fold": called[int(line["fold"])]} for line in tuned.losses]
     with (directory / "losses.csv").open("wb") as stream:
-        write_csv(pa.Table.from_pylist(lines), stream, header=True)
+        write_csv(in_float32(pa.Table.from_pylist(lines)), stream, header=True)
 
 
 def _write_predictions(

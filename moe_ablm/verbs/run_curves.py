@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_ablm.errors import UserError
-from moe_ablm.files import require_local
+from moe_ablm.files import require_local, shortened
 from moe_ablm.results import read_evaluated
 
 AXES = {"updates": "step", "tokens seen": "tokens_seen", "FLOPs": "flops"}
@@ -128,14 +128,17 @@ def table(curves: Sequence[Curve]) -> Table:
 
 
 def write_csv(curves: Sequence[Curve], path: Path) -> None:
-    """The table with all digits; empty where a value is not known."""
+    """The table with the digits of float32; empty where a value is not known."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for curve in curves:
             row = curve.row()
             writer.writerow(
-                {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+                {
+                    k: "" if isinstance(v, float) and math.isnan(v) else shortened(v)
+                    for k, v in row.items()
+                }
             )
 
 

@@ -13,6 +13,7 @@ from moe_ablm.evaluation.experts.matching import stability as seed_agreement
 from moe_ablm.evaluation.kinds import Estimate, holm, kinds_of
 from moe_ablm.evaluation.reporting.results import Evaluated, key
 from moe_ablm.evaluation.suite import EVALUATIONS, as_json
+from moe_ablm.files import shortened
 
 SCHEMA = "moe_ablm.comparison/1"
 
@@ -196,8 +197,11 @@ def flat(result: Compared) -> dict[str, Any]:
 
 
 def results_csv(results: Sequence[Compared]) -> str:
-    """A line a value or difference; a column a label."""
-    rows = [flat(result) | dict(result.labels) for result in results]
+    """A line a value or difference, with the digits of float32; a column a label."""
+    rows = [
+        {k: shortened(v) for k, v in flat(result).items()} | dict(result.labels)
+        for result in results
+    ]
     fixed = list(flat(results[0])) if results else []
     columns = fixed + sorted({name for row in rows for name in row} - {*fixed})
     stream = io.StringIO()

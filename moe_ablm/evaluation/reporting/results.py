@@ -17,7 +17,7 @@ from moe_ablm.evaluation.declared import CLAIMS, declared
 from moe_ablm.evaluation.estimates import Number, Sample, ratio, scaled
 from moe_ablm.evaluation.reporting.report import write_report
 from moe_ablm.evaluation.suite import DONE, SCHEMA, read_samples
-from moe_ablm.files import json_text, write_atomically, write_json
+from moe_ablm.files import json_text, shortened, write_atomically, write_json
 from moe_ablm.inference.buckets import Engine
 from moe_ablm.inference.output import file_identity
 from moe_ablm.results import versions
@@ -124,9 +124,9 @@ def write_results(
 
 
 def numbers_csv(evaluations: Mapping[str, dict]) -> str:
-    """A line a number; a column a label."""
+    """A line a number, with the digits of float32; a column a label."""
     rows = [
-        {"evaluation": name, **{k: v for k, v in number.items() if k != "labels"}}
+        {"evaluation": name, **{k: shortened(v) for k, v in number.items() if k != "labels"}}
         | number["labels"]
         for name, kept in evaluations.items()
         for number in kept["numbers"]
