@@ -5,8 +5,11 @@ it each. Reads a JSON list `[folder, module, argument, ...]` a line and answers
 `[code, stdout, stderr]` of the command in that folder.
 """
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
@@ -14,6 +17,7 @@ import traceback
 
 import moe_ablm.__main__
 import moe_ablm.train
+import moe_ablm.verbs
 
 SECONDS = 300
 MAINS = {"moe_ablm": moe_ablm.__main__.main, "moe_ablm.train": moe_ablm.train.main}
@@ -46,7 +50,16 @@ def run(folder: str, module: str, arguments: list[str]) -> list:
         return [os.waitstatus_to_exitcode(status), out.read(), err.read()]
 
 
+def import_all() -> None:
+    """What commands import only as they need it: here once, not in each child anew."""
+    importlib.import_module("moe_ablm.trainer")
+    for module in pkgutil.iter_modules(moe_ablm.verbs.__path__, "moe_ablm.verbs."):
+        importlib.import_module(module.name)
+    gc.freeze()  # what stays for ever is not looked through in every child
+
+
 if __name__ == "__main__":
+    import_all()
     for line in sys.stdin:
         folder, module, *arguments = json.loads(line)
         print(json.dumps(run(folder, module, arguments)), flush=True)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import json
 import os
 import subprocess
@@ -33,12 +34,15 @@ TINY = {
 # many tests compile the same tiny step, in this process and in others
 COMPILED = tempfile.TemporaryDirectory(prefix="moe_ablm-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # Of the machine code alone: XLA's own passes, and so the programs, are the same. Half of the time
 # of a test that trains would go into optimising what runs for a moment.
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+COMPILE_QUICKLY = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 
 
 def xla_flags(devices: int) -> str:
@@ -47,6 +51,8 @@ def xla_flags(devices: int) -> str:
 
 
 def pytest_configure(config):
+    # jax traces make millions of small objects: a seventh of their time went to looking for cycles
+    gc.set_threshold(100_000, 20, 20)
     given = os.environ.get("XLA_FLAGS", "")
     # programs for TPUs and GPUs are looked at as they are compiled for users
     if config.option.markexpr != "aot" and COMPILE_QUICKLY not in given:
