@@ -81,6 +81,12 @@ class ComputeSlopes(Compute):
     name = "compute_slopes"
     equation = "L = L_inf + A_r C^-alpha_r, a kind r; A_r C^-alpha_r = A (gain C)^-alpha"
 
+    @classmethod
+    def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
+        """Of one kind it is law compute."""
+        kinds = np.unique(np.asarray(columns.get("router", [])).astype(str)).size
+        return super().applies(columns) and kinds > 1
+
     def _of_kinds(self) -> list[Parameter]:
         return [
             made
