@@ -84,8 +84,9 @@ class ComputeSlopes(Compute):
     @classmethod
     def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
         """Of one kind it is law compute."""
-        kinds = np.unique(np.asarray(columns.get("router", [])).astype(str)).size
-        return super().applies(columns) and kinds > 1
+        told = [columns[name] for name in ("router", "experts") if name in columns]
+        several = "router" in columns and len(set(zip(*told, strict=True))) > 1
+        return super().applies(columns) and several
 
     def _of_kinds(self) -> list[Parameter]:
         return [
