@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 from moe_ablm.__main__ import main
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import load
+from moe_ablm.scaling.catalogue import applicable
 from moe_ablm.scaling.envelope import fit_envelope
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.forecast import forecasts
@@ -109,6 +110,16 @@ def test_a_gain_that_grows_with_compute_is_told_from_one_that_does_not():
         fit = fit_law(growing, "compute_slopes", target={"flops": flops})
         assert fit.derived["gain[top2]"] == pytest.approx(GAIN * (flops / 1e20) ** 0.1, rel=0.08)
     assert compare(ladder(), ["compute", "compute_slopes"])[0].law == "compute"
+
+
+def test_slopes_of_one_kind_are_no_law_besides_compute():
+    """With one kind both are one law, and neither could be preferred."""
+    kinds = ladder()
+    columns = {**kinds.columns, "experts": np.where(kinds["router"] == "top2", 8.0, 1.0)}
+    one = {k: v[kinds["router"] == "top2"] for k, v in columns.items()}
+    two = one | {"experts": np.repeat([8.0, 64.0], one["loss"].size // 2)}
+    assert applicable(columns) == applicable(two) == ["compute", "compute_slopes"]
+    assert applicable(one) == applicable({k: one[k] for k in ("flops", "loss")}) == ["compute"]
 
 
 def test_a_grid_counts_by_the_minima_of_its_budgets():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -139,12 +140,62 @@ def test_dense_runs_do_not_tell_active_from_total():
     assert made.verdicts["tau"].startswith("not identified")
 
 
-def alarms(tables, sd):
+FACTORS = {"top2": 0.5, "choice": -0.5}  # v of each router
+
+
+def routed(tau, seed=0, sd=0.02, experts=(8.0, 64.0), factors=None):
+    """The table with the mixtures of two routers, which over-fit by themselves as well."""
+    plain = table(tau, seed, 0.0)
+    kept = np.isin(plain["experts"], (1.0, *experts))
+    parts = [plain.take(plain["experts"] == 1), *([plain.take(kept & (plain["experts"] > 1))] * 2)]
+    columns = {c: np.concatenate([p[c] for p in parts]) for c in plain.columns}
+    names = np.repeat(["dense", "top2", "choice"], [len(p) for p in parts])
+    factor = np.exp([(factors or FACTORS).get(name, 0.0) for name in names])
+    over = gap_of(columns, tau) - (TRUTH["fresh"] - 1)
+    noise = sd * np.random.default_rng(seed).standard_normal(names.size)
+    gap = TRUTH["fresh"] - 1 + factor * over + noise
+    columns |= {"router": names, "loss": columns["train_loss"] + gap}
+    return Runs(columns, tuple(map(str, range(names.size))))
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_what_a_router_does_by_itself_is_no_number_of_parameters(tau, tmp_path):
+    """tau and the factors come back, and a saved fit knows them."""
+    made = fit_law(routed(tau, sd=0.01), "gap", np.inf)
+    truth = TRUTH | {"tau": tau} | {f"v[{name}]": v for name, v in FACTORS.items()}
+    assert made.status == "converged"
+    for name, value in truth.items():
+        error = made.standard_errors[name]
+        assert made.coefficients[name] == pytest.approx(value, abs=3 * error), name
+    assert made.standard_errors["tau"] < 0.1 and made.standard_errors["v[top2]"] < 0.2
+    made.save(tmp_path)
+    at = {"params": 4e6, "total_params": 1.8e7, "tokens": 6e7, "unique_tokens": 1e6}
+    expected = gap_of({k: np.array(v) for k, v in at.items()}, tau) - (TRUTH["fresh"] - 1)
+    saved = load(tmp_path)
+    for name, v in FACTORS.items():
+        gap = saved.predict(**at, router=name) - saved.coefficients["fresh"] + 1
+        assert gap.item() == pytest.approx(np.exp(v) * expected, rel=0.1)
+
+
+def test_routers_of_one_number_of_experts_do_not_tell_active_from_total():
+    """Their factor e^.5 is as good an explanation as their parameters: no false alarm."""
+    both = {"top2": 0.5, "choice": 0.5}
+    for tau in (0.0, 1.0):
+        runs = routed(tau, experts=(8.0,), factors=both)
+        said = verdict(compare(runs, ["gap_active", "gap_total"], np.inf))
+        assert "less supported" not in said
+        if tau == 0.0:  # were the factors not known, the wrong one would be supported
+            unnamed = {k: v for k, v in runs.columns.items() if k != "router"}
+            said = verdict(compare(Runs(unnamed, runs.source), ["gap_active", "gap_total"], np.inf))
+            assert said.startswith("The data support gap_total")
+
+
+def alarms(tables, sd, made=table):
     """Verdicts that count the truth as less supported, and those that find it, of 2 x tables."""
     false = found = 0
     for tau, true in ((0.0, "gap_active"), (1.0, "gap_total")):
         for seed in range(tables):
-            said = verdict(compare(table(tau, seed, sd), ["gap_active", "gap_total"], np.inf))
+            said = verdict(compare(made(tau, seed, sd), ["gap_active", "gap_total"], np.inf))
             false += f"{true} (" in said.partition("less supported")[2]
             found += said.startswith(f"The data support {true};")
     return false, found
@@ -160,6 +211,15 @@ def test_the_verdict_raises_no_false_alarm():
     assert alarms(3, 0.02) == (0, 6)
     false, found = alarms(30, 0.3)
     assert false <= 3 and found < 30  # of 60
+
+
+@pytest.mark.slow
+def test_the_verdict_raises_no_false_alarm_between_routers():
+    assert alarms(6, 0.02, routed) == (0, 12)
+    false, _ = alarms(15, 0.1, routed)
+    assert false <= 2  # of 30
+    alike = partial(routed, experts=(8.0,), factors={"top2": 0.5, "choice": 0.5})
+    assert alarms(15, 0.02, alike) == (0, 0)
 
 
 def write_csv(path, runs, **more):

@@ -1,10 +1,15 @@
 """Figures of scaling laws: their artists against the runs and the fit that they show."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.optimum_plots import optimum_of_surface
 from moe_ablm.scaling.plots import draw_all
+from moe_ablm.scaling.resampling import Bootstrap
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import Analysis, Question, analyse
 
@@ -134,3 +139,26 @@ def test_kinds_differ_in_marker_and_line_style():
     assert len({x.get_marker() for x in kinds}) == len({x.get_linestyle() for x in kinds}) == 3
     drawn = [x for x in axes.lines if len(x.get_xdata()) > 10 and x.get_marker() == "None"]
     assert {x.get_linestyle() for x in drawn} == {x.get_linestyle() for x in kinds}
+
+
+@pytest.mark.filterwarnings("error")
+def test_optima_that_lie_far_off_leave_the_axes_to_the_runs():
+    """Exponents near 0 put N_opt beyond all floats."""
+    made = fit_law(grid(), "chinchilla")
+    far = made.theta.copy()
+    far[[made.law.index("alpha"), made.law.index("beta")]] = 1e-3
+    far[made.law.index("A")] += 5.0
+    theta = np.concatenate([np.repeat(made.theta[None], 39, axis=0), far[None]])
+    boot = Bootstrap(theta, np.ones(40, bool), {}, {}, "runs")
+    for fit, drawn in ((made, 1), (replace(made, theta=far), 0)):
+        figure = optimum_of_surface(fit, boot)
+        figure.savefig(io.BytesIO(), format="svg")
+        for axes, role in zip(figure.axes, ("params", "tokens"), strict=True):
+            (line,) = axes.lines
+            shown = line.get_ydata()[np.isfinite(line.get_ydata())]
+            assert (shown.size > 0) == drawn
+            low, high = axes.get_ylim()
+            assert low > 1e-4 * made.runs[role].min() and high < 1e4 * made.runs[role].max()
+    (n_opt,) = [q for q in made.law.derived(made.centre, {"flops": 1e25}) if q.name == "N_opt"]
+    assert n_opt.function(far[None])[0] > 1000.0
+    assert np.isfinite(n_opt.report(n_opt.function(far[None])))

@@ -61,6 +61,9 @@ def exponent(
     return Parameter(name, meaning, low, high, search=search)
 
 
+LARGEST_LOG = 700.0  # of a float: ln 1.8e308 is 709.8
+
+
 @dataclass(frozen=True)
 class Derived:
     """A quantity computed from the internal parameters: `function(theta [B, K]) -> [B]`.
@@ -76,7 +79,10 @@ class Derived:
     unit: float = 1.0  # `function` returns the quantity in this unit
 
     def report(self, value: np.ndarray | float) -> np.ndarray:
-        return np.exp(value) if self.log else np.asarray(value) * self.unit
+        """The quantity in natural units, at most e^700 where exponents near 0 put it further."""
+        if self.log:
+            return np.exp(np.minimum(value, LARGEST_LOG))
+        return np.asarray(value) * self.unit
 
 
 def with_gradient(function: Callable[[np.ndarray], np.ndarray]) -> WithGradient:

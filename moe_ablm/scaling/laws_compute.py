@@ -81,6 +81,13 @@ class ComputeSlopes(Compute):
     name = "compute_slopes"
     equation = "L = L_inf + A_r C^-alpha_r, a kind r; A_r C^-alpha_r = A (gain C)^-alpha"
 
+    @classmethod
+    def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
+        """Of one kind it is law compute."""
+        told = [columns[name] for name in ("router", "experts") if name in columns]
+        several = "router" in columns and len(set(zip(*told, strict=True))) > 1
+        return super().applies(columns) and several
+
     def _of_kinds(self) -> list[Parameter]:
         return [
             made

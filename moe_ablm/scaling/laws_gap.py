@@ -5,8 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
-from moe_ablm.scaling.laws import Derived, Parameter, SmoothLaw, Term, coefficient, exponent
+from moe_ablm.scaling.laws import (
+    Derived,
+    Parameter,
+    SmoothLaw,
+    Term,
+    coefficient,
+    exponent,
+    routers_of,
+)
 from moe_ablm.scaling.laws_dense import penalty_term
+from moe_ablm.scaling.router_effects import FACTOR, FACTOR_SD, RouterEffects, effect_parameters
 
 OFFSET = 1.0  # nats added to a gap, which may be negative
 FRESH, P, DELTA, KAPPA, TAU = range(5)
@@ -18,11 +27,13 @@ class Gap(SmoothLaw):
     What size and tokens do to both losses alike is not in the gap, so that it tells whose
     parameters over-fit (tau) without their exponents. `fresh` is one plus the gap of a run that
     repeats nothing, which need not be 0: training losses are of dropout, and of other chains.
+    Where the runs name routers each has a factor exp(v_r) on P, shrunk toward 1: what a router does
+    by itself is not taken for its number of parameters.
     """
 
     name = "gap"
     equation = (
-        "1 + gap = fresh + P R^delta (N_mem/U)^kappa, gap = validation - training loss, "
+        "1 + gap = fresh + P exp(v_r) R^delta (N_mem/U)^kappa, gap = validation - training loss, "
         "N_mem = N_active^(1-tau) N_total^tau, R = max(D/U - 1, 0)"
     )
     source = "this project; the over-fitting term of law joint"
@@ -31,13 +42,26 @@ class Gap(SmoothLaw):
     offset = OFFSET
     overfitting = P
     figure = "gap_against_repeats"
-    parameters = (
+    own: tuple[Parameter, ...] = (
         coefficient("fresh", "one plus the gap of a run that repeats nothing"),
         coefficient("P", "size of the over-fitting term"),
         exponent("delta", "exponent of repeats", 1e-3, 4.0, (0.2, 2.0)),
         exponent("kappa", "exponent of parameters per unique token", 1e-3, 4.0, (0.2, 2.0)),
         Parameter("tau", "over-fit active (0) or total (1) parameters", -1.0, 2.0, search=(0, 1)),
     )
+
+    def __init__(self, routers: tuple[str, ...] = ()) -> None:
+        super().__init__(routers)
+        self.v = RouterEffects(len(self.own), len(routers), FACTOR_SD)
+        self.parameters = (*self.own, *effect_parameters("v", routers, FACTOR))
+
+    @classmethod
+    def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Gap":
+        """With a factor of each router that the runs name.
+
+        A single one has it, too: with one number of experts nothing tells it from tau.
+        """
+        return cls(routers_of(columns) if {"experts", "router"} <= columns.keys() else ())
 
     @classmethod
     def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
@@ -48,11 +72,13 @@ class Gap(SmoothLaw):
         fresh, p, delta, kappa, tau = (theta[:, k, None] for k in range(5))
         extra = x.n_total - x.n
         ratio = x.n + tau * extra - x.u
-        value, log_repeats = penalty_term(p, delta, kappa, x.repeats, ratio)
-        return [
-            (np.broadcast_to(fresh, ratio.shape), [(FRESH, 1.0)]),
-            (value, [(P, 1.0), (DELTA, log_repeats), (KAPPA, ratio), (TAU, kappa * extra)]),
-        ]
+        v, by_v = self.v.of(theta, x)
+        value, log_repeats = penalty_term(p + v, delta, kappa, x.repeats, ratio)
+        by_value = [(P, 1.0), (DELTA, log_repeats), (KAPPA, ratio), (TAU, kappa * extra), *by_v]
+        return [(np.broadcast_to(fresh, ratio.shape), [(FRESH, 1.0)]), (value, by_value)]
+
+    def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        return self.v.penalty(theta) if self.routers else None
 
     def shift(self, theta: np.ndarray, centre: Centre) -> np.ndarray:
         out = np.array(theta)
@@ -68,7 +94,7 @@ class Gap(SmoothLaw):
             )
         ]
         if all(name in target for name in self.needs if name != "loss"):
-            x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre)
+            x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre, self.routers)
 
             def gap(t: np.ndarray) -> np.ndarray:
                 return np.exp(self.log_loss(t, x)[:, 0]) - OFFSET
@@ -81,7 +107,9 @@ class GapActive(Gap):
     """Over-fitting by active parameters, as of a dense model of the same compute."""
 
     name = "gap_active"
-    equation = "1 + gap = fresh + P R^delta (N_active/U)^kappa, gap = validation - training loss"
+    equation = (
+        "1 + gap = fresh + P exp(v_r) R^delta (N_active/U)^kappa, gap = validation - training loss"
+    )
     defaults = {"tau": 0.0}
 
 
@@ -89,5 +117,7 @@ class GapTotal(Gap):
     """Over-fitting by all parameters."""
 
     name = "gap_total"
-    equation = "1 + gap = fresh + P R^delta (N_total/U)^kappa, gap = validation - training loss"
+    equation = (
+        "1 + gap = fresh + P exp(v_r) R^delta (N_total/U)^kappa, gap = validation - training loss"
+    )
     defaults = {"tau": 1.0}

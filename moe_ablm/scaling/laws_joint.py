@@ -7,7 +7,6 @@ import numpy as np
 from moe_ablm.scaling.compute import SIX_N_D, Cost, cost_of
 from moe_ablm.scaling.inputs import Centre, Inputs, Target
 from moe_ablm.scaling.laws import (
-    Derivative,
     Derived,
     Parameter,
     Term,
@@ -28,6 +27,7 @@ from moe_ablm.scaling.laws_dense import (
     penalty_term,
 )
 from moe_ablm.scaling.laws_moe import e_max_of_one, effective_experts
+from moe_ablm.scaling.router_effects import FACTOR, FACTOR_SD, RouterEffects, effect_parameters
 
 MU, E_MAX, TAU = 8, 9, 10  # after the parameters of b2
 SHARED = (
@@ -43,8 +43,7 @@ SHARED = (
     Parameter("E_max", "where more experts stop helping", 0.7, 13.8, True, search=(2.0, 7.0)),
     exponent("tau", "memory follows active (0) or total (1) parameters", -1.0, 2.0, (0.0, 1.0)),
 )
-# Prior standard deviations of the router effects: an exponent of .1 and a factor of e.
-ROUTER_SD = {"u": 0.1, "v": 1.0}
+EXPONENT_SD = 0.1  # prior of a router's difference in mu
 
 
 class Joint(DataConstrainedB2):
@@ -72,15 +71,14 @@ class Joint(DataConstrainedB2):
         self.defaults: Mapping[str, float] = {}
         # The effects of a single router are part of mu and P.
         self.effects = routers if len(routers) > 1 else ()
-        effects = [
-            Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0))
-            for kind, meaning in (
-                ("u", "this router's difference in mu"),
-                ("v", "log of this router's factor on the penalty"),
-            )
-            for r in self.effects
-        ]
-        self.parameters = (*SHARED, *effects)
+        count = len(self.effects)
+        self.u = RouterEffects(len(SHARED), count, EXPONENT_SD)
+        self.v = RouterEffects(len(SHARED) + count, count, FACTOR_SD)
+        self.parameters = (
+            *SHARED,
+            *effect_parameters("u", self.effects, "this router's difference in mu"),
+            *effect_parameters("v", self.effects, FACTOR),
+        )
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
@@ -94,7 +92,8 @@ class Joint(DataConstrainedB2):
             theta[:, k, None] for k in range(11)
         )
         log_e, _, by_e_max = effective_experts(x.experts, np.zeros_like(e_max), e_max)
-        u, v, u_derivatives, v_derivatives = self._effects(theta, x)
+        u, u_derivatives = self.u.of(theta, x)
+        v, v_derivatives = self.v.of(theta, x)
         log_n = x.n + (mu + u) * log_e
         extra = x.n_total - x.n
         ratio = x.n + tau * extra - x.u
@@ -115,37 +114,17 @@ class Joint(DataConstrainedB2):
             ),
         ]
 
-    def _effects(
-        self, theta: np.ndarray, x: Inputs
-    ) -> tuple[np.ndarray, np.ndarray, list[Derivative], list[Derivative]]:
-        """Router effects of each run `[B, n]`, and the indicator of each router `[n]`."""
-        u = np.zeros((theta.shape[0], x.size))
-        v = np.zeros_like(u)
-        u_derivatives: list[Derivative] = []
-        v_derivatives: list[Derivative] = []
-        for i in range(len(self.effects)):
-            here = np.asarray(x.router == i, float)
-            k_u, k_v = len(SHARED) + i, len(SHARED) + len(self.effects) + i
-            u += theta[:, k_u, None] * here
-            v += theta[:, k_v, None] * here
-            u_derivatives.append((k_u, here))
-            v_derivatives.append((k_v, here))
-        return u, v, u_derivatives, v_derivatives
-
     def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         if not self.effects:
             return None
-        sd = np.repeat([ROUTER_SD["u"], ROUTER_SD["v"]], len(self.effects))
-        z = theta[:, len(SHARED) :] / sd
-        gradient = np.zeros_like(theta)
-        gradient[:, len(SHARED) :] = z / sd
-        return 0.5 * np.sum(z**2, axis=1), gradient
+        (u, by_u), (v, by_v) = self.u.penalty(theta), self.v.penalty(theta)
+        return u + v, by_u + by_v
 
     def derived(self, centre: Centre, target: Target) -> list[Derived]:
         out = super().derived(centre, target)
         for i, router in enumerate(self.effects):
 
-            def mu(t: np.ndarray, k: int = len(SHARED) + i) -> np.ndarray:
+            def mu(t: np.ndarray, k: int = self.u.first + i) -> np.ndarray:
                 return t[:, MU] + t[:, k]
 
             meaning = "mu + u of this router, which the data know better than its parts"

@@ -9,6 +9,8 @@ from moe_ablm.scaling.parabola_fit import ParabolaFit
 from moe_ablm.scaling.resampling import Bootstrap
 from moe_ablm.scaling.result import SmoothFit
 
+REACH = 1e3  # times beyond the runs that an optimum is drawn
+
 
 def optimum_of_budgets(made: ParabolaFit) -> Figure:
     """N_opt and D_opt of each budget against C, with their bars and lines."""
@@ -37,19 +39,24 @@ def optimum_of_budgets(made: ParabolaFit) -> Figure:
 def optimum_of_surface(made: SmoothFit, boot: Bootstrap | None) -> Figure | None:
     """N_opt and D_opt of a surface against C, with the band of the bootstrap draws.
 
-    None where the law derives no best size from a compute.
+    None where the law derives no best size from a compute. What lies more than `REACH` times
+    beyond the runs, as of draws with exponents near 0, is not drawn: the axis would show it alone.
     """
     if _optimum(made, "N_opt", 1.0) is None:
         return None
     figure, panels = _optimum_panels()
     flops = np.geomspace(made.runs.flops().min(), made.runs.flops().max(), 30)
     draws = made.theta[None] if boot is None else boot.usable[:1000]
-    for axes, name in zip(panels, ("N_opt", "D_opt"), strict=True):
+    for axes, name, role in zip(panels, ("N_opt", "D_opt"), ("params", "tokens"), strict=True):
         found = [f for c in flops if (f := _optimum(made, name, c))]
-        values = np.exp([[f(made.theta[None])[0], *_ends(f(draws))] for f in found])
-        axes.plot(flops, values[:, 0], "r-", lw=1.3)
+        logs = np.array([[f(made.theta[None])[0], *_ends(f(draws))] for f in found])
+        ran = np.log(made.runs[role])
+        low, high = ran.min() - np.log(REACH), ran.max() + np.log(REACH)
+        line = np.where((logs[:, 0] > low) & (logs[:, 0] < high), logs[:, 0], np.nan)
+        axes.plot(flops, np.exp(line), "r-", lw=1.3)
         if boot is not None:
-            axes.fill_between(flops, values[:, 1], values[:, 2], color="r", alpha=0.18, lw=0)
+            ends = np.exp(np.clip(logs[:, 1:], low, high))
+            axes.fill_between(flops, ends[:, 0], ends[:, 1], color="r", alpha=0.18, lw=0)
     return figure
 
 
