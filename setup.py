@@ -58,6 +58,7 @@ setup(
         "wandb": ["wandb>=0.31,<1"],
         "trackio": ["trackio>=0.43,<1"],
         "mlflow": ["mlflow-skinny>=3.17,<4"],
+        "stores": ["s3fs>=2025.5", "gcsfs>=2025.5"],  # drivers of `s3://` and `gs://`
         "hf": ["torch>=2.6,<=2.13.0", "transformers>=5.0,<6"],
         "aot": [  # compilers for TPUs and GPUs that are not here; versions follow jax's
             "jax[tpu,cuda12-local]",

@@ -23,6 +23,7 @@ from launch.ended import ATTEMPT, FINAL
 from launch.meshes import Hardware, hardware
 from launch.settings import Setting, add_options, given, resolve
 from moe_ablm.errors import UserError
+from moe_ablm.files import address_of
 from moe_ablm.outcome import VARIABLE
 
 API = "jobset.x-k8s.io/v1alpha2"
@@ -256,7 +257,7 @@ def _check_place(cell: Cell, settings: dict[str, str | None]) -> None:
         name, _, value = argument.partition("=")
         if name != "--config.data.path" or value == "None":  # None: made in the pod
             continue
-        if not Path(value).is_relative_to(mount):
+        if not (address_of(value) or Path(value).is_relative_to(mount)):
             raise UserError(
                 f"--data {value} is not on the volume, which is mounted at {mount}: no pod would "
                 "find it"

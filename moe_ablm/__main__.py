@@ -15,6 +15,7 @@ from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import ArgumentError
 from moe_ablm.preemption import Interrupts, leave
+from moe_ablm.stores import at_hand
 
 # each in the module of moe_ablm.verbs of its name, imported only for that verb
 VERBS = {
@@ -75,7 +76,8 @@ def _carry_out(argv: list[str], interrupts: Interrupts) -> int | None:
             raise ArgumentError(name, value, "expected a number")
     if SHARED.get(arguments.verb, arguments.verb) in RESUMED and getattr(arguments, "out", None):
         interrupts.after = "the same command goes on after what is done"
-    return arguments.carry_out(arguments)
+    with at_hand(arguments):
+        return arguments.carry_out(arguments)
 
 
 def parser_of(named: str | None) -> argparse.ArgumentParser:

@@ -60,8 +60,8 @@ def load(
     """A model of a trained run, of what `import` or `upcycle` wrote, or of the Hugging Face hub.
 
     Args:
-      run: its directory; `hf:ORG/NAME[@REVISION]`; or `transformers:DIR`, a masked language model
-        that transformers loads.
+      run: its directory, or its address in an object store; `hf:ORG/NAME[@REVISION]`; or
+        `transformers:DIR`, a masked language model that transformers loads.
       precision: "float32", "bfloat16_operands" (faster on CPUs with AMX) or "bfloat16".
       devices: how many share the work.
       batch_tokens: at most so many tokens at once, padding included.
@@ -80,8 +80,9 @@ def load(
     named = parse_germlines(germlines if isinstance(germlines, str) else ",".join(germlines))
     from moe_ablm.antibody_model import KINDS, AntibodyModel
     from moe_ablm.inference.engines import engine_of
+    from moe_ablm.stores import fetched_run
 
-    model = engine_of(run, precision, devices, batch_tokens, "run", KINDS)
+    model = engine_of(fetched_run(run, "run"), precision, devices, batch_tokens, "run", KINDS)
     assert isinstance(model, AntibodyModel)  # both kinds are
     model.germlines = named
     return model

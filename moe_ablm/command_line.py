@@ -12,7 +12,6 @@ from moe_ablm.config_file import load
 from moe_ablm.config_keys import expected, require_key
 from moe_ablm.config_schema import Config
 from moe_ablm.errors import UserError
-from moe_ablm.files import require_local
 
 _WRONG_VALUE = re.compile(r"flag --(config\.[\w.]+)=(.*?): ", re.DOTALL)
 
@@ -29,7 +28,6 @@ def parse(argv: list[str]) -> tuple[Config, Path, int | None]:
     config = _read(argv, values)
     if not values.workdir:
         raise UserError("--workdir is missing: --config=FILE.py --workdir=DIR")
-    require_local(values.workdir, "--workdir")
     return config, Path(values.workdir), values["extend-to"].value
 
 

@@ -22,15 +22,26 @@ STORES = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive", "s3a": ""
           "abfs": "", "abfss": "", "hdfs": "hdfs dfs -get"}  # fmt: skip
 
 
-def in_store(path: Path | str) -> str | None:
-    """What to say of a path that names an object store, which has no locks and no renames.
+def address_of(path: Path | str) -> str | None:
+    """The address that a path names in an object store, also where a `Path` has lost a slash.
 
     None of any other path.
     """
     scheme, colon, rest = str(path).partition(":/")
     if not colon or scheme not in STORES:
         return None
-    address = f"{scheme}://{rest.lstrip('/')}"
+    return f"{scheme}://{rest.strip('/')}"
+
+
+def in_store(path: Path | str) -> str | None:
+    """What to say of a path that names an object store, which has no locks and no renames.
+
+    None of any other path.
+    """
+    address = address_of(path)
+    if address is None:
+        return None
+    scheme = address.partition(":")[0]
     how = f" ({STORES[scheme]} {address} DIR)" if STORES[scheme] else ""
     return (
         f"{address} is in an object store, and files are locked, renamed and mapped here: name a "

@@ -2,7 +2,8 @@
 
     --config=FILE.py[:ARGUMENTS]   a config file (configs/), with arguments if it takes any
     --config.a.b=VALUE             override of one key (configs/base.py explains them all)
-    --workdir=DIR                  where the run lives; the same command again resumes it
+    --workdir=DIR                  where the run lives; the same command again resumes it; an
+                                   address in an object store as well (docs/stores.md)
     --extend-to=STEPS              goes on with a run that is there, beyond its last step
 
 Exit codes: 0 done, or saved on SIGTERM or SIGUSR1; 130 saved on Ctrl-C; 2 the input or the machine
@@ -85,15 +86,17 @@ def _trained(argv: list[str]) -> tuple[dict, str]:
         config, workdir, steps = parse(argv)
         from moe_ablm import trainer
         from moe_ablm.extension import plan_extension
+        from moe_ablm.mirror import mirrored
         from moe_ablm.parallel import multihost
 
         multihost.start()
         try:
-            extension = plan_extension(config, workdir, steps) if steps else None
-            if extension and extension.note and multihost.is_first():
-                print(extension.note)
-            longer = extension.config if extension else config
-            summary = trainer.run(longer, workdir, extension, again(argv[1:]))
+            with mirrored(workdir) as place:
+                extension = plan_extension(config, place, steps) if steps else None
+                if extension and extension.note and multihost.is_first():
+                    print(extension.note)
+                longer = extension.config if extension else config
+                summary = trainer.run(longer, place, extension, again(argv[1:]))
         except Exception as error:
             if not is_full_disk(error):
                 raise

@@ -34,6 +34,7 @@ from moe_ablm.preemption import stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
+from moe_ablm.stores import fetched, fetched_run
 from moe_ablm.summary import RunRecord, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints
@@ -130,14 +131,15 @@ def open_datasets(config: Config) -> list[Dataset]:
         pairs = config.data.simulated_pairs
         multihost.from_first(lambda: str(simulated_dataset(pairs)))
         return [Dataset(simulated_dataset(pairs))]
-    return [Dataset(path) for path in (paths if isinstance(paths, tuple) else (paths,))]
+    given = paths if isinstance(paths, tuple) else (paths,)
+    return [Dataset(fetched(path, "config.data.path")) for path in given]
 
 
 def starting_model(config: Config) -> Model | None:
     """The model of `train.init`; None: the run starts from random parameters."""
     if config.train.init is None:
         return None
-    model = load_model(config.train.init, "config.train.init")
+    model = load_model(fetched_run(config.train.init, "config.train.init"), "config.train.init")
     model.require_head("config.train.init")
     require_same_function(model, config.model.spec())
     return model

@@ -20,6 +20,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.families import RowShape
+from moe_ablm.stores import fetched
 from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
 
@@ -142,7 +143,7 @@ def _data(config: Config) -> _Data:
 
 @functools.lru_cache(maxsize=32)
 def _open(path: str | Path) -> Dataset:
-    return Dataset(path)
+    return Dataset(fetched(path, "config.data.path"))
 
 
 def unplanned_flags(rest: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from launch.settings import resolve
 from launch.state import COMPLETE, CellState, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError, counted
-from moe_ablm.files import require_local
+from moe_ablm.files import address_of, require_local
 from sweeps.cost import DEVICES, START, cost_table, rate_of, wide_console
 from sweeps.device import planned_device
 from sweeps.grid import Point, Recipe
@@ -32,7 +32,7 @@ SIMULATED = "simulated"  # --data of the embedded dataset
 
 def data_path(text: str) -> str | None:
     """`--data` as a value of `data.path`: absolute, or None for the embedded dataset."""
-    return None if text == SIMULATED else str(Path(text).resolve())
+    return None if text == SIMULATED else address_of(text) or str(Path(text).resolve())
 
 
 def without_data(options: argparse.Namespace, default: str) -> argparse.Namespace:

@@ -101,7 +101,7 @@ def _trained(run: Path, name: str) -> Model:
             "config.json that the trainer wrote"
         ) from error
     records = read_records(run / "checkpoints")
-    step = _best(records)
+    step = best_step(records)
     params = read_parameters(run / "checkpoints" / str(step), parameter_shapes(spec), averaged)
     record = records[step]
     loss = _loss(step, record)
@@ -117,7 +117,7 @@ def _trained(run: Path, name: str) -> Model:
     return Model(spec, params, layout, length, source, regime, (), facts)
 
 
-def _best(records: dict[int, dict]) -> int:
+def best_step(records: dict[int, dict]) -> int:
     """The step with the lowest validation loss; the newest if no checkpoint was evaluated."""
     losses = {step: _loss(step, record) for step, record in records.items()}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_ablm.files import in_store
+from moe_ablm.stores import DRIVERS
 
 # a directory of such a name would be taken for a file by whoever finds it
 FILE_ENDINGS = (
@@ -57,7 +58,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _named(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
-    if refused := in_store(text):
+    if (refused := in_store(text)) and text.partition(":")[0] not in DRIVERS:
         raise argparse.ArgumentTypeError(refused)
     try:
         Path(text).exists()
@@ -68,7 +69,9 @@ def _named(text: str) -> Path:
 
 
 def _within_reach(path: Path) -> Path:
-    """The path, if it can be made where it is to be."""
+    """The path, if it can be made where it is to be; of a store that is seen later."""
+    if in_store(path):
+        return path
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent

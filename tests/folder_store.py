@@ -1,0 +1,78 @@
+"""A store for tests that several processes see: `s3://` is a folder, through fsspec.
+
+As in S3, an object is replaced as a whole, and a bucket that is not there is an error. Real clients
+talk to real fakes in test_stores_live.py.
+"""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+FOLDER = "MOE_ABLM_TEST_STORE"  # the folder, whose folders are buckets
+DIE_AT = "MOE_ABLM_TEST_DIE_AT"  # end of the name of an object at which the process kills itself
+
+
+class FolderStore(LocalFileSystem):
+    """What `s3://` is after `register`.
+
+    `fault(operation, name)` is called before each operation, and may raise.
+    """
+
+    fault = staticmethod(lambda operation, name: None)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        path = str(path).rstrip("/")
+        return f"{os.environ[FOLDER]}/{path[5:]}" if path.startswith("s3://") else path
+
+    def _begin(self, operation, path):
+        name = self._strip_protocol(path).removeprefix(os.environ[FOLDER]).lstrip("/")
+        FolderStore.fault(operation, name)
+        if not (Path(os.environ[FOLDER]) / name.split("/")[0]).is_dir():
+            raise FileNotFoundError(2, "The specified bucket does not exist")
+
+    def find(self, path, **options):
+        self._begin("find", path)
+        return super().find(path, **options)
+
+    def exists(self, path, **options):
+        self._begin("exists", path)
+        return super().exists(path, **options)
+
+    def get_file(self, source, target, **options):
+        self._begin("get", source)
+        shutil.copyfile(self._strip_protocol(source), target)
+
+    def put_file(self, source, target, **options):
+        if os.environ.get(DIE_AT) and target.endswith(os.environ[DIE_AT]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.pipe_file(target, Path(source).read_bytes())
+
+    def pipe_file(self, target, value, **options):
+        self._begin("put", target)
+        path = Path(self._strip_protocol(target))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent.parent / f"{path.name}.{os.getpid()}"
+        temporary.write_bytes(value)
+        temporary.replace(path)
+
+    def cat_file(self, path, **options):
+        self._begin("cat", path)
+        return Path(self._strip_protocol(path)).read_bytes()
+
+    def rm_file(self, path):
+        self._begin("rm", path)
+        Path(self._strip_protocol(path)).unlink()
+
+
+def register(folder: Path) -> Path:
+    """Makes `s3://` this folder, with a bucket; returns the folder of the bucket."""
+    os.environ[FOLDER] = str(folder)
+    FolderStore.fault = staticmethod(lambda operation, name: None)
+    fsspec.register_implementation("s3", FolderStore, clobber=True)
+    (folder / "bucket").mkdir(parents=True, exist_ok=True)
+    return folder / "bucket"
