@@ -39,6 +39,7 @@ from moe_ablm.stores import (
     Store,
     StoreError,
     place_of,
+    say,
     split_checkpoints,
     whole_steps,
 )
@@ -208,7 +209,10 @@ class Mirror:
             for name in names
         }  # fmt: skip
         self._sent = dict.fromkeys(there, "")
-        for name in sorted(set(there) - partial):
+        wanted = sorted(set(there) - partial)
+        if wanted:
+            say(self._store.address, "fetching", [there[name].bytes for name in wanted])
+        for name in wanted:
             self._store.get(name, self.place / name, there[name].bytes)
             self._sent[name] = _state(self.place / name)
 

@@ -33,6 +33,8 @@ _VERSION = ("ETag", "etag", "generation", "LastModified", "updated", "mtime", "c
 _STEP = re.compile(r"checkpoints/(\d+)/(.+)")
 # of a run, what nobody reads who does not compute with it
 _BULKY = ("checkpoints", "tensorboard", "profile", "damaged")
+# how drivers say that they, or their credentials, are refused
+_REFUSED = re.compile("credential|denied|forbidden|unauthori[sz]ed|anonymous caller", re.IGNORECASE)
 # flags of verbs: what is read, and what is written
 _INPUTS, _OUTPUTS = ("run", "input", "data", "contigs", "germlines"), ("out", "figures", "report")
 _ADDRESS = re.compile(rf"(?:^|(?<=[=,:]))(?:{'|'.join(DRIVERS)}):/+[^,]+")
@@ -145,8 +147,7 @@ class Store:
             text = " ".join(str(error).split())[:200] or type(error).__name__
             if isinstance(error, FileNotFoundError):
                 raise Gone(f"{self.what} is not there ({text}): check bucket and name") from error
-            kind = f"{type(error).__name__} {text}".lower()
-            if isinstance(error, PermissionError) or "credential" in kind or "denied" in kind:
+            if isinstance(error, PermissionError) or _REFUSED.search(f"{type(error)} {text}"):
                 raise StoreError(
                     f"{self.what}: access refused ({text}): check the credentials "
                     "(docs/stores.md names their variables) and their rights"
@@ -212,7 +213,7 @@ def _update(store: Store, place: Path, wanted: Callable[[str], bool]) -> None:
     if place.is_dir() and "" in there or place.is_file() and "" not in there:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
     if missing:
-        _say(store.address, "fetching", [there[name].bytes for name in missing])
+        say(store.address, "fetching", [there[name].bytes for name in missing])
     for name in missing:
         store.get(name, place / name if name else place, there[name].bytes)
         have[name] = there[name].version
@@ -226,7 +227,8 @@ def _read_account(file: Path) -> dict[str, str]:
         return {}
 
 
-def _say(address: str, what: str, sizes: list[int]) -> None:
+def say(address: str, what: str, sizes: list[int]) -> None:
+    """Tells on stderr how much is copied."""
     print(
         f"{address}: {what} {counted(len(sizes), 'file')}, {sum(sizes) / 1e6:,.1f} MB",
         file=sys.stderr,
@@ -300,9 +302,14 @@ def at_hand(args: argparse.Namespace) -> Iterator[None]:
     for name in read:
         given[name] = _local(given[name], name, args.verb)
     given.update({name: output.place for name, output in outputs.items()})
-    yield
-    for output in outputs.values():
-        output.copy_up()
+    try:
+        yield
+        for output in outputs.values():
+            output.copy_up()
+    finally:
+        for output in outputs.values():
+            with suppress(OSError):  # not empty: the same command goes on there
+                output.place.parent.rmdir()
 
 
 def _text(value: Any) -> str:
@@ -358,7 +365,7 @@ class _Output:
             raise StoreError(
                 f"{error}: it is whole in {kept / self.place.name}, copy it from there"
             ) from error
-        _say(self._store.address, "copied", [path.stat().st_size for path in files])
+        say(self._store.address, "copied", [path.stat().st_size for path in files])
         shutil.rmtree(self.place.parent, ignore_errors=True)
 
 

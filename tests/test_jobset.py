@@ -320,7 +320,7 @@ def test_what_cannot_be(given, message):
 def test_data_must_be_on_the_volume():
     with pytest.raises(UserError, match="--data /data/pairs is not on the volume"):
         manifest(cell(("-m", "x", "--config.data.path=/data/pairs")), resolved())
-    for good in ("/runs/pairs", "None"):
+    for good in ("/runs/pairs", "None", "gs://bucket/pairs"):
         manifest(cell(("-m", "x", f"--config.data.path={good}")), resolved())
 
 

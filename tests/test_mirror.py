@@ -13,7 +13,7 @@ from conftest import command, tiny_config, tiny_flags
 from folder_store import DIE_AT, FOLDER, FolderStore, register
 
 from moe_ablm import mirror as mirrors
-from moe_ablm import trainer
+from moe_ablm import train, trainer
 from moe_ablm.errors import UserError
 from moe_ablm.mirror import Mirror, mirrored
 from moe_ablm.results import read_results
@@ -46,7 +46,8 @@ def checkpoint(run: Path, step: int, text: str = "") -> None:
     for name in ("state/d/0", "state/manifest", "record/metadata", "commit_success.txt"):
         path = run / "checkpoints" / str(step) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{step}{text}")
+        # the same marker whatever it marks, as that of orbax
+        path.write_text("" if name == "commit_success.txt" else f"{step}{text}")
 
 
 def results(run: Path, last: int) -> None:
@@ -336,6 +337,25 @@ def test_a_path_is_worked_in_as_it_is(tmp_path):
         assert place == tmp_path / "w"
     with pytest.raises(UserError, match="--workdir az://b/r is in an object store"):
         mirrored(Path("az://b/r")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(UNREACHABLE), "cannot be reached ([Errno 101] Network is unreachable)"),
+        (PermissionError(13, "Access Denied"), "access refused ("),
+        (FileNotFoundError(2, "no such bucket"), "is not there ("),
+    ],
+)
+def test_a_store_that_refuses_is_a_line_before_anything_is_computed(error, line, bucket, capsys):
+    def fault(operation, name):
+        raise error
+
+    FolderStore.fault = staticmethod(fault)
+    assert train.main(["train", *tiny_flags(), f"--workdir={ADDRESS}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"moe_ablm: --workdir {ADDRESS}") and line in err
 
 
 CHANGES = {"eval__every": 4, "checkpoint__keep": 9}

@@ -250,6 +250,26 @@ def test_an_output_that_cannot_be_copied_up_is_kept(bucket, main):
     assert main(*flags, "--overwrite").returncode == 0
 
 
+def test_a_run_and_a_sweep_take_their_data_from_a_store(pairs, bucket, main):
+    from conftest import tiny_config
+
+    from moe_ablm.trainer import open_datasets
+    from sweeps.study import data_path
+
+    assert main("prepare", "--input", pairs, "--out", bucket / "d").returncode == 0
+    (dataset,) = open_datasets(tiny_config(data__path="s3://bucket/d"))
+    assert dataset.identity == Dataset(bucket / "d").identity
+    assert data_path("s3://bucket/d/") == "s3://bucket/d"
+    assert data_path("data/d") == str(Path.cwd() / "data/d")
+
+
+def test_a_model_is_loaded_from_a_store_in_python(bucket):
+    import moe_ablm
+
+    with pytest.raises(UserError, match="run s3://bucket/r is not there"):
+        moe_ablm.load("s3://bucket/r")
+
+
 REFUSED = {
     "nowhere to write": (
         ("simulate", "--pairs", "3", "--out", "s3://none/s.csv"),
