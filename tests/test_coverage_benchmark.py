@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 from benchmarks import coverage
 
 
@@ -30,3 +32,20 @@ def test_the_shares_are_those_of_the_tables():
     }
     cells = [list(column.cells) for column in coverage.table_of(done).columns]
     assert cells[2] == ["4", "4"] and str(cells[3][0]) == "alpha 75.0"
+
+
+def test_every_case_is_fitted_at_its_truth(tmp_path, capsys):
+    """A cheap one to the end; of all, the truth is a law's and the grid has its columns."""
+    for case in coverage.CASES.values():
+        runs = coverage.simulate(case, 0)
+        law = coverage.saved_law(case.law, case.routers, case.covariates)
+        assert set(case.truth) == set(law.names) and set(law.needs) <= {*runs.columns, "experts"}
+        assert np.isfinite(runs["loss"]).all()
+    out = tmp_path / "quick.jsonl"
+    flags = ["--quick", "--law", "chinchilla", "--tables", "60", "--out", str(out)]
+    coverage.main(flags)
+    lines = map(json.loads, out.read_text().splitlines())
+    shares = [line["inside"]["standard error"] for line in lines]
+    assert set(shares[0]) == set(coverage.DENSE)
+    assert 0.85 < np.mean([list(share.values()) for share in shares]) < 0.99
+    assert "standard error" in capsys.readouterr().out
