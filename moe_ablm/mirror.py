@@ -9,7 +9,8 @@ order that leaves the store at every moment with a run that resumes:
 3. only then what is gone here is removed there, the marker of a checkpoint first;
 4. `run.json`, which may say that the run is complete.
 
-Where `config.json` has changed (the run was extended), what was set aside is removed before.
+What was set aside (damaged, or since the run was extended) is removed before. Files that a run never
+removes, and are gone here, say that somebody cleared the copy: then the store stays as it is.
 
 In the place of the lock there is a lease: an object with the holder and a number that grows every
 `BEAT` seconds. Another process takes the run when the number has stood still for `EXPIRY` seconds;
@@ -52,7 +53,7 @@ EXPIRY = 60.0  # seconds without one after which another process may take the ru
 PATIENCE = 60.0  # seconds for which the end of a run tries to copy what is left
 PAUSE = 5.0  # seconds between these attempts
 SMALL = 1 << 16  # bytes up to which files are compared by content
-CONFIG, END = "config.json", "run.json"
+CONFIG, RESULTS, END = "config.json", "results.jsonl", "run.json"
 
 
 @contextmanager
@@ -80,18 +81,20 @@ def mirrored(workdir: Path) -> Iterator[Path]:
 class Mirror:
     """One work directory in a store and its copy here; `open` is its life.
 
-    `session.json` beside the copy has the tokens of the leases under which it was the newest, and
-    which state of each file is in the store.
+    The session, a file beside the copy, has a name of the copy that no other has, the tokens of the
+    leases under which it was the newest, and which state of each file is in the store.
     """
 
     def __init__(self, store: Store, place: Path):
         self._store, self.place = store, place
-        self._account = place.parent / "session.json"
+        self._account = place.with_name(f"{place.name}.session")
         self._token, self._beats = secrets.token_hex(8), 0
+        self._copy_name = secrets.token_hex(8)
         self._tokens: list[str] = []
         self._sent: dict[str, str] = {}  # objects, by name: the state of the file that they hold
         self._lost = ""  # why the store is somebody else's now
-        self._failures, self._told = 0, False
+        self._was_empty = False  # the store, when this process came
+        self._failures, self._told = 0, ""
 
     @contextmanager
     def open(self) -> Iterator[Path]:
@@ -99,15 +102,19 @@ class Mirror:
         self.place.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.place.parent / "lock"))
+                stack.enter_context(locked(self.place.with_name(f"{self.place.name}.lock")))
             except BlockingIOError as error:
                 raise UserError(
                     f"{FLAG} {self._store.address} is in use by another process of this machine"
                 ) from error
-            self._begin()
-            left, failed = "it was interrupted", True
+            continued = self._take()
+            left, failed = "", True
             try:
                 with _repeated(BEAT, self._beat):
+                    if not continued:  # this may take long, and others are to see that it lasts
+                        self._bring_in()
+                    self._begin()
+                    left = "it was interrupted"
                     try:
                         with _repeated(EVERY, self._attempt):
                             yield self.place
@@ -119,7 +126,8 @@ class Mirror:
 
     # the beginning
 
-    def _begin(self) -> None:
+    def _take(self) -> bool:
+        """Takes the lease; returns whether the copy here is the newest state of the run."""
         earlier = self._read_session()
         there = self._store.listing()
         adopted = there.pop(LEASE, None) is None
@@ -131,18 +139,24 @@ class Mirror:
                 f"{', '.join(some[:3])}{' ...' if some[3:] else ''}: name an empty place"
             )
         self._wait_for(lease)
+        self._was_empty = not there
         if adopted:  # a run that was copied there by other means: all its checkpoints count
             for step in split_checkpoints(there):
-                self._store.write(f"checkpoints/{step}/{COMMITTED}", "")
+                self._store.write(_marker(step), "")
         continued = bool(lease) and lease.get("token") in earlier
+        if continued:
+            known = {name: self._sent.get(name, "") for name in there}
+            continued = not self._is_cleared(self._files(), known)
+            self._sent = known if continued else self._sent
         # before the lease is: otherwise a kill in between would make this copy an old one
         self._tokens = [*earlier, self._token] if continued else []
         self._write_session()
         self._write_lease()
-        if continued:
-            self._sent = {name: self._sent.get(name, "") for name in there}
-        else:
-            self._bring_in()
+        return continued
+
+    def _begin(self) -> None:
+        if self._lost:
+            raise UserError(f"{FLAG} {self._store.address}: {self._lost}")
         self._tokens = [self._token]
         self._write_session()
         print(
@@ -157,17 +171,21 @@ class Mirror:
         """Tokens of the leases of this copy; what of it is in the store."""
         session = _parsed(self._account.read_text() if self._account.exists() else None)
         tokens, self._sent = session.get("tokens"), dict(session.get("sent") or {})
+        self._copy_name = session.get("copy") or self._copy_name
         return tokens if isinstance(tokens, list) else []
 
     def _write_session(self) -> None:
-        write_json(self._account, {"tokens": self._tokens, "sent": self._sent})
+        content = {"copy": self._copy_name, "tokens": self._tokens, "sent": self._sent}
+        write_json(self._account, content)
 
     def _wait_for(self, lease: dict) -> None:
         """Waits until a lease has ended.
 
-        That of a process that worked in the same copy has: this process has the copy's lock.
+        That of a process that worked in the same copy has: this process has the copy's lock. Host
+        and path do not tell copies apart: containers often have the same.
         """
-        if lease.get("ended", not lease) or lease.get("place") == self._place_name():
+        here = {"host": os.uname().nodename, "copy": self._copy_name}
+        if lease.get("ended", not lease) or here == {key: lease.get(key) for key in here}:
             return
         who = f"process {lease.get('process')} on {lease.get('host')}"
         end = time.monotonic() + EXPIRY
@@ -180,15 +198,12 @@ class Mirror:
             if now != lease:
                 raise UserError(f"{FLAG} {self._store.address} is in use by {who}")
 
-    def _place_name(self) -> str:
-        return f"{os.uname().nodename}:{self.place}"
-
     def _write_lease(self, ended: bool = False) -> None:
         content = {
             "token": self._token,
             "host": os.uname().nodename,
             "process": os.getpid(),
-            "place": self._place_name(),
+            "copy": self._copy_name,
             "beats": self._beats,
             "ended": ended,
         }
@@ -199,11 +214,11 @@ class Mirror:
         if any(_state(path) != self._sent.get(name) for name, path in self._files().items()):
             aside = self.place.with_name(f"{self.place.name}.{secrets.token_hex(4)}")
             self.place.rename(aside)
-            log.warning("%s went on elsewhere: what was not copied up is %s", self.place, aside)
+            log.warning("%s is fetched anew: what was not copied up is %s", self.place, aside)
         shutil.rmtree(self.place, ignore_errors=True)
         there = self._store.listing()
         whole = whole_steps(there)
-        del there[LEASE]
+        there.pop(LEASE, None)
         partial = {
             name for step, names in split_checkpoints(there).items() if step not in whole
             for name in names
@@ -212,9 +227,15 @@ class Mirror:
         wanted = sorted(set(there) - partial)
         if wanted:
             say(self._store.address, "fetching", [there[name].bytes for name in wanted])
+        # after a kill, a part of a copy must not look like work that was not copied up
+        part = self.place.with_name(f".{self.place.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
         for name in wanted:
-            self._store.get(name, self.place / name, there[name].bytes)
-            self._sent[name] = _state(self.place / name)
+            self._store.get(name, part / name, there[name].bytes)
+            self._sent[name] = _state(part / name)
+        self._write_session()
+        if wanted:
+            part.rename(self.place)
 
     # copying up
 
@@ -239,45 +260,87 @@ class Mirror:
             return str(error)
         except (StoreError, OSError) as error:
             self._failures += 1
-            if not self._told:
-                log.warning("%s: the run goes on, copies wait in %s", error, self.place)
-                self._told = True
-            return str(error)
+            if not self._lost:
+                self._warn("failed", "%s: the run goes on, copies wait in %s", error, self.place)
+                return str(error)
         if self._lost:
-            if not self._told:
-                log.warning("%s: nothing is copied up any more", self._lost)
-                self._told = True
+            self._warn("lost", "%s: nothing is copied up any more", self._lost)
             return self._lost
         if self._told:
             log.warning(
                 "%s is reached again after %s: all is copied up",
                 *(self._store.address, counted(self._failures, "failed attempt")),
             )
-            self._told = False
+            self._told = ""
         return ""
+
+    def _warn(self, about: str, line: str, *values: object) -> None:
+        """Says a line once, until there is another one to say."""
+        if self._told != about:
+            log.warning(line, *values)
+            self._told = about
 
     def _copy(self) -> None:
         # first, so that the results that are read afterwards know of each of these checkpoints
         files = self._files()
-        steps = split_checkpoints(files)
-        kept = {*files, *(f"checkpoints/{step}/{COMMITTED}" for step in steps)}
+        if self._is_cleared(files, self._sent):
+            raise StoreError(
+                f"files of {self.place} are gone: {self._store.address} stays as it is"
+            )
+        steps, torn = split_checkpoints(files), self._torn(files, self._sent)
+        whole = {step for step in steps if step not in torn}
+        kept = {*files, *map(_marker, whole)} - set(map(_marker, torn))
         gone = sorted(set(self._sent) - kept, key=lambda name: COMMITTED not in name)
         if self._sent.get(CONFIG) and self._changed(files, CONFIG):
-            self._remove(gone)
-            gone = []
+            first = gone
+        else:  # of what comes after the newest one here, results may no longer tell
+            late = split_checkpoints(gone)
+            first = [name for step in late if step > max(whole, default=-1) for name in late[step]]
+        self._remove(first)
         of_checkpoints = {name for names in steps.values() for name in names}
         for name in sorted(set(files) - of_checkpoints - {END}):
             self._put(files, name)
-        for step in sorted(steps):
+        for step in sorted(whole):
             if any(self._changed(files, name) for name in steps[step]):
-                self._put_checkpoint(f"checkpoints/{step}/", files, steps[step])
-        self._remove(gone)
+                self._put_checkpoint(step, files, steps[step])
+        self._remove([name for name in gone if name not in first])
         if END in files:
             self._put(files, END)
 
-    def _put_checkpoint(self, folder: str, files: dict[str, Path], names: list[str]) -> None:
-        marker = f"{folder}{COMMITTED}"
-        before = [name for name in self._sent if name.startswith(folder)]
+    def _torn(self, files: dict[str, Path], sent: dict[str, str]) -> set[int]:
+        """Steps of checkpoints that are being removed here: files are missing, and none is new."""
+        here = split_checkpoints(files)
+        return {
+            step
+            for step, names in split_checkpoints(sent).items()
+            if step in here
+            and not set(names) - {_marker(step)} <= set(here[step])
+            and all(sent.get(name) == _state(files[name]) for name in here[step])
+        }
+
+    def _is_cleared(self, files: dict[str, Path], sent: dict[str, str]) -> bool:
+        """Whether files are gone that a run never removes, as where somebody empties the cache.
+
+        Those are its config, its results, and its newest checkpoint, if it was not set aside.
+        """
+        if any(name in sent and name not in files for name in (CONFIG, RESULTS)):
+            return True
+        whole = set(split_checkpoints(files)) - self._torn(files, sent)
+        aside = {
+            part.partition(".")[0]
+            for name in files
+            if not name.startswith("checkpoints/")
+            for part in name.split("/")[:-1]
+        }
+        return any(
+            step > max(whole, default=-1) and str(step) not in aside
+            for step in split_checkpoints(sent)
+            if _marker(step) in sent
+        )
+
+    def _put_checkpoint(self, step: int, files: dict[str, Path], names: list[str]) -> None:
+        marker = _marker(step)
+        before = split_checkpoints(self._sent).get(step, [])
         stale = {name for name in before if name not in files or self._changed(files, name)}
         self._remove([marker] * (marker in before) + sorted(stale - {marker}))
         for name in sorted(set(names) - {marker}):
@@ -332,9 +395,10 @@ class Mirror:
         """Ends the lease, or says what is left; a run that has failed keeps its own error."""
         if not left:
             with suppress(StoreError):
-                self._write_lease(ended=True)
-                if not self._sent:  # it was refused: nothing of it stays
-                    self._store.delete(LEASE)
+                if self._is_mine():
+                    self._write_lease(ended=True)
+                    if self._was_empty and not self._sent:  # it was refused: nothing of it stays
+                        self._store.delete(LEASE)
             if not failed:
                 print(f"{self._store.address}: all is copied up")
             return
@@ -365,6 +429,10 @@ def _repeated(seconds: float, what: Callable[[], object]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _marker(step: int) -> str:
+    return f"checkpoints/{step}/{COMMITTED}"
 
 
 def _state(path: Path) -> str:

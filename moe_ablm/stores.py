@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,9 +66,11 @@ class Store:
 
     def __init__(self, address: str, flag: str):
         self.address, self.what = address, f"{flag} {address}"
-        scheme = address.partition("://")[0]
+        scheme, _, path = address.partition("://")
         if scheme not in DRIVERS:
             raise UserError(f"{flag} {in_store(address)}")
+        if not {"", ".", ".."}.isdisjoint(path.split("/")):  # they would leave the cache
+            raise UserError(f"{self.what}: expected {scheme}://BUCKET/NAME without '.', '..', '//'")
         try:
             import fsspec
 
@@ -186,7 +188,7 @@ def fetched(path: Path | str, flag: str, wanted: Callable[[str], bool] = lambda 
         return Path(path)
     store, place = Store(address, flag), place_of("read", address)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with locked(place.parent / "lock", wait=True):
+    with locked(place.with_name(f"{place.name}.lock"), wait=True):
         for last in (False, False, True):  # whoever writes there may be at work
             try:
                 _update(store, place, wanted)
@@ -198,7 +200,7 @@ def fetched(path: Path | str, flag: str, wanted: Callable[[str], bool] = lambda 
 
 
 def _update(store: Store, place: Path, wanted: Callable[[str], bool]) -> None:
-    there, account = store.listing(), place.parent / "versions.json"
+    there, account = store.listing(), place.with_name(f"{place.name}.versions")
     there.pop(LEASE, None)  # it changes all the time
     if not there:
         raise Gone(f"{store.what} is not there: nothing lies under this address")
@@ -235,7 +237,7 @@ def say(address: str, what: str, sizes: list[int]) -> None:
     )
 
 
-def split_checkpoints(names: Iterator[str] | Mapping[str, Any]) -> dict[int, list[str]]:
+def split_checkpoints(names: Iterable[str]) -> dict[int, list[str]]:
     """Names of the objects or files of each checkpoint of a run, by step."""
     steps: dict[int, list[str]] = {}
     for name in names:
@@ -266,7 +268,7 @@ def fetched_run(run: Path | str, flag: str) -> Path:
         match = _STEP.fullmatch(name)
         if match:
             return int(match[1]) in steps and not match[2].startswith("state/")
-        return name.partition("/")[0] not in _BULKY
+        return _is_small(name)
 
     place = fetched(run, flag, described)
     if not steps:

@@ -93,6 +93,13 @@ def again(run: Path) -> None:
     (run / "checkpoints/8/state/d/0").rename(run / "checkpoints/8/state/d/1")
 
 
+def damaged(run: Path) -> None:
+    """The newest checkpoint was damaged, and is not computed again yet."""
+    (run / "damaged").mkdir()
+    (run / "checkpoints/8").rename(run / "damaged/8")
+    results(run, 4)
+
+
 def contents(folder: Path, text: bool = True) -> dict[str, str | bytes]:
     read = Path.read_text if text else Path.read_bytes
     found = (p for p in folder.rglob("*") if p.is_file())
@@ -124,7 +131,7 @@ def require_resumable(store: dict[str, str], states: set[str]) -> None:
         assert store["config.json"] == "short", "the longer run has what came after the parting"
 
 
-@pytest.mark.parametrize("change", [go_on, extend, again])
+@pytest.mark.parametrize("change", [go_on, extend, again, damaged])
 def test_at_every_operation_the_store_has_a_run_that_resumes(change, bucket):
     with new_mirror().open() as run:
         begin(run)
@@ -187,7 +194,130 @@ def test_a_copy_that_is_older_than_the_store_is_made_anew(bucket, tmp_path, monk
         assert back == run and here(back) == there(bucket)
     aside = [p for p in run.parent.iterdir() if p.is_dir() and p != run]
     assert (aside[0] / "results.jsonl").read_text() == "never copied up"
-    assert "went on elsewhere" in caplog.text and str(aside[0]) in caplog.text
+    assert "is fetched anew" in caplog.text and str(aside[0]) in caplog.text
+
+
+def clear(run: Path) -> None:
+    shutil.rmtree(run)
+
+
+def clear_config(run: Path) -> None:
+    (run / "config.json").unlink()
+
+
+def clear_newest(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints/8")
+
+
+def clear_part_of_newest(run: Path) -> None:
+    (run / "checkpoints/8/state/d/0").unlink()
+
+
+CLEARED = [clear, clear_config, clear_newest, clear_part_of_newest]
+
+
+@pytest.mark.parametrize("change", CLEARED)
+def test_a_copy_that_was_cleared_is_fetched_again(change, bucket):
+    with new_mirror().open() as run:
+        begin(run)
+        before = here(run)
+    change(run)
+    with new_mirror().open() as run:
+        assert here(run) == before
+    assert there(bucket) == before
+
+
+@pytest.mark.parametrize("change", CLEARED)
+def test_a_copy_that_is_cleared_while_it_is_worked_in_clears_no_store(change, bucket):
+    with new_mirror().open() as run:
+        begin(run)
+        before = here(run)
+    with pytest.raises(StoreError, match="are gone.* stays as it is"), new_mirror().open() as run:
+        change(run)
+    assert there(bucket) == before
+
+
+def test_a_checkpoint_that_is_being_removed_here_does_not_count_there(bucket):
+    with new_mirror().open() as run:
+        begin(run)
+        before = there(bucket)
+    with new_mirror().open() as run:
+        results(run, 12)
+        checkpoint(run, 12)
+        (run / "checkpoints/4/state/manifest").unlink()
+    assert before == {} and whole_steps(there(bucket) | {LEASE: ""}) == {8, 12}
+
+
+def test_a_fetch_that_lasts_keeps_others_off(bucket, tmp_path, monkeypatch):
+    with new_mirror().open() as run:
+        begin(run)
+    elsewhere(tmp_path, monkeypatch)
+    monkeypatch.setattr(mirrors, "BEAT", 0.02)
+    beats = []
+
+    def fault(operation, name):
+        if operation == "get":
+            time.sleep(0.05)
+            beats.append(json.loads((bucket / "r" / LEASE).read_text())["beats"])
+
+    FolderStore.fault = staticmethod(fault)
+    with new_mirror().open():
+        pass
+    assert beats[-1] > beats[0]
+
+
+def test_a_fetch_that_broke_off_leaves_nothing_to_be_moved_aside(
+    bucket, tmp_path, monkeypatch, caplog
+):
+    with new_mirror().open() as run:
+        begin(run)
+    elsewhere(tmp_path, monkeypatch)
+
+    def fault(operation, name):
+        if operation == "get" and name.endswith("8/state/manifest"):
+            raise OSError(UNREACHABLE)
+
+    FolderStore.fault = staticmethod(fault)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        new_mirror().open().__enter__()
+    assert json.loads((bucket / "r" / LEASE).read_text())["ended"] is True
+    FolderStore.fault = staticmethod(lambda operation, name: None)
+    with new_mirror().open() as other:
+        assert here(other) == here(run)
+        assert [p for p in other.parent.iterdir() if p.is_dir()] == [other]
+    assert not caplog.records
+
+
+def test_a_fetch_that_fails_at_once_ends_the_lease_but_does_not_remove_it(
+    bucket, tmp_path, monkeypatch
+):
+    """Without one even checkpoints of which parts are missing would count."""
+    with new_mirror().open() as run:
+        begin(run)
+    elsewhere(tmp_path, monkeypatch)
+    listings = []
+
+    def fault(operation, name):
+        listings.extend([name] * (operation == "find"))
+        if len(listings) > 1:
+            listings.clear()
+            raise OSError(UNREACHABLE)
+
+    FolderStore.fault = staticmethod(fault)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        new_mirror().open().__enter__()
+    assert json.loads((bucket / "r" / LEASE).read_text())["ended"] is True
+
+
+def test_another_container_of_the_same_host_and_path_waits_for_a_lease(bucket, capsys):
+    with new_mirror().open() as run:
+        begin(run)
+    file = bucket / "r" / LEASE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ended": False}))
+    shutil.rmtree(run.parent)  # its own files are not seen here
+    with new_mirror().open() as other:
+        assert here(other) == there(bucket)
+    assert "for a sign of process" in capsys.readouterr().out
 
 
 def test_a_killed_process_is_followed_at_once_on_its_machine(bucket, monkeypatch):
@@ -265,6 +395,27 @@ def test_an_outage_is_said_once_and_made_up_for(bucket, monkeypatch, caplog):
             time.sleep(0.02)
     assert "failed attempts: all is copied up" in caplog.text
     assert there(bucket) == here(run)
+
+
+def test_a_run_that_was_taken_over_during_an_outage_is_told_so(bucket, monkeypatch, caplog):
+    monkeypatch.setattr(mirrors, "EVERY", 0.02)
+    down = [True]
+
+    def fault(operation, name):
+        if down:
+            raise OSError(UNREACHABLE)
+
+    with pytest.raises(StoreError, match="process 7 on tpu-7"), new_mirror().open() as run:
+        begin(run)
+        FolderStore.fault = staticmethod(fault)
+        time.sleep(0.2)
+        (bucket / "r" / LEASE).write_text('{"token": "x", "host": "tpu-7", "process": 7}')
+        down.clear()
+        end = time.monotonic() + 10
+        while "any more" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.02)
+        told = caplog.text
+    assert told.count("copies wait in") == told.count("nothing is copied up any more") == 1
 
 
 def test_an_outage_at_the_end_is_an_error_and_loses_nothing(bucket):

@@ -82,6 +82,14 @@ def test_a_file_may_become_a_directory_and_back(bucket):
     assert fetched("s3://bucket/x", "--input").read_text() == "again"
 
 
+@pytest.mark.parametrize("name", ["versions.json", "lock", "x.versions"])
+def test_names_of_the_account_are_names_of_objects_as_well(name, bucket):
+    fill(bucket, {name: "{}", f"d/{name}": "1"})
+    for _ in range(2):
+        assert fetched(f"s3://bucket/{name}", "--input").read_text() == "{}"
+        assert tree(fetched("s3://bucket/d", "--input")) == {name: "1"}
+
+
 def test_an_interrupted_fetch_goes_on(bucket):
     fill(bucket / "x", {"a": "1", "b": "2", "c": "3"})
 
@@ -125,6 +133,8 @@ WRONG = {
     "no credentials": ("s3://bucket/x", ValueError("Unable to locate credentials"), "refused"),
     "network": ("s3://bucket/x", OSError(UNREACHABLE), "cannot be reached .*unreachable"),
     "other stores": ("az://bucket/x", None, "--input az://bucket/x is in an object store"),
+    "out of the cache": ("s3://bucket/runs/..", None, "expected s3://BUCKET/NAME without"),
+    "no name": ("s3://", None, "expected s3://BUCKET/NAME without"),
 }
 
 
@@ -162,8 +172,9 @@ def write_run(run: Path, losses: dict[int, float | None]) -> None:
 
 def test_of_a_run_the_best_checkpoint_is_fetched(bucket):
     write_run(bucket / "r", {4: 2.0, 8: 1.5, 12: 1.7})
+    write_run(bucket / "r/ended-at-4", {4: 1.0})  # before it was extended
     place = fetched_run("s3://bucket/r", "--run")
-    states = {p.relative_to(place).parts[1] for p in place.glob("checkpoints/*/state/*")}
+    states = {p.relative_to(place).parts[-3] for p in place.rglob("checkpoints/*/state/*")}
     assert states == {"8"} and not (place / "tensorboard").exists()
     records = {p.parts[-3] for p in place.glob("checkpoints/*/record/metadata")}
     assert records == {"4", "8", "12"}
