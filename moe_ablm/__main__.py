@@ -74,9 +74,10 @@ def _carry_out(argv: list[str], interrupts: Interrupts) -> int | None:
     for name, value in vars(arguments).items():
         if isinstance(value, float) and math.isnan(value):
             raise ArgumentError(name, value, "expected a number")
-    if SHARED.get(arguments.verb, arguments.verb) in RESUMED and getattr(arguments, "out", None):
+    goes_on = SHARED.get(arguments.verb, arguments.verb) in RESUMED
+    if goes_on and getattr(arguments, "out", None):
         interrupts.after = "the same command goes on after what is done"
-    with at_hand(arguments):
+    with at_hand(arguments, goes_on):
         return arguments.carry_out(arguments)
 
 

@@ -9,8 +9,8 @@ order that leaves the store at every moment with a run that resumes:
 3. only then what is gone here is removed there, the marker of a checkpoint first;
 4. `run.json`, which may say that the run is complete.
 
-What was set aside (damaged, or since the run was extended) is removed before. Files that a run never
-removes, and are gone here, say that somebody cleared the copy: then the store stays as it is.
+What was set aside (damaged, or since the run was extended) is removed before. Where files are gone
+that a run never removes, somebody has cleared the copy: the store stays as it is.
 
 In the place of the lock there is a lease: an object with the holder and a number that grows every
 `BEAT` seconds. Another process takes the run when the number has stood still for `EXPIRY` seconds;

@@ -283,8 +283,12 @@ def fetched_run(run: Path | str, flag: str) -> Path:
 
 
 @contextmanager
-def at_hand(args: argparse.Namespace) -> Iterator[None]:
+def at_hand(args: argparse.Namespace, goes_on: bool = False) -> Iterator[None]:
     """Around a verb: addresses among its flags become paths, and what it wrote is copied up.
+
+    Args:
+      args: flags of the verb, which are changed.
+      goes_on: whether the verb goes on after what an earlier process did.
 
     Raises:
       UserError: a store refuses or cannot be reached, or something is there already.
@@ -292,7 +296,7 @@ def at_hand(args: argparse.Namespace) -> Iterator[None]:
     given = vars(args)
     addresses = {name: address_of(given[name]) for name in _OUTPUTS if given.get(name)}
     outputs = {
-        name: _Output(address, f"--{name}", bool(given.get("overwrite")))
+        name: _Output(address, f"--{name}", bool(given.get("overwrite")), goes_on)
         for name, address in addresses.items()
         if address
     }
@@ -341,7 +345,7 @@ class _Output:
     A verb that goes on after what is done finds it there.
     """
 
-    def __init__(self, address: str, flag: str, overwrite: bool):
+    def __init__(self, address: str, flag: str, overwrite: bool, goes_on: bool):
         self._store, self.place = Store(address, flag), place_of("out", address)
         if self._store.listing() and not overwrite:
             raise UserError(f"{flag} {address} exists already: choose another name or remove it")
@@ -350,7 +354,16 @@ class _Output:
         probe.write("", "")
         with suppress(StoreError):  # some may write, but not delete
             probe.delete("")
+        if self.place.exists() and not goes_on:  # of a process that was killed while it copied
+            print(
+                f"{flag} {address}: an earlier result is now {self._move_aside()}", file=sys.stderr
+            )
         self.place.parent.mkdir(parents=True, exist_ok=True)
+
+    def _move_aside(self) -> Path:
+        kept = self.place.parent.with_name(f"{self.place.parent.name}-{secrets.token_hex(4)}")
+        self.place.parent.rename(kept)
+        return kept / self.place.name
 
     def copy_up(self) -> None:
         """Copies what is there; the files that make a directory what it is, last."""
@@ -362,11 +375,8 @@ class _Output:
                 name = path.relative_to(self.place).as_posix() if path != self.place else ""
                 self._store.put(path, name)
         except StoreError as error:
-            kept = self.place.parent.with_name(f"{self.place.parent.name}-{secrets.token_hex(4)}")
-            self.place.parent.rename(kept)
-            raise StoreError(
-                f"{error}: it is whole in {kept / self.place.name}, copy it from there"
-            ) from error
+            kept = self._move_aside()
+            raise StoreError(f"{error}: it is whole in {kept}, copy it from there") from error
         say(self._store.address, "copied", [path.stat().st_size for path in files])
         shutil.rmtree(self.place.parent, ignore_errors=True)
 

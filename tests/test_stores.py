@@ -261,6 +261,21 @@ def test_an_output_that_cannot_be_copied_up_is_kept(bucket, main):
     assert main(*flags, "--overwrite").returncode == 0
 
 
+def test_a_copy_that_was_interrupted_does_not_stand_in_the_way(bucket, main):
+    def fault(operation, name):
+        if operation == "put" and name.endswith(".csv"):
+            raise KeyboardInterrupt
+
+    FolderStore.fault = staticmethod(fault)
+    flags = ("simulate", "--pairs", "3", "--seed", "1", "--out", "s3://bucket/s.csv")
+    assert main(*flags).returncode == 130
+    counting("put")
+    done = main(*flags)
+    assert done.returncode == 0, done.stderr
+    kept = Path(done.stderr.partition("an earlier result is now ")[2].splitlines()[0])
+    assert kept.read_text() == (bucket / "s.csv").read_text()
+
+
 def test_a_run_and_a_sweep_take_their_data_from_a_store(pairs, bucket, main):
     from conftest import tiny_config
 
