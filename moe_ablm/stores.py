@@ -262,7 +262,18 @@ def fetched_run(run: Path | str, flag: str) -> Path:
     address = address_of(run)
     if address is None:
         return Path(run)
-    steps = whole_steps(Store(address, flag).listing())
+    store = Store(address, flag)
+    steps = whole_steps(store.listing())
+    while True:
+        place, best = _fetch_best(run, flag, steps)
+        now = whole_steps(store.listing())
+        if best is None or best in now:
+            return place
+        steps = now  # the run went on meanwhile, and no longer keeps that checkpoint
+
+
+def _fetch_best(run: Path | str, flag: str, steps: set[int]) -> tuple[Path, int | None]:
+    """The copy of a run, and which of these checkpoints it has as a whole; None: there are none."""
 
     def described(name: str) -> bool:
         match = _STEP.fullmatch(name)
@@ -271,15 +282,17 @@ def fetched_run(run: Path | str, flag: str) -> Path:
         return _is_small(name)
 
     place = fetched(run, flag, described)
+    for folder in (place / "checkpoints").glob("*"):  # whole once, and being replaced
+        if folder.name.isdecimal() and int(folder.name) not in steps:
+            shutil.rmtree(folder)
     if not steps:
-        return place
+        return place, None
     from moe_ablm.interop.load import best_step
     from moe_ablm.training.checkpoint import read_records
 
     best = best_step(read_records(place / "checkpoints"))
-    return fetched(
-        run, flag, lambda name: described(name) or name.startswith(f"checkpoints/{best}/")
-    )
+    folder = f"checkpoints/{best}/"
+    return fetched(run, flag, lambda name: described(name) or name.startswith(folder)), best
 
 
 @contextmanager

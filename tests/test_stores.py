@@ -183,6 +183,7 @@ def test_of_a_run_the_best_checkpoint_is_fetched(bucket):
 def test_a_checkpoint_that_is_being_copied_up_does_not_count(bucket):
     write_run(bucket / "r", {4: 2.0, 8: 1.5})
     fill(bucket / "r", {".lease.json": "{}"})
+    fetched_run("s3://bucket/r", "--run")  # as long as it was whole
     (bucket / "r/checkpoints/8/commit_success.txt").unlink()
     place = fetched_run("s3://bucket/r", "--run")
     assert [p.name for p in (place / "checkpoints").iterdir()] == ["4"]
@@ -190,6 +191,21 @@ def test_a_checkpoint_that_is_being_copied_up_does_not_count(bucket):
     (bucket / "r/.lease.json").unlink()
     place = fetched_run("s3://bucket/r", "--run")
     assert (place / "checkpoints/8/state/d/0").read_text() == "8"
+
+
+def test_a_run_that_goes_on_while_it_is_fetched(bucket):
+    """Its best checkpoint is replaced by a better one."""
+    write_run(bucket / "r", {4: 2.0, 8: 1.5})
+
+    def fault(operation, name):
+        if operation == "get" and name.endswith("8/state/manifest"):
+            shutil.rmtree(bucket / "r/checkpoints/8")
+            write_run(bucket / "r", {12: 1.2})
+
+    FolderStore.fault = staticmethod(fault)
+    place = fetched_run("s3://bucket/r", "--run")
+    assert {p.parts[-2] for p in place.glob("checkpoints/*/state")} == {"12"}
+    assert (place / "checkpoints/12/state/d/0").read_text() == "12"
 
 
 def test_curves_need_no_parameters(bucket):
