@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_ablm.errors import UserError
+from moe_ablm.files import address_of
+from moe_ablm.stores import Store
 from sweeps import grid
 from sweeps.device import CORE
 from sweeps.planned import Planned
@@ -101,8 +103,12 @@ def data_names(options: argparse.Namespace) -> list[str]:
     """
     if not is_nested(options):
         return list(FRACTIONS)
-    folder = Path(options.data or LADDERS[options.ladder].data)
-    names = [p.name for p in folder.glob("*/") if p.name.isdecimal()]
+    folder = options.data or LADDERS[options.ladder].data
+    if address := address_of(folder):
+        found = {name.partition("/")[0] for name in Store(address, "--data").listing()}
+    else:
+        found = {p.name for p in Path(folder).glob("*/")}
+    names = [name for name in found if name.isdecimal()]
     if not names:
         raise UserError(
             f"--data {folder}: holds no nested datasets; make them with `python -m "

@@ -296,6 +296,7 @@ def test_a_run_and_a_sweep_take_their_data_from_a_store(pairs, bucket, main):
     from conftest import tiny_config
 
     from moe_ablm.trainer import open_datasets
+    from sweeps.scaling import data_names
     from sweeps.study import data_path
 
     assert main("prepare", "--input", pairs, "--out", bucket / "d").returncode == 0
@@ -303,6 +304,9 @@ def test_a_run_and_a_sweep_take_their_data_from_a_store(pairs, bucket, main):
     assert dataset.identity == Dataset(bucket / "d").identity
     assert data_path("s3://bucket/d/") == "s3://bucket/d"
     assert data_path("data/d") == str(Path.cwd() / "data/d")
+    fill(bucket / "nested", {f"{pairs}/dataset.json": "{}" for pairs in ("512", "64")})
+    options = argparse.Namespace(ladder="micro", data="s3://bucket/nested")
+    assert data_names(options) == ["64", "512"]
 
 
 def test_a_model_is_loaded_from_a_store_in_python(bucket):
