@@ -336,7 +336,7 @@ class Mirror:
                 if not self._sent:  # it was refused: nothing of it stays
                     self._store.delete(LEASE)
             if not failed:
-                print(f"{self._store.address}: all is copied up")
+                print(f"{self._store.address}: all is copied up ({self.place} may be removed)")
             return
         then = "" if self._lost else ", and the same command copies it up"
         line = (
