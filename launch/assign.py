@@ -11,7 +11,8 @@ from dataclasses import replace
 from shlex import quote
 
 from launch.cell import Cell, config_of
-from launch.meshes import NAMES, fitting_plan, given_keys, hardware
+from launch.hardware import NAMES, hardware
+from launch.mesh_plan import fitting_plan, given_keys
 from launch.settings import Setting
 from moe_ablm.errors import UserError
 from moe_ablm.program import FLAGS, HARDWARE

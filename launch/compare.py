@@ -12,7 +12,8 @@ import sys
 import jax
 
 from launch.compile import GB, compile_step
-from launch.meshes import ROUTERS, hardware, rung
+from launch.hardware import hardware
+from launch.meshes import ROUTERS, rung
 from moe_ablm.endings import Parser, end
 from moe_ablm.preemption import Interrupts
 

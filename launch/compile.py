@@ -5,7 +5,7 @@
 
 compiles the trainer's own step and prints, before a job is queued, the memory that a device needs,
 whether that fits, and what the step does: collectives, kernels, copies. Mesh and remat are those of
-`launch.meshes`, unless the config or the command line sets them.
+`launch.mesh_plan`, unless the config or the command line sets them.
 
 Exit codes: 0 it fits; 2 it does not, or the input is wrong, with one line that says why.
 """
@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import hlo, topology
-from launch.meshes import NAMES, Hardware, MeshPlan, given_keys, hardware, plan
+from launch.hardware import NAMES, Hardware, hardware
+from launch.mesh_plan import MeshPlan, given_keys, plan
 from moe_ablm.command_line import read_config
 from moe_ablm.config_schema import Config
 from moe_ablm.endings import Parser, end
@@ -85,7 +86,7 @@ def compile_step(config: Config, where: Hardware, given: Collection[str] = ()) -
     Args:
       config: of the run.
       where: it is to run.
-      given: config keys of its command line (`meshes.given_keys`).
+      given: config keys of its command line (`mesh_plan.given_keys`).
 
     Raises:
       UserError: the compiler is not installed, the batch or the devices cannot be split, or the

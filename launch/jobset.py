@@ -20,7 +20,7 @@ import yaml
 from launch import assign
 from launch.cell import LOGS, Cell
 from launch.ended import ATTEMPT, FINAL
-from launch.meshes import Hardware, hardware
+from launch.hardware import Hardware, hardware
 from launch.settings import Setting, add_options, given, resolve
 from moe_ablm.errors import UserError
 from moe_ablm.files import address_of

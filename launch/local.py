@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from launch import assign
 from launch.cell import REPOSITORY, Cell
 from launch.ended import ATTEMPT, outcome_of
-from launch.meshes import hardware
+from launch.hardware import hardware
 from launch.settings import add_options, resolve
 from launch.state import COMPLETE, FAILED, INTERRUPTED, is_running, state_of
 from moe_ablm.errors import UserError

@@ -22,7 +22,7 @@ from shlex import quote
 from launch import assign
 from launch.cell import LOGS, REPOSITORY, Cell
 from launch.ended import ATTEMPT
-from launch.meshes import hardware
+from launch.hardware import hardware
 from launch.settings import Setting, add_options, given, resolve
 from moe_ablm.errors import UserError
 from moe_ablm.files import locked

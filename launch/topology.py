@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import jax
 from jax.experimental import topologies
 
-from launch.meshes import CHIPS, Hardware
+from launch.hardware import CHIPS, Hardware
 from moe_ablm.errors import UserError
 
 MAKE = "make .venv-aot"  # makes an environment with both plug-ins

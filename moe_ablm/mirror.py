@@ -400,7 +400,7 @@ class Mirror:
                     if self._was_empty and not self._sent:  # it was refused: nothing of it stays
                         self._store.delete(LEASE)
             if not failed:
-                print(f"{self._store.address}: all is copied up")
+                print(f"{self._store.address}: all is copied up ({self.place} may be removed)")
             return
         then = "" if self._lost else ", and the same command copies it up"
         line = (

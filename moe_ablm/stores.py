@@ -69,6 +69,8 @@ class Store:
         scheme, _, path = address.partition("://")
         if scheme not in DRIVERS:
             raise UserError(f"{flag} {in_store(address)}")
+        if not path:
+            raise UserError(f"{self.what} names no bucket: expected {scheme}://BUCKET/NAME")
         if not {"", ".", ".."}.isdisjoint(path.split("/")):  # they would leave the cache
             raise UserError(f"{self.what}: expected {scheme}://BUCKET/NAME without '.', '..', '//'")
         try:
@@ -114,8 +116,12 @@ class Store:
 
     def put(self, path: Path, name: str) -> None:
         """Copies a file up; readers see the old object or the new one."""
-        with path.open("rb"), self._told():  # an error of the file itself is none of the store
-            self._fs.put_file(str(path), self._path(name))
+        try:
+            with self._told():
+                self._fs.put_file(str(path), self._path(name))
+        except StoreError:
+            path.stat()  # an error of the file, which may just have been removed, is its own
+            raise
 
     def write(self, name: str, text: str) -> None:
         """Writes a small object."""

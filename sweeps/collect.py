@@ -28,7 +28,7 @@ from launch.state import COMPLETE, CellState, finite, read_summary, state_of
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import UserError
 from moe_ablm.files import replacing
-from moe_ablm.scaling.readers import settings_of
+from moe_ablm.scaling.run_directories import settings_of
 from moe_ablm.scaling.runs import TUNED
 from sweeps.planned import Planned, read_plan
 

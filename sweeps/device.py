@@ -7,7 +7,7 @@ TPU, are planned for one of its cores. Otherwise it is the device that the study
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.meshes import hardware
+from launch.hardware import hardware
 from moe_ablm.training.peaks import KINDS
 
 CORE = "core"  # of a CPU

@@ -50,10 +50,14 @@ class FolderStore(LocalFileSystem):
     def put_file(self, source, target, **options):
         if os.environ.get(DIE_AT) and target.endswith(os.environ[DIE_AT]):
             os.kill(os.getpid(), signal.SIGKILL)
-        self.pipe_file(target, Path(source).read_bytes())
+        self._begin("put", target)
+        self._write(target, Path(source).read_bytes())
 
     def pipe_file(self, target, value, **options):
         self._begin("put", target)
+        self._write(target, value)
+
+    def _write(self, target, value):
         path = Path(self._strip_protocol(target))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent.parent / f"{path.name}.{os.getpid()}"

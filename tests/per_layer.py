@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from launch.compile import Compiled, compile_step
-from launch.meshes import Hardware
+from launch.hardware import Hardware
 from moe_ablm.config_schema import Config
 
 DEPTHS = 2, 4  # even, for layers that alternate

@@ -16,7 +16,8 @@ import pytest
 
 from launch import topology
 from launch.compile import Compiled, compile_step
-from launch.meshes import ROUTERS, hardware, rung
+from launch.hardware import hardware
+from launch.meshes import ROUTERS, rung
 from moe_ablm.config_schema import Config
 from moe_ablm.program import abstract_arguments
 from moe_ablm.training.memory import abstract_mesh

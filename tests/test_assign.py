@@ -10,7 +10,7 @@ import pytest
 from launch import assign, local, slurm
 from launch import print as print_launcher
 from launch.cell import Cell, config_of
-from launch.meshes import hardware
+from launch.hardware import hardware
 from moe_ablm import config as configs
 from moe_ablm.errors import UserError
 

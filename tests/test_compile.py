@@ -11,7 +11,8 @@ from conftest import tiny_flags
 from launch import compile as launch_compile
 from launch import topology
 from launch.compile import compile_step, main
-from launch.meshes import hardware, rung
+from launch.hardware import hardware
+from launch.meshes import rung
 from moe_ablm.command_line import read_config
 from moe_ablm.errors import UserError
 

@@ -11,8 +11,10 @@ import jax
 import pytest
 from conftest import REPO
 
-from launch import meshes
-from launch.meshes import fitting_plan, given_keys, hardware, plan, rung
+from launch import mesh_plan
+from launch.hardware import GPU_FLAGS, hardware
+from launch.mesh_plan import fitting_plan, given_keys, plan
+from launch.meshes import rung
 from moe_ablm.errors import UserError
 from moe_ablm.model.families import Soft, TopK
 from moe_ablm.model.spec import REMAT, SIZES, EncoderSpec, Execution
@@ -219,7 +221,7 @@ def test_what_fits_is_not_divided():
 )
 def test_which_experts_are_spread(size, router, experts, expert):
     spec = rung(size, router, model__moe__experts=experts).model.spec()
-    assert meshes._expert_axis(spec, BIG) == expert
+    assert mesh_plan._expert_axis(spec, BIG) == expert
 
 
 def test_less_memory_first_shards_then_recomputes():
@@ -236,7 +238,7 @@ def test_less_memory_first_shards_then_recomputes():
     assert seen[0] == ("matmuls", 1)
     assert seen[-1] == "it does not fit h100x8"
     plans = [s for s in seen if isinstance(s, tuple)]
-    order = [(meshes.REMAT["gpu"].index(remat), fsdp) for remat, fsdp in plans]
+    order = [(mesh_plan.REMAT["gpu"].index(remat), fsdp) for remat, fsdp in plans]
     assert order == sorted(order) and plans[-1][0] == "full"
 
 
@@ -311,7 +313,7 @@ def test_the_command():
 
 def test_xla_knows_the_flags():
     """An unknown one would end every process at its start. (TPU flags are libtpu's.)"""
-    environment = {"XLA_FLAGS": " ".join(meshes.GPU_FLAGS), "JAX_PLATFORMS": "cpu"}
+    environment = {"XLA_FLAGS": " ".join(GPU_FLAGS), "JAX_PLATFORMS": "cpu"}
     argv = [sys.executable, "-c", "import jax; print(jax.device_count())"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "1\n", done.stderr

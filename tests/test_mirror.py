@@ -435,6 +435,20 @@ def test_an_outage_at_the_end_is_an_error_and_loses_nothing(bucket):
     assert there(bucket) == here(run)
 
 
+def test_a_checkpoint_that_is_removed_while_it_is_copied_is_no_outage(bucket, caplog):
+    """As the oldest one, which is no longer kept."""
+
+    def fault(operation, name):
+        if operation == "put" and name.endswith("checkpoints/4/state/d/0"):
+            shutil.rmtree(run / "checkpoints/4", ignore_errors=True)
+
+    with new_mirror().open() as run:
+        begin(run)
+        FolderStore.fault = staticmethod(fault)
+    assert there(bucket) == here(run) and whole_steps(there(bucket) | {LEASE: ""}) == {8}
+    assert not caplog.text
+
+
 def test_a_run_that_failed_keeps_its_own_error(bucket, caplog):
     def fault(operation, name):
         raise OSError(UNREACHABLE)

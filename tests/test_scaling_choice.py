@@ -5,19 +5,13 @@ import pytest
 from scipy import stats
 
 from moe_ablm.errors import UserError
+from moe_ablm.scaling.advice import Limits, advise, worth_of_data
 from moe_ablm.scaling.catalogue import SMOOTH
-from moe_ablm.scaling.design import (
-    Limits,
-    advise,
-    check_design,
-    next_runs,
-    noise_of,
-    pick_quantity,
-    worth_of_data,
-)
+from moe_ablm.scaling.design import check_design
 from moe_ablm.scaling.fit import fit_law
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.quantities import quantities
+from moe_ablm.scaling.ranking import next_runs, noise_of, pick_quantity
 from moe_ablm.scaling.resampling import bootstrap
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import (

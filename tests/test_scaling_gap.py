@@ -11,12 +11,12 @@ from moe_ablm.__main__ import main
 from moe_ablm.config_schema import DROPOUTS
 from moe_ablm.errors import UserError
 from moe_ablm.scaling import advise, bootstrap, check_design, fit_law, load, read_runs
+from moe_ablm.scaling.advice import Limits
 from moe_ablm.scaling.catalogue import law_for
-from moe_ablm.scaling.design import Limits
 from moe_ablm.scaling.inputs import Centre, make_inputs
-from moe_ablm.scaling.readers import DROPOUTS as READ
-from moe_ablm.scaling.readers import settings_of
 from moe_ablm.scaling.reading import Reading
+from moe_ablm.scaling.run_directories import DROPOUTS as READ
+from moe_ablm.scaling.run_directories import settings_of
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.selection import compare, verdict
 

@@ -128,13 +128,13 @@ def test_an_object_cannot_leave_the_cache(bucket, monkeypatch):
 
 WRONG = {
     "no bucket": ("s3://other/x", None, "--input s3://other/x is not there (.*bucket"),
+    "no bucket named": ("s3://", None, "--input s3:// names no bucket"),
     "nothing there": ("s3://bucket/x", None, "--input s3://bucket/x is not there: nothing"),
     "credentials": ("s3://bucket/x", PermissionError(13, "Access Denied"), "access refused"),
     "no credentials": ("s3://bucket/x", ValueError("Unable to locate credentials"), "refused"),
     "network": ("s3://bucket/x", OSError(UNREACHABLE), "cannot be reached .*unreachable"),
     "other stores": ("az://bucket/x", None, "--input az://bucket/x is in an object store"),
     "out of the cache": ("s3://bucket/runs/..", None, "expected s3://BUCKET/NAME without"),
-    "no name": ("s3://", None, "expected s3://BUCKET/NAME without"),
 }
 
 

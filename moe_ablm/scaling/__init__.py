@@ -28,8 +28,8 @@ _HOME = {
     "profiles": "profile_likelihood",
     "compare": "selection",
     "check_design": "design",
-    "advise": "design",
-    "next_runs": "design",
+    "advise": "advice",
+    "next_runs": "ranking",
 }
 __all__ = sorted(_HOME)
 

@@ -14,10 +14,10 @@ from moe_ablm.scaling.identify import UNMOVED, at_bounds, covariance, judge, jud
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, with_gradient
 from moe_ablm.scaling.noise import pure_error
-from moe_ablm.scaling.readers import mixed_units
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
 from moe_ablm.scaling.solver import Minimum, Problem, minimise
+from moe_ablm.scaling.units import mixed_units
 
 DELTA_DEFAULT = 1e-3  # Hoffmann et al. 2022
 DELTA_FLOOR = 1e-4

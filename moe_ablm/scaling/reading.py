@@ -8,21 +8,12 @@ from typing import Any
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.readers import (
-    NOVEL_LOSS,
-    RUN_FIELDS,
-    BadValue,
-    Row,
-    Sheet,
-    check_flops,
-    few_tokens,
-    label,
-    mixed_units,
-    number,
-    read_sheet,
-    smooth_prediction,
-)
+from moe_ablm.scaling.readers import read_sheet
+from moe_ablm.scaling.run_directories import NOVEL_LOSS, RUN_FIELDS
 from moe_ablm.scaling.runs import Runs, best_settings
+from moe_ablm.scaling.sheet import Row, Sheet
+from moe_ablm.scaling.units import check_flops, few_tokens, mixed_units, smooth_prediction
+from moe_ablm.scaling.values import BadValue, label, number
 
 NUMBERS = (
     "params",

@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_ablm.page import image_html, lines_html, table_html, write_page
+from moe_ablm.scaling.advice import Advice, DataValue
 from moe_ablm.scaling.approaches import Approach
-from moe_ablm.scaling.design import Advice, Candidate, DataValue, Design
+from moe_ablm.scaling.design import Design
 from moe_ablm.scaling.forecast import Forecast
 from moe_ablm.scaling.published import Study, published_objective, rounded_objective
+from moe_ablm.scaling.ranking import Candidate
 from moe_ablm.scaling.result import Fit, Interval
 from moe_ablm.scaling.selection import Analysis, Score
 from moe_ablm.scaling.tuning import TuningFit

@@ -12,7 +12,7 @@ SIDES = 2  # values below and above the lowest one: the five that a parabola tak
 SAME = 0.01  # of a log: a value that is tried
 
 
-def to_try(tried: Sequence[float], loss: Sequence[float], step: float) -> list[float]:
+def to_try(tried: np.ndarray, loss: np.ndarray, step: float) -> list[float]:
     """Values that decide a cell and have not been tried, ascending; empty where it is decided.
 
     Args:
@@ -31,7 +31,7 @@ def to_try(tried: Sequence[float], loss: Sequence[float], step: float) -> list[f
     ]
 
 
-def step_of(cells: Sequence[Sequence[float]]) -> float:
+def step_of(cells: Sequence[np.ndarray]) -> float:
     """Ratio of neighbouring values: the median over all cells; 2 where no cell has two."""
     gaps = [gap for tried in cells for gap in np.diff(np.sort(np.log(tried))) if gap > SAME]
     return float(np.exp(np.median(gaps))) if gaps else 2.0

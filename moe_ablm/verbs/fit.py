@@ -172,7 +172,7 @@ def _advice(
     analysis: "Analysis", args: argparse.Namespace, reading: "Reading"
 ) -> tuple[list["Table"], list[str]]:
     """Tables and sentences for --advise and --next-run."""
-    from moe_ablm.scaling import design, tables
+    from moe_ablm.scaling import advice, ranking, tables
     from moe_ablm.scaling.quantities import quantities
     from moe_ablm.scaling.reading import read_runs
     from moe_ablm.scaling.result import SmoothFit
@@ -185,23 +185,23 @@ def _advice(
             f"--advise and --next-run need bootstrap draws; law {fit.law.name} ({fit.status}) has "
             "too few: use a larger --bootstrap N and a law of N and D that is not an exact fit"
         )
-    noise = design.noise_of(fit)
+    noise = ranking.noise_of(fit)
     shown: list[Table] = []
     said: list[str] = []
     if args.advise:
         if args.max_flops is None:
             raise UserError("--advise needs --max-flops C")
-        limits = design.Limits(
+        limits = advice.Limits(
             args.max_flops, args.max_params, args.max_unique, args.max_inference_flops
         )
-        best = design.advise(fit, boot, limits)
+        best = advice.advise(fit, boot, limits)
         shown.append(tables.advice_table(best))
         if best.at_bound.any():
             said.append(
                 f"{best.at_bound.mean():.0%} of the draws want a size at the edge of those tried "
-                f"({design.BEYOND:g} times beyond the runs): that is extrapolation."
+                f"({advice.BEYOND:g} times beyond the runs): that is extrapolation."
             )
-        values, sentence = design.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
+        values, sentence = advice.worth_of_data(fit, boot, limits, noise, args.tokens_per_pair)
         if values:
             shown.append(tables.data_table(values, args.tokens_per_pair))
         said.append(sentence)
@@ -210,8 +210,8 @@ def _advice(
             [args.next_run],
             replace(reading, need_loss=False, gaps=False, where=None, drop_largest_losses=0),
         )
-        quantity = design.pick_quantity(quantities(fit))
-        ranked = design.next_runs(fit, boot, grid, quantity, noise)
+        quantity = ranking.pick_quantity(quantities(fit))
+        ranked = ranking.next_runs(fit, boot, grid, quantity, noise)
         shown.append(tables.next_table(ranked, quantity.name))
     return shown, said
 
