@@ -297,8 +297,10 @@ def _fetch_best(run: Path | str, flag: str, steps: set[int]) -> tuple[Path, int 
     from moe_ablm.training.checkpoint import read_records
 
     best = best_step(read_records(place / "checkpoints"))
-    folder = f"checkpoints/{best}/"
-    return fetched(run, flag, lambda name: described(name) or name.startswith(folder)), best
+    place = fetched(
+        run, flag, lambda name: described(name) or name.startswith(f"checkpoints/{best}/")
+    )
+    return place, best
 
 
 @contextmanager
