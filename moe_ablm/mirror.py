@@ -53,6 +53,12 @@ PATIENCE = 60.0  # seconds for which the end of a run tries to copy what is left
 PAUSE = 5.0  # seconds between these attempts
 SMALL = 1 << 16  # bytes up to which files are compared by content
 CONFIG, END = "config.json", "run.json"
+INSTEAD = (
+    "A store has no locks (a lease that ends {:g} s after its last sign of life keeps others out), "
+    "no free space to look at (that of the disk here counts), no renaming (a checkpoint counts "
+    "once its commit marker is there) and no appending (results.jsonl and TensorBoard's files go "
+    "up whole)"
+)
 
 
 @contextmanager
@@ -135,6 +141,8 @@ class Mirror:
             for step in split_checkpoints(there):
                 self._store.write(f"checkpoints/{step}/{COMMITTED}", "")
         continued = bool(lease) and lease.get("token") in earlier
+        if earlier and not continued:
+            self._set_aside()
         # before the lease is: otherwise a kill in between would make this copy an old one
         self._tokens = [*earlier, self._token] if continued else []
         self._write_session()
@@ -146,11 +154,8 @@ class Mirror:
         self._tokens = [self._token]
         self._write_session()
         print(
-            f"{self._store.address}: worked on in {self.place} and copied up every {EVERY:g} s. A "
-            f"store has no locks (a lease that ends {EXPIRY:g} s after its last sign of life keeps "
-            "others out), no free space to look at (that of the disk here counts), no renaming (a "
-            "checkpoint counts once its commit marker is there) and no appending (results.jsonl "
-            "and TensorBoard's files go up whole)"
+            f"{self._store.address}: worked on in {self.place} and copied up every {EVERY:g} s. "
+            f"{INSTEAD.format(EXPIRY)}"
         )
 
     def _read_session(self) -> list[str]:
@@ -194,16 +199,22 @@ class Mirror:
         }
         self._store.write(LEASE, json_text(content))
 
-    def _bring_in(self) -> None:
-        """Makes the copy anew: files, and the checkpoints that are whole."""
+    def _set_aside(self) -> None:
+        """Keeps a copy that others have overtaken if something of it was never copied up."""
         if any(_state(path) != self._sent.get(name) for name, path in self._files().items()):
             aside = self.place.with_name(f"{self.place.name}.{secrets.token_hex(4)}")
             self.place.rename(aside)
-            log.warning("%s went on elsewhere: what was not copied up is %s", self.place, aside)
+            log.warning(
+                "%s went on elsewhere: the copy of before, not all copied up, is now %s",
+                *(self._store.address, aside),
+            )
+
+    def _bring_in(self) -> None:
+        """Makes the copy anew: files, and the checkpoints that are whole."""
         shutil.rmtree(self.place, ignore_errors=True)
         there = self._store.listing()
         whole = whole_steps(there)
-        del there[LEASE]
+        there.pop(LEASE, None)
         partial = {
             name for step, names in split_checkpoints(there).items() if step not in whole
             for name in names

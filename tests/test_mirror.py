@@ -192,6 +192,24 @@ def test_a_copy_that_is_older_than_the_store_is_made_anew(bucket, tmp_path, monk
     assert "went on elsewhere" in caplog.text and str(aside[0]) in caplog.text
 
 
+def test_what_was_brought_in_by_half_is_brought_in_again(bucket, tmp_path, monkeypatch, caplog):
+    with new_mirror().open() as run:
+        begin(run)
+    elsewhere(tmp_path, monkeypatch)
+
+    def fault(operation, name):
+        if operation == "get" and name.endswith("results.jsonl"):
+            raise OSError(UNREACHABLE)
+
+    FolderStore.fault = staticmethod(fault)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        new_mirror().open().__enter__()
+    FolderStore.fault = staticmethod(lambda operation, name: None)
+    with new_mirror().open() as other:
+        assert here(other) == here(run) == there(bucket)
+    assert [p.name for p in other.parent.iterdir() if p.is_dir()] == ["r"] and not caplog.text
+
+
 def test_a_killed_process_is_followed_at_once_on_its_machine(bucket, monkeypatch):
     with new_mirror().open() as run:
         begin(run)
