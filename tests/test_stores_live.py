@@ -21,7 +21,7 @@ from moe_ablm.stores import LEASE, Store, StoreError, fetched, place_of
 @pytest.fixture(scope="module")
 def s3():
     """Starts an S3; what stops it."""
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto")
     from moto.server import ThreadedMotoServer
 
@@ -34,7 +34,7 @@ def s3():
         patch.setenv("AWS_ACCESS_KEY_ID", "id")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
+        fsspec.register_implementation("s3", s3fs.S3FileSystem, clobber=True)
         fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
         yield server.stop
         server.stop()
