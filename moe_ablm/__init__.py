@@ -2,8 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moe_ablm.xla_flags import require_right_sums
+
 if TYPE_CHECKING:
     from moe_ablm.api import load as load
+
+require_right_sums()
 
 
 def __getattr__(name: str) -> Any:

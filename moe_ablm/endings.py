@@ -109,6 +109,9 @@ def end_imports(package: Path) -> None:
         signal.signal(number, signal.default_int_handler)  # `end` says it
         raise KeyboardInterrupt
 
+    worker = sys.modules.get("multiprocessing.process")
+    if worker is not None and worker.parent_process() is not None:
+        return  # a process of a pool imports the command, too
     # -m: Python is about to look for the command in the package
     if sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent == package:
         signal.signal(signal.SIGINT, answer)

@@ -386,8 +386,11 @@ class Mirror:
 
     def _copy_the_rest(self) -> str:
         """Copies what is left, patiently; returns why something is, "" if nothing."""
-        end = time.monotonic() + PATIENCE
-        while (left := self._attempt()) and not self._lost and time.monotonic() < end:
+        end = None
+        while (left := self._attempt()) and not self._lost:
+            end = end or time.monotonic() + PATIENCE  # since the first failure, not the first byte
+            if time.monotonic() >= end:
+                break
             time.sleep(PAUSE)
         return left
 

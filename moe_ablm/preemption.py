@@ -85,7 +85,7 @@ class Interrupts:
                 self._tell(f"interrupted: {self.after}")
             else:
                 self._over.wait(0.1)  # the thread is telling it
-            os._exit(INTERRUPTED)
+            _exit()
         raise KeyboardInterrupt
 
     def _answer(self) -> None:
@@ -96,7 +96,7 @@ class Interrupts:
             if self.heard > 1:
                 saved = "; what was saved before is kept" if self.saves else ""
                 self._tell(f"ended at once{saved}: {self.after}")
-                os._exit(INTERRUPTED)
+                _exit()
             if self.saves:
                 self._tell("heard Ctrl-C, saving after this step; again: end without saving")
             elif self._telling.acquire(blocking=False):
@@ -125,7 +125,20 @@ def _without_interrupts(told: Any) -> None:
 
 def _end_late(over: threading.Event) -> None:
     if not over.wait(GRACE):
-        os._exit(INTERRUPTED)
+        _exit()
+
+
+def _exit() -> NoReturn:
+    """Ends this process at once, after Ctrl-C."""
+    _end_workers()
+    os._exit(INTERRUPTED)
+
+
+def _end_workers() -> None:
+    """Ends the processes of a pool, which would tell what they miss once this process is over."""
+    if module := sys.modules.get("multiprocessing"):
+        for worker in module.active_children():
+            worker.kill()
 
 
 def leave(code: int) -> NoReturn:
@@ -134,6 +147,7 @@ def leave(code: int) -> NoReturn:
     Threads and workers of libraries may want more time than that.
     """
     if code == INTERRUPTED:
+        _end_workers()
         threading.Thread(target=_end_late, args=(threading.Event(),), daemon=True).start()
     sys.exit(code)
 

@@ -37,6 +37,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+# a worker a core: threads of matrix libraries would only wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Of the machine code alone: XLA's own passes, and so the programs, are the same. Half of the time
 # of a test that trains would go into optimising what runs for a moment.
 COMPILE_QUICKLY = (

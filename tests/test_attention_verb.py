@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moe_blocks import jit
 from tiny_models import engine, tiny_model
 
 from moe_ablm.data.antibody import row_of
@@ -24,10 +25,15 @@ def antibodies():
 def test_weights_are_the_encoders_between_residues():
     model = tiny_model()
     definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]
-    encoder = nnx.merge(definition, model.params)
     tokens = jnp.asarray(row_of(antibodies()[0], ESM).tokens.astype(int))[None]
     valid = jnp.ones(tokens.shape, bool)
-    expected = encoder(tokens, valid, observe=Observe(attention=True)).attention
+
+    @jit
+    def observed(params, tokens, valid):
+        seen = nnx.merge(definition, params)(tokens, valid, observe=Observe(attention=True))
+        return seen.attention
+
+    expected = observed(model.params, tokens, valid)
     heavy, light = slice(1, 8), slice(10, 14)
     for layer in (0, -1):
         found = attention(engine(), antibodies(), layer)[0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from moe_blocks import jit
 from tiny_models import MOE, engine, tiny_model
 
 from moe_ablm.data.antibody import row_of
@@ -60,9 +61,11 @@ def test_neighbours_order_batch_and_padding_change_nothing(router, monkeypatch):
 def test_an_antibody_is_computed_as_the_encoder_does_alone_and_unpadded(router):
     model = tiny_model(router)
     definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]
-    encoder = nnx.merge(definition, model.params)
+    encode = jit(lambda params, *row: nnx.merge(definition, params)(*row).logits[0])
     row = ROWS[0]
-    expected = encoder(jnp.asarray(row[None].astype(int)), jnp.ones((1, len(row)), bool)).logits[0]
+    expected = encode(
+        model.params, jnp.asarray(row[None].astype(int)), jnp.ones((1, len(row)), bool)
+    )
     (found,) = computed(engine(router), [row], EveryPosition())
     np.testing.assert_allclose(found, jax.nn.log_softmax(expected), atol=2e-5)
 

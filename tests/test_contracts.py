@@ -53,12 +53,12 @@ DROPLESS = ("dropless", "sequence")  # rows go to the experts if they fit, else 
 # dense encoder
 VARIANTS = [((2, 4, 1), r) for r in ("dropless", "capacity", "expert_choice", "soft", "batch")]
 VARIANTS += [((8, 1, 1), r) for r in ("none", "dropless")]
-VARIANTS += [((1, 8, 1), r) for r in ("dropless", "capacity")]
+VARIANTS += [((1, 8, 1), "capacity")]
 VARIANTS += [((2, 2, 2), r) for r in ("none", "dropless")]
 # their siblings: by --slow alone
 SIBLINGS = [((2, 4, 1), r) for r in ("topp", "sequence")]
 SIBLINGS += [((8, 1, 1), r) for r in ("capacity", "soft", "sequence")]
-SIBLINGS += [((1, 8, 1), "sequence"), ((2, 2, 2), "capacity")]
+SIBLINGS += [((1, 8, 1), r) for r in ("dropless", "sequence")] + [((2, 2, 2), "capacity")]
 OPTIMIZER = OptimizerSpec(
     steps=10, lr=1e-3, warmup=2, schedule="linear", decay_share=0.1,
     beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, clip=1.0,
@@ -342,7 +342,7 @@ def quick(values, few):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("mesh", quick(MESHES, [(1, 1, 1), (2, 4, 1)]), ids=str)
+@pytest.mark.parametrize("mesh", quick(MESHES, [(2, 4, 1)]), ids=str)
 @pytest.mark.parametrize("size", quick(SIZES, ["8m"]))
 def test_shapes_and_dtypes_of_a_step(size, mesh, router):
     spec = EncoderSpec(*SIZES[size], moe=MOES[router])

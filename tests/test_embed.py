@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_models import engine, tiny_model
+from moe_blocks import jit
+from tiny_models import engine, tiny_model, tiny_spec
 
 from moe_ablm.errors import UserError
 from moe_ablm.inference.antibodies import given
 from moe_ablm.inference.embed import embed, layer_number, table
-from moe_ablm.model.encoder import Encoder, Observe
+from moe_ablm.model.encoder import Observe, make_definition
 from moe_ablm.model.spec import Execution
 
 PAIRS = [("EVQLVES", "DIQM"), ("", "DIQMTQ"), ("EVQLX", "DI")]
@@ -21,16 +22,21 @@ def antibodies():
     return given(PAIRS, model.layout, model.length)
 
 
+@jit
+def hidden(params, tokens):
+    """Hidden states of all layers of the tiny model."""
+    definition = make_definition(tiny_spec(), Execution())
+    valid = jnp.ones(tokens.shape, bool)
+    return nnx.merge(definition, params)(tokens, valid, observe=Observe(hidden=True)).hidden
+
+
 def states(antibody, layer: int) -> np.ndarray:
     """What the encoder says, residues alone: <cls> H <cls><cls> L <eos>."""
     from moe_ablm.data.antibody import row_of
 
     model = tiny_model()
-    definition = nnx.split(nnx.eval_shape(lambda: Encoder(model.spec, Execution(), nnx.Rngs(0))))[0]
     tokens = row_of(antibody, model.layout).tokens.astype(int)[None]
-    encoder = nnx.merge(definition, model.params)
-    valid = jnp.ones(tokens.shape, bool)
-    found = encoder(jnp.asarray(tokens), valid, observe=Observe(hidden=True)).hidden[layer][0]
+    found = hidden(model.params, jnp.asarray(tokens))[layer][0]
     heavy = len(antibody.heavy)
     keep = list(range(1, 1 + heavy)) if heavy else []
     first = 1 + heavy + 2 if heavy else 1

@@ -243,7 +243,8 @@ def test_gradients_in_bfloat16_are_those_of_float32(name, backend):
 def test_attention_weights_are_those_of_the_forward_pass(rows):
     tokens, valid = (jnp.asarray(a) for a in rows)
     encoder = Encoder(tiny_spec(), Execution(), nnx.Rngs(0))
-    weights = encoder(tokens, valid, observe=Observe(attention=True)).attention
+    observe = Observe(attention=True)
+    weights = jit(lambda t, v: encoder(t, v, observe=observe).attention)(tokens, valid)
     assert [w.shape for w in weights] == [(4, 4, 24, 24)] * 2
     np.testing.assert_allclose(weights[1].sum(-1), 1.0, atol=1e-5)
     assert float(jnp.where(valid[:, None, None], 0.0, weights[1]).max()) == 0.0

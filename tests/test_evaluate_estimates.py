@@ -19,6 +19,7 @@ from moe_ablm.evaluation.estimates import (
     spearman_number,
     spearman_of_folds,
     welch,
+    why_undefined,
 )
 
 RNG = np.random.default_rng(0)
@@ -192,3 +193,14 @@ def test_a_mean_of_the_correlations_of_folds():
     assert spearman_of_folds(x, y, units, folds, {}, 10).value == pytest.approx(
         np.mean([each[0], each[2]])
     )
+
+
+def test_a_correlation_with_a_constant_is_told():
+    x, y, units = np.arange(6.0), np.array([1.0, 3, 2, 5, 4, 6]), list("abcdef")
+    found = [
+        spearman_number(values, y, units, {"predictor": name}, 20)
+        for name, values in (("model", x), ("mean", np.ones(6)))
+    ]
+    assert found[0].value == pytest.approx(stats.spearmanr(x, y).statistic)
+    (note,) = why_undefined(found)
+    assert note.startswith("spearman of mean is not defined: all predictions, or all of what")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO, command, tiny_flags
 
+from moe_ablm.data.annotate import _without_ctrl_c
+
 SECOND = 1.0 + 5.0  # beside what a busy machine takes to wake a thread
 
 
@@ -206,6 +208,26 @@ def test_a_verb_leaves_nothing(tmp_path):
     assert process.stderr.read() == "" and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_waits_until_processes_have_begun():
+    """Whichever thread the system gives the signal to: an exception would break off their start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    over, reached = threading.Event(), []
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with _without_ctrl_c():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+                reached.append(True)
+            reached.append(False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
+        other.join()
+    assert reached == [True]
+
+
 def test_workers_leave_ctrl_c_to_the_one_who_started_them(tmp_path, run_quickly):
     pairs = tmp_path / "pairs.csv"
     made = run_quickly("moe_ablm", "simulate", "--pairs", 20_000, "--out", pairs)
@@ -213,9 +235,9 @@ def test_workers_leave_ctrl_c_to_the_one_who_started_them(tmp_path, run_quickly)
     arguments = ("--reannotate", "--workers", 2, "--input", pairs, "--out", tmp_path / "d")
     process = start("moe_ablm", "prepare", *arguments)
     end = time.monotonic() + 60
-    while not list(tmp_path.glob(".d.scratch-*")) and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(1)  # the workers start
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 1 + 2 and time.monotonic() < end:
+        time.sleep(0.01)  # the tracker of semaphores, and workers that have just begun
     press(process)
     assert "interrupted" in answer(process)
     assert code_of(process) == 130

@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, tiny_config, tiny_flags
+from conftest import TINY, command, tiny_config, tiny_flags
 from folder_store import DIE_AT, FOLDER, FolderStore, register
 
 from moe_ablm import mirror as mirrors
 from moe_ablm import train, trainer
+from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.mirror import Mirror, mirrored
 from moe_ablm.results import read_results
 from moe_ablm.stores import LEASE, Store, StoreError, place_of, split_checkpoints, whole_steps
+from moe_ablm.training.checkpoint import Checkpoints
 
 ADDRESS = "s3://bucket/r"
 UNREACHABLE = "[Errno 101] Network is unreachable"
@@ -532,8 +534,14 @@ def steps_logged(run: Path) -> list[int]:
     return [r["step"] for r in read_results(run / "results.jsonl") if r["kind"] == "train"]
 
 
-def test_a_run_resumes_exactly_where_its_store_was_cut_off(bucket, tmp_path, monkeypatch):
-    """Within a checkpoint; the run itself goes on to its end, and its copy is then lost."""
+@pytest.fixture
+def antibodies(cache) -> str:
+    """The embedded dataset in the cache that all tests share."""
+    return str(simulated_dataset(TINY["data.simulated_pairs"]))
+
+
+def test_a_real_run_survives_a_store_that_is_cut_off(antibodies, bucket, tmp_path, monkeypatch):
+    """Within a checkpoint: the run goes on to its end, and is copied up later."""
     cut = []
 
     def fault(operation, name):
@@ -544,16 +552,23 @@ def test_a_run_resumes_exactly_where_its_store_was_cut_off(bucket, tmp_path, mon
     FolderStore.fault = staticmethod(fault)
     lacking = pytest.raises(StoreError, match="lacks the end of the run")
     with lacking, mirrored(Path(ADDRESS)) as place:
-        expected = trainer.run(tiny_config(**CHANGES), place)
+        config = tiny_config(**CHANGES, data__path=antibodies)
+        assert trainer.run(config, place)["status"] == "complete"
     FolderStore.fault = staticmethod(lambda operation, name: None)
+    kept = here(place, text=False)
     assert cut and whole_steps(there(bucket, text=False) | {LEASE: ""}) == {4}
-    shutil.rmtree(place.parent)
-    with mirrored(Path(ADDRESS)) as place:
-        assert [p.name for p in (place / "checkpoints").iterdir()] == ["4"]
-        found = trainer.run(tiny_config(**CHANGES), place)
-    assert {key: found[key] for key in SAME} == {key: expected[key] for key in SAME}
-    assert steps_logged(bucket / "r") == list(range(1, 13))
-    assert there(bucket, text=False) == here(place, text=False)
+    shutil.copytree(bucket / "r", bucket / "as it was cut off")
+    with mirrored(Path(ADDRESS)) as again:
+        assert again == place
+    assert there(bucket, text=False) == here(place, text=False) == kept
+    shutil.rmtree(bucket / "r")
+    (bucket / "as it was cut off").rename(bucket / "r")
+    elsewhere(tmp_path, monkeypatch)
+    with mirrored(Path(ADDRESS)) as other:
+        assert Checkpoints(other / "checkpoints", 9).newest_step() == 4
+        brought = here(other, text=False)
+        assert brought == {name: kept[name] for name in brought} and "run.json" not in brought
+        assert steps_logged(other)[:4] == [1, 2, 3, 4]
 
 
 PROGRAM = """

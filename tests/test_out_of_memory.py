@@ -35,6 +35,14 @@ def failing(monkeypatch, name: str, call: int) -> None:
     monkeypatch.setattr(trainer.Trainer, name, fail)
 
 
+CONFIG = tiny_config(model__moe__router="none")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return trainer.run(CONFIG, tmp_path_factory.mktemp("undisturbed") / "w")
+
+
 @pytest.mark.parametrize(
     ("name", "call", "saved"),
     [
@@ -47,9 +55,9 @@ def failing(monkeypatch, name: str, call: int) -> None:
     ],
 )
 def test_one_line_says_what_to_set_and_the_run_goes_on(
-    name, call, saved, tmp_path, monkeypatch, capsys
+    name, call, saved, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    workdir, config = tmp_path / "w", tiny_config(model__moe__router="none")
+    workdir, config = tmp_path / "w", CONFIG
     with monkeypatch.context() as patch:
         failing(patch, name, call)
         code, told = train_main(config, workdir, patch, capsys)
@@ -61,7 +69,6 @@ def test_one_line_says_what_to_set_and_the_run_goes_on(
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [str(s) for s in saved]
     code, told = train_main(config, workdir, monkeypatch, capsys)
     assert (code, told) == (0, "")
-    undisturbed = trainer.run(config, tmp_path / "undisturbed")
     assert trainer.run(config, workdir)["params_sha256"] == undisturbed["params_sha256"]
 
 

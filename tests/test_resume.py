@@ -26,7 +26,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "it never came to the point where it is to be killed"
-        time.sleep(0.002)
+        time.sleep(0.005)  # more often, and this process takes the time of the other
 
 
 def kill_when(workdir: Path, condition) -> None:
@@ -45,8 +45,13 @@ def being_written(workdir: Path, step: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return trainer.run(tiny_config(**CHANGES), tmp_path_factory.mktemp("undisturbed") / "w")
+def undisturbed_workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed") / "w"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_workdir):
+    return trainer.run(tiny_config(**CHANGES), undisturbed_workdir)
 
 
 def test_killed_again_and_again(undisturbed, tmp_path):
@@ -66,12 +71,10 @@ def test_killed_again_and_again(undisturbed, tmp_path):
 
 
 @pytest.fixture
-def interrupted(undisturbed, tmp_path):
+def interrupted(undisturbed, undisturbed_workdir, tmp_path):
     """A copy of the finished run as if it had stopped at step 21: newest checkpoints 21 and 18."""
-    source = tmp_path / "source"
-    trainer.run(tiny_config(**CHANGES), source)
     workdir = tmp_path / "w"
-    shutil.copytree(source, workdir)
+    shutil.copytree(undisturbed_workdir, workdir)
     (workdir / "run.json").unlink()
     return workdir
 

@@ -101,6 +101,27 @@ def test_logits_are_those_of_the_paper(tmp_path, vocabulary, tied):
     assert len(others) == 8 and (found[:, others] < -9000).all()
 
 
+def test_a_model_without_a_head_embeds_and_does_nothing_else(tmp_path):
+    """As `RobertaModel` saves it, with a pooler: the encoder is that of the whole model."""
+    tensors = random_tensors(len(BALM))
+    body = {n.removeprefix("roberta."): x for n, x in tensors.items() if "lm_head" not in n}
+    body |= {"pooler.dense.weight": np.ones((16, 16), "f4"), "pooler.dense.bias": np.ones(16, "f4")}
+    changes = {"architectures": ["RobertaModel"]}
+    found = import_directory(directory(tmp_path / "body", tensors=body, **changes))
+    whole = import_directory(directory(tmp_path / "whole", tensors=tensors))
+    body_of, expected = flat_arrays(found.params), flat_arrays(whole.params)
+    for name in body_of:
+        if not name.startswith("head/"):
+            np.testing.assert_array_equal(body_of[name], expected[name], err_msg=name)
+    assert not found.head and whole.head and any("it only embeds" in n for n in found.notes)
+    save_model(found, tmp_path / "run")
+    with pytest.raises(UserError, match="no language-model head"):
+        load_model(tmp_path / "run").require_head("--run")
+    del body["encoder.layer.0.output.dense.bias"]
+    with pytest.raises(UserError, match=r"encoder\.layer\.0\.output\.dense\.bias"):
+        import_directory(directory(tmp_path / "part", tensors=body, **changes))
+
+
 def test_letters_that_it_lacks_are_read_as_its_x(tmp_path):
     tensors = random_tensors(len(ROBERTA))
     model = import_directory(directory(tmp_path / "hf", ROBERTA, tensors))
@@ -133,7 +154,8 @@ def test_more_tokens_and_copies_are_told_and_left_out(tmp_path):
 
 
 REFUSED = {
-    "architecture": ({"architectures": ["RobertaModel"]}, "architectures is"),
+    "architecture": ({"architectures": ["RobertaForTokenClassification"]}, "architectures is"),
+    "base model with a head": ({"architectures": ["RobertaModel"]}, "holds lm_head.*no place"),
     "relative": ({"position_embedding_type": "relative_key"}, "position_embedding_type is"),
     "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
     "padding": ({"pad_token_id": 0}, "pad_token_id is 0, expected 1"),

@@ -17,10 +17,9 @@ def traced_updates(directory) -> list[int]:
 
 
 def test_a_trace_holds_its_updates_and_the_run_is_the_same(tmp_path, capsys):
-    changes = {"train__steps": 6}
-    plain = trainer.run(tiny_config(**changes), tmp_path / "plain")
+    plain = trainer.run(tiny_config(), tmp_path / "plain")
     assert not (tmp_path / "plain" / "profile").exists()
-    traced = trainer.run(tiny_config(**changes, log__profile="3:5"), tmp_path / "traced")
+    traced = trainer.run(tiny_config(log__profile="3:5"), tmp_path / "traced")
     assert traced_updates(tmp_path / "traced" / "profile") == [3, 4, 5]
     assert f"trace of updates 3:5: {tmp_path / 'traced' / 'profile'}" in capsys.readouterr().out
     for key in ("fingerprint", "params_sha256", "valid_loss_final", "tokens_seen"):

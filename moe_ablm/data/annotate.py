@@ -220,15 +220,24 @@ def _silent_tracker() -> Iterator[None]:
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Processes that begin meanwhile never hear of Ctrl-C: it is for the one who began them."""
+    """Processes that begin meanwhile never hear of Ctrl-C: it is for the one who began them.
+
+    Here it waits until they have: one whose start an exception breaks off prints a traceback. The
+    mask alone does not stop it, since another thread may take the signal for the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    late: list[tuple] = []
+    before = signal.signal(signal.SIGINT, lambda *caught: late.append(caught))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if late and callable(before):
+            before(*late[0])
 
 
 def _die_with_parent() -> None:

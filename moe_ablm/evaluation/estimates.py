@@ -12,8 +12,9 @@ Hinkley 1997, section 3.8 on hierarchical data).
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special
@@ -297,6 +298,18 @@ def spearman_number(
     values = [c(np.ones(len(y), int)) for c in correlate]
     low, high = repeated_interval(np.array(drawn), values)
     return Number("spearman", float(np.mean(values)), labels, low, high, len(y))
+
+
+def why_undefined(results: Iterable[Any]) -> list[str]:
+    """A note for each correlation among results that has no value."""
+    return [
+        f"{result.metric} of {', '.join(result.labels.values())} is not defined: all predictions, "
+        "or all of what they are compared with, are equal"
+        for result in results
+        if isinstance(result, Number)
+        and result.metric.startswith("spearman")
+        and np.isnan(result.value)
+    ]
 
 
 def spearman_of_folds(

@@ -24,7 +24,7 @@ from moe_ablm.data.antibody import Antibody, row_of, tokens_of
 from moe_ablm.data.tokenizer import FIRST_AMINO_ACID, MASK
 from moe_ablm.errors import UserError
 from moe_ablm.evaluation.dots import dots
-from moe_ablm.evaluation.estimates import spearman_number
+from moe_ablm.evaluation.estimates import spearman_number, why_undefined
 from moe_ablm.evaluation.formats.fitness_tables import Antibodies, Assay, Substitutions, read_assays
 from moe_ablm.evaluation.outcome import Outcome, Picture, Skipped, Table
 from moe_ablm.evaluation.subject import Subject
@@ -81,6 +81,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         for name, values in scores.items():
             about = {"assay": assay.name, "score": name}
             numbers.append(spearman_number(values, assay.fitness, units, about))
+    notes += why_undefined(numbers)
     notes.append(
         "score: higher is fitter; fitness as in the tables: where low values are the good ones, a "
         "negative correlation is the good one"

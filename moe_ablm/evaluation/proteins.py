@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from moe_ablm.evaluation.dots import dots
-from moe_ablm.evaluation.estimates import Number, Sample, ratio, spearman_number
+from moe_ablm.evaluation.estimates import Number, Sample, ratio, spearman_number, why_undefined
 from moe_ablm.evaluation.formats.protein_choice import chosen, fitting
 from moe_ablm.evaluation.formats.protein_files import read_tasks
 from moe_ablm.evaluation.formats.protein_tasks import UNKNOWN, Protein, Split, Task
@@ -72,7 +72,7 @@ def evaluate(subject: Subject, settings: Settings) -> Outcome:
         notes.append(f"mean of {settings.repeats} heads of other seeds, which intervals include")
     if not baselines.has_sklearn():
         notes.append("no baselines: they need scikit-learn (pip install 'moe_ablm[eval]')")
-    return shown(results, notes)
+    return shown(results, [*notes, *why_undefined(results)])
 
 
 def shown(results: Sequence[Number | Sample], notes: Sequence[str]) -> Outcome:

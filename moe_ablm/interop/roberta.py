@@ -1,11 +1,13 @@
-"""Import and export of RoBERTa in Hugging Face's form, as BALM-paired and AntiBERTa are.
+"""Import and export of RoBERTa in Hugging Face's form (`RobertaForMaskedLM`, `RobertaModel`).
 
-These are models of Burbach & Briney (2024) and Leem et al. (2022). A model's vocabulary is that of
-its tokenizer: rows of the embedding and of the decoder are put into the order of ours.
+BALM-paired (Burbach & Briney 2024) and AntiBERTa (Leem et al. 2022) are such. A model's vocabulary
+is that of its tokenizer: rows of the embedding and of the decoder are put into the order of ours.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,21 @@ from moe_ablm.interop.tensors import (
 from moe_ablm.model.spec import EncoderSpec
 
 ARCHITECTURE = "RobertaForMaskedLM"
+HEADLESS = "RobertaModel"  # its names lack the first part of `RobertaForMaskedLM`'s
 _THEIRS = {"<cls>": "<s>", "<eos>": "</s>"}  # names of tokens, where they differ
 _SEGMENTS = "roberta.embeddings.token_type_embeddings.weight"
 _BY_TOKEN = (ROBERTA.embedding, DECODER, "lm_head.bias")  # tensors with a row for each token
 
 
 def import_roberta(directory: Path, layout: str | None = None) -> Model:
-    """Imports a `RobertaForMaskedLM` directory with the files of its tokenizer.
+    """Imports a `RobertaForMaskedLM` directory, or one of `RobertaModel`, which has no head.
 
     Segment ids are 0, as in training on antibodies, so that the vector of this segment is added to
     every position.
 
     Args:
-      directory: with config.json, weights as safetensors, and vocab.json or tokenizer.json.
+      directory: with config.json, weights as safetensors, and vocab.json or tokenizer.json of
+        the tokenizer.
       layout: name of the layout by which chains become a row; None: that of an export by moe_ablm,
         else "balm" (`<s>H</s>L</s>`).
 
@@ -51,13 +55,14 @@ def import_roberta(directory: Path, layout: str | None = None) -> Model:
         amino acids one by one, or the files are damaged.
     """
     config = HuggingFaceConfig(directory)
-    config.architecture(ARCHITECTURE)
+    architecture = config.architecture(ARCHITECTURE, HEADLESS)
+    head = architecture == ARCHITECTURE
     size = config.number("vocab_size")
     ids, notes = _ids(directory, size)
     config.expect("pad_token_id", 1, ids[VOCABULARY[PAD]])
     spec = _spec(config)
     tensors = open_tensors(directory)
-    names, ignored = huggingface.sorted_out(tensors, _canonical)
+    names, ignored = huggingface.sorted_out(tensors, partial(_canonical, head=head))
     copies = {"lm_head.decoder.bias": "lm_head.bias"}
     copies |= {DECODER: ROBERTA.embedding} if spec.tied else {}
     for copy, original in copies.items():
@@ -72,18 +77,23 @@ def import_roberta(directory: Path, layout: str | None = None) -> Model:
     expected = ROBERTA.shapes(shapes)
     expected |= {n: (size, *expected[n][1:]) for n in _BY_TOKEN if n in expected}
     expected[_SEGMENTS] = (config.number("type_vocab_size", 2), spec.d_model)
-    huggingface.check_tensors(tensors, names, expected)
+    absent = {} if head else {n: s for n, s in expected.items() if n.startswith("lm_head.")}
+    huggingface.check_tensors(
+        tensors, names, {n: s for n, s in expected.items() if n not in absent}
+    )
     notes += huggingface.dtype_notes(tensors, names.values())
-    return huggingface.imported(
+    notes += [] if head else ["the model has no language-model head: it only embeds"]
+    model = huggingface.imported(
         config,
         spec,
-        ROBERTA.read(shapes, _Translated(tensors, names, ids)),
-        architecture=ARCHITECTURE,
+        ROBERTA.read(shapes, _Translated(tensors, names, ids, absent)),
+        architecture=architecture,
         layout=layout,
         default=("balm", spec.learned_positions),
         offset=OFFSET,
         notes=notes,
     )
+    return replace(model, head=head)
 
 
 def _spec(config: HuggingFaceConfig) -> EncoderSpec:
@@ -111,8 +121,13 @@ def _spec(config: HuggingFaceConfig) -> EncoderSpec:
     )
 
 
-def _canonical(name: str) -> str | None:
-    """None for tensors that are ignored, else the name in its newer spelling."""
+def _canonical(name: str, head: bool) -> str | None:
+    """None for tensors that are ignored, else the name in its newer spelling.
+
+    Names of `RobertaModel`, without a head, lack the first part.
+    """
+    if not head and not name.startswith(("roberta.", "lm_head.")):
+        name = f"roberta.{name}"
     if name.startswith("roberta.pooler.") or name.endswith("position_ids"):
         return None
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
@@ -175,19 +190,31 @@ def _vocabulary(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 class _Translated(Mapping):
-    """Tensors by expected name, rows in the order of our tokens; read when they are looked up."""
+    """Tensors by expected name, rows in the order of our tokens; read when they are looked up.
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str], ids: Mapping[str, int]):
-        self._tensors, self._names, self._ids = tensors, names, ids
+    Those that are absent are zeros.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        names: Mapping[str, str],
+        ids: Mapping[str, int],
+        absent: Mapping[str, tuple[int, ...]],
+    ):
+        self._tensors, self._names, self._ids, self._absent = tensors, names, ids, absent
 
     def __iter__(self):
-        return iter(self._names)
+        return iter([*self._names, *self._absent])
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) + len(self._absent)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array = self._tensors[self._names[name]]
+        if name in self._absent:
+            array = np.zeros(self._absent[name], np.float32)
+        else:
+            array = self._tensors[self._names[name]]
         if name == ROBERTA.positions:
             return array + self._tensors[self._names[_SEGMENTS]][0]
         if name not in _BY_TOKEN:

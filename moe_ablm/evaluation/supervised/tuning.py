@@ -11,7 +11,13 @@ from functools import partial
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.evaluation.estimates import Number, Sample, spearman_number, spearman_of_folds
+from moe_ablm.evaluation.estimates import (
+    Number,
+    Sample,
+    spearman_number,
+    spearman_of_folds,
+    why_undefined,
+)
 from moe_ablm.evaluation.formats.assays import Assay
 from moe_ablm.evaluation.scores import accuracy_sample, score_numbers
 from moe_ablm.evaluation.supervised import baselines
@@ -112,6 +118,7 @@ def tune(engine: Engine, assay: Assay, settings: Settings, say: Callable[[str], 
     if not all(np.isfinite(each).all() for each in tested[MODEL]):
         raise UserError("--lr: training came to no finite predictions: lower it, or --encoder-lr")
     numbers = bench.numbers(folds, tested)
+    bench.notes += why_undefined(numbers)
     if assay.of_residues:
         shape = len(assay.classes)
         held_out = _objects([np.full((len(t), shape), np.nan, np.float32) for t in assay.targets])
