@@ -368,7 +368,8 @@ class _Output:
 
     def __init__(self, address: str, flag: str, overwrite: bool, goes_on: bool):
         self._store, self.place = Store(address, flag), place_of("out", address)
-        if self._store.listing() and not overwrite:
+        there = self._store.listing()
+        if there and not overwrite and not (goes_on and self._has_more_than(there)):
             raise UserError(f"{flag} {address} exists already: choose another name or remove it")
         # what cannot be written is said before anything is computed
         probe = Store(f"{address}.probe-{secrets.token_hex(4)}", flag)
@@ -380,6 +381,11 @@ class _Output:
                 f"{flag} {address}: an earlier result is now {self._move_aside()}", file=sys.stderr
             )
         self.place.parent.mkdir(parents=True, exist_ok=True)
+
+    def _has_more_than(self, there: Mapping[str, Found]) -> bool:
+        """Whether a result of before is here, of which copying up a part was all that was done."""
+        names = {path.relative_to(self.place).as_posix() for path in _files(self.place)}
+        return set(there) < names
 
     def _move_aside(self) -> Path:
         kept = self.place.parent.with_name(f"{self.place.parent.name}-{secrets.token_hex(4)}")

@@ -292,6 +292,33 @@ def test_a_copy_that_was_interrupted_does_not_stand_in_the_way(bucket, main):
     assert kept.read_text() == (bucket / "s.csv").read_text()
 
 
+def test_a_verb_that_goes_on_also_goes_on_copying(bucket):
+    content = {"a/samples": "1", "results.json": "2"}
+
+    def carried_out(made):
+        args = argparse.Namespace(verb="evaluate", out="s3://bucket/e")
+        with at_hand(args, goes_on=True):
+            fill(args.out, made)
+
+    def fault(operation, name):
+        if operation == "put" and name.endswith("results.json"):
+            raise KeyboardInterrupt
+
+    FolderStore.fault = staticmethod(fault)
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(content)
+    assert tree(bucket / "e") == {"a/samples": "1"}
+    counting("put")
+    fill(bucket / "e", {"mine": "3"})
+    with pytest.raises(UserError, match="exists already"):
+        carried_out({})
+    (bucket / "e/mine").unlink()
+    carried_out({})  # all is done
+    assert tree(bucket / "e") == content
+    with pytest.raises(UserError, match="exists already"):
+        carried_out({})
+
+
 def test_a_run_and_a_sweep_take_their_data_from_a_store(pairs, bucket, main):
     from conftest import tiny_config
 
