@@ -12,9 +12,9 @@ def require_right_sums(
 ) -> None:
     """Sets `XLA_FLAGS` so that XLA:CPU fuses sums rightly; JAX reads it when it first computes.
 
-    jaxlib 0.11 and 0.12 hand sums and what surrounds them to YNNPACK as one kernel, which makes the
-    gradient of a layer norm of 4,096 rows wrong by 9 % (`benchmarks/versions.py`). With the
-    flag they hand over matmuls alone.
+    jaxlib 0.11.2 and 0.12.0.1 hand sums and what surrounds them to YNNPACK as one kernel, which
+    makes the gradient of a layer norm of 4,096 rows wrong by 9 % (`benchmarks/versions.py`). With
+    the flag they hand over matmuls alone.
 
     Args:
       environment: of the process; a choice that it has stays.
