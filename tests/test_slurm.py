@@ -6,6 +6,8 @@ The cluster is this machine alone, made and ended by `programs/slurm_cluster.sh`
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from moe_ablm.feed import Feed
 from moe_ablm.results import read_results
 
 pytestmark = pytest.mark.slurm
+DOCS = Path(__file__).parents[1] / "docs"
 CLUSTER = Path(__file__).parent / "programs" / "slurm_cluster.sh"
 MINUTES = 60
 # long enough to be interrupted: a checkpoint only at a signal and at the end
@@ -158,6 +161,27 @@ def test_a_preempted_cell_is_queued_again_and_ends_the_same(tmp_path):
         assert summary[key] == undisturbed[key]
     lines = [r["step"] for r in read_results(one.workdir / "results.jsonl") if r["kind"] == "train"]
     assert lines == list(range(1, LONG["train__steps"] + 1))
+
+
+def test_a_run_of_its_own_is_queued_again_by_the_command_of_the_docs(tmp_path):
+    """As printed, but for the partition, what the machine has, and the config."""
+    (block,) = re.findall(r"```\n(sbatch .*?)```", (DOCS / "launch.md").read_text(), re.DOTALL)
+    words = shlex.split(block.replace("\\\n", ""))
+    for word in ("--partition=gpu", "--gpus=1", "--cpus-per-task=8"):
+        words.remove(word)
+    one = make_cell(tmp_path, "one", **LONG)
+    printed = "python -m moe_ablm.train --config=configs/ladder.py:size=8m --workdir=runs/8m"
+    assert printed in words[-1] and "--output=8m.log" in words
+    words[-1] = words[-1].replace(printed, shlex.join([sys.executable, *one.argv]))
+    words[words.index("--output=8m.log")] = f"--output={one.log}"
+    one.log.parent.mkdir()
+    (job,) = re.findall(r"\d+", slurm_says(*words, "--partition=low", f"--chdir={REPOSITORY}"))
+    wait(lambda: steps(one) >= 20, "step 20", one)
+    occupy(tmp_path)
+    wait(lambda: ended(job), "the job", one)
+    (found,) = jobs(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), one.log.read_text()
+    assert status(one) == "complete" and "is queued again" in one.log.read_text()
 
 
 def test_one_task_of_an_array_is_queued_again_alone(tmp_path):
