@@ -1,10 +1,10 @@
 """What holds over-fitting back where few pairs are read often: dropout, weight decay, or both.
 
     python -m moe_ablm prepare --input pairs.parquet --out data/pairs --split joint
-    python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 512
-    python sweeps/repeated.py --data=data/nested/512 --jobs=1
+    python -m sweeps.nested_data --input data/pairs --out data/nested --pairs 64
+    python sweeps/repeated.py --data=data/nested/64 --jobs=1
 
-Configs of configs/small_ladder.py, dense, 1,280 updates of 16 antibodies: 40 passes over 512. The
+Configs of configs/small_ladder.py, dense, 1,280 updates of 4 antibodies: 80 passes over 64. The
 table of complete runs is printed at the end: losses with standard errors over seeds, and the
 validation loss less that of the first row, seed by seed, with Student's 95 % interval. Training
 losses are those of the updates, with what dropout left.
@@ -24,17 +24,17 @@ from sweeps.planned import Planned
 from sweeps.study import Study, data_path, main
 
 DROPOUT = (0.0, 0.1)
-WEIGHT_DECAY = (0.01, 0.1, 0.3)
-DATA = "data/nested/512"
+WEIGHT_DECAY = (0.01, 0.3)
+DATA = "data/nested/64"
 PLACES = ("attention_dropout", "hidden_dropout", "embedding_dropout")
-STEPS = 1280
+STEPS, BATCH = 1280, 4
 HEAD = ("dropout", "weight decay", "seeds", "passes", "train loss", "validation, last",
         "validation, least", "last less first row's [95 %]")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this study."""
-    parser.add_argument("--size", default="s48", help="of the ladder; default %(default)s")
+    parser.add_argument("--size", default="s64", help="of the ladder; default %(default)s")
 
 
 def points(options: argparse.Namespace) -> list[grid.Point]:
@@ -53,7 +53,7 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
         "seed": point["seed"],
         "data.path": data_path(options.data or DATA),
         "train.weight_decay": point["weight_decay"],
-        "train.batch": 16,
+        "train.batch": BATCH,
         "train.steps": STEPS,
         "train.warmup": STEPS // 10,
         "eval.every": STEPS // 8,
