@@ -169,7 +169,7 @@ def test_a_run_of_its_own_is_queued_again_by_the_command_of_the_docs(tmp_path):
     words = shlex.split(block.replace("\\\n", ""))
     for word in ("--partition=gpu", "--gpus=1", "--cpus-per-task=8"):
         words.remove(word)
-    one = make_cell(tmp_path, "one", **LONG)
+    one = make_cell(tmp_path, "one", **LONG | {"train__steps": 600})
     printed = "python -m moe_ablm.train --config=configs/ladder.py:size=8m --workdir=runs/8m"
     assert printed in words[-1] and "--output=8m.log" in words
     words[-1] = words[-1].replace(printed, shlex.join([sys.executable, *one.argv]))
