@@ -201,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--runs", type=Path, required=True, help="--out of sweeps/compare_routers.py")
     add("--data", action="append", required=True, metavar="NAME=FILE", help=", ".join(READERS))
     add("--out", type=Path, required=True, metavar="FILE.csv", help="a line a run and pass")
-    add("--rows", type=int, default=126, help="of a draw; half are trained on (default 126)")
-    add("--passes", type=int, default=6, help="over the training set (default 6)")
+    add("--rows", type=int, default=252, help="of a draw; half are trained on (default 252)")
+    add("--passes", type=int, default=8, help="over the training set (default 8)")
     add("--seeds", type=int, default=3, help="default 3")
     options = parser.parse_args(argv)
 
