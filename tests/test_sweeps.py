@@ -501,7 +501,7 @@ def test_the_table_of_repeated_data_pairs_runs_by_seed(tmp_path):
         return tiny_recipe({names.get(name, name): value for name, value in point.items()})
 
     cells, _ = plan(repeated.points(Namespace(seeds=3)), recipe, tmp_path)
-    assert len(cells) == 2 * 3 * 3
+    assert len(cells) == 2 * 2 * 3
     last = {"0.0": (2.0, 2.2, 2.4), "0.1": (1.9, 2.0, 2.1)}  # differences -.1, -.2, -.3
     for p in cells[:-1]:  # of the last row one seed is missing
         loss = last[p.axes["dropout"]][p.seed]
@@ -512,13 +512,13 @@ def test_the_table_of_repeated_data_pairs_runs_by_seed(tmp_path):
     assert [line[:3] for line in lines] == [
         [dropout, decay, "2" if (dropout, decay) == ("0.1", "0.3") else "3"]
         for dropout in ("0.0", "0.1")
-        for decay in ("0.01", "0.1", "0.3")
+        for decay in ("0.01", "0.3")
     ]
     half = 4.302653 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; sd .1 of three seeds
     low, high = -0.2 - half, -0.2 + half
-    assert lines[3][3:] == ["40", "1.000 ± 0.000", "2.000 ± 0.058", "1.500 ± 0.058",
+    assert lines[2][3:] == ["40", "1.000 ± 0.000", "2.000 ± 0.058", "1.500 ± 0.058",
                             f"-0.200 [{low:.3f}, {high:.3f}]"]  # fmt: skip
-    assert len(head.strip("| ").split(" | ")) == len(lines[3])
+    assert len(head.strip("| ").split(" | ")) == len(lines[2])
 
 
 CHAINS = {"heavy": 1.5, "light": 0.9, "light_seen": 0.5, "light_unseen": 1.3, "light_novel": 1.4}
