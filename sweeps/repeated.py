@@ -27,7 +27,7 @@ DROPOUT = (0.0, 0.1)
 WEIGHT_DECAY = (0.01, 0.3)
 DATA = "data/nested/64"
 PLACES = ("attention_dropout", "hidden_dropout", "embedding_dropout")
-STEPS, BATCH = 1280, 4
+STEPS = 1280
 HEAD = ("dropout", "weight decay", "seeds", "passes", "train loss", "validation, last",
         "validation, least", "last less first row's [95 %]")  # fmt: skip
 
@@ -53,7 +53,6 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
         "seed": point["seed"],
         "data.path": data_path(options.data or DATA),
         "train.weight_decay": point["weight_decay"],
-        "train.batch": BATCH,
         "train.steps": STEPS,
         "train.warmup": STEPS // 10,
         "eval.every": STEPS // 8,

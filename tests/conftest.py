@@ -37,12 +37,11 @@ COMPILED = tempfile.TemporaryDirectory(prefix="moe_ablm-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-
 # a worker a core: threads of matrix libraries would only wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Of the machine code alone: XLA's own passes, and so the programs, are the same. Half of the time
-# of a test that trains would go into optimising what runs for a moment.
+# Half of the time of a test that trains would go into optimising what runs for a moment. The last
+# flag fuses differently: two programs of one update may then differ in their last bits.
 COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
     COMPILE_QUICKLY += " --xla_cpu_use_fusion_emitters=false"

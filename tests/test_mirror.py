@@ -322,24 +322,6 @@ def test_another_container_of_the_same_host_and_path_waits_for_a_lease(bucket, c
     assert "for a sign of process" in capsys.readouterr().out
 
 
-def test_what_was_brought_in_by_half_is_brought_in_again(bucket, tmp_path, monkeypatch, caplog):
-    with new_mirror().open() as run:
-        begin(run)
-    elsewhere(tmp_path, monkeypatch)
-
-    def fault(operation, name):
-        if operation == "get" and name.endswith("results.jsonl"):
-            raise OSError(UNREACHABLE)
-
-    FolderStore.fault = staticmethod(fault)
-    with pytest.raises(StoreError, match="cannot be reached"):
-        new_mirror().open().__enter__()
-    FolderStore.fault = staticmethod(lambda operation, name: None)
-    with new_mirror().open() as other:
-        assert here(other) == here(run) == there(bucket)
-    assert [p.name for p in other.parent.iterdir() if p.is_dir()] == ["r"] and not caplog.text
-
-
 def test_a_killed_process_is_followed_at_once_on_its_machine(bucket, monkeypatch):
     with new_mirror().open() as run:
         begin(run)
