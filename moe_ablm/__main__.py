@@ -15,7 +15,7 @@ from moe_ablm.allocator import restart_with_huge_pages
 from moe_ablm.endings import Parser, end
 from moe_ablm.errors import ArgumentError
 from moe_ablm.preemption import Interrupts, leave
-from moe_ablm.stores import at_hand
+from moe_ablm.store_flags import at_hand
 
 # each in the module of moe_ablm.verbs of its name, imported only for that verb
 VERBS = {

@@ -80,7 +80,7 @@ def load(
     named = parse_germlines(germlines if isinstance(germlines, str) else ",".join(germlines))
     from moe_ablm.antibody_model import KINDS, AntibodyModel
     from moe_ablm.inference.engines import engine_of
-    from moe_ablm.stores import fetched_run
+    from moe_ablm.store_copies import fetched_run
 
     model = engine_of(fetched_run(run, "run"), precision, devices, batch_tokens, "run", KINDS)
     assert isinstance(model, AntibodyModel)  # both kinds are

@@ -34,16 +34,8 @@ import jax
 
 from moe_ablm.errors import UserError, counted
 from moe_ablm.files import address_of, json_text, locked, write_json
-from moe_ablm.stores import (
-    COMMITTED,
-    LEASE,
-    Store,
-    StoreError,
-    place_of,
-    say,
-    split_checkpoints,
-    whole_steps,
-)
+from moe_ablm.store_copies import COMMITTED, split_checkpoints, whole_steps
+from moe_ablm.stores import LEASE, Store, StoreError, place_of, say
 
 log = logging.getLogger(__name__)
 FLAG = "--workdir"

@@ -34,7 +34,7 @@ from moe_ablm.preemption import stop_flag
 from moe_ablm.program import batch_rows, execution_on, make_program
 from moe_ablm.progress import Progress, region_table, stability_lines
 from moe_ablm.results import read_results
-from moe_ablm.stores import fetched, fetched_run
+from moe_ablm.store_copies import fetched, fetched_run
 from moe_ablm.summary import RunRecord, execution_summary, recent_train_loss, run_summary
 from moe_ablm.training import state as states
 from moe_ablm.training.checkpoint import Checkpoints

@@ -20,7 +20,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.feed import Feed
 from moe_ablm.model import flops
 from moe_ablm.model.families import RowShape
-from moe_ablm.stores import fetched
+from moe_ablm.store_copies import fetched
 from sweeps.grid import Point, Recipe
 from sweeps.planned import Planned
 

@@ -159,8 +159,8 @@ def _options(study: Study, argv: list[str] | None):
     add("--dry-run", action="store_true", help="print the table of cells and stop")
     add("--max-gpu-hours", type=float, metavar="H", help="refuse to launch more device-hours")
     about = (
-        "device whose hours are estimated; default: that of --hardware, else 'core' where cells run "
-        "on this machine without GPU or TPU, else that of the study"
+        "device whose hours are estimated; default: that of --hardware, else 'core' where cells "
+        "run on this machine without GPU or TPU, else that of the study"
     )
     add("--device", choices=DEVICES, help=about)
     add(

@@ -98,6 +98,25 @@ def cache(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder of `s3://bucket`, and an empty cache."""
+    from folder_store import register
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return register(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def simulated_table(tmp_path_factory):
+    """A table of 60 simulated antibodies."""
+    from moe_ablm.__main__ import main
+
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    assert main(["moe_ablm", "simulate", "--pairs", "60", "--seed", "1", "--out", str(path)]) == 0
+    return path
+
+
 def tiny_config(**changes):
     """The checked config of a run of seconds; changes by dotted key with "." as "__"."""
     from configs.base import get_config

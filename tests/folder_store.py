@@ -4,6 +4,7 @@ As in S3, an object is replaced as a whole, and a bucket that is not there is an
 talk to real fakes in test_stores_live.py.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 FOLDER = "MOE_ABLM_TEST_STORE"  # the folder, whose folders are buckets
+UNREACHABLE = "[Errno 101] Network is unreachable"
 DIE_AT = "MOE_ABLM_TEST_DIE_AT"  # end of the name of an object at which the process kills itself
 
 
@@ -80,3 +82,40 @@ def register(folder: Path) -> Path:
     fsspec.register_implementation("s3", FolderStore, clobber=True)
     (folder / "bucket").mkdir(parents=True, exist_ok=True)
     return folder / "bucket"
+
+
+def failing(*operations, error=None):
+    """From now on these operations of the store fail."""
+
+    def fault(operation, name):
+        if operation in operations:
+            raise error or OSError(UNREACHABLE)
+
+    FolderStore.fault = staticmethod(fault)
+
+
+def counting(operation):
+    """The names with which an operation is called from now on."""
+    names = []
+    FolderStore.fault = staticmethod(lambda o, name: names.append(name) if o == operation else None)
+    return names
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in files}
+
+
+def fill(folder: Path, content: dict[str, str]) -> None:
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def write_run(run: Path, losses: dict[int, float | None]) -> None:
+    fill(run, {"config.json": "{}", "results.jsonl": "", "tensorboard/events": "x" * 99})
+    for step, loss in losses.items():
+        evaluation = {} if loss is None else {"step": step, "loss": loss}
+        folder = run / "checkpoints" / str(step)
+        fill(folder, {"record/metadata": json.dumps({"evaluation": evaluation})})
+        fill(folder, {"state/d/0": f"{step}", "state/manifest": "", "commit_success.txt": ""})

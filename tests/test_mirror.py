@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, command, tiny_config, tiny_flags
-from folder_store import DIE_AT, FOLDER, FolderStore, register
+from folder_store import DIE_AT, FOLDER, UNREACHABLE, FolderStore
 
 from moe_ablm import mirror as mirrors
 from moe_ablm import train, trainer
@@ -18,21 +18,20 @@ from moe_ablm.data.simulated import simulated_dataset
 from moe_ablm.errors import UserError
 from moe_ablm.mirror import Mirror, mirrored
 from moe_ablm.results import read_results
-from moe_ablm.stores import LEASE, Store, StoreError, place_of, split_checkpoints, whole_steps
+from moe_ablm.store_copies import split_checkpoints, whole_steps
+from moe_ablm.stores import LEASE, Store, StoreError, place_of
 from moe_ablm.training.checkpoint import Checkpoints
 
 ADDRESS = "s3://bucket/r"
-UNREACHABLE = "[Errno 101] Network is unreachable"
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """The folder of `s3://bucket`, an empty cache, and a mirror in a hurry."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def bucket(bucket, monkeypatch):
+    """The store of a test, and a mirror in a hurry."""
     hurry = {"EVERY": 99, "BEAT": 99, "EXPIRY": 0.3, "PATIENCE": 0.1, "PAUSE": 0.05}
     for name, seconds in hurry.items():
         monkeypatch.setattr(mirrors, name, seconds)
-    return register(tmp_path / "store")
+    return bucket
 
 
 def elsewhere(tmp_path, monkeypatch):

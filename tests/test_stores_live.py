@@ -15,7 +15,8 @@ from test_mirror import begin, go_on, here
 from moe_ablm import mirror as mirrors
 from moe_ablm.errors import UserError
 from moe_ablm.mirror import Mirror
-from moe_ablm.stores import LEASE, Store, StoreError, fetched, place_of
+from moe_ablm.store_copies import fetched
+from moe_ablm.stores import LEASE, Store, StoreError, place_of
 
 
 @pytest.fixture(scope="module")
