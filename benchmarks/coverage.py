@@ -175,6 +175,7 @@ OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3
 JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5}
 REGULARISED = {"by_weight_decay": -5.0, "by_dropout": -2.0}
 BOTH = ("weight_decay", "dropout")
+ERROR = "standard error"  # the only method of --quick
 ANNEALED = {"E": 1.2, "A": 0.9, "alpha": 0.45, "B": 300.0, "C": 2.0, "beta": 0.6, "gamma": 0.6}
 CASES = {
     "chinchilla": Case("chinchilla", dense_grid, DENSE),
@@ -244,7 +245,7 @@ def inside_errors(case: Case, seed: int) -> dict[str, dict[str, bool]]:
             error = made.standard_errors[p.name] / (value if p.log else 1.0)
             gap = np.log(true / value) if p.log else true - value
             found[p.name] = bool(abs(gap) <= 1.96 * error)
-    return {"standard error": found}
+    return {ERROR: found}
 
 
 def parser_of_flags() -> argparse.ArgumentParser:
@@ -261,8 +262,11 @@ def parser_of_flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser_of_flags().parse_args(argv)
+    parser = parser_of_flags()
+    args = parser.parse_args(argv)
     done = read(args.out)
+    if args.tables and any((ERROR in found) != args.quick for found in done.values()):
+        parser.error(f"--out {args.out} has tables with and without --quick: name another file")
     wanted = [
         (name, seed)
         for name in args.law or CASES

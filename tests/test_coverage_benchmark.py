@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from benchmarks import coverage
 
@@ -49,3 +50,6 @@ def test_every_case_is_fitted_at_its_truth(tmp_path, capsys):
     assert set(shares[0]) == set(coverage.DENSE)
     assert 0.85 < np.mean([list(share.values()) for share in shares]) < 0.99
     assert "standard error" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):  # a file is of one kind of intervals
+        coverage.main([*flags[1:], "--draws", "0"])
+    assert "with and without --quick" in capsys.readouterr().err
