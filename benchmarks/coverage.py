@@ -172,7 +172,7 @@ class Case(NamedTuple):
 BEST = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[x]": 1.8}
 OVERFIT = {"fresh": 0.97, "P": 0.004, "delta": 0.6, "kappa": 0.5, "tau": 0.0}
 OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3}
-JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5}
+JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5, "v[x]": 0.3}
 REGULARISED = {"by_weight_decay": -5.0, "by_dropout": -2.0}
 BOTH = ("weight_decay", "dropout")
 ERROR = "standard error"  # the only method of --quick

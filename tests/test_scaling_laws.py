@@ -157,9 +157,33 @@ def test_joint_pools_dense_runs_exactly():
     np.testing.assert_allclose(law.predict(values, row), b2.predict(values, row), rtol=1e-12)
 
 
-def test_joint_has_no_router_effects_for_one_router():
-    assert not any(name.startswith(("u[", "v[")) for name in Joint(("topk",)).names)
+def test_effects_of_routers_in_joint():
+    """mu is a single router's own; P is of dense runs, too, so that it has a factor beside them."""
+    assert [n for n in Joint(("topk",)).names if "[" in n] == ["v[topk]"]
     assert {"u[a]", "u[b]", "v[a]", "v[b]"} <= set(Joint(("a", "b")).names)
+    mixed = {"experts": np.array([1.0, 8.0, 64.0]), "router": np.array(["dense", "topk", "topk"])}
+    assert law_for("joint", mixed).defaults == {}
+    alone = {name: values[1:] for name, values in mixed.items()}
+    assert law_for("joint", alone).defaults == {"v[topk]": 0.0}
+
+
+def test_a_fit_of_before_routers_had_factors_predicts_what_it_did():
+    law = Joint(("topk",))
+    values = {
+        p.name: float(p.report(t))
+        for p, t in zip(law.parameters, some_parameters(law), strict=True)
+    }
+    row = columns()
+    row["router"] = np.where(row["experts"] > 1, "topk", "dense")
+    older = {name: value for name, value in values.items() if name != "v[topk]"}
+    now = law.predict(values | {"v[topk]": 0.0}, row)
+    np.testing.assert_array_equal(law.predict(older, row), now)
+    assert not np.array_equal(law.predict(values, row), now)
+    unnamed = {name: v for name, v in row.items() if name != "router"}
+    np.testing.assert_array_equal(law.predict(values, unnamed), law.predict(values, row))
+    del older["tau"]
+    with pytest.raises(KeyError, match="tau"):
+        law.predict(older, row)
 
 
 def test_names_and_aliases():

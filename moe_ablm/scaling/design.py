@@ -78,7 +78,7 @@ def _nominal(setup: Setup, coefficients: Mapping[str, float] | None) -> np.ndarr
     """Internal parameters to linearise at, `[K]`."""
     law = setup.law
     if coefficients:
-        theta = np.array([p.internal(coefficients[p.name]) for p in law.parameters])
+        theta = np.array([p.internal(p.found(coefficients)) for p in law.parameters])
         # shift is linear in the centre, so the negative centre inverts it
         back = setup.centre.back()
         return law.shift(theta, back)

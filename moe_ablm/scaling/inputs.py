@@ -100,6 +100,14 @@ class Centre:
 ABSENT = np.empty(0)
 
 
+def routed(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which runs `[n]` have experts: more than one, or more parameters than active ones."""
+    if "experts" in columns:
+        return np.asarray(columns["experts"], float) > 1
+    active = np.asarray(columns["params"], float)
+    return np.asarray(columns.get("total_params", active), float) > active * (1 + 1e-6)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Logs of the inputs of `n` runs, each `[n]`; empty where the runs lack the input.
@@ -140,8 +148,9 @@ def make_inputs(
 ) -> Inputs:
     """Columns in natural units (`params`, `tokens`, ..., each `[n]`) to centred logs.
 
-    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect.
-    `total_params` defaults to `params`, `experts` to 1.
+    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect. Without
+    names runs with experts are of the only router. `total_params` defaults to `params`, `experts`
+    to 1.
     """
     size = max(len(np.atleast_1d(v)) for v in columns.values())
     get = {
@@ -163,7 +172,11 @@ def make_inputs(
         ratio = get["tokens"].astype(float) / get["unique_tokens"].astype(float)
         repeats = np.maximum(ratio - 1.0, 0.0)
     index = {name: i for i, name in enumerate(routers)}
-    names = get.get("router", np.full(size, "dense"))
+    if "router" in get:
+        router = np.array([index.get(str(r), -1) for r in get["router"]])
+    else:
+        only = len(routers) == 1
+        router = np.where(routed(get), 0, -1) if only else np.full(size, -1)
     density = ABSENT
     if "sparsity" in get:
         density = np.log1p(-get["sparsity"].astype(float))
@@ -177,7 +190,7 @@ def make_inputs(
         c=log("flops", centre.log_flops),
         repeats=repeats,
         experts=get["experts"].astype(float) if "experts" in get else np.ones(size),
-        router=np.array([index.get(str(r), -1) for r in names]),
+        router=router,
         granularity=log("granularity", 0.0),
         density=density,
         lr_area=log("lr_area", 0.0),

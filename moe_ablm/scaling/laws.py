@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.scaling.compute import SIX_N_D, Cost, cost_of
-from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
+from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs, routed
 
 # theta `[B, K]` to a quantity `[B]` and its gradient `[B, K]`
 WithGradient = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -35,10 +35,17 @@ class Parameter:
     linear: bool = False  # L is linear in it: solved for, not searched
     unit: float = 1.0  # the reported coefficient is the internal value in this unit, where no log
     search: tuple[float, float] | None = None  # range of the starts; default: the whole range
+    absent: float | None = None  # reported, of fits made before the law had it; None: it always had
 
     def report(self, internal: np.ndarray | float) -> np.ndarray:
         """The coefficient in reported units."""
         return np.exp(internal) if self.log else np.asarray(internal) * self.unit
+
+    def found(self, coefficients: Mapping[str, float]) -> float:
+        """The reported coefficient among those of a fit; raises KeyError where it lacks one."""
+        if self.absent is None:
+            return coefficients[self.name]
+        return coefficients.get(self.name, self.absent)
 
     def internal(self, reported: float) -> float:
         """The inverse of `report`."""
@@ -205,7 +212,7 @@ class SmoothLaw(Law):
     def predict(
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        theta = np.array([p.internal(coefficients[p.name]) for p in self.parameters])
+        theta = np.array([p.internal(p.found(coefficients)) for p in self.parameters])
         x = make_inputs(columns, Centre(), self.routers)
         return np.exp(self.log_loss(theta[None], x)[0]) - self.offset
 
@@ -260,7 +267,7 @@ def log_sum(terms: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def routers_of(columns: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Names of the routers of runs with more than one expert, sorted; "moe" without a column."""
-    experts = np.asarray(columns["experts"], float)
-    names = np.asarray(columns.get("router", np.full(experts.size, "moe")))
-    return tuple(sorted({str(r) for r in names[experts > 1]}))
+    """Names of the routers of runs with experts, sorted; "moe" without a column."""
+    chosen = routed(columns)
+    names = np.asarray(columns.get("router", np.full(chosen.size, "moe")))
+    return tuple(sorted({str(r) for r in names[chosen]}))

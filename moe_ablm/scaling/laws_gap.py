@@ -27,7 +27,7 @@ class Gap(SmoothLaw):
     What size and tokens do to both losses alike is not in the gap, so that it tells whose
     parameters over-fit (tau) without their exponents. `fresh` is one plus the gap of a run that
     repeats nothing, which need not be 0: training losses are of dropout, and of other chains.
-    Where the runs name routers each has a factor exp(v_r) on P, shrunk toward 1: what a router does
+    Where runs have experts each router has a factor exp(v_r) on P, shrunk toward 1: what it does
     by itself is not taken for its number of parameters.
     """
 
@@ -57,11 +57,11 @@ class Gap(SmoothLaw):
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Gap":
-        """With a factor of each router that the runs name.
+        """With a factor of each router: of a single one, too, and of one without a name.
 
-        A single one has it, too: with one number of experts nothing tells it from tau.
+        With one number of experts nothing tells it from tau.
         """
-        return cls(routers_of(columns) if {"experts", "router"} <= columns.keys() else ())
+        return cls(routers_of(columns))
 
     @classmethod
     def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:

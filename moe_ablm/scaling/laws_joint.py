@@ -50,10 +50,10 @@ class Joint(DataConstrainedB2):
     """Chinchilla in effective parameters plus an over-fitting penalty, with router effects.
 
     L = E + A N_eff^-alpha + B D^-beta + P exp(v_r) R^delta (N_mem/U)^kappa,
-    N_eff = N_active E^^(mu + u_r), N_mem = N_active^(1-tau) N_total^tau. Router effects u_r, v_r
-    are shrunk toward 0 by normal priors. E^ is that of Clark et al. 2022 with E_start = 1, so
-    that a dense run has E^ = 1 and N_total = N_active and pools exactly: for dense runs this is
-    law data_constrained_b2.
+    N_eff = N_active E^^(mu + u_r), N_mem = N_active^(1-tau) N_total^tau. Router effects u_r (of
+    several routers) and v_r are shrunk toward 0 by normal priors. E^ is that of Clark et al. 2022
+    with E_start = 1, so that a dense run has E^ = 1 and N_total = N_active and pools exactly: for
+    dense runs this is law data_constrained_b2.
     """
 
     name = "joint"
@@ -69,22 +69,28 @@ class Joint(DataConstrainedB2):
     def __init__(self, routers: tuple[str, ...] = (), cost: Cost = SIX_N_D) -> None:
         super().__init__(routers, cost)
         self.defaults: Mapping[str, float] = {}
-        # The effects of a single router are part of mu and P.
+        # mu is of routers alone, and a single one's; P is of dense runs as well
         self.effects = routers if len(routers) > 1 else ()
         count = len(self.effects)
         self.u = RouterEffects(len(SHARED), count, EXPONENT_SD)
-        self.v = RouterEffects(len(SHARED) + count, count, FACTOR_SD)
+        self.v = RouterEffects(len(SHARED) + count, len(routers), FACTOR_SD)
         self.parameters = (
             *SHARED,
             *effect_parameters("u", self.effects, "this router's difference in mu"),
-            *effect_parameters("v", self.effects, FACTOR),
+            *effect_parameters("v", routers, FACTOR),
         )
 
     @classmethod
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
-        """With one number of experts only, nothing tells where more stop helping: E^ is E."""
+        """With one number of experts only, nothing tells where more stop helping: E^ is E.
+
+        Of one router without dense runs P has the factor.
+        """
         law = cls(routers_of(columns), cost_of(columns))
-        law.defaults = e_max_of_one(columns["experts"], law.parameters[E_MAX])
+        held = e_max_of_one(columns["experts"], law.parameters[E_MAX])
+        if len(law.routers) == 1 and np.all(np.asarray(columns["experts"], float) > 1):
+            held |= {f"v[{law.routers[0]}]": 0.0}
+        law.defaults = held
         return law
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
@@ -115,7 +121,7 @@ class Joint(DataConstrainedB2):
         ]
 
     def penalty(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        if not self.effects:
+        if not self.routers:
             return None
         (u, by_u), (v, by_v) = self.u.penalty(theta), self.v.penalty(theta)
         return u + v, by_u + by_v

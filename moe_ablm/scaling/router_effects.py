@@ -45,7 +45,10 @@ class RouterEffects:
 
 def effect_parameters(kind: str, routers: tuple[str, ...], meaning: str) -> list[Parameter]:
     """`kind[router]` of each router; starts are at no effect."""
-    return [Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0)) for r in routers]
+    return [
+        Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0), absent=0.0)
+        for r in routers
+    ]
 
 
 FACTOR_SD = 1.0  # of ln of a router's factor on over-fitting: a factor of e
