@@ -34,7 +34,8 @@ TRUTH = {
         **{"alpha": 0.30, "beta": 0.32, "lambda": -0.7, "delta": 0.3, "gamma": 0.25},
     },
     "joint": DENSE
-    | {"P": 0.02, "delta": 0.8, "kappa": 0.5, "mu": 0.25, "E_max": 100.0, "tau": 0.4},
+    | {"P": 0.02, "delta": 0.8, "kappa": 0.5, "mu": 0.25, "E_max": 100.0, "tau": 0.4}
+    | {"v[x]": 0.3},
 }
 
 
@@ -447,3 +448,26 @@ def test_what_a_vanished_term_multiplies_has_no_meaning_and_stops_nothing():
     assert bootstrap(made, 100).converged.mean() >= 0.98
     names = [p.quantity.name for p in profiles(made)]
     assert "P" in names and "delta" not in names
+
+
+@pytest.mark.parametrize("counts", [(16.0,), (4.0, 64.0)], ids=["one", "two"])
+def test_a_factor_of_the_only_router_is_no_number_of_parameters(counts):
+    """Over-fitting follows active parameters, e^.7 times as much with experts as without.
+
+    Total parameters would explain that, too, where there is one number of experts: tau is open.
+    """
+    columns = grid("joint")
+    kept = np.isin(columns["experts"], (1.0, *counts))
+    columns = {name: values[kept] for name, values in columns.items()}
+    law = SMOOTH["joint"](("x",))
+    loss = law.predict(TRUTH["joint"] | {"tau": 0.0, "v[x]": 0.7}, columns)
+    noise = 2e-3 * np.random.default_rng(0).standard_normal(loss.size)
+    runs = Runs(columns | {"loss": loss * np.exp(noise)}, tuple(map(str, range(loss.size))))
+    made = fit_law(runs, "joint", np.inf)
+    if len(counts) == 1:
+        assert made.verdicts["tau"].startswith("not identified")
+        assert not made.verdicts["v[x]"].startswith("identified")
+        return
+    assert made.coefficients["tau"] == pytest.approx(0.0, abs=3 * made.standard_errors["tau"])
+    assert made.standard_errors["tau"] < 0.2
+    assert made.coefficients["v[x]"] == pytest.approx(0.7, abs=3 * made.standard_errors["v[x]"])

@@ -109,11 +109,15 @@ def fit_tuning(
                 )
     tried = lowest_at_each(runs, law.setting)
     cells, notes = _cells(tried, law, seed_sd, draws, seed, level)
-    left = to_try_notes(tried, law.setting)
+    lacking = to_try_notes(tried, law.setting)
     try:
         line = _line(cells, fixed, law)
-    except UserError as error:  # a sweep that has just begun
-        raise UserError("; ".join([str(error), *left])) from None
+    except UserError as error:  # a sweep that has just begun, or of too few models
+        raise UserError("; ".join([str(error), *lacking])) from None
+    left = lacking or [
+        f"every cell has {SIDES} values of {law.setting} on either side of its lowest loss: no "
+        "others need be run"
+    ]
     cells = tuple(_judged(i, cells, line, fixed, law, rule) for i in range(len(cells)))
     coefficients = line.coefficients()
     derived, reach = line.at(target or Target(), law.setting, level)
@@ -172,7 +176,7 @@ def lowest_at_each(runs: Runs, setting: str) -> Tried:
 
 
 def to_try_notes(tried: Tried, setting: str) -> list[str]:
-    """The values that each cell lacks, in words, or that none lacks any."""
+    """The values that each cell lacks, in words."""
     cells = [np.flatnonzero(tried.cell == cell) for cell in np.unique(tried.cell)]
     step = step_of([tried.value[mine] for mine in cells])
     notes = []
@@ -182,10 +186,7 @@ def to_try_notes(tried: Tried, setting: str) -> list[str]:
             name = cell_name(tried.params[mine[0]], tried.tokens[mine[0]])
             values = ", ".join(f"{value:.3g}" for value in left)
             notes.append(f"cell {name}: lowest at {lowest:.3g}; its minimum needs {values}, too")
-    return notes or [
-        f"every cell has {SIDES} values of {setting} on either side of its lowest loss: no others "
-        "need be run"
-    ]
+    return notes
 
 
 def _cells(
