@@ -103,7 +103,8 @@ def test_a_folder_of_runs_says_which_are_left(tmp_path, capsys):
     assert "no others need be run" in " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "fit" / "fit.json").read_text())["coefficients"]
     assert found["by_params"] == pytest.approx(-0.35, abs=0.02)
-    few = tmp_path / "few"  # all rates, of too few sizes: more runs are what it needs
-    write_runs(few, loss, [range(7)])
-    assert main([*fit, str(few), "--out", str(tmp_path / "y")]) == 2
-    assert "no others" not in capsys.readouterr().err
+    bent = tmp_path / "bent"  # rates enough, of a valley that is none
+    write_runs(bent, np.array([[1.0, 1.3, 0.99, 1.3, 1.0]]), [range(5)])
+    assert main([*fit, str(bent), "--out", str(tmp_path / "y")]) == 2
+    said = capsys.readouterr().err
+    assert "0 cells have a minimum" in said and "no others" not in said
