@@ -9,12 +9,13 @@ order that leaves the store at every moment with a run that resumes:
 3. only then what is gone here is removed there, the marker of a checkpoint first;
 4. `run.json`, which may say that the run is complete.
 
-What was set aside (damaged, or since the run was extended) is removed before. Where files are gone
+What was set aside (damaged, or since the run was extended) goes up first, and is then removed
+where it was, before all that. Where files are gone
 that a run never removes, somebody has cleared the copy: the store stays as it is.
 
 In the place of the lock there is a lease: an object with the holder and a number that grows every
 `BEAT` seconds. Another process takes the run when the number has stood still for `EXPIRY` seconds;
-a holder that finds itself replaced copies nothing any more. Two that begin in the same second may
+a holder that finds itself replaced copies nothing any more, and stops. Two that begin in the same second may
 both take it for up to `BEAT` seconds: this is no lock.
 """
 
@@ -34,6 +35,7 @@ import jax
 
 from moe_ablm.errors import UserError, counted
 from moe_ablm.files import address_of, json_text, locked, write_json
+from moe_ablm.preemption import stop
 from moe_ablm.store_copies import COMMITTED, split_checkpoints, whole_steps
 from moe_ablm.stores import LEASE, Store, StoreError, place_of, say
 
@@ -65,7 +67,7 @@ def mirrored(workdir: Path) -> Iterator[Path]:
             f"{FLAG} {address}: several processes share a work directory, which a store is not: "
             "name one on a shared file system, and copy it to the store when the run has ended"
         )
-    mirror = Mirror(Store(address, FLAG), place_of("run", address))
+    mirror = Mirror(Store(address, FLAG), place_of("run", address), stop)
     with mirror.open() as place:
         yield place
 
@@ -75,10 +77,14 @@ class Mirror:
 
     The session, a file beside the copy, has a name of the copy that no other has, the tokens of the
     leases under which it was the newest, and which state of each file is in the store.
+
+    Args:
+      place: directory of the copy.
+      on_loss: called, perhaps more than once, when another process has taken the run.
     """
 
-    def __init__(self, store: Store, place: Path):
-        self._store, self.place = store, place
+    def __init__(self, store: Store, place: Path, on_loss: Callable[[], None] = lambda: None):
+        self._store, self.place, self._on_loss = store, place, on_loss
         self._account = place.with_name(f"{place.name}.session")
         self._token, self._beats = secrets.token_hex(8), 0
         self._copy_name = secrets.token_hex(8)
@@ -256,7 +262,8 @@ class Mirror:
                 self._warn("failed", "%s: the run goes on, copies wait in %s", error, self.place)
                 return str(error)
         if self._lost:
-            self._warn("lost", "%s: nothing is copied up any more", self._lost)
+            self._warn("lost", "%s: this one stops, and copies nothing up any more", self._lost)
+            self._on_loss()
             return self._lost
         if self._told:
             log.warning(
@@ -288,8 +295,11 @@ class Mirror:
         else:  # of what comes after the newest one here, results may no longer tell
             late = split_checkpoints(gone)
             first = [name for step in late if step > max(whole, default=-1) for name in late[step]]
-        self._remove(first)
         of_checkpoints = {name for names in steps.values() for name in names}
+        for name in sorted(set(files) - of_checkpoints - {END}):
+            if "/" in name:  # what was set aside
+                self._put(files, name)
+        self._remove(first)
         for name in sorted(set(files) - of_checkpoints - {END}):
             self._put(files, name)
         for step in sorted(whole):

@@ -174,6 +174,12 @@ def stop_flag() -> Iterator[list]:
             signal.signal(number, handler)
 
 
+def stop() -> None:
+    """What a stop signal does, from any thread; nothing where no run is there to save on one."""
+    if callable(signal.getsignal(signal.SIGTERM)):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def requeue_job() -> str:
     """Asks SLURM to queue the batch job of this process again, where there is one to queue.
 

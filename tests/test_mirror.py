@@ -152,6 +152,23 @@ def test_at_every_operation_the_store_has_a_run_that_resumes(change, bucket):
     assert there(bucket) == here(run)
 
 
+@pytest.mark.parametrize("change", [extend, again, damaged])
+def test_what_is_set_aside_is_at_every_operation_in_one_place_or_the_other(change, bucket):
+    with new_mirror().open() as run:
+        begin(run)
+    copies = []
+
+    def fault(operation, name):
+        if operation in ("put", "rm") and LEASE not in name:
+            found = there(bucket).items()
+            copies.append(sum(n.endswith("8/state/d/0") and t == "8" for n, t in found))
+
+    with new_mirror().open() as run:
+        change(run)
+        FolderStore.fault = staticmethod(fault)
+    assert min(copies) == 1 and max(copies) == 2
+
+
 def test_the_first_operations_leave_no_half_checkpoint(bucket):
     seen = []
 
@@ -416,7 +433,7 @@ def test_a_run_that_was_taken_over_during_an_outage_is_told_so(bucket, monkeypat
         while "any more" not in caplog.text and time.monotonic() < end:
             time.sleep(0.02)
         told = caplog.text
-    assert told.count("copies wait in") == told.count("nothing is copied up any more") == 1
+    assert told.count("copies wait in") == told.count("copies nothing up any more") == 1
 
 
 def test_an_outage_at_the_end_is_an_error_and_loses_nothing(bucket):
@@ -568,6 +585,24 @@ def test_a_real_run_survives_a_store_that_is_cut_off(antibodies, bucket, tmp_pat
         brought = here(other, text=False)
         assert brought == {name: kept[name] for name in brought} and "run.json" not in brought
         assert steps_logged(other)[:4] == [1, 2, 3, 4]
+
+
+def test_a_real_run_that_is_taken_over_stops(antibodies, bucket, monkeypatch):
+    monkeypatch.setattr(mirrors, "EVERY", 0.05)
+    found = []
+
+    def fault(operation, name):  # the first look after a checkpoint is copied up
+        if operation == "put" and name.endswith("checkpoints/4/commit_success.txt"):
+            (bucket / "r" / LEASE).write_text('{"token": "x", "host": "tpu-7", "process": 7}')
+
+    FolderStore.fault = staticmethod(fault)
+    lacking = pytest.raises(StoreError, match="process 7 on tpu-7 has taken the run")
+    with lacking, mirrored(Path(ADDRESS)) as place:
+        steps = {"train__steps": 100_000, "train__warmup": 10}
+        config = tiny_config(**CHANGES, **steps, data__path=antibodies)
+        found.append(trainer.run(config, place)["status"])
+    assert found == ["stopped"]
+    assert whole_steps(there(bucket, text=False) | {LEASE: ""}) <= {4, 8}
 
 
 PROGRAM = """
