@@ -15,8 +15,8 @@ that a run never removes, somebody has cleared the copy: the store stays as it i
 
 In the place of the lock there is a lease: an object with the holder and a number that grows every
 `BEAT` seconds. Another process takes the run when the number has stood still for `EXPIRY` seconds;
-a holder that finds itself replaced copies nothing any more, and stops. Two that begin in the same second may
-both take it for up to `BEAT` seconds: this is no lock.
+a holder that finds itself replaced copies nothing any more, and stops. Two that begin in the same
+second may both take it for up to `BEAT` seconds: this is no lock.
 """
 
 import hashlib
