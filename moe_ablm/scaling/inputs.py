@@ -104,8 +104,10 @@ def routed(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Which runs `[n]` have experts: more than one, or more parameters than active ones."""
     if "experts" in columns:
         return np.asarray(columns["experts"], float) > 1
-    active = np.asarray(columns["params"], float)
-    return np.asarray(columns.get("total_params", active), float) > active * (1 + 1e-6)
+    if "total_params" in columns:
+        active = np.asarray(columns["params"], float)
+        return np.asarray(columns["total_params"], float) > active * (1 + 1e-6)
+    return np.zeros(max(np.size(v) for v in columns.values()), bool)
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,7 @@ def make_inputs(
     if "router" in get:
         router = np.array([index.get(str(r), -1) for r in get["router"]])
     else:
-        only = len(routers) == 1
-        router = np.where(routed(get), 0, -1) if only else np.full(size, -1)
+        router = np.where(routed(get) & (len(routers) == 1), 0, -1)
     density = ABSENT
     if "sparsity" in get:
         density = np.log1p(-get["sparsity"].astype(float))

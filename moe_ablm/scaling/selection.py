@@ -285,16 +285,7 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     """Fits one law, with intervals and tests; raises UserError as `fit_law` does."""
     name = resolve(question.law)
     if name in PARABOLIC:
-        if question.fixed:
-            raise UserError(f"--fix: law {name} has no coefficients that can be held")
-        law = PARABOLIC[name].for_runs(runs.columns)
-        settings = (question.draws, question.seed, question.target, question.level)
-        if law.needs_curves:
-            return Analysis(fit_envelope(runs, *settings))
-        parabolas = fit_parabolas(runs, law, question.seed_sd, *settings)
-        if law.group == "flops":
-            parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
-        return Analysis(parabolas)
+        return Analysis(_parabolic(runs, name, question))
     if name in SETTINGS:
         tuned = fit_tuning(
             runs,
@@ -316,20 +307,8 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     if made.status == "exact" or not made.problem.free.any():
         return Analysis(made)
     walked = profiles(made, question.level)
-    boot, drawn = None, {}
-    if question.draws > 0:
-        boot = bootstrap(made, question.draws, question.seed)
-        lost = int((~boot.converged).sum())
-        made = replace(made, draws=question.draws, draws_lost=lost)
-        if len(boot.usable) < FEWEST_DRAWS or lost > MOST_LOST * question.draws:
-            note = (
-                f"{len(boot.usable)} of {question.draws} bootstrap draws converged: no bootstrap "
-                f"interval (it needs {FEWEST_DRAWS} draws and {1 - MOST_LOST:.0%} of them, because "
-                "those that are lost are not like the others)"
-            )
-            boot, made = None, replace(made, notes=(*made.notes, note))
-        else:
-            drawn = bootstrap_intervals(made, boot, question.level)
+    made, boot = _drawn(made, question)
+    drawn = bootstrap_intervals(made, boot, question.level) if boot else {}
     intervals = {**drawn}  # those of the bootstrap before those of the profiles
     for p in walked:
         name = p.quantity.name
@@ -340,6 +319,37 @@ def analyse(runs: Runs, question: Question) -> Analysis:
     notes += (forecast_note(future),) if future else ()
     made = replace(with_open_profiles(made, walked), intervals=intervals, notes=notes)
     return Analysis(made, boot, walked, lack_of_fit(made), deltas, future)
+
+
+def _parabolic(runs: Runs, name: str, question: Question) -> Fit:
+    """A law of parabolas, or the envelope of curves."""
+    if question.fixed:
+        raise UserError(f"--fix: law {name} has no coefficients that can be held")
+    law = PARABOLIC[name].for_runs(runs.columns)
+    settings = (question.draws, question.seed, question.target, question.level)
+    if law.needs_curves:
+        return fit_envelope(runs, *settings)
+    parabolas = fit_parabolas(runs, law, question.seed_sd, *settings)
+    if law.group == "flops":
+        parabolas = replace(parabolas, notes=(*parabolas.notes, *bias_notes(parabolas)))
+    return parabolas
+
+
+def _drawn(made: SmoothFit, question: Question) -> tuple[SmoothFit, Bootstrap | None]:
+    """The fit with the count of its draws, and these; None where there are none or too few."""
+    if question.draws <= 0:
+        return made, None
+    boot = bootstrap(made, question.draws, question.seed)
+    lost = int((~boot.converged).sum())
+    made = replace(made, draws=question.draws, draws_lost=lost)
+    if len(boot.usable) >= FEWEST_DRAWS and lost <= MOST_LOST * question.draws:
+        return made, boot
+    note = (
+        f"{len(boot.usable)} of {question.draws} bootstrap draws converged: no bootstrap "
+        f"interval (it needs {FEWEST_DRAWS} draws and {1 - MOST_LOST:.0%} of them, because "
+        "those that are lost are not like the others)"
+    )
+    return replace(made, notes=(*made.notes, note)), None
 
 
 def _require_kind(fitted: Runs, target: Target | None) -> None:

@@ -95,18 +95,8 @@ def fit_tuning(
     fixed = fixed or {}
     runs.require(("params", law.setting, "loss"), law.name)
     check_inputs("--target", target or {})
-    for flag, given in (("--fix", fixed), ("--rule", rule or {})):
-        allowed = (*EXPONENTS, "k") if flag == "--rule" else tuple(EXPONENTS)
-        for name, value in given.items():
-            if name not in allowed:
-                raise UserError(f"{flag} {name}=...: law {law.name} takes {', '.join(allowed)}")
-            if not np.isfinite(value) or (name == "k" and value <= 0):
-                above = ", above 0" if name == "k" else ""
-                raise UserError(f"{flag} {name}={value:g}: expected a finite number{above}")
-            if value and name in EXPONENTS and EXPONENTS[name] not in runs:
-                raise UserError(
-                    f"{flag} {name}={value:g}: the input has no column {EXPONENTS[name]!r}"
-                )
+    _check_given("--fix", fixed, tuple(EXPONENTS), runs, law)
+    _check_given("--rule", rule or {}, (*EXPONENTS, "k"), runs, law)
     tried = lowest_at_each(runs, law.setting)
     cells, notes = _cells(tried, law, seed_sd, draws, seed, level)
     lacking = to_try_notes(tried, law.setting)
@@ -140,6 +130,20 @@ def fit_tuning(
         runs=runs,
         cells=cells,
     )
+
+
+def _check_given(
+    flag: str, given: Mapping[str, float], allowed: Sequence[str], runs: Runs, law: BestSetting
+) -> None:
+    """UserError where a coefficient of a flag is none of the law, or has no input."""
+    for name, value in given.items():
+        if name not in allowed:
+            raise UserError(f"{flag} {name}=...: law {law.name} takes {', '.join(allowed)}")
+        if not np.isfinite(value) or (name == "k" and value <= 0):
+            above = ", above 0" if name == "k" else ""
+            raise UserError(f"{flag} {name}={value:g}: expected a finite number{above}")
+        if value and name in EXPONENTS and EXPONENTS[name] not in runs:
+            raise UserError(f"{flag} {name}={value:g}: the input has no column {EXPONENTS[name]!r}")
 
 
 def lowest_at_each(runs: Runs, setting: str) -> Tried:

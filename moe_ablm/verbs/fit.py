@@ -70,7 +70,6 @@ def _fit(
 ) -> int:
     """Fits, compares, draws and writes; the first law is saved. 1 where it did not converge."""
     from moe_ablm.scaling.approaches import approaches, disagreement
-    from moe_ablm.scaling.catalogue import applicable, overfits
     from moe_ablm.scaling.plots import draw_all, save_all
     from moe_ablm.scaling.selection import Question, analyse, verdict
     from moe_ablm.scaling.tables import approaches_table, comparison_table, show, write_report
@@ -85,14 +84,7 @@ def _fit(
         seed_sd=args.seed_sd,
         rule=numbers_of("--rule", args.rule),
     )
-    named = [law for law in laws if law != COMPARE]
-    candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
-    unmoved: list[str] = []  # a factor on over-fitting means nothing to them
-    if runs.covariates:
-        unmoved = [law for law in candidates if not overfits(law)]
-        candidates = [law for law in candidates if law not in unmoved]
-    if not candidates:
-        raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
+    candidates, unmoved = _candidates(runs, laws)
     scores = _scores(runs, candidates, args) if len(candidates) > 1 else []
     tables = [comparison_table(scores)] if scores else []
     sentences = [verdict(scores)] if scores else []
@@ -103,7 +95,8 @@ def _fit(
         )
     if scores:
         write_json(out / "comparison.json", _scores_json(scores, sentences[0]))
-    chosen = named[0] if named else scores[0].law if scores else candidates[0]
+    best = scores[0].law if scores else candidates[0]
+    chosen = next((law for law in candidates if law in laws), best)
     study = _study(args.published, chosen)
     analysis = analyse(runs, replace(question, law=chosen))
     show(console, analysis, study)
@@ -127,6 +120,23 @@ def _fit(
         f"wrote {args.out}/fit.json, report.html and {len(paths)} figures", highlight=False
     )
     return int(analysis.fit.status == "not_converged")
+
+
+def _candidates(runs: "Runs", laws: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The laws to fit, and those that are left out: to them covariates mean nothing.
+
+    Raises:
+      UserError: none is left.
+    """
+    from moe_ablm.scaling.catalogue import applicable, overfits
+
+    named = [law for law in laws if law != COMPARE]
+    candidates = [*named, *(applicable(runs.columns) if COMPARE in laws else [])]
+    unmoved = [law for law in candidates if runs.covariates and not overfits(law)]
+    candidates = [law for law in candidates if law not in unmoved]
+    if not candidates:
+        raise UserError(f"no law has all its columns; the input has {', '.join(runs.columns)}")
+    return candidates, unmoved
 
 
 def _scores(runs: "Runs", candidates: Sequence[str], args: argparse.Namespace) -> "Sequence[Score]":
