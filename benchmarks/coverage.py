@@ -27,7 +27,7 @@ from rich.text import Text
 from moe_ablm.scaling import Runs, bootstrap, fit_law, profiles
 from moe_ablm.scaling.catalogue import saved_law
 from moe_ablm.scaling.resampling import bootstrap_intervals
-from moe_ablm.scaling.schedules import history, rates
+from moe_ablm.scaling.schedules import history, path_of, rates
 
 Columns = dict[str, np.ndarray]
 DENSE = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37}
@@ -85,6 +85,30 @@ def routed(columns: Columns, dense: int) -> Columns:
     }
 
 
+def granular_grid() -> Columns:
+    """80 runs: five sizes, four lengths, four granularities."""
+    n, d, g = np.meshgrid(
+        np.geomspace(4e7, 1e10, 5), np.geomspace(1e9, 3e11, 4), [1.0, 2.0, 4.0, 16.0]
+    )
+    return {"params": n.ravel(), "tokens": d.ravel(), "granularity": g.ravel()}
+
+
+def sparse_grid() -> Columns:
+    """144 runs: six sizes, six lengths, four shares of idle experts."""
+    n, d, s = np.meshgrid(
+        np.geomspace(4e7, 1e10, 6), np.geomspace(1e9, 3e11, 6), [0.0, 0.5, 0.9, 0.97]
+    )
+    return {"params": n.ravel(), "tokens": d.ravel(), "sparsity": s.ravel()}
+
+
+def experts_grid() -> Columns:
+    """144 runs: six sizes, six lengths, dense and three numbers of experts."""
+    n, d, e = np.meshgrid(
+        np.geomspace(4e7, 1e10, 6), np.geomspace(1e9, 3e11, 6), [1.0, 4.0, 16.0, 64.0]
+    )
+    return {"params": n.ravel(), "tokens": d.ravel(), "experts": e.ravel()}
+
+
 def optima_grid() -> Columns:
     """20 best losses: ten budgets from 3e18 to 1e21 FLOPs, dense and of one router."""
     return {
@@ -139,16 +163,28 @@ def schedule_grid() -> Columns:
         keys = {"schedule": schedule, "decay_share": share, "steps": steps}
         eta = rates(keys | {"lr": 1e-3, "warmup": 100})
         at = np.arange(1, 11) * steps // 10
+        area, recent = path_of(eta)
         parts.append(
             {
                 "run": np.full(at.size, f"r{i:02d}"),
                 "params": np.full(at.size, 1e7),
                 "tokens": 1e4 * at,
-                "lr_area": np.cumsum(eta)[at - 1],
+                "lr_area": area[at - 1],
+                "lr_recent": recent[at - 1],
                 "lr_history": history(eta, at),
             }
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def sized_schedule_grid() -> Columns:
+    """700 rows: the runs of `schedule_grid` in five sizes."""
+    one = schedule_grid()
+    sizes = np.geomspace(1e6, 1e8, 5)
+    out = {name: np.concatenate([v] * sizes.size) for name, v in one.items()}
+    out["params"] = np.repeat(sizes, one["params"].size)
+    out["run"] = np.char.add(np.char.add(out["run"], "-"), out["params"].astype(int).astype(str))
+    return out
 
 
 class Case(NamedTuple):
@@ -177,6 +213,11 @@ REGULARISED = {"by_weight_decay": -5.0, "by_dropout": -2.0}
 BOTH = ("weight_decay", "dropout")
 ERROR = "standard error"  # the only method of --quick
 ANNEALED = {"E": 1.2, "A": 0.9, "alpha": 0.45, "B": 300.0, "C": 2.0, "beta": 0.6, "gamma": 0.6}
+GRANULAR = {"c": 0.5, "g": 20.0, "a": 18.0, "b": 30.0, "gamma": 0.6, "alpha": 0.12, "beta": 0.15}
+SPARSE = {"a": 200.0, "b": 900.0, "c": 0.3, "d": 40.0, "e": 1.2}
+SPARSE |= {"alpha": 0.3, "beta": 0.32, "lambda": -0.7, "delta": 0.3, "gamma": 0.25}
+EXPERTS = DENSE | {"delta": -0.3, "gamma": -0.01, "omega": 0.2, "zeta": 0.005, "E_max": 300.0}
+RECENT = {"E": 1.2, "A": 0.9, "alpha": 0.45, "C": 200.0}
 CASES = {
     "chinchilla": Case("chinchilla", dense_grid, DENSE),
     "chinchilla, checkpoints": Case(
@@ -194,6 +235,29 @@ CASES = {
         "joint", regularised_joint_grid, JOINT | REGULARISED, ("x",), covariates=BOTH
     ),
     "multi_power": Case("multi_power", schedule_grid, ANNEALED, between=5e-4, within=5e-4),
+    "annealing": Case("annealing", schedule_grid, RECENT, between=5e-4, within=5e-4),
+    "annealing_sizes": Case(
+        "annealing_sizes",
+        sized_schedule_grid,
+        RECENT | {"B": 30.0, "beta": 0.3},
+        between=5e-4,
+        within=5e-4,
+    ),
+    "compute_slopes": Case(
+        "compute_slopes",
+        optima_grid,
+        {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "A[x]": 2000.0, "alpha[x]": 0.175},
+        ("x",),
+    ),
+    "data_constrained_b1": Case(
+        "data_constrained_b1", repeated_grid, DENSE | {"R_D": 12.0, "R_N": 4.0}
+    ),
+    "data_constrained_b3": Case(
+        "data_constrained_b3", repeated_grid, DENSE | {"P": 0.002, "delta": 1.0, "kappa": 1.0}
+    ),
+    "moe_granularity": Case("moe_granularity", granular_grid, GRANULAR),
+    "moe_sparsity": Case("moe_sparsity", sparse_grid, SPARSE),
+    "moe_experts": Case("moe_experts", experts_grid, EXPERTS),
 }
 
 
