@@ -35,6 +35,7 @@ def plan(
     recipe: Callable[[Point], Recipe],
     out: Path,
     extra: Sequence[str] = (),
+    tuned: Callable[[Planned], Mapping[str, object]] = lambda _: {},
 ) -> tuple[list[Planned], list[str]]:
     """Cells of the points under the folder `out`, in their order, and lines to print.
 
@@ -43,6 +44,7 @@ def plan(
       recipe: makes a point a config.
       out: folder of the sweep.
       extra: `--config.KEY=VALUE` for every cell; those of its recipe come after them.
+      tuned: what the size and tokens of a cell decide, by config key.
 
     Raises:
       UserError: a config or its dataset is wrong; the message names the cell.
@@ -54,6 +56,9 @@ def plan(
         label = _label(point)
         try:
             planned = _planned(label, axes, recipe(point), out, extra)
+            if more := tuned(planned):
+                full = replace(recipe(point), overrides={**recipe(point).overrides, **more})
+                planned = _planned(label, axes, full, out, extra)
         except UserError as error:
             raise UserError(f"cell {label}: {error}") from error
         first = made.setdefault(planned.cell.fingerprint, planned)

@@ -19,6 +19,8 @@ datasets made from a dataset of --split joint share their novel chains.
 Runs of equal length cannot identify the effect of training tokens. --add=one-epoch appends dense
 runs of at most one epoch at the three smallest sizes. --add=branches appends dense runs with 1/8 to
 1/2 of the updates at every size on the full data, each trained from scratch.
+
+--rate-law trains each cell at the peak rate that a fitted law has for its size (docs/sweeps.md).
 """
 
 import argparse
@@ -32,6 +34,7 @@ from moe_ablm.stores import Store
 from sweeps import grid
 from sweeps.device import CORE
 from sweeps.planned import Planned
+from sweeps.rates import rate_of_law, rates_lines
 from sweeps.study import SIMULATED, Study, data_path, main
 
 
@@ -79,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=("one-epoch", "branches"),
         help="append cells that identify more coefficients; repeatable",
+    )
+    parser.add_argument(
+        "--rate-law",
+        type=Path,
+        metavar="FIT",
+        help="learning rates by a fit of law learning_rate; default: those of the config file",
     )
 
 
@@ -141,6 +150,16 @@ def recipe(point: grid.Point, options: argparse.Namespace) -> grid.Recipe:
     return grid.Recipe(ladder.config, f"size={size},data={fraction},router={named}", overrides)
 
 
+def tuned(planned: Planned, options: argparse.Namespace) -> dict[str, object]:
+    """The learning rate of a cell, where a law says it."""
+    return {"train.lr": rate_of_law(options.rate_law, planned)} if options.rate_law else {}
+
+
+def notes(cells: list[Planned], options: argparse.Namespace) -> list[str]:
+    """The learning rates of a law, in lines."""
+    return rates_lines(options.rate_law, cells) if options.rate_law else []
+
+
 def repairs(cells: list[Planned]) -> dict[str, list[grid.Point]]:
     """Cells that identify more, by the name for `--add`: dense ones of the first seed."""
     dense = [p for p in cells if p.axes["router"] == "dense" and p.axes["seed"] == "0"]
@@ -174,6 +193,8 @@ study = Study(
     recipe=recipe,
     add_arguments=add_arguments,
     repairs=repairs,
+    tuned=tuned,
+    notes=notes,
     data=lambda options: LADDERS[options.ladder].data,
     device=lambda options: LADDERS[options.ladder].device,
 )

@@ -66,6 +66,8 @@ class Study:
       add_arguments: options of its own.
       repairs: the planned grid -> points by name. `--add=NAME` appends them, and the design check
         says what they would identify. None: the study is not for a scaling law.
+      tuned: (planned cell, options) -> what its size and tokens decide, by config key.
+      notes: (cells, options) -> lines to print once they are planned.
       report: (cells, states) -> text to print when the launcher has ended.
       data: options -> the dataset where --data is not given.
       device: options -> the device that the grid is made for (`sweeps/device.py`).
@@ -78,6 +80,8 @@ class Study:
     recipe: Callable[[Point, argparse.Namespace], Recipe]
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     repairs: Callable[[list[Planned]], Mapping[str, list[Point]]] | None = None
+    tuned: Callable[[Planned, argparse.Namespace], Mapping[str, object]] = lambda *_: {}
+    notes: Callable[[list[Planned], argparse.Namespace], list[str]] = lambda *_: []
     report: Callable[[list[Planned], list[CellState]], str] | None = None
     device: Callable[[argparse.Namespace], str] = lambda _: "h100"
     mfu: float = 0.3
@@ -217,7 +221,13 @@ def _plan(
     from sweeps.plan import plan
 
     def planned(points: list[Point]) -> list[Planned]:
-        cells, notes = plan(points, lambda p: study.recipe(p, options), options.out, extra)
+        cells, notes = plan(
+            points,
+            lambda p: study.recipe(p, options),
+            options.out,
+            extra,
+            lambda p: study.tuned(p, options),
+        )
         print("".join(f"{note}\n" for note in notes), end="")
         return cells
 
@@ -229,6 +239,7 @@ def _plan(
             known = {p.cell.fingerprint for p in cells}
             added = offered.pop(name, [])
             cells += [p for p in added if p.cell.fingerprint not in known]
+    print("".join(f"{line}\n" for line in study.notes(cells, options)), end="")
     return cells, offered
 
 

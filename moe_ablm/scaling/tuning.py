@@ -53,6 +53,12 @@ class Cell:
     def name(self) -> str:
         return cell_name(self.params, self.tokens)
 
+    def to_json(self) -> dict:
+        """Size, tokens, optimum and its interval; None where a number is not known."""
+        numbers = {"params": self.params, "tokens": self.tokens, "best": self.best}
+        numbers |= dict(zip(("low", "high"), self.ends, strict=True))
+        return {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+
     def loss_at(self, value: float) -> float:
         """Between the values tried on a line in the log; beyond them that of the last one."""
         return float(np.interp(np.log(value), np.log(self.tried), self.loss))
@@ -69,6 +75,10 @@ class TuningFit(Fit):
 
     law: BestSetting
     cells: tuple[Cell, ...]
+
+    def to_json(self) -> dict:
+        """With the optimum of each cell, and where the law has been."""
+        return super().to_json() | {"cells": [cell.to_json() for cell in self.cells]}
 
 
 def fit_tuning(
