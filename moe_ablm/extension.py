@@ -107,7 +107,10 @@ def set_aside(workdir: Path, extension: Extension) -> None:
         # a tracker takes no update back: the longer run becomes a run of its own there
         (workdir / SENT).replace(aside / SENT)
     for step in dropped:
-        (workdir / "checkpoints" / str(step)).rename(aside / "checkpoints" / str(step))
+        target = aside / "checkpoints" / str(step)
+        # of a copy from a store, to which this was going up when it was broken off
+        shutil.rmtree(target, ignore_errors=True)
+        (workdir / "checkpoints" / str(step)).rename(target)
 
 
 def _stored(workdir: Path, asked: str) -> Config:

@@ -10,8 +10,8 @@ order that leaves the store at every moment with a run that resumes:
 4. `run.json`, which may say that the run is complete.
 
 What was set aside (damaged, or since the run was extended) goes up first, and is then removed
-where it was, before all that. Where files are gone
-that a run never removes, somebody has cleared the copy: the store stays as it is.
+where it was, before all that. Where files are gone that a run never removes, somebody has cleared
+the copy: the store stays as it is.
 
 In the place of the lock there is a lease: an object with the holder and a number that grows every
 `BEAT` seconds. Another process takes the run when the number has stood still for `EXPIRY` seconds;
@@ -36,6 +36,7 @@ import jax
 from moe_ablm.errors import UserError, counted
 from moe_ablm.files import address_of, json_text, locked, write_json
 from moe_ablm.preemption import stop
+from moe_ablm.results import SHORTER
 from moe_ablm.store_copies import COMMITTED, split_checkpoints, whole_steps
 from moe_ablm.stores import LEASE, Store, StoreError, place_of, say
 
@@ -48,6 +49,7 @@ PATIENCE = 60.0  # seconds for which the end of a run tries to copy what is left
 PAUSE = 5.0  # seconds between these attempts
 SMALL = 1 << 16  # bytes up to which files are compared by content
 CONFIG, RESULTS, END = "config.json", "results.jsonl", "run.json"
+ASIDE = (SHORTER, "damaged/")  # how names of what was set aside begin
 
 
 @contextmanager
@@ -80,10 +82,10 @@ class Mirror:
 
     Args:
       place: directory of the copy.
-      on_loss: called, perhaps more than once, when another process has taken the run.
+      on_loss: called with why, perhaps more than once, when another process has taken the run.
     """
 
-    def __init__(self, store: Store, place: Path, on_loss: Callable[[], None] = lambda: None):
+    def __init__(self, store: Store, place: Path, on_loss: Callable[[str], None] = lambda _: None):
         self._store, self.place, self._on_loss = store, place, on_loss
         self._account = place.with_name(f"{place.name}.session")
         self._token, self._beats = secrets.token_hex(8), 0
@@ -263,7 +265,7 @@ class Mirror:
                 return str(error)
         if self._lost:
             self._warn("lost", "%s: this one stops, and copies nothing up any more", self._lost)
-            self._on_loss()
+            self._on_loss(self._lost)
             return self._lost
         if self._told:
             log.warning(
@@ -296,8 +298,8 @@ class Mirror:
             late = split_checkpoints(gone)
             first = [name for step in late if step > max(whole, default=-1) for name in late[step]]
         of_checkpoints = {name for names in steps.values() for name in names}
-        for name in sorted(set(files) - of_checkpoints - {END}):
-            if "/" in name:  # what was set aside
+        for name in sorted(files):
+            if name.startswith(ASIDE):
                 self._put(files, name)
         self._remove(first)
         for name in sorted(set(files) - of_checkpoints - {END}):

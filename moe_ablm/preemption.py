@@ -152,9 +152,12 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+_flags: list[list[str]] = []  # of the runs of this process that would save and stop
+
+
 @contextmanager
 def stop_flag() -> Iterator[list]:
-    """A list that is empty until a stop signal arrives; it then holds the signal's name."""
+    """A list that is empty until the run is to stop; it then holds a signal's name, or why."""
     received: list[str] = []
 
     def receive(number, _):
@@ -165,19 +168,21 @@ def stop_flag() -> Iterator[list]:
     handlers = {s: signal.signal(s, receive) for s in STOP_SIGNALS}
     if Interrupts.current:
         Interrupts.current.saves = True
+    _flags.append(received)
     try:
         yield received
     finally:
+        _flags.remove(received)
         if Interrupts.current:
             Interrupts.current.saves = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def stop() -> None:
-    """What a stop signal does, from any thread; nothing where no run is there to save on one."""
-    if callable(signal.getsignal(signal.SIGTERM)):
-        os.kill(os.getpid(), signal.SIGTERM)
+def stop(reason: str) -> None:
+    """What a stop signal does, from any thread; nothing where no run is there to stop."""
+    for flag in _flags:
+        flag.append(reason)
 
 
 def requeue_job() -> str:

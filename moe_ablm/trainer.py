@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -221,7 +221,7 @@ class Trainer:
         # of the update: traced, then compiled or found in the cache
         self.compile_seconds: float | None = None
 
-    def train(self, stop: Callable[[], bool], beat: Callable[[], None]) -> dict:
+    def train(self, stop: multihost.Stop, beat: Callable[[], None]) -> dict:
         """The whole story of a run; it ends early, saved, once `stop` says so.
 
         Both are called at every update; `beat` shows that the run is alive.
@@ -259,7 +259,7 @@ class Trainer:
                 if due or improved or done or stopped:
                     self._save(state)
                 if stopped and not done:
-                    return self._finish(state, outcome.STOPPED)
+                    return self._finish(state, outcome.STOPPED, stop.heard)
         early = self.record.collapsed and self.step < steps
         return self._finish(state, outcome.COLLAPSED if early else outcome.COMPLETE)
 
@@ -409,8 +409,8 @@ class Trainer:
         if self.step:
             print(f"resuming at step {self.step}")
 
-    def _finish(self, state: states.TrainState, status: str) -> dict:
-        """Waits for the last checkpoint, then writes `run.json`."""
+    def _finish(self, state: states.TrainState, status: str, heard: Sequence[str] = ()) -> dict:
+        """Waits for the last checkpoint, then writes `run.json`; `heard` is why it was stopped."""
         self.checkpoints.wait()
         recent = recent_train_loss(read_results(self.workdir / "results.jsonl"), self.step)
         measured = self.watch.summary(), self.clock.mean, recent
@@ -419,7 +419,9 @@ class Trainer:
         summary["execution"] = self._execution()
         self._write_run(summary)
         if status == outcome.STOPPED:
-            print(f"saved at step {summary['step']}; the same command resumes it:\n  {self.again}")
+            why = next((reason for reason in heard if not reason.startswith("SIG")), "")
+            then = why or f"the same command resumes it:\n  {self.again}"
+            print(f"saved at step {summary['step']}; {then}")
         elif status == outcome.COMPLETE:
             if self.step < self.config.train.steps:
                 print(why_it_ended(self.config, self.record, self.step))

@@ -1,16 +1,15 @@
 """Learning rates of cells by a law that `python -m moe_ablm fit --law learning_rate` has fitted."""
 
 import json
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moe_ablm.errors import UserError
+from moe_ablm.errors import UserError, counted
 from sweeps.planned import Planned
 
-FAR = 2.0  # times the smallest or largest model of the fit
+FAR = 2.0  # times the least or the most of the fit
 
 
 @lru_cache
@@ -37,18 +36,38 @@ def rate_of_law(folder: Path, planned: Planned) -> float:
 
 
 def rates_lines(folder: Path, cells: Sequence[Planned]) -> list[str]:
-    """The rate of each size, and which lie far outside the models that the law has seen."""
-    rates = {p.params_active: rate_of_law(folder, p) for p in cells}
-    told = ", ".join(f"{rate:g} ({n:,} active parameters)" for n, rate in sorted(rates.items()))
-    lines = [f"learning rates by {folder}: {told}"]
-    path = folder / "fit.json" if folder.is_dir() else folder
-    seen = [cell["params"] for cell in json.loads(path.read_text()).get("cells", [])]
-    if seen:
-        ends = math.log(min(seen) / FAR), math.log(FAR * max(seen))
-        far = sum(not ends[0] <= math.log(n) <= ends[1] for n in rates)
-        if far:
-            lines.append(
-                f"  warning: {far} of {len(rates)} sizes lie more than {FAR:g} times outside those "
-                f"of the fit, {min(seen):,.0f} to {max(seen):,.0f}"
-            )
+    """The rates of each size, and a warning where cells lie far outside those of the fit."""
+    by_size: dict[int, set[float]] = {}
+    for p in cells:
+        by_size.setdefault(p.params_active, set()).add(rate_of_law(folder, p))
+    told = ", ".join(
+        " to ".join(f"{rate:g}" for rate in sorted({min(rates), max(rates)})) + f" ({n:,})"
+        for n, rates in sorted(by_size.items())
+    )
+    lines = [f"learning rates by {folder} (active parameters): {told}"]
+    asked = {"params": [float(p.params_active) for p in cells]}
+    if rate_law(folder).coefficients.get("by_tokens"):
+        asked["tokens"] = [p.cell.tokens for p in cells]
+    for name, values in asked.items():
+        lines += _far(name, values, _seen(folder, name))
     return lines
+
+
+def _seen(folder: Path, name: str) -> list[float]:
+    """What the cells of the fit had; empty where it is of before fits kept them."""
+    path = folder / "fit.json" if folder.is_dir() else folder
+    found = [cell[name] for cell in json.loads(path.read_text()).get("cells", [])]
+    return [value for value in found if value is not None]
+
+
+def _far(name: str, values: Sequence[float], seen: Sequence[float]) -> list[str]:
+    if not seen:
+        return [f"  warning: the fit does not say of which {name} it is"]
+    low, high = min(seen), max(seen)
+    far = sum(not low / FAR <= value <= FAR * high for value in values)
+    if not far:
+        return []
+    return [
+        f"  warning: {far} of {counted(len(values), 'cell')} lie more than {FAR:g} times outside "
+        f"the {name} of the fit, {low:,.0f} to {high:,.0f}"
+    ]

@@ -87,6 +87,18 @@ def test_a_tracker_never_mixes_the_shorter_run_with_the_longer_one(schedule, sen
     assert (tmp_path / "checkpoints" / "10").exists()
 
 
+def test_a_copy_that_was_going_up_when_it_was_broken_off_is_made_again(tmp_path):
+    """As a store leaves it: the checkpoint where it was, and a part of it where it was to go."""
+    short = config_of("wsd", 12)
+    of_a_run(short, tmp_path, steps=(10, 12))
+    (tmp_path / "checkpoints/12/whole").touch()
+    part = tmp_path / "ended-at-12/checkpoints/12/part"
+    part.mkdir(parents=True)
+    set_aside(tmp_path, plan_extension(short, tmp_path, 20))
+    assert [p.name for p in part.parent.iterdir()] == ["whole"]
+    assert not (tmp_path / "checkpoints/12").exists()
+
+
 def of_a_run(config, workdir, steps=(12,), **run):
     """A work directory as a run leaves it, without arrays."""
     for step in steps:

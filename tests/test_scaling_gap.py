@@ -13,7 +13,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling import advise, bootstrap, check_design, fit_law, load, read_runs
 from moe_ablm.scaling.advice import Limits
 from moe_ablm.scaling.catalogue import law_for
-from moe_ablm.scaling.inputs import Centre, make_inputs
+from moe_ablm.scaling.inputs import Centre
 from moe_ablm.scaling.reading import Reading
 from moe_ablm.scaling.run_directories import DROPOUTS as READ
 from moe_ablm.scaling.run_directories import settings_of
@@ -96,7 +96,7 @@ def test_gradients_with_covariates_are_exact_and_units_change_nothing(name):
     columns = grid(settings=True) | {"router": np.where(np.arange(162) % 3, "top2", "soft")}
     law = law_for(name, columns, BOTH)
     centre = Centre(15.0, 15.5)
-    x = make_inputs(columns, centre, law.routers)
+    x = law.inputs(columns, centre)
     rng = np.random.default_rng(0)
     theta = rng.uniform(0.1, 0.9, (3, len(law.parameters)))
     exact, step = law.jacobian(theta, x), 1e-6
@@ -104,7 +104,7 @@ def test_gradients_with_covariates_are_exact_and_units_change_nothing(name):
         move = step * np.eye(theta.shape[1])[k]
         slope = (law.log_loss(theta + move, x) - law.log_loss(theta - move, x)) / (2 * step)
         np.testing.assert_allclose(exact[:, :, k], slope, rtol=1e-6, atol=2e-8)
-    natural = make_inputs(columns, Centre(), law.routers)
+    natural = law.inputs(columns, Centre())
     np.testing.assert_allclose(law.log_loss(law.shift(theta, centre), natural),
                                law.log_loss(theta, x), rtol=1e-9)  # fmt: skip
 

@@ -5,7 +5,7 @@ import pytest
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import NAMES, applicable, law_for, resolve
-from moe_ablm.scaling.inputs import Centre, make_inputs
+from moe_ablm.scaling.inputs import Centre
 from moe_ablm.scaling.laws_joint import Joint
 from moe_ablm.scaling.laws_moe import MoeClark, effective_experts
 
@@ -66,7 +66,7 @@ def setup(name, centre):
     law = law_for(name, table)
     observed, _ = law.observe(table)
     theta = np.stack([some_parameters(law, seed) for seed in range(4)])
-    return law, observed, make_inputs(observed, centre, law.routers), theta
+    return law, observed, law.inputs(observed, centre), theta
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -85,7 +85,7 @@ def test_natural_units_predict_the_same_loss(name):
     centre = Centre(18.0, 23.0, 42.0)
     law, observed, x, theta = setup(name, centre)
     natural = law.shift(theta, centre)
-    plain = make_inputs(observed, Centre(), law.routers)
+    plain = law.inputs(observed, Centre())
     np.testing.assert_allclose(law.log_loss(natural, plain), law.log_loss(theta, x), atol=1e-12)
 
 
@@ -199,3 +199,34 @@ def test_names_and_aliases():
 def test_clark_needs_a_router():
     with pytest.raises(UserError, match="at least one router"):
         MoeClark.for_runs({"experts": np.ones(4)})
+
+
+def test_dense_rows_pool_whatever_their_router_is_called():
+    """Where experts have effects; without names runs with experts are of the only router."""
+    law = law_for("joint", columns() | {"router": np.where(columns()["experts"] > 1, "x", "")})
+    values = {p.name: float(p.report(t)) for p, t in
+              zip(law.parameters, some_parameters(law), strict=True)}  # fmt: skip
+    values["v[x]"] = 0.3
+    row = columns() | {"experts": np.repeat([1.0, 8.0], 20)}
+    row["total_params"] = row["params"] * np.repeat([1, 3], 20)
+    unnamed = {name: v for name, v in row.items() if name != "router"}
+    expected = law.predict(values, row | {"router": np.repeat(["dense", "x"], 20)})
+    for named in (unnamed, row | {"router": np.full(40, "x")}):
+        np.testing.assert_array_equal(law.predict(values, named), expected)
+
+
+def test_kinds_of_compute_are_not_guessed():
+    """Its reference may have experts, too."""
+    law = law_for("compute", {"router": np.array(["soft", "topk"])})
+    values = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[topk]": 1.8}
+    at = {"flops": np.array([1e19])}
+    plain = law.predict(values, at)
+    for more in ({"experts": 8.0}, {"total_params": 1e9}):
+        found = law.predict(values, at | {k: np.array([v]) for k, v in more.items()})
+        np.testing.assert_array_equal(found, plain)
+
+
+def test_a_factor_of_all_runs_is_that_of_p():
+    alone = {"params": np.ones(2), "total_params": np.full(2, 3.0), "experts": np.array([8.0, 64])}
+    for name, more in (("gap", {}), ("gap_total", {"tau": 1.0}), ("joint", {})):
+        assert law_for(name, alone).defaults == {"v[moe]": 0.0} | more

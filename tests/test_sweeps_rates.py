@@ -43,16 +43,32 @@ def test_each_size_of_a_ladder_has_the_rate_of_the_law(law, tmp_path, capsys):
     assert len(rates) == 10
     for n, rate in rates.items():
         assert rate == pytest.approx(best(n), rel=0.01) and rate == float(f"{rate:.3g}")
-    assert f"learning rates by {law}: " in told and "sizes lie more than" not in told
+    assert f"learning rates by {law} (active" in told and "lie more than" not in told
 
 
 def test_sizes_far_from_those_of_the_fit_are_warned_of(law, tmp_path, capsys):
     flags = [*SMALL, "--ladder=mini", "--routers=dense", f"--out={tmp_path}", "--dry-run"]
     assert main(scaling.study, [*flags, f"--rate-law={law}"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert (
-        "4 of 5 sizes lie more than 2 times outside those of the fit, 60,000 to 1,300,000" in told
-    )
+    assert "12 of 15 cells lie more than 2 times outside the params of the fit, 60,000 to" in told
+
+
+def test_a_size_of_several_lengths_has_several_rates(tmp_path, capsys):
+    """Four times the tokens, half the rate; and tokens that no cell of the fit had are told."""
+    rates = 7.5e-4 * 2.0 ** np.arange(5)
+    grids = np.meshgrid(SIZES, (1.2e6, 4.8e6, 2e7), rates)
+    n, d, lr = (a.ravel() for a in grids)
+    loss = 2.0 + 0.05 * np.log(lr / (best(n) * (d / 4.8e6) ** -0.5)) ** 2
+    columns = {"params": n, "tokens": d, "lr": lr, "loss": loss}
+    out = tmp_path / "fit"
+    fit_tuning(Runs(columns, tuple(map(str, range(n.size)))), LearningRate(), draws=0).save(out)
+    flags = [*SMALL, "--ladder=micro", "--routers=dense", "--add=branches", "--dry-run"]
+    assert main(scaling.study, [*flags, f"--out={tmp_path}", f"--rate-law={out}"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    first = told.split("(active parameters): ")[1].split(" (")[0].split(" to ")
+    low, high = map(float, first)
+    assert high / low == pytest.approx(8**0.5, rel=0.02)  # a branch has an eighth of the updates
+    assert "lie more than 2 times outside the tokens of the fit, 1,200,000 to 20,000,000" in told
 
 
 def test_what_is_no_law_of_rates_is_refused_in_a_line(law, tmp_path, capsys):

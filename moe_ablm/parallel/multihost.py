@@ -176,14 +176,14 @@ class Stop:
     """
 
     def __init__(self, heard: list[str], mesh: Mesh):
-        self._heard, self._mesh, self._pending = heard, mesh, None
+        self.heard, self._mesh, self._pending = heard, mesh, None
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
     def __call__(self) -> bool:
         """Whether to stop now; every process must call this once per update."""
         if jax.process_count() == 1:
-            return bool(self._heard)
-        local = np.full(jax.local_device_count(), bool(self._heard))
+            return bool(self.heard)
+        local = np.full(jax.local_device_count(), bool(self.heard))
         flags = jax.make_array_from_process_local_data(batch_sharding(self._mesh), local)
         before, self._pending = self._pending, self._any(flags)
         return before is not None and bool(before)

@@ -9,7 +9,6 @@ import numpy as np
 
 from moe_ablm.errors import UserError
 from moe_ablm.scaling.compute import along_sizes, excess
-from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.resampling import Bootstrap
 from moe_ablm.scaling.result import SmoothFit
 from moe_ablm.scaling.runs import Runs
@@ -83,7 +82,7 @@ def advise(fit: SmoothFit, boot: Bootstrap, limits: Limits) -> Advice:
         if value is not None and not value > 0:
             raise UserError(f"--advise: {name}={value}: expected a positive number")
     grid = _grid(fit, limits)
-    x = make_inputs(grid.columns, fit.centre, fit.law.routers)
+    x = fit.law.inputs(grid.columns, fit.centre)
     theta = boot.usable[:DRAWS]
     loss = np.concatenate([fit.law.log_loss(t, x) for t in np.array_split(theta, 20) if len(t)])
     best = np.argmin(loss, axis=1)

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.result import SmoothFit
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def _bands(
     if boot is None or not isinstance(fit, SmoothFit):
         return
     theta = boot.usable[:1000]
-    x = make_inputs(columns, fit.centre, fit.law.routers)
+    x = fit.law.inputs(columns, fit.centre)
     drawn = np.exp(fit.law.log_loss(theta, x))
     floors = np.exp(theta[:, fit.law.index("L_inf"), None])
     for axes, values in ((left, drawn), (right, drawn - floors)):

@@ -42,7 +42,7 @@ class WithCovariates(SmoothLaw):
         self.needs_experts, self.needs_repeats = law.needs_experts, law.needs_repeats
         self.of_gap, self.offset, self.overfitting = law.of_gap, law.offset, law.overfitting
         self.defaults, self.most_starts = law.defaults, law.most_starts
-        self.linear_rounds = law.linear_rounds
+        self.linear_rounds, self.dense_pool = law.linear_rounds, law.dense_pool
         named = law.parameters[law.overfitting].name
         factor = " + ".join(f"by_{c} {c}" for c in self.covariates)
         self.equation = f"{law.equation}; {named} times exp({factor})"

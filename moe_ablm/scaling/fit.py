@@ -11,7 +11,7 @@ from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.gaps import gaps
 from moe_ablm.scaling.identify import UNMOVED, at_bounds, covariance, judge, judge_derived
-from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs, make_inputs
+from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, with_gradient
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.result import SmoothFit
@@ -113,7 +113,7 @@ def prepare(law: SmoothLaw, runs: Runs, delta: float, fixed: Mapping[str, float]
             for k in ("params", "tokens", "flops")
         )
         centre = Centre(params, tokens, flops, _mean_log_rate(observed))
-    x = make_inputs(observed, centre, law.routers)
+    x = law.inputs(observed, centre)
     log_loss = np.log(observed["loss"])
     low, high = _bounds(law, log_loss, natural)
     template = np.array([_middle(p) for p in law.parameters])

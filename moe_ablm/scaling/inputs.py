@@ -104,7 +104,7 @@ def routed(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Which runs `[n]` have experts: more than one, or more parameters than active ones."""
     if "experts" in columns:
         return np.asarray(columns["experts"], float) > 1
-    if "total_params" in columns:
+    if {"params", "total_params"} <= columns.keys():
         active = np.asarray(columns["params"], float)
         return np.asarray(columns["total_params"], float) > active * (1 + 1e-6)
     return np.zeros(max(np.size(v) for v in columns.values()), bool)
@@ -146,13 +146,16 @@ class Inputs:
 
 
 def make_inputs(
-    columns: Mapping[str, np.ndarray], centre: Centre, routers: tuple[str, ...] = ()
+    columns: Mapping[str, np.ndarray],
+    centre: Centre,
+    routers: tuple[str, ...] = (),
+    dense_pool: bool = False,
 ) -> Inputs:
     """Columns in natural units (`params`, `tokens`, ..., each `[n]`) to centred logs.
 
-    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect. Without
-    names runs with experts are of the only router. `total_params` defaults to `params`, `experts`
-    to 1.
+    A router that is not in `routers` (dense, or new to the fit) gets index -1: no effect. With
+    `dense_pool` a run without experts has none either, whatever it is called, and one with experts
+    and no name is of the only router. `total_params` defaults to `params`, `experts` to 1.
     """
     size = max(len(np.atleast_1d(v)) for v in columns.values())
     get = {
@@ -177,7 +180,9 @@ def make_inputs(
     if "router" in get:
         router = np.array([index.get(str(r), -1) for r in get["router"]])
     else:
-        router = np.where(routed(get) & (len(routers) == 1), 0, -1)
+        router = np.full(size, 0 if dense_pool and len(routers) == 1 else -1)
+    if dense_pool:
+        router = np.where(routed(get), router, -1)
     density = ABSENT
     if "sparsity" in get:
         density = np.log1p(-get["sparsity"].astype(float))

@@ -153,6 +153,7 @@ class SmoothLaw(Law):
     parameters: tuple[Parameter, ...]
     defaults: Mapping[str, float] = {}  # parameters held fixed unless the user says otherwise
     overfitting: int | None = None  # index of the coefficient of the over-fitting term
+    dense_pool = False  # routers have effects on runs with experts alone
     linear_rounds = 1  # solves for the linear coefficients; more where they also sit elsewhere
     most_starts = 512
 
@@ -181,6 +182,10 @@ class SmoothLaw(Law):
         """
         return columns, np.arange(np.asarray(columns[self.needs[0]]).size)
 
+    def inputs(self, columns: Mapping[str, np.ndarray], centre: Centre) -> Inputs:
+        """Columns in natural units to what `terms` takes."""
+        return make_inputs(columns, centre, self.routers, self.dense_pool)
+
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:
         raise NotImplementedError
 
@@ -201,7 +206,7 @@ class SmoothLaw(Law):
         """The loss at the target's inputs, where the target has all that the law needs."""
         if not all(name in target for name in self.needs if name != "loss"):
             return []
-        x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre, self.routers)
+        x = self.inputs({k: np.array([v]) for k, v in target.items()}, centre)
         loss = Derived("loss", "loss at the target", lambda t: self.log_loss(t, x)[:, 0], log=True)
         return [loss]
 
@@ -213,7 +218,7 @@ class SmoothLaw(Law):
         self, coefficients: Mapping[str, float], columns: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         theta = np.array([p.internal(p.found(coefficients)) for p in self.parameters])
-        x = make_inputs(columns, Centre(), self.routers)
+        x = self.inputs(columns, Centre())
         return np.exp(self.log_loss(theta[None], x)[0]) - self.offset
 
     def jacobian(self, theta: np.ndarray, x: Inputs) -> np.ndarray:

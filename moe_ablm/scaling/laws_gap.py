@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_ablm.scaling.inputs import Centre, Inputs, Target, make_inputs
+from moe_ablm.scaling.inputs import Centre, Inputs, Target
 from moe_ablm.scaling.laws import (
     Derived,
     Parameter,
@@ -15,7 +15,13 @@ from moe_ablm.scaling.laws import (
     routers_of,
 )
 from moe_ablm.scaling.laws_dense import penalty_term
-from moe_ablm.scaling.router_effects import FACTOR, FACTOR_SD, RouterEffects, effect_parameters
+from moe_ablm.scaling.router_effects import (
+    FACTOR,
+    FACTOR_SD,
+    RouterEffects,
+    effect_parameters,
+    only_factor,
+)
 
 OFFSET = 1.0  # nats added to a gap, which may be negative
 FRESH, P, DELTA, KAPPA, TAU = range(5)
@@ -39,6 +45,7 @@ class Gap(SmoothLaw):
     source = "this project; the over-fitting term of law joint"
     needs = ("params", "total_params", "tokens", "unique_tokens", "loss")
     of_gap = True
+    dense_pool = True
     offset = OFFSET
     overfitting = P
     figure = "gap_against_repeats"
@@ -59,9 +66,11 @@ class Gap(SmoothLaw):
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Gap":
         """With a factor of each router: of a single one, too, and of one without a name.
 
-        With one number of experts nothing tells it from tau.
+        With one number of experts nothing tells it from tau. Without dense runs P has it.
         """
-        return cls(routers_of(columns))
+        law = cls(routers_of(columns))
+        law.defaults = {**law.defaults, **only_factor(columns, law.routers)}
+        return law
 
     @classmethod
     def applies(cls, columns: Mapping[str, np.ndarray]) -> bool:
@@ -94,7 +103,7 @@ class Gap(SmoothLaw):
             )
         ]
         if all(name in target for name in self.needs if name != "loss"):
-            x = make_inputs({k: np.array([v]) for k, v in target.items()}, centre, self.routers)
+            x = self.inputs({k: np.array([v]) for k, v in target.items()}, centre)
 
             def gap(t: np.ndarray) -> np.ndarray:
                 return np.exp(self.log_loss(t, x)[:, 0]) - OFFSET

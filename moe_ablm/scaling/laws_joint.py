@@ -27,7 +27,13 @@ from moe_ablm.scaling.laws_dense import (
     penalty_term,
 )
 from moe_ablm.scaling.laws_moe import e_max_of_one, effective_experts
-from moe_ablm.scaling.router_effects import FACTOR, FACTOR_SD, RouterEffects, effect_parameters
+from moe_ablm.scaling.router_effects import (
+    FACTOR,
+    FACTOR_SD,
+    RouterEffects,
+    effect_parameters,
+    only_factor,
+)
 
 MU, E_MAX, TAU = 8, 9, 10  # after the parameters of b2
 SHARED = (
@@ -65,6 +71,7 @@ class Joint(DataConstrainedB2):
     needs = ("params", "total_params", "tokens", "unique_tokens", "experts", "loss")
     needs_experts = True
     needs_repeats = False
+    dense_pool = True
 
     def __init__(self, routers: tuple[str, ...] = (), cost: Cost = SIX_N_D) -> None:
         super().__init__(routers, cost)
@@ -84,13 +91,11 @@ class Joint(DataConstrainedB2):
     def for_runs(cls, columns: Mapping[str, np.ndarray]) -> "Joint":
         """With one number of experts only, nothing tells where more stop helping: E^ is E.
 
-        Of one router without dense runs P has the factor.
+        Without dense runs P has the factor of a single router.
         """
         law = cls(routers_of(columns), cost_of(columns))
         held = e_max_of_one(columns["experts"], law.parameters[E_MAX])
-        if len(law.routers) == 1 and np.all(np.asarray(columns["experts"], float) > 1):
-            held |= {f"v[{law.routers[0]}]": 0.0}
-        law.defaults = held
+        law.defaults = held | only_factor(columns, law.routers)
         return law
 
     def terms(self, theta: np.ndarray, x: Inputs) -> list[Term]:

@@ -20,7 +20,6 @@ from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.compute_plots import MARKERS, loss_against_compute
 from moe_ablm.scaling.envelope import on_grid, training_curves
 from moe_ablm.scaling.gap_plots import gap_against_repeats
-from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import SmoothLaw
 from moe_ablm.scaling.optimum_plots import optimum_of_budgets, optimum_of_surface
 from moe_ablm.scaling.parabola_fit import ParabolaFit, band
@@ -132,7 +131,7 @@ def _curve(analysis: Analysis, columns: Mapping[str, np.ndarray]) -> Curve:
     middle = made.predict(**columns)
     if analysis.boot is None or not isinstance(made, SmoothFit):
         return middle, None, None
-    x = make_inputs(columns, made.centre, made.law.routers)
+    x = made.law.inputs(columns, made.centre)
     draws = np.exp(made.law.log_loss(analysis.boot.usable[:1000], x))
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return middle, low, high

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ablm.errors import UserError
-from moe_ablm.scaling.inputs import make_inputs
 from moe_ablm.scaling.laws import Derived, with_gradient
 from moe_ablm.scaling.noise import pure_error
 from moe_ablm.scaling.resampling import Bootstrap
@@ -39,7 +38,7 @@ def next_runs(
     free = fit.problem.free
     cov = np.atleast_2d(np.cov(boot.usable[:, free], rowvar=False))
     slope = with_gradient(quantity.function)(fit.theta[None])[1][0, free]
-    x = make_inputs(columns, fit.centre, fit.law.routers)
+    x = fit.law.inputs(columns, fit.centre)
     sensitivity = fit.law.jacobian(fit.theta[None], x)[0][:, free]
     before = float(slope @ cov @ slope)
     gain = (sensitivity @ cov @ slope) ** 2

@@ -1,10 +1,11 @@
 """What each router adds to a coefficient: effects that a normal prior shrinks toward 0."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ablm.scaling.inputs import Inputs
+from moe_ablm.scaling.inputs import Inputs, routed
 from moe_ablm.scaling.laws import Derivative, Parameter
 
 
@@ -49,6 +50,13 @@ def effect_parameters(kind: str, routers: tuple[str, ...], meaning: str) -> list
         Parameter(f"{kind}[{r}]", meaning, -3.0, 3.0, search=(0.0, 0.0), absent=0.0)
         for r in routers
     ]
+
+
+def only_factor(columns: Mapping[str, np.ndarray], routers: tuple[str, ...]) -> dict[str, float]:
+    """`v` held at 0 where all runs are of one router, of which P has the factor; else nothing."""
+    if len(routers) == 1 and np.all(routed(columns)):
+        return {f"v[{routers[0]}]": 0.0}
+    return {}
 
 
 FACTOR_SD = 1.0  # of ln of a router's factor on over-fitting: a factor of e
