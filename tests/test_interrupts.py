@@ -43,6 +43,16 @@ def waited(*tasks: Path) -> float:
     return sum(int(file.read_text().split()[1]) for file in files if file.exists()) / 1e9
 
 
+def wait_for_imports(process: subprocess.Popen) -> None:
+    """Until the command loads numpy, which it does after it has begun to listen."""
+    maps = Path(f"/proc/{process.pid}/maps")
+    end = time.monotonic() + 60
+    while maps.exists() and "numpy" not in maps.read_text() and time.monotonic() < end:
+        time.sleep(0.02)
+    if not maps.exists():  # no Linux
+        time.sleep(1.0)
+
+
 def code_of(process: subprocess.Popen) -> int:
     """As a shell tells it: Python ends itself by the signal where that came within an `exec`."""
     code = process.wait(timeout=60)
@@ -148,7 +158,7 @@ def test_a_scheduler_s_signal_is_no_ctrl_c():
 def test_the_trainer_before_it_trains(tmp_path):
     """Among its imports; most of them are of jax."""
     process = start("moe_ablm.train", *tiny_flags(), f"--workdir={tmp_path / 'w'}")
-    time.sleep(1.0)
+    wait_for_imports(process)
     press(process)
     line = answer(process)
     assert "interrupted: " in line and f"--workdir={tmp_path / 'w'}" in line
