@@ -207,7 +207,7 @@ class Case(NamedTuple):
 
 BEST = {"L_inf": 1.8, "A": 2700.0, "alpha": 0.18, "gain[x]": 1.8}
 OVERFIT = {"fresh": 0.97, "P": 0.004, "delta": 0.6, "kappa": 0.5, "tau": 0.0}
-OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3}
+OVERFIT |= {"by_weight_decay": -5.0, "by_dropout": 0.0, "fresh_by_dropout": -0.3, "v[moe]": 0.0}
 JOINT = REPEATED | {"mu": 0.3, "E_max": 200.0, "tau": 0.5, "v[x]": 0.3}
 REGULARISED = {"by_weight_decay": -5.0, "by_dropout": -2.0}
 BOTH = ("weight_decay", "dropout")
@@ -226,7 +226,7 @@ CASES = {
     "compute": Case("compute", optima_grid, BEST, ("x",)),
     "data_constrained_b2": Case("data_constrained_b2", repeated_grid, REPEATED),
     "moe_clark": Case("moe_clark", routed_grid, ROUTED, ("x",), in_every_curve=True),
-    "gap, covariates": Case("gap", gap_grid, OVERFIT, within=1e-2, covariates=BOTH),
+    "gap, covariates": Case("gap", gap_grid, OVERFIT, ("moe",), within=1e-2, covariates=BOTH),
     "joint": Case("joint", joint_grid, JOINT, ("x",)),
     "data_constrained_b2, covariates": Case(
         "data_constrained_b2", regularised_grid, REPEATED | REGULARISED, covariates=BOTH
