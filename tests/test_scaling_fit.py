@@ -9,6 +9,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling import load
 from moe_ablm.scaling.catalogue import SMOOTH
 from moe_ablm.scaling.fit import fit_law
+from moe_ablm.scaling.identify import scores
 from moe_ablm.scaling.profile_likelihood import critical_root, profiles
 from moe_ablm.scaling.resampling import bootstrap, resample
 from moe_ablm.scaling.runs import Runs
@@ -471,3 +472,19 @@ def test_a_factor_of_the_only_router_is_no_number_of_parameters(counts):
     assert made.coefficients["tau"] == pytest.approx(0.0, abs=3 * made.standard_errors["tau"])
     assert made.standard_errors["tau"] < 0.2
     assert made.coefficients["v[x]"] == pytest.approx(0.7, abs=3 * made.standard_errors["v[x]"])
+
+
+def test_runs_that_fit_by_chance_do_not_make_an_error_small():
+    """Runs that tell beta happen to have no noise: its error is not below that of equal noise."""
+    runs = simulate("chinchilla")
+    telling = runs["tokens"] <= np.unique(runs["tokens"])[1]
+    noise = 5e-3 * np.random.default_rng(0).standard_normal(len(runs)) * ~telling
+    noisy = Runs({**runs.columns, "loss": runs["loss"] * np.exp(noise)}, runs.source)
+    made = fit_law(noisy, "chinchilla", np.inf)
+    jacobian = made.law.jacobian(made.theta[None], made.problem.x)[0]
+    spare = len(runs) - jacobian.shape[1]
+    equal = np.linalg.inv(jacobian.T @ jacobian) * np.sum(made.residuals() ** 2) / spare
+    k = made.law.index("beta")
+    sandwich = scores(made.problem, made.theta).covariance[k, k]
+    assert sandwich < 0.8 * equal[k, k]
+    assert made.standard_errors["beta"] == pytest.approx(np.sqrt(equal[k, k]), rel=1e-6)

@@ -10,7 +10,7 @@ from moe_ablm.errors import UserError
 from moe_ablm.scaling.catalogue import SMOOTH, law_for, resolve
 from moe_ablm.scaling.compute import Cost
 from moe_ablm.scaling.gaps import gaps
-from moe_ablm.scaling.identify import UNMOVED, at_bounds, covariance, judge, judge_derived
+from moe_ablm.scaling.identify import UNMOVED, at_bounds, judge, judge_derived, variances
 from moe_ablm.scaling.inputs import Centre, Inputs, Target, check_inputs
 from moe_ablm.scaling.laws import Parameter, SmoothLaw, with_gradient
 from moe_ablm.scaling.noise import pure_error
@@ -398,16 +398,15 @@ def _errors(setup: Setup, theta: np.ndarray, exact: bool) -> dict[str, float]:
     if exact:
         return {}
     law = setup.law
-    cov = covariance(setup.problem, theta)
     base = law.shift(theta, setup.centre)
     eye = np.eye(theta.size)
     # shift is affine in theta up to products with the centre, so differences are exact enough
     step = 1e-6
     by_theta = (law.shift(theta + step * eye, setup.centre) - base) / step  # [k from, k to]
-    natural = by_theta.T @ cov @ by_theta
+    variance = variances(setup.problem, theta, by_theta.T)
     out = {}
     for k, p in enumerate(law.parameters):
         if setup.problem.free[k]:
             scale = float(np.exp(base[k])) if p.log else p.unit
-            out[p.name] = scale * float(np.sqrt(max(natural[k, k], 0.0)))
+            out[p.name] = scale * float(np.sqrt(variance[k]))
     return out

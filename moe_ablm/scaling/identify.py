@@ -145,12 +145,20 @@ def _clustered_meat(
     return out * ((count - 1) / count)
 
 
-def covariance(problem: Problem, theta: np.ndarray) -> np.ndarray:
-    """Sandwich covariance of all parameters `[K, K]`, zero for those fixed or at a bound."""
-    out = np.zeros((theta.size, theta.size))
-    found = scores(problem, theta, at_bound(problem, theta)).covariance
-    out[np.ix_(problem.free, problem.free)] = found
-    return out
+def variances(problem: Problem, theta: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Asymptotic variances `[Q]` of quantities with these derivatives `[Q, K]` by the parameters.
+
+    The larger of two: that of the sandwich, and that of equally noisy runs. Few runs that tell a
+    parameter alone, as of over-fitting, may fit so well by chance that the first is too small. Of
+    checkpoints the second does not count. Parameters that are fixed or at a bound are known.
+    """
+    found = scores(problem, theta, at_bound(problem, theta))
+    of_free = slopes[:, problem.free]
+    both = [
+        np.einsum("qj,jk,qk->q", of_free, each, of_free)
+        for each in (found.covariance, found.floor * found.inverse_hessian)
+    ]
+    return np.maximum(np.maximum(*both), 0.0)
 
 
 def prior_precision(problem: Problem) -> np.ndarray:
@@ -191,7 +199,7 @@ def judge(problem: Problem, theta: np.ndarray, runs: int) -> tuple[float, dict[s
     condition, null[kept] = null_space(jacobian[:, kept]) if kept.any() else (1.0, null[kept])
     errors = None
     if runs > free.size and not null.any():
-        errors = np.sqrt(np.diag(covariance(problem, theta)))
+        errors = np.sqrt(variances(problem, theta, np.eye(theta.size)))
     for j, k in enumerate(free):
         name = names[k]
         if name in idle:
@@ -260,7 +268,7 @@ def judge_derived(problem: Problem, theta: np.ndarray, slope: np.ndarray, log: b
     lost = np.linalg.norm((vectors @ scaled)[seen <= SINGULAR * seen.max(initial=0.0)])
     if lost > LOADING * max(float(np.linalg.norm(scaled)), 1e-300):
         return f"not identified: {UNMOVED}"
-    error = math.sqrt(max(float(slope @ covariance(problem, theta) @ slope), 0.0))
+    error = math.sqrt(float(variances(problem, theta, slope[None])[0]))
     if log and 1.96 * error > math.log(10.0):
         factor = math.exp(min(1.96 * error, 40.0))
         return f"not identified: known only to a factor of {factor:.3g} either way"
