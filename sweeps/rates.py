@@ -15,7 +15,7 @@ FAR = 2.0  # times the least or the most of the fit
 @lru_cache
 def rate_law(folder: Path) -> Any:
     """The fit; raises UserError where it is of another law."""
-    from moe_ablm.scaling import load
+    from moe_ablm.scaling.result import load
 
     fit = load(folder)
     if fit.law.name != "learning_rate":

@@ -171,11 +171,11 @@ def test_nothing_but_the_command_line_stands_on_verbs():
 
 
 OUTSIDE = {
-    # settings, and from config alone what a cell is and what it costs
+    # settings, and from config alone what a cell is and what it costs; rates by a law
     "sweeps": {"config", "config_schema", "endings", "errors", "files", "results", "feed",
                "data.dataset", "data.simulated", "model.families", "model.flops", "model.spec",
-                "scaling.design", "scaling.run_directories", "scaling.runs", "store_copies",
-                "stores", "training.peaks"},
+                "scaling.design", "scaling.result", "scaling.run_directories", "scaling.runs",
+                "store_copies", "stores", "training.peaks"},
     # what a cell is, its config, what it takes of a device; the program that a run compiles, to
     # compile it for devices that are not here; how it ended
     "launch": {"endings", "errors", "files", "outcome", "preemption", "config", "config_schema",
