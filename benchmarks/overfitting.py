@@ -49,6 +49,7 @@ VARIANTS = (
     ("top2", "expert dropout"),
     ("top2", "lora"),
     ("expert-choice", "whole"),
+    ("soft", "whole"),
 )
 DOMAIN = 56  # residues of GB1 without its partner
 KEY = ("data", "router", "remedy", "seed", "rows", "passes")  # of a run
