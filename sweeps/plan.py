@@ -55,10 +55,11 @@ def plan(
         axes = {name: str(value) for name, value in point.items()}
         label = _label(point)
         try:
-            planned = _planned(label, axes, recipe(point), out, extra)
+            config = recipe(point)
+            planned = _planned(label, axes, config, out, extra)
             if more := tuned(planned):
-                full = replace(recipe(point), overrides={**recipe(point).overrides, **more})
-                planned = _planned(label, axes, full, out, extra)
+                config = replace(config, overrides={**config.overrides, **more})
+                planned = _planned(label, axes, config, out, extra)
         except UserError as error:
             raise UserError(f"cell {label}: {error}") from error
         first = made.setdefault(planned.cell.fingerprint, planned)
